@@ -1,0 +1,80 @@
+// kvplane/error.hpp: what bad input gets.
+//
+// Every public function checks its arguments before it changes anything and refuses bad ones with a
+// sentence that says which argument, where, and what was expected. With exceptions that sentence is a
+// kvplane::Error; with -fno-exceptions it goes to stderr and the program aborts.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#if !defined(__cpp_exceptions)
+#include <cstdio>
+#include <cstdlib>
+#endif
+
+namespace kvplane {
+
+/// What kind of input was refused. The sentence in Error::what() says the rest.
+enum class ErrorCode {
+    shape,          ///< sizes that do not fit together, or a size the function cannot take
+    option,         ///< a width, group size, scheme or other setting outside what is supported
+    index,          ///< a token, row or channel outside the object
+    not_finite,     ///< NaN or infinity where numbers are needed
+    beyond_fp16,    ///< a magnitude that fp16 storage cannot hold
+    format,         ///< a file or buffer whose content is malformed
+    mismatch,       ///< a file or object that is well-formed but belongs to another configuration
+    io,             ///< the operating system refused to open, map, read or write
+    out_of_memory,  ///< an allocator returned nothing
+};
+
+/// The name of a code, as used in messages: "shape", "option", ...
+constexpr const char* name(ErrorCode code) noexcept {
+    switch (code) {
+        case ErrorCode::shape: return "shape";
+        case ErrorCode::option: return "option";
+        case ErrorCode::index: return "index";
+        case ErrorCode::not_finite: return "not finite";
+        case ErrorCode::beyond_fp16: return "beyond fp16";
+        case ErrorCode::format: return "format";
+        case ErrorCode::mismatch: return "mismatch";
+        case ErrorCode::io: return "io";
+        case ErrorCode::out_of_memory: return "out of memory";
+    }
+    return "unknown";
+}
+
+/// The one exception type of the library.
+class Error : public std::runtime_error {
+  public:
+    Error(ErrorCode code, const std::string& sentence) : std::runtime_error(sentence), code_(code) {}
+    ErrorCode code() const noexcept { return code_; }
+
+  private:
+    ErrorCode code_;
+};
+
+/// Refuses: throws Error, or aborts with the same sentence where exceptions are off. The parts are
+/// streamed one after another: fail(ErrorCode::shape, "keys: ", 3, " rows, expected 4").
+template <class... Parts>
+[[noreturn]] void fail(ErrorCode code, const Parts&... parts) {
+    std::ostringstream sentence;
+    sentence << "kvplane: ";
+    (sentence << ... << parts);
+#if defined(__cpp_exceptions)
+    throw Error(code, sentence.str());
+#else
+    std::fprintf(stderr, "%s (%s)\n", sentence.str().c_str(), name(code));
+    std::abort();
+#endif
+}
+
+/// fail() unless the condition holds. The parts are only put together when it does not.
+template <class... Parts>
+void require(bool condition, ErrorCode code, const Parts&... parts) {
+    if (!condition) [[unlikely]]
+        fail(code, parts...);
+}
+
+}  // namespace kvplane

@@ -1,0 +1,36 @@
+// tests/test_support.hpp: what several tests need: seeds that are printed, and refusals that are checked.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <iostream>
+#include <random>
+#include <string>
+
+#include "kvplane/error.hpp"
+
+namespace kvplane_test {
+
+/// The seed of a random test: KVPLANE_TEST_SEED from the environment, or the given one; printed either way.
+inline std::uint64_t seed(std::uint64_t standard = 20240607) {
+    const char* chosen = std::getenv("KVPLANE_TEST_SEED");
+    const std::uint64_t value = chosen ? std::strtoull(chosen, nullptr, 10) : standard;
+    std::cout << "seed " << value << " (KVPLANE_TEST_SEED)\n";
+    return value;
+}
+
+/// Runs `call` and returns the sentence with which it was refused, "" (and a test failure) where it was not.
+template <class Call>
+std::string refusal(kvplane::ErrorCode expected, Call&& call) {
+    try {
+        call();
+    } catch (const kvplane::Error& error) {
+        EXPECT_EQ(error.code(), expected) << error.what();
+        return error.what();
+    }
+    ADD_FAILURE() << "accepted; expected a refusal of kind '" << kvplane::name(expected) << "'";
+    return "";
+}
+
+}  // namespace kvplane_test
