@@ -32,15 +32,24 @@ enum class ErrorCode {
 /// The name of a code, as used in messages: "shape", "option", ...
 constexpr const char* name(ErrorCode code) noexcept {
     switch (code) {
-        case ErrorCode::shape: return "shape";
-        case ErrorCode::option: return "option";
-        case ErrorCode::index: return "index";
-        case ErrorCode::not_finite: return "not finite";
-        case ErrorCode::beyond_fp16: return "beyond fp16";
-        case ErrorCode::format: return "format";
-        case ErrorCode::mismatch: return "mismatch";
-        case ErrorCode::io: return "io";
-        case ErrorCode::out_of_memory: return "out of memory";
+        case ErrorCode::shape:
+            return "shape";
+        case ErrorCode::option:
+            return "option";
+        case ErrorCode::index:
+            return "index";
+        case ErrorCode::not_finite:
+            return "not finite";
+        case ErrorCode::beyond_fp16:
+            return "beyond fp16";
+        case ErrorCode::format:
+            return "format";
+        case ErrorCode::mismatch:
+            return "mismatch";
+        case ErrorCode::io:
+            return "io";
+        case ErrorCode::out_of_memory:
+            return "out of memory";
     }
     return "unknown";
 }

@@ -31,8 +31,7 @@ using MatrixD = RowMajorMatrix<double>;
 
 /// A read-only tokens x channels view with any strides.
 template <class Scalar>
-using MatrixView =
-    Eigen::Map<const RowMajorMatrix<Scalar>, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
+using MatrixView = Eigen::Map<const RowMajorMatrix<Scalar>, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
 
 /// The element types of keys, values and queries.
 template <class Scalar>
@@ -46,7 +45,9 @@ inline constexpr ScalarType scalar_type = std::same_as<Scalar, float>         ? 
                                           : std::same_as<Scalar, Eigen::half> ? ScalarType::float16
                                                                               : ScalarType::bfloat16;
 
-constexpr std::size_t bytes_of(ScalarType type) noexcept { return type == ScalarType::float32 ? 4 : 2; }
+constexpr std::size_t bytes_of(ScalarType type) noexcept {
+    return type == ScalarType::float32 ? 4 : 2;
+}
 
 /// Keys, values or queries of one layer as a list of heads, whatever holds them. It does not own the data
 /// unless it was made from an expression; a view must not outlive what it looks at. Strides are in elements.
@@ -112,8 +113,8 @@ inline void require_divisible(Index channels, Index heads) {
 
 /// A matrix tokens x (heads * head_dim) as heads. Throws Error (shape) when channels do not divide by heads.
 template <class Derived>
-    requires CacheScalar<typename Derived::Scalar>
-HeadRows<typename Derived::Scalar> head_rows(const Eigen::DenseBase<Derived>& matrix, Index heads = 1) {
+requires CacheScalar<typename Derived::Scalar> HeadRows<typename Derived::Scalar> head_rows(
+    const Eigen::DenseBase<Derived>& matrix, Index heads = 1) {
     using Scalar = typename Derived::Scalar;
     const Derived& m = matrix.derived();
     detail::require_divisible(m.cols(), heads);
@@ -148,18 +149,33 @@ HeadRows<Scalar> head_rows(const Eigen::Tensor<Scalar, 3, Options, IndexType>& t
 
 /// A mapped tensor (heads, tokens, channels of one head), row-major or column-major.
 template <class Plain, int Options, template <class> class MakePointer>
-    requires(Plain::NumDimensions == 3)
-auto head_rows(const Eigen::TensorMap<Plain, Options, MakePointer>& tensor) {
+requires(Plain::NumDimensions ==
+         3) auto head_rows(const Eigen::TensorMap<Plain, Options, MakePointer>& tensor) {
     return detail::tensor_head_rows(tensor);
 }
 
-namespace detail {
+/// Any input that head_rows() takes: a matrix or expression with its number of heads, or a tensor.
+template <class Input>
+auto input_heads(const Input& input, Index heads) {
+    if constexpr (requires { head_rows(input, heads); })
+        return head_rows(input, heads);
+    else
+        return head_rows(input);
+}
 
-/// What head_rows() has no overload for is not an input: this names the type in one readable error.
-template <class T>
-concept TensorInput = requires(const T& t) {
-    { head_rows(t).heads() };
-};
+/// Any input as a matrix tokens x (heads * channels): matrices of any element type, and rank-3 tensors
+/// (heads, tokens, channels).
+template <class Scalar, class Input>
+RowMajorMatrix<Scalar> to_matrix(const Input& input) {
+    if constexpr (std::is_base_of_v<Eigen::DenseBase<Input>, Input>) {
+        return input.template cast<Scalar>();
+    } else {
+        const auto rows = head_rows(input);
+        RowMajorMatrix<Scalar> matrix(rows.tokens(), rows.channels());
+        for (Index h = 0; h < rows.heads(); ++h)
+            matrix.middleCols(h * rows.head_dim(), rows.head_dim()) = rows.head(h).template cast<Scalar>();
+        return matrix;
+    }
+}
 
-}  // namespace detail
 }  // namespace kvplane

@@ -1,0 +1,292 @@
+// kvplane/quantize/block.hpp: quantizes one block, tokens x channels of one head, to codes and grids.
+//
+// The step that every container shares: Quantized (quantize/scalar.hpp) and the tiles of a cache
+// (storage/tile.hpp) both take codes, one a byte, and fp16 grids from here and pack them in their own order.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string_view>
+#include <vector>
+
+#include "kvplane/isa.hpp"
+#include "kvplane/matrix.hpp"
+#include "kvplane/quantize/grid.hpp"
+#include "kvplane/quantize/kernels.hpp"
+
+namespace kvplane {
+
+/// What shares one grid: a run of tokens of one channel, or a run of channels of one token.
+enum class Granularity : std::uint8_t { per_channel, per_token };
+
+constexpr const char* name(Granularity granularity) noexcept {
+    return granularity == Granularity::per_channel ? "per_channel" : "per_token";
+}
+
+/// How a block gets its grids. `group` counts tokens (per_channel) or channels (per_token); the last group of
+/// a block may be smaller.
+struct GridRule {
+    Granularity granularity = Granularity::per_channel;
+    Index group = 128;
+    Scheme scheme = Scheme::min_max;
+    Clip clip = Clip::none;
+
+    /// Grids of one block.
+    Index grids(Index tokens, Index channels) const noexcept {
+        return granularity == Granularity::per_channel ? (tokens + group - 1) / group * channels
+                                                       : tokens * ((channels + group - 1) / group);
+    }
+    /// Bytes that one grid is stored in: an fp16 step, and an fp16 lower unless that follows from step.
+    Index bytes_per_grid() const noexcept { return scheme == Scheme::symmetric ? 2 : 4; }
+};
+
+/// How far clipped values lie outside their grids' intervals: 0 without clipping.
+struct ClipExcess {
+    double largest = 0.0;  ///< the furthest
+    double energy = 0.0;   ///< sum of squares
+};
+
+namespace detail {
+
+template <CacheScalar Scalar>
+[[noreturn]] void refuse_value(const HeadRows<Scalar>& rows, std::string_view argument, Index head,
+                               Index token, Index channel) {
+    const auto value = static_cast<float>(*rows.at(head, token, channel));
+    const bool finite = std::isfinite(value);
+    fail(finite ? ErrorCode::beyond_fp16 : ErrorCode::not_finite, argument, ": the value at token ", token,
+         ", head ", head, ", channel ", channel, " is ", value, "; expected ",
+         finite ? "a magnitude of at most 65504, the largest fp16" : "finite values");
+}
+
+/// Names the first value that cannot be stored. Called when a kernel has seen one.
+template <CacheScalar Scalar>
+[[noreturn]] void refuse_first_bad_value(const HeadRows<Scalar>& rows, std::string_view argument) {
+    for (Index token = 0; token < rows.tokens(); ++token)
+        for (Index head = 0; head < rows.heads(); ++head)
+            for (Index channel = 0; channel < rows.head_dim(); ++channel)
+                if (!(std::abs(static_cast<float>(*rows.at(head, token, channel))) <= fp16_max))
+                    refuse_value(rows, argument, head, token, channel);
+    fail(ErrorCode::not_finite, argument, ": holds a value that cannot be stored");
+}
+
+}  // namespace detail
+
+/// Codes and grids of one block, in memory that is reused from block to block.
+class BlockQuantizer {
+  public:
+    /// Quantizes the tokens [first, first + count) and channels [first_channel, first_channel + channels) of
+    /// one head. `codes` receives tokens x channels codes, rows `code_stride` apart. Afterwards lower() and
+    /// step() hold the grids in the order [token group][channel] or [token][channel group].
+    /// Throws Error (not_finite, beyond_fp16) naming the position in `rows`.
+    template <CacheScalar Scalar>
+    void quantize(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first,
+                  Index count, Index first_channel, Index channels, const GridRule& rule, int bits,
+                  std::uint8_t* codes, Index code_stride) {
+        rule_ = rule;
+        bits_ = bits;
+        count_ = rule.grids(count, channels);
+        lower_.resize(static_cast<std::size_t>(count_));
+        step_.resize(static_cast<std::size_t>(count_));
+        excess_ = {};
+        if (count == 0 || channels == 0) return;
+        if (rule.granularity == Granularity::per_channel) {
+            Index done = 0;
+            for (Index token = 0; token < count; token += rule.group, done += channels)
+                columns(rows, argument, head, first + token, std::min(rule.group, count - token),
+                        first_channel, channels, done, codes + token * code_stride, code_stride);
+        } else {
+            this->rows(rows, argument, head, first, count, first_channel, channels, codes, code_stride);
+        }
+    }
+
+    const std::vector<Eigen::half>& lower() const noexcept { return lower_; }
+    const std::vector<Eigen::half>& step() const noexcept { return step_; }
+    ClipExcess excess() const noexcept { return excess_; }
+
+  private:
+    /// Rows as kernels want them: contiguous, runs of `group` channels padded to a multiple of 16 by
+    /// repeating a value of the run. The input's own memory where it is like that already.
+    struct Prepared {
+        SourceRows rows;
+        Index channels;  ///< of the padded row
+        Index group;     ///< padded channels of a run
+        bool padded;
+    };
+
+    template <CacheScalar Scalar>
+    Prepared prepare(const HeadRows<Scalar>& rows, Index head, Index first, Index count, Index first_channel,
+                     Index channels, Index group) {
+        const Index runs = (channels + group - 1) / group, padded_group = padded_channels(group);
+        if (rows.channel_stride() == 1 && runs * padded_group == channels)
+            return {{rows.at(head, first, first_channel), scalar_type<Scalar>, rows.token_stride()},
+                    channels,
+                    group,
+                    false};
+        const Index padded = runs * padded_group;
+        source_.resize(static_cast<std::size_t>(count * padded) * sizeof(Scalar));
+        auto* to = reinterpret_cast<Scalar*>(source_.data());
+        for (Index t = 0; t < count; ++t)
+            for (Index run = 0; run < runs; ++run)
+                for (Index i = 0; i < padded_group; ++i, ++to) {
+                    const Index used = std::min(group, channels - run * group);
+                    *to = *rows.at(head, first + t, first_channel + run * group + std::min(i, used - 1));
+                }
+        return {{source_.data(), scalar_type<Scalar>, padded}, padded, padded_group, true};
+    }
+
+    /// One group of tokens: a grid for each channel, stored from `at` on.
+    template <CacheScalar Scalar>
+    void columns(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first,
+                 Index count, Index first_channel, Index channels, Index at, std::uint8_t* codes,
+                 Index code_stride) {
+        const Prepared source = prepare(rows, head, first, count, first_channel, channels, channels);
+        reserve(source.channels);
+        if (!column_extremes(isa_, source.rows, count, source.channels, min_.data(), max_.data()))
+            detail::refuse_first_bad_value(rows, argument);
+        fit(source.channels, rows, argument, head, first);
+        if (rule_.clip == Clip::mse_optimal)
+            for (Index c = 0; c < channels; ++c)
+                shrink(c, count, [&](Index i) {
+                    return static_cast<float>(*rows.at(head, first + i, first_channel + c));
+                });
+        std::copy_n(stored_lower_.begin(), channels, lower_.begin() + at);
+        std::copy_n(stored_step_.begin(), channels, step_.begin() + at);
+        std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : codes;
+        const Index stride = source.padded ? source.channels : code_stride;
+        encode_columns(isa_, source.rows, count, source.channels, bits_, fp_lower_.data(), inverse_.data(),
+                       to, stride);
+        if (source.padded)
+            for (Index t = 0; t < count; ++t) std::copy_n(to + t * stride, channels, codes + t * code_stride);
+    }
+
+    /// All tokens: a grid for each run of channels of each token.
+    template <CacheScalar Scalar>
+    void rows(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first, Index count,
+              Index first_channel, Index channels, std::uint8_t* codes, Index code_stride) {
+        const Index group = std::min(rule_.group, channels), runs = (channels + group - 1) / group;
+        const Prepared source = prepare(rows, head, first, count, first_channel, channels, group);
+        reserve(padded_channels(count * runs));
+        if (!row_extremes(isa_, source.rows, count, source.channels, source.group, min_.data(), max_.data()))
+            detail::refuse_first_bad_value(rows, argument);
+        fit(padded_channels(count * runs), rows, argument, head, first);
+        if (rule_.clip == Clip::mse_optimal)
+            for (Index g = 0; g < count * runs; ++g) {
+                const Index start = g % runs * group;
+                shrink(g, std::min(group, channels - start), [&](Index i) {
+                    return static_cast<float>(*rows.at(head, first + g / runs, first_channel + start + i));
+                });
+            }
+        std::copy_n(stored_lower_.begin(), count_, lower_.begin());
+        std::copy_n(stored_step_.begin(), count_, step_.begin());
+        std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : codes;
+        const Index stride = source.padded ? source.channels : code_stride;
+        encode_rows(isa_, source.rows, count, source.channels, source.group, bits_, fp_lower_.data(),
+                    inverse_.data(), to, stride);
+        if (!source.padded) return;
+        for (Index t = 0; t < count; ++t)
+            for (Index run = 0; run < runs; ++run)
+                std::copy_n(to + t * stride + run * source.group, std::min(group, channels - run * group),
+                            codes + t * code_stride + run * group);
+    }
+
+    void reserve(Index grids) {
+        const auto size = static_cast<std::size_t>(grids);
+        if (min_.size() >= size) return;
+        for (auto* floats : {&min_, &max_, &fp_lower_, &fp_step_, &inverse_}) floats->resize(size);
+        stored_lower_.resize(size);
+        stored_step_.resize(size);
+    }
+
+    std::uint8_t* padded_codes(Index tokens, Index channels) {
+        codes_.resize(static_cast<std::size_t>(tokens * channels));
+        return codes_.data();
+    }
+
+    template <CacheScalar Scalar>
+    void fit(Index grids, const HeadRows<Scalar>&, std::string_view argument, Index head, Index first) {
+        fit_grids(
+            isa_, rule_.scheme, bits_, grids, min_.data(), max_.data(),
+            {fp_lower_.data(), fp_step_.data(), inverse_.data(), stored_lower_.data(), stored_step_.data()});
+        const auto finite = [](float x) { return std::abs(x) < std::numeric_limits<float>::infinity(); };
+        for (Index g = 0; g < grids; ++g)
+            require(finite(fp_step_[static_cast<std::size_t>(g)]) &&
+                        finite(fp_lower_[static_cast<std::size_t>(g)]),
+                    ErrorCode::beyond_fp16, argument, ": head ", head, ", tokens from ", first,
+                    ": values between ", min_[static_cast<std::size_t>(g)], " and ",
+                    max_[static_cast<std::size_t>(g)], " need a ", bits_, "-bit ", name(rule_.scheme),
+                    " grid beyond fp16; expected a smaller range, more bits, or the cell scheme");
+    }
+
+    /// Replaces grid g by the one with the least squared error over the group, its interval shrunk about its
+    /// middle, and keeps account of what then lies outside.
+    template <class Value>
+    void shrink(Index g, Index size, const Value& value) {
+        const auto at = static_cast<std::size_t>(g);
+        const float middle = 0.5f * (min_[at] + max_[at]), reach = 0.5f * (max_[at] - min_[at]);
+        Grid best;
+        double least = std::numeric_limits<double>::infinity();
+        for (int percent = 100; percent >= 30; percent -= 5) {
+            const float kept = static_cast<float>(percent) / 100.0f;
+            const Grid grid = rule_.scheme == Scheme::symmetric
+                                  ? fit_grid(rule_.scheme, bits_, kept * min_[at], kept * max_[at])
+                              : percent == 100 ? fit_grid(rule_.scheme, bits_, min_[at], max_[at])
+                                               : fit_grid(rule_.scheme, bits_, middle - kept * reach,
+                                                          middle + kept * reach);
+            double error = 0.0;
+            for (Index i = 0; i < size; ++i) {
+                const double x = value(i), difference = x - grid.decode(grid.encode(value(i)));
+                error += difference * difference;
+            }
+            if (error >= least) continue;
+            least = error;
+            best = grid;
+        }
+        fp_lower_[at] = best.lower;
+        inverse_[at] = best.step > 0.0f ? 1.0f / best.step : 0.0f;
+        stored_lower_[at] = Eigen::half(best.lower);
+        stored_step_[at] = Eigen::half(best.step);
+        if (best.step == 0.0f) return;
+        for (Index i = 0; i < size; ++i) {
+            const double x = value(i);
+            const double outside = std::max({0.0, best.lower - x, x - static_cast<double>(best.upper())});
+            excess_.largest = std::max(excess_.largest, outside);
+            excess_.energy += outside * outside;
+        }
+    }
+
+    Isa isa_ = current_isa();
+    GridRule rule_;
+    int bits_ = 8;
+    Index count_ = 0;
+    ClipExcess excess_;
+    std::vector<Eigen::half> lower_, step_, stored_lower_, stored_step_;
+    std::vector<float> min_, max_, fp_lower_, fp_step_, inverse_;
+    std::vector<std::uint8_t> codes_;
+    std::vector<std::byte> source_;
+};
+
+/// Refuses values that cannot be stored, naming the argument and the position: what a container calls on all
+/// of its input before it changes. Throws Error (not_finite, beyond_fp16).
+template <CacheScalar Scalar>
+void require_storable(const HeadRows<Scalar>& rows, std::string_view argument) {
+    const Index channels = rows.head_dim();
+    if (rows.tokens() == 0 || channels == 0) return;
+    bool good = true;
+    if (rows.channel_stride() == 1 && channels % kernel_channels == 0) {
+        std::vector<float> extremes(static_cast<std::size_t>(2 * channels));
+        for (Index head = 0; head < rows.heads() && good; ++head)
+            good =
+                column_extremes(current_isa(), {rows.at(head, 0), scalar_type<Scalar>, rows.token_stride()},
+                                rows.tokens(), channels, extremes.data(), extremes.data() + channels);
+        if (good) return;
+    }
+    for (Index token = 0; token < rows.tokens(); ++token)
+        for (Index head = 0; head < rows.heads(); ++head)
+            for (Index c = 0; c < channels; ++c)
+                if (!(std::abs(static_cast<float>(*rows.at(head, token, c))) <= fp16_max))
+                    detail::refuse_value(rows, argument, head, token, c);
+}
+
+}  // namespace kvplane

@@ -1,0 +1,143 @@
+// kvplane/quantize/grid.hpp: an affine grid {lower, step, bits}, its three fitting rules, its one decoder.
+//
+// A grid cuts the interval [lower, lower + 2^bits step] into 2^bits equal cells and stands for each by its
+// middle: value = lower + step (code + 1/2). The schemes differ only in the interval:
+//
+//   cell       exactly [min, max]
+//   min_max    half a step further on both sides, so that the extremes are (nearly) reproduced:
+//              step = range / (2^bits - 1). What KIVI, HQQ and ggml compute.
+//   symmetric  two's complement around zero: alpha = max|x| / (2^(bits-1) - 1), codes -(2^(bits-1) - 1) ..
+//              2^(bits-1) - 1 stored with 2^(bits-1) added; lower follows from step and is not stored.
+//              The quantizer of theorems 3 and 4 of arXiv 2502.15075.
+//
+// A prefix of p of the bits is the p-bit cell code of the same interval, whatever the scheme, so a coarser
+// read needs nothing but fewer bits.
+//
+// lower and step are kept as fp16 and are rounded outward, so that the interval still covers the data; codes
+// are computed against the rounded values. A group whose values are all equal gets step 0 and decodes to
+// that value rounded to fp16 (symmetric: unless it is zero, it keeps a step like any other).
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "kvplane/error.hpp"
+
+namespace kvplane {
+
+enum class Scheme : std::uint8_t { cell, min_max, symmetric };
+
+/// Whether the fit may shrink the interval. `mse_optimal` takes the interval with the least squared error
+/// over the group; values beyond it are clipped. Off by default: on a real model clipping raises the error
+/// of attention, because the extreme values sit in the same channels token after token.
+enum class Clip : std::uint8_t { none, mse_optimal };
+
+constexpr const char* name(Scheme scheme) noexcept {
+    switch (scheme) {
+        case Scheme::cell:
+            return "cell";
+        case Scheme::min_max:
+            return "min_max";
+        case Scheme::symmetric:
+            return "symmetric";
+    }
+    return "unknown";
+}
+
+/// The largest finite fp16 magnitude; inputs beyond it are refused.
+inline constexpr float fp16_max = 65504.0f;
+
+/// The nearest fp16 values not above and not below x, for |x| <= fp16_max; infinite beyond it.
+inline Eigen::half half_below(float x) {
+    Eigen::half h(x);
+    if (static_cast<float>(h) <= x) return h;
+    const std::uint16_t bits = h.x;
+    if (bits == 0x0000) return Eigen::numext::bit_cast<Eigen::half>(std::uint16_t{0x8001});
+    return Eigen::numext::bit_cast<Eigen::half>(
+        static_cast<std::uint16_t>((bits & 0x8000) ? bits + 1 : bits - 1));
+}
+inline Eigen::half half_above(float x) {
+    return -half_below(-x);
+}
+
+/// 2^exponent as float, exactly, for small exponents.
+constexpr float power_of_two(int exponent) noexcept {
+    float power = 1.0f;
+    for (; exponent > 0; --exponent) power *= 2.0f;
+    for (; exponent < 0; ++exponent) power *= 0.5f;
+    return power;
+}
+
+/// A fitted grid. lower and step hold fp16 values (symmetric: lower = -step (2^(bits-1) + 1/2), exact in
+/// fp32).
+struct Grid {
+    float lower = 0.0f;
+    float step = 0.0f;
+    int bits = 1;
+
+    int codes() const noexcept { return 1 << bits; }
+    /// Upper end of the interval.
+    float upper() const noexcept { return lower + step * static_cast<float>(codes()); }
+
+    /// The cell that holds x; values outside the interval get the nearest one.
+    int encode(float x) const noexcept {
+        const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
+        const float position = (x - lower) * inverse;
+        const auto last = static_cast<float>(codes() - 1);
+        return static_cast<int>(std::min(std::max(position, 0.0f), last));
+    }
+    /// The value that `code` stands for; with depth p < bits, `code` is the prefix of p bits.
+    float decode(int code, int depth) const noexcept {
+        return lower + step * power_of_two(bits - depth) * (static_cast<float>(code) + 0.5f);
+    }
+    float decode(int code) const noexcept { return decode(code, bits); }
+
+    /// Bound of |x - decoded x| for x inside the interval, read at `depth` bits (theorem T1): half a cell,
+    /// and the rounding of fp32 arithmetic, which is below 2^-22 of the largest magnitude involved. A group
+    /// of equal values (step 0) has the rounding of that value to fp16.
+    float error_bound(int depth) const noexcept {
+        const float rounding =
+            std::ldexp(std::abs(lower) + std::abs(step) * static_cast<float>(codes()), -22);
+        if (step == 0.0f) return std::max(std::ldexp(std::abs(lower), -11), std::ldexp(1.0f, -25));
+        return 0.5f * step * power_of_two(bits - depth) + rounding;
+    }
+    float error_bound() const noexcept { return error_bound(bits); }
+};
+
+namespace detail {
+
+inline void require_width(int bits, Scheme scheme) {
+    require(bits >= 1 && bits <= 8, ErrorCode::option, "bits: ", bits, ", expected 1 to 8");
+    require(scheme != Scheme::symmetric || bits >= 2, ErrorCode::option,
+            "bits: 1 with the symmetric scheme, which has no 1-bit form; expected 2 to 8");
+}
+
+}  // namespace detail
+
+/// The grid of values between `min` and `max` (finite, |x| <= fp16_max). Its step is infinite where fp16
+/// cannot hold it, which only min_max grids of 1 or 2 bits over nearly the whole fp16 range reach.
+/// The arithmetic is fp32 in this order on every machine, so that the bits stored never differ.
+inline Grid fit_grid(Scheme scheme, int bits, float min, float max) {
+    Grid grid{0.0f, 0.0f, bits};
+    const auto codes = static_cast<float>(1 << bits);
+    if (scheme == Scheme::symmetric) {
+        const float largest = std::max(std::abs(min), std::abs(max));
+        const auto last = static_cast<float>((1 << (bits - 1)) - 1);
+        grid.step = static_cast<float>(half_above(largest / last));
+        grid.lower = -grid.step * (0.5f * codes + 0.5f);
+    } else if (min == max) {
+        grid.lower = static_cast<float>(Eigen::half(min)) + 0.0f;
+    } else if (scheme == Scheme::cell) {
+        grid.lower = static_cast<float>(half_below(min)) + 0.0f;
+        grid.step = static_cast<float>(half_above((max - grid.lower) / codes));
+    } else {
+        const float half_step = 0.5f * ((max - min) / (codes - 1.0f));
+        grid.lower = static_cast<float>(half_below(min - half_step)) + 0.0f;
+        grid.step = static_cast<float>(half_above((max - grid.lower) / (codes - 0.5f)));
+    }
+    return grid;
+}
+
+}  // namespace kvplane

@@ -1,0 +1,525 @@
+// kvplane/storage/tile.hpp: 128 tokens of one head (or latent basis) of keys or values in bit planes.
+//
+// A tile is one run of bytes, the page of a cache. Its layout is fixed by TileFormat and by nothing else, so
+// a stored tile decodes on any machine. It is a list of channel segments, each with its own width and
+// complete in itself, every part starting at a multiple of 64 bytes:
+//
+//   segment:  steps (fp16) | lowers (fp16; none for symmetric grids) | plane 0 | plane 1 | ...
+//   steps     per_channel: [token group][channel]; per_token: [run of channels][token], for all 128 tokens
+//   plane     64-byte units of 16 lanes x 4 bytes; a byte of a w-bit plane holds 8 / w codes
+//
+//   keys      a lane is a token, so that one dot-product instruction adds 4 channels to 16 scores. A unit
+//   holds
+//             16 tokens x 32 / w channels: bits [i w, (i+1) w) of byte (token, j) are the code of channel
+//             4 i + j. Units in the order [16 tokens][channels]: the order in which the score loop reads.
+//   values    a lane is a channel, so that one instruction adds 4 tokens to 16 outputs. A unit holds
+//             16 channels x 32 / w tokens: bits [i w, (i+1) w) of byte (channel, j) are the code of token
+//             4 i + j. Units in the order [16 channels][tokens].
+//
+// Channels that do not fill a unit (keys) or 16 lanes (values) leave it zero; bytes() counts that.
+// Rejected: rows of codes one after another (every dot product would end in a horizontal sum); planes of
+// all segments interleaved (an unread plane's cache lines would be loaded); 3-bit fields (see planes.hpp);
+// interleaving in the width of the vector registers (a stored cache would decode on one machine only).
+//
+// A width of 0 stores nothing and decodes to 0. A width of 16 stores fp16 values as planes {8,4,4} without
+// grids; at a depth of 8 or 12 bits the rest is filled with its midpoint.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+#include <vector>
+
+#include "kvplane/error.hpp"
+#include "kvplane/isa.hpp"
+#include "kvplane/matrix.hpp"
+#include "kvplane/quantize/block.hpp"
+#include "kvplane/quantize/grid.hpp"
+#include "kvplane/quantize/kernels.hpp"
+#include "kvplane/storage/planes.hpp"
+
+namespace kvplane {
+
+inline constexpr Index tile_tokens = 128;
+inline constexpr Index unit_bytes = 64;
+inline constexpr Index unit_lanes = 16;
+
+enum class TileSide : std::uint8_t { keys, values };
+
+/// Consecutive channels of one width: 0 to 8, or 16.
+struct ChannelSegment {
+    Index channels = 0;
+    int bits = 4;
+};
+
+/// What a tile holds and where. Made once for a cache; tiles themselves carry no description.
+class TileFormat {
+  public:
+    /// A segment's place in the tile; offsets in bytes from the tile's start.
+    struct Placed {
+        Index first_channel, channels;
+        int bits;
+        PlaneSplit split;  ///< no planes for width 0
+        Index grids;       ///< for 128 tokens; 0 for widths 0 and 16
+        Index step_at, lower_at;
+        std::array<Index, 3> plane_at;
+    };
+
+    /// Throws Error (option): a width other than 0 to 8 or 16, a group of tokens other than 32, 64 or 128, a
+    /// group of channels below 1, a segment without channels.
+    TileFormat(TileSide side, const std::vector<ChannelSegment>& segments, const GridRule& rule)
+        : side_(side), rule_(rule) {
+        require(rule.granularity == Granularity::per_token || rule.group == 32 || rule.group == 64 ||
+                    rule.group == tile_tokens,
+                ErrorCode::option, "tile: grids over ", rule.group, " tokens, expected 32, 64 or 128");
+        require(rule.group >= 1, ErrorCode::option, "tile: grids over ", rule.group,
+                " channels, expected at least 1");
+        for (const ChannelSegment& segment : segments) place(segment);
+    }
+    /// One width for all channels.
+    TileFormat(TileSide side, Index channels, int bits, const GridRule& rule)
+        : TileFormat(side, std::vector<ChannelSegment>{{channels, bits}}, rule) {}
+
+    TileSide side() const noexcept { return side_; }
+    const GridRule& rule() const noexcept { return rule_; }
+    Index channels() const noexcept { return channels_; }
+    const std::vector<Placed>& segments() const noexcept { return segments_; }
+    /// Size of a tile, a multiple of 64; every tile takes it whole, however many tokens it holds.
+    Index bytes() const noexcept { return bytes_; }
+    /// 8 bytes() / (128 channels): what an element of a full tile takes, grids and padding counted.
+    double bits_per_element() const noexcept {
+        return channels_ == 0
+                   ? 0.0
+                   : 8.0 * static_cast<double>(bytes_) / static_cast<double>(tile_tokens * channels_);
+    }
+
+    /// Codes that one byte-lane group of a unit covers along the dot product: channels (keys), tokens
+    /// (values).
+    static constexpr Index unit_depth(int width) noexcept { return 32 / width; }
+
+    /// Bytes of one plane of a segment.
+    Index plane_bytes(Index channels, int width) const noexcept {
+        const Index depth = unit_depth(width);
+        const Index units = side_ == TileSide::keys
+                                ? tile_tokens / unit_lanes * ((channels + depth - 1) / depth)
+                                : (channels + unit_lanes - 1) / unit_lanes * (tile_tokens / depth);
+        return units * unit_bytes;
+    }
+
+  private:
+    static constexpr Index aligned(Index bytes) noexcept {
+        return (bytes + unit_bytes - 1) / unit_bytes * unit_bytes;
+    }
+    Index take(Index bytes) noexcept {
+        const Index at = bytes_;
+        bytes_ += aligned(bytes);
+        return at;
+    }
+    void place(const ChannelSegment& segment) {
+        require(segment.channels >= 1, ErrorCode::option, "tile: a segment of ", segment.channels,
+                " channels, expected at least 1");
+        if (segment.bits != 0 && segment.bits != 16) detail::require_width(segment.bits, rule_.scheme);
+        Placed placed{channels_, segment.channels, segment.bits, {}, 0, bytes_, bytes_, {}};
+        if (segment.bits != 0) placed.split = plane_split(segment.bits);
+        if (segment.bits >= 1 && segment.bits <= 8) {
+            placed.grids = rule_.grids(tile_tokens, segment.channels);
+            placed.step_at = take(2 * placed.grids);
+            if (rule_.scheme != Scheme::symmetric) placed.lower_at = take(2 * placed.grids);
+        }
+        for (int p = 0; p < placed.split.count; ++p)
+            placed.plane_at[static_cast<std::size_t>(p)] =
+                take(plane_bytes(segment.channels, placed.split[p]));
+        channels_ += segment.channels;
+        segments_.push_back(placed);
+    }
+
+    TileSide side_;
+    GridRule rule_;
+    Index channels_ = 0, bytes_ = 0;
+    std::vector<Placed> segments_;
+};
+
+/// Codes of one segment between quantizer and planes: 128 rows of one byte a code; for fp16 values the high
+/// bytes, and the low bytes in a second array. Rows are padded so that the widest unit (32 channels of one
+/// bit) stays inside, and the padding is zero.
+class TileCodes {
+  public:
+    explicit TileCodes(Index channels)
+        : stride_((channels + 31) / 32 * 32),
+          high_(static_cast<std::size_t>(tile_tokens * stride_)),
+          low_(high_) {}
+
+    Index stride() const noexcept { return stride_; }
+    /// Byte 0: the code, or the high byte of fp16. Byte 1: the low byte of fp16.
+    std::uint8_t* byte(int which) noexcept { return which == 0 ? high_.data() : low_.data(); }
+    const std::uint8_t* byte(int which) const noexcept { return which == 0 ? high_.data() : low_.data(); }
+    std::uint8_t& at(Index token, Index channel, int which = 0) noexcept {
+        return byte(which)[token * stride_ + channel];
+    }
+
+  private:
+    Index stride_;
+    std::vector<std::uint8_t> high_, low_;
+};
+
+namespace detail {
+
+/// Which bits of which byte of a code a plane holds.
+struct PlaneSource {
+    int byte, width, shift;
+};
+inline PlaneSource plane_source(const PlaneSplit& split, int p) {
+    if (split.bits() != 16) return {0, split[p], split.shift(p)};
+    return {p == 0 ? 0 : 1, split[p], p == 1 ? 4 : 0};
+}
+
+/// A byte array of codes and the distance of its rows.
+struct CodeRows {
+    const std::uint8_t* codes;
+    Index stride;
+};
+
+/// One plane of a segment, keys: four channels of a token make one 32-bit lane.
+inline void pack_key_plane(CodeRows from, Index first_token, Index tokens, Index channels, int width,
+                           int shift, std::byte* plane) noexcept {
+    const Index depth = TileFormat::unit_depth(width), units = (channels + depth - 1) / depth;
+    const std::uint32_t mask = 0x01010101u * ((1u << width) - 1);
+    for (Index t = first_token; t < first_token + tokens; ++t) {
+        const std::uint8_t* row = from.codes + t * from.stride;
+        std::byte* lane = plane + t / unit_lanes * units * unit_bytes + t % unit_lanes * 4;
+        for (Index u = 0; u < units; ++u, lane += unit_bytes) {
+            std::uint32_t word = 0;
+            for (int i = 0; i < 8 / width; ++i, row += 4)
+                word |= (load_u32(row) >> shift & mask) << (i * width);
+            store_u32(lane, word);
+        }
+    }
+}
+
+/// The inverse for all 128 tokens: code = code << width | plane.
+inline void unpack_key_plane(const std::byte* plane, Index channels, int width, bool first,
+                             std::uint8_t* codes, Index stride) noexcept {
+    const Index depth = TileFormat::unit_depth(width), units = (channels + depth - 1) / depth;
+    const std::uint32_t mask = 0x01010101u * ((1u << width) - 1);
+    const std::uint32_t keep = 0x01010101u * (0xFFu >> width & 0xFFu);
+    for (Index t = 0; t < tile_tokens; ++t) {
+        std::uint8_t* row = codes + t * stride;
+        const std::byte* lane = plane + t / unit_lanes * units * unit_bytes + t % unit_lanes * 4;
+        for (Index u = 0; u < units; ++u, lane += unit_bytes) {
+            const std::uint32_t word = load_u32(lane);
+            for (int i = 0; i < 8 / width; ++i, row += 4) {
+                const std::uint32_t high = first || width == 8 ? 0 : (load_u32(row) & keep) << width;
+                store_u32(row, high | (word >> (i * width) & mask));
+            }
+        }
+    }
+}
+
+/// Values, all 128 tokens: four tokens of a channel make one 32-bit lane.
+template <int Lanes>
+KVPLANE_INLINE void pack_value_units(CodeRows from, Index channels, int width, int shift, std::byte* plane) {
+    using Words = quantize::Words<Lanes>;
+    using Bytes = quantize::Vector<std::uint8_t, Lanes>;
+    const Index depth = TileFormat::unit_depth(width);
+    const std::uint32_t mask = (1u << width) - 1;
+    for (Index c = 0; c < channels; c += unit_lanes)
+        for (Index t = 0; t < tile_tokens; t += depth, plane += unit_bytes)
+            for (Index lane = 0; lane < unit_lanes; lane += Lanes) {
+                Words word{};
+                for (Index i = 0; i < depth; ++i) {
+                    Bytes codes;
+                    quantize::load(codes, from.codes + (t + i) * from.stride + c + lane);
+                    const auto up = static_cast<std::uint32_t>(i / 4 * width + i % 4 * 8);
+                    word |=
+                        (__builtin_convertvector(codes, Words) >> static_cast<std::uint32_t>(shift) & mask)
+                        << up;
+                }
+                quantize::store(plane + lane * 4, word);
+            }
+}
+
+template <int Lanes>
+KVPLANE_INLINE void unpack_value_units(const std::byte* plane, Index channels, int width, bool first,
+                                       std::uint8_t* codes, Index stride) {
+    using Words = quantize::Words<Lanes>;
+    using Bytes = quantize::Vector<std::uint8_t, Lanes>;
+    const Index depth = TileFormat::unit_depth(width);
+    const std::uint32_t mask = (1u << width) - 1;
+    for (Index c = 0; c < channels; c += unit_lanes)
+        for (Index t = 0; t < tile_tokens; t += depth, plane += unit_bytes)
+            for (Index lane = 0; lane < unit_lanes; lane += Lanes) {
+                Words word;
+                quantize::load(word, plane + lane * 4);
+                for (Index i = 0; i < depth; ++i) {
+                    std::uint8_t* at = codes + (t + i) * stride + c + lane;
+                    Words high{};
+                    if (!first) {
+                        Bytes before;
+                        quantize::load(before, at);
+                        high = __builtin_convertvector(before, Words) << static_cast<std::uint32_t>(width);
+                    }
+                    const auto down = static_cast<std::uint32_t>(i / 4 * width + i % 4 * 8);
+                    quantize::store(at, __builtin_convertvector(high | (word >> down & mask), Bytes));
+                }
+            }
+}
+
+/// Some tokens of a value plane whose other tokens stay as they are.
+inline void merge_value_plane(CodeRows from, Index first_token, Index tokens, Index channels, int width,
+                              int shift, std::byte* plane) noexcept {
+    const Index depth = TileFormat::unit_depth(width);
+    const unsigned mask = (1u << width) - 1;
+    for (Index t = first_token; t < first_token + tokens; ++t) {
+        const Index i = t % depth;
+        const auto up = static_cast<unsigned>(i / 4 * width);
+        for (Index c = 0; c < channels; ++c) {
+            std::byte& byte = plane[(c / unit_lanes * (tile_tokens / depth) + t / depth) * unit_bytes +
+                                    c % unit_lanes * 4 + i % 4];
+            const unsigned code = static_cast<unsigned>(from.codes[t * from.stride + c]) >> shift & mask;
+            byte = static_cast<std::byte>((static_cast<unsigned>(byte) & ~(mask << up)) | code << up);
+        }
+    }
+}
+
+inline void pack_plane(const TileFormat& format, CodeRows from, Index first_token, Index tokens,
+                       Index channels, int width, int shift, std::byte* plane) {
+    if (format.side() == TileSide::keys)
+        return pack_key_plane(from, first_token, tokens, channels, width, shift, plane);
+    if (tokens < tile_tokens)
+        return merge_value_plane(from, first_token, tokens, channels, width, shift, plane);
+    run_on(current_isa(),
+           [&](auto lanes) KVPLANE_BODY { pack_value_units<lanes>(from, channels, width, shift, plane); });
+}
+
+inline void unpack_plane(const TileFormat& format, const std::byte* plane, Index channels, int width,
+                         bool first, std::uint8_t* codes, Index stride) {
+    if (format.side() == TileSide::keys)
+        return unpack_key_plane(plane, channels, width, first, codes, stride);
+    run_on(current_isa(), [&](auto lanes) KVPLANE_BODY {
+        unpack_value_units<lanes>(plane, channels, width, first, codes, stride);
+    });
+}
+
+}  // namespace detail
+
+/// Packs the codes of the tokens [first_token, first_token + tokens) into the planes of segment `s`; other
+/// tokens of the tile stay as they are.
+inline void pack_segment(const TileFormat& format, std::size_t s, const TileCodes& codes, Index first_token,
+                         Index tokens, std::byte* tile) {
+    const TileFormat::Placed& segment = format.segments()[s];
+    for (int p = 0; p < segment.split.count; ++p) {
+        const detail::PlaneSource source = detail::plane_source(segment.split, p);
+        detail::pack_plane(format, {codes.byte(source.byte), codes.stride()}, first_token, tokens,
+                           segment.channels, source.width, source.shift,
+                           tile + segment.plane_at[static_cast<std::size_t>(p)]);
+    }
+}
+
+/// Reads the planes of segment `s` that hold the first `depth` bits, all 128 tokens, and leaves exactly those
+/// bits: codes of `depth` bits; for fp16 (depth 8, 12 or 16) the bytes with unread bits zero.
+inline void unpack_segment(const TileFormat& format, std::size_t s, int depth, const std::byte* tile,
+                           TileCodes& codes) {
+    const TileFormat::Placed& segment = format.segments()[s];
+    int read = 0, last_byte = -1;
+    for (int p = 0; p < segment.split.count && read < depth; ++p) {
+        const detail::PlaneSource source = detail::plane_source(segment.split, p);
+        detail::unpack_plane(format, tile + segment.plane_at[static_cast<std::size_t>(p)], segment.channels,
+                             source.width, source.byte != last_byte, codes.byte(source.byte), codes.stride());
+        read += source.width;
+        last_byte = source.byte;
+    }
+    const Index all = tile_tokens * codes.stride();
+    if (segment.bits == 16) {
+        if (depth == 12)
+            for (Index i = 0; i < all; ++i)
+                codes.byte(1)[i] = static_cast<std::uint8_t>(codes.byte(1)[i] << 4);
+        if (depth == 8) std::fill_n(codes.byte(1), all, std::uint8_t{0});
+    } else if (read > depth) {
+        for (Index i = 0; i < all; ++i)
+            codes.byte(0)[i] = static_cast<std::uint8_t>(codes.byte(0)[i] >> (read - depth));
+    }
+}
+
+/// Turns tokens into tiles and tiles into numbers, in memory that is reused from tile to tile.
+class TileCoder {
+  public:
+    explicit TileCoder(const TileFormat& format) : format_(format) {
+        for (const auto& segment : format.segments()) codes_.emplace_back(segment.channels);
+    }
+
+    /// Quantizes and packs `count` tokens of one head, from token `first` of `rows` on, as the tokens
+    /// [tile_token, tile_token + count) of `tile`. Grids per channel need whole groups: tile_token and count
+    /// must be multiples of the group (count may stop short at the end of a sequence). Throws Error (shape,
+    /// index; not_finite and beyond_fp16 with the position) and may then have written part of the tile.
+    template <CacheScalar Scalar>
+    void encode(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first, Index count,
+                Index tile_token, std::byte* tile) {
+        require(rows.head_dim() == format_.channels(), ErrorCode::shape, argument, ": ", rows.head_dim(),
+                " channels, expected ", format_.channels());
+        require(head >= 0 && head < rows.heads() && first >= 0 && first + count <= rows.tokens(),
+                ErrorCode::index, argument, ": head ", head, ", tokens ", first, " to ", first + count,
+                " of ", rows.heads(), " heads, ", rows.tokens(), " tokens");
+        require(tile_token >= 0 && tile_token + count <= tile_tokens, ErrorCode::index, argument, ": tokens ",
+                tile_token, " to ", tile_token + count, " of a tile of ", tile_tokens);
+        require(
+            format_.rule().granularity == Granularity::per_token || tile_token % format_.rule().group == 0,
+            ErrorCode::index, argument, ": a tile with grids over ", format_.rule().group,
+            " tokens takes tokens from a multiple of that on, not from ", tile_token);
+        for (std::size_t s = 0; s < format_.segments().size(); ++s) {
+            const TileFormat::Placed& segment = format_.segments()[s];
+            if (segment.bits == 0) continue;
+            if (segment.bits == 16)
+                split_half(rows, argument, head, first, count, tile_token, segment, codes_[s]);
+            else
+                quantize_segment(rows, argument, head, first, count, tile_token, segment, codes_[s], tile);
+            pack_segment(format_, s, codes_[s], tile_token, count, tile);
+        }
+    }
+
+    /// The first `tokens` tokens of a tile as floats, rows `stride` apart, read at `depth` bits: every
+    /// segment at the lesser of depth and its width; fp16 at 8, 12 or 16 bits. Throws Error (option).
+    void decode(const std::byte* tile, Index tokens, int depth, float* values, Index stride) {
+        for (std::size_t s = 0; s < format_.segments().size(); ++s) {
+            const TileFormat::Placed& segment = format_.segments()[s];
+            float* to = values + segment.first_channel;
+            if (segment.bits == 0) {
+                for (Index t = 0; t < tokens; ++t) std::fill_n(to + t * stride, segment.channels, 0.0f);
+                continue;
+            }
+            const int segment_depth = std::min(depth, segment.bits);
+            require(
+                segment_depth >= 1 && (segment.bits != 16 || (segment_depth >= 8 && segment_depth % 4 == 0)),
+                ErrorCode::option, "tile: a depth of ", depth, " bits, expected ",
+                segment.bits == 16 ? "8, 12 or 16 for fp16" : "at least 1");
+            unpack_segment(format_, s, segment_depth, tile, codes_[s]);
+            if (segment.bits == 16)
+                join_half(segment, segment_depth, tokens, codes_[s], to, stride);
+            else
+                decode_segment(tile, segment, segment_depth, tokens, codes_[s], to, stride);
+        }
+    }
+    void decode(const std::byte* tile, Index tokens, float* values, Index stride) {
+        decode(tile, tokens, 16, values, stride);
+    }
+
+    const TileFormat& format() const noexcept { return format_; }
+
+  private:
+    template <CacheScalar Scalar>
+    void quantize_segment(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first,
+                          Index count, Index tile_token, const TileFormat::Placed& segment, TileCodes& codes,
+                          std::byte* tile) {
+        quantizer_.quantize(rows, argument, head, first, count, segment.first_channel, segment.channels,
+                            format_.rule(), segment.bits, codes.byte(0) + tile_token * codes.stride(),
+                            codes.stride());
+        const bool keep_lower = format_.rule().scheme != Scheme::symmetric;
+        auto* step = reinterpret_cast<Eigen::half*>(tile + segment.step_at);
+        auto* lower = reinterpret_cast<Eigen::half*>(tile + segment.lower_at);
+        if (format_.rule().granularity == Granularity::per_channel) {
+            const Index at = tile_token / format_.rule().group * segment.channels;
+            std::copy(quantizer_.step().begin(), quantizer_.step().end(), step + at);
+            if (keep_lower) std::copy(quantizer_.lower().begin(), quantizer_.lower().end(), lower + at);
+            return;
+        }
+        const Index runs = segment.grids / tile_tokens;
+        for (Index t = 0; t < count; ++t)
+            for (Index run = 0; run < runs; ++run) {
+                const auto from = static_cast<std::size_t>(t * runs + run);
+                const Index at = run * tile_tokens + tile_token + t;
+                step[at] = quantizer_.step()[from];
+                if (keep_lower) lower[at] = quantizer_.lower()[from];
+            }
+    }
+
+    void decode_segment(const std::byte* tile, const TileFormat::Placed& segment, int depth, Index tokens,
+                        const TileCodes& codes, float* values, Index stride) {
+        read_grids(tile, segment, depth);
+        const Isa isa = current_isa();
+        const Index channels = segment.channels, padded = padded_channels(channels);
+        const bool by_channel = format_.rule().granularity == Granularity::per_channel;
+        const Index group = by_channel ? format_.rule().group : 1;
+        const bool direct = channels == padded;
+        if (!direct) decoded_.resize(static_cast<std::size_t>(group * padded));
+        for (Index t = 0; t < tokens; t += group) {
+            const Index count = std::min(group, tokens - t);
+            if (by_channel)
+                spread_columns(t / group, channels);
+            else
+                spread_row(t, segment);
+            float* to = direct ? values + t * stride : decoded_.data();
+            decode_columns(isa, codes.byte(0) + t * codes.stride(), codes.stride(), count, padded,
+                           row_lower_.data(), row_step_.data(), to, direct ? stride : padded);
+            if (!direct)
+                for (Index i = 0; i < count; ++i)
+                    std::copy_n(to + i * padded, channels, values + (t + i) * stride);
+        }
+    }
+
+    /// All grids of a segment as floats, the step that of the depth.
+    void read_grids(const std::byte* tile, const TileFormat::Placed& segment, int depth) {
+        const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
+        const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
+        const auto grids = static_cast<std::size_t>(segment.grids);
+        lower_.resize(grids);
+        step_.resize(grids);
+        const bool symmetric = format_.rule().scheme == Scheme::symmetric;
+        const float to_lower = -(0.5f * power_of_two(segment.bits) + 0.5f);
+        const float widen = power_of_two(segment.bits - depth);
+        for (std::size_t g = 0; g < grids; ++g) {
+            const auto fine = static_cast<float>(step[g]);
+            lower_[g] = symmetric ? fine * to_lower : static_cast<float>(lower[g]);
+            step_[g] = fine * widen;
+        }
+        const auto padded = static_cast<std::size_t>(padded_channels(segment.channels));
+        row_lower_.resize(std::max(row_lower_.size(), padded));
+        row_step_.resize(std::max(row_step_.size(), padded));
+    }
+    void spread_columns(Index group, Index channels) {
+        std::copy_n(lower_.begin() + group * channels, channels, row_lower_.begin());
+        std::copy_n(step_.begin() + group * channels, channels, row_step_.begin());
+    }
+    void spread_row(Index token, const TileFormat::Placed& segment) {
+        const Index run = format_.rule().group;
+        for (Index c = 0, r = 0; c < segment.channels; c += run, ++r) {
+            const auto g = static_cast<std::size_t>(r * tile_tokens + token);
+            const Index size = std::min(run, segment.channels - c);
+            std::fill_n(row_lower_.begin() + c, size, lower_[g]);
+            std::fill_n(row_step_.begin() + c, size, step_[g]);
+        }
+    }
+
+    template <CacheScalar Scalar>
+    void split_half(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first,
+                    Index count, Index tile_token, const TileFormat::Placed& segment, TileCodes& codes) {
+        for (Index t = 0; t < count; ++t)
+            for (Index c = 0; c < segment.channels; ++c) {
+                const auto x = static_cast<float>(*rows.at(head, first + t, segment.first_channel + c));
+                if (!(std::abs(x) <= fp16_max))
+                    detail::refuse_value(rows, argument, head, first + t, segment.first_channel + c);
+                const std::uint16_t bits = Eigen::half(x).x;
+                codes.at(tile_token + t, c, 0) = static_cast<std::uint8_t>(bits >> 8);
+                codes.at(tile_token + t, c, 1) = static_cast<std::uint8_t>(bits & 0xFF);
+            }
+    }
+    static void join_half(const TileFormat::Placed& segment, int depth, Index tokens, TileCodes& codes,
+                          float* values, Index stride) {
+        const int midpoint = depth == 16 ? 0 : 1 << (15 - depth);
+        for (Index t = 0; t < tokens; ++t)
+            for (Index c = 0; c < segment.channels; ++c) {
+                const int bits = codes.at(t, c, 0) << 8 | codes.at(t, c, 1) | midpoint;
+                values[t * stride + c] = static_cast<float>(
+                    Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(bits)));
+            }
+    }
+
+    TileFormat format_;
+    BlockQuantizer quantizer_;
+    std::vector<TileCodes> codes_;
+    std::vector<float> lower_, step_, row_lower_, row_step_, decoded_;
+};
+
+}  // namespace kvplane
