@@ -116,8 +116,9 @@ inline void require_width(int bits, Scheme scheme) {
 
 }  // namespace detail
 
-/// The grid of values between `min` and `max` (finite, |x| <= fp16_max). Its step is infinite where fp16
-/// cannot hold it, which only min_max grids of 1 or 2 bits over nearly the whole fp16 range reach.
+/// The grid of values between `min` and `max` (finite, |x| <= fp16_max). A min_max grid whose lower end would
+/// lie below fp16 starts at -fp16_max. The step is infinite where fp16 cannot hold it, which only 1-bit
+/// min_max grids over more than half of the fp16 range reach.
 /// The arithmetic is fp32 in this order on every machine, so that the bits stored never differ.
 inline Grid fit_grid(Scheme scheme, int bits, float min, float max) {
     Grid grid{0.0f, 0.0f, bits};
@@ -134,7 +135,7 @@ inline Grid fit_grid(Scheme scheme, int bits, float min, float max) {
         grid.step = static_cast<float>(half_above((max - grid.lower) / codes));
     } else {
         const float half_step = 0.5f * ((max - min) / (codes - 1.0f));
-        grid.lower = static_cast<float>(half_below(min - half_step)) + 0.0f;
+        grid.lower = static_cast<float>(half_below(std::max(min - half_step, -fp16_max))) + 0.0f;
         grid.step = static_cast<float>(half_above((max - grid.lower) / (codes - 0.5f)));
     }
     return grid;

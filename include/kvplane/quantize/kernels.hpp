@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "kvplane/isa.hpp"
 #include "kvplane/matrix.hpp"
@@ -65,25 +67,45 @@ KVPLANE_INLINE void store(void* to, const V& from) {
     std::memcpy(to, &from, sizeof(V));
 }
 
-/// fp16 bits moved to fp32's place and the exponent bias corrected by an exact product: subnormals come out
-/// right, infinities and NaN as 65536 and more, which is all the range check needs.
+/// 16-bit elements in the upper halves of 32-bit lanes. A shuffle with zero: compilers make one instruction
+/// of it where they make three of a widening conversion.
+template <int Lanes, std::size_t... Place>
+KVPLANE_INLINE void upper_halves(Ints<Lanes>& to, const void* from, std::index_sequence<Place...>) {
+    Vector<std::uint16_t, Lanes> narrow, zero{};
+    load(narrow, from);
+    to = (Ints<Lanes>)__builtin_shufflevector(narrow, zero, (Place % 2 ? Place / 2 : Lanes)...);
+}
+
+/// fp16 bits moved to fp32's place, sign extended, and the exponent bias corrected by an exact product:
+/// subnormals come out right, infinities and NaN as 65536 and more, which is all the range check needs.
 template <int Lanes>
 KVPLANE_INLINE void widen(Floats<Lanes>& to, const Eigen::half* from) {
-    Vector<std::uint16_t, Lanes> narrow;
-    load(narrow, from);
-    const Words<Lanes> bits = __builtin_convertvector(narrow, Words<Lanes>);
-    const Floats<Lanes> magnitude = (Floats<Lanes>)((bits & 0x7FFFu) << 13) * 0x1p112f;
-    to = (Floats<Lanes>)((Words<Lanes>)magnitude | (bits & 0x8000u) << 16);
+    Ints<Lanes> bits;
+    upper_halves<Lanes>(bits, from, std::make_index_sequence<2 * Lanes>{});
+    to = (Floats<Lanes>)((Words<Lanes>)(bits >> 3) & 0x8FFFE000u) * 0x1p112f;
 }
 template <int Lanes>
 KVPLANE_INLINE void widen(Floats<Lanes>& to, const Eigen::bfloat16* from) {
-    Vector<std::uint16_t, Lanes> narrow;
-    load(narrow, from);
-    to = (Floats<Lanes>)(__builtin_convertvector(narrow, Words<Lanes>) << 16);
+    Ints<Lanes> bits;
+    upper_halves<Lanes>(bits, from, std::make_index_sequence<2 * Lanes>{});
+    to = (Floats<Lanes>)bits;
 }
 template <int Lanes>
 KVPLANE_INLINE void widen(Floats<Lanes>& to, const float* from) {
     load(to, from);
+}
+
+/// Stores the low bytes of lanes that hold 0 to 255.
+template <int Lanes>
+KVPLANE_INLINE void store_low_bytes(std::uint8_t* to, const Ints<Lanes>& from) {
+    if constexpr (Lanes == 8) {
+        const auto bytes = (Vector<std::uint8_t, 4 * Lanes>)from;
+        const Vector<std::uint8_t, Lanes> low =
+            __builtin_shufflevector(bytes, bytes, 0, 4, 8, 12, 16, 20, 24, 28);
+        store(to, low);
+    } else {
+        store(to, __builtin_convertvector(from, Vector<std::uint8_t, Lanes>));
+    }
 }
 
 /// Running extremes of one vector of values. NaN compares false and would slip through, so types that can
@@ -110,67 +132,82 @@ struct Extremes {
         if constexpr (!std::is_same_v<Scalar, Eigen::half>)
             inside &= (Floats<Lanes>)((Words<Lanes>)x & 0x7FFFFFFFu) <= fp16_max;
     }
-    KVPLANE_INLINE bool all_inside() const {
-        const Ints<Lanes> good = inside & (min >= -fp16_max) & (max <= fp16_max);
-        std::int32_t lanes = -1;
-        for (int i = 0; i < Lanes; ++i) lanes &= good[i];
-        return lanes != 0;
+    /// All bits of a lane set where all its values can be stored.
+    KVPLANE_INLINE void good_lanes(Ints<Lanes>& good) const {
+        good &= inside & (min >= -fp16_max) & (max <= fp16_max);
     }
 };
 
+template <int Lanes>
+KVPLANE_INLINE bool all_set(const Ints<Lanes>& good) {
+    std::int32_t lanes = -1;
+    for (int i = 0; i < Lanes; ++i) lanes &= good[i];
+    return lanes != 0;
+}
+
 template <int Lanes, int Strips, class Scalar>
-KVPLANE_INLINE bool strip_extremes(const Scalar* data, Index stride, Index tokens, float* min, float* max) {
+KVPLANE_INLINE void strip_extremes(const Scalar* data, Index stride, Index tokens, float* min, float* max,
+                                   Ints<Lanes>& good) {
     Extremes<Lanes, Scalar> strips[Strips];
     for (int s = 0; s < Strips; ++s) strips[s].start(data + s * Lanes);
     for (Index t = 1; t < tokens; ++t)
         for (int s = 0; s < Strips; ++s) strips[s].keep(data + t * stride + s * Lanes);
-    bool inside = true;
     for (int s = 0; s < Strips; ++s) {
         store(min + s * Lanes, strips[s].min);
         store(max + s * Lanes, strips[s].max);
-        inside = inside && strips[s].all_inside();
+        strips[s].good_lanes(good);
     }
-    return inside;
 }
 
 template <int Lanes, class Scalar>
 KVPLANE_INLINE bool column_extremes(const Scalar* data, Index stride, Index tokens, Index channels,
                                     float* min, float* max) {
     constexpr int strips = 4;
-    bool inside = true;
+    Ints<Lanes> good = Ints<Lanes>{} - 1;
     Index c = 0;
     for (; c + strips * Lanes <= channels; c += strips * Lanes)
-        inside = strip_extremes<Lanes, strips>(data + c, stride, tokens, min + c, max + c) && inside;
+        strip_extremes<Lanes, strips>(data + c, stride, tokens, min + c, max + c, good);
     for (; c < channels; c += Lanes)
-        inside = strip_extremes<Lanes, 1>(data + c, stride, tokens, min + c, max + c) && inside;
-    return inside;
+        strip_extremes<Lanes, 1>(data + c, stride, tokens, min + c, max + c, good);
+    return all_set<Lanes>(good);
 }
 
+/// The least and the greatest lane, by halving.
+template <int Lanes>
+KVPLANE_INLINE void across_lanes(const Floats<Lanes>& min, const Floats<Lanes>& max, float& least,
+                                 float& greatest) {
+    if constexpr (Lanes == 8) {
+        const Floats<4> low = __builtin_shufflevector(min, min, 0, 1, 2, 3);
+        const Floats<4> low2 = __builtin_shufflevector(min, min, 4, 5, 6, 7);
+        const Floats<4> high = __builtin_shufflevector(max, max, 0, 1, 2, 3);
+        const Floats<4> high2 = __builtin_shufflevector(max, max, 4, 5, 6, 7);
+        across_lanes<4>(low < low2 ? low : low2, high2 < high ? high : high2, least, greatest);
+    } else {
+        const Floats<4> low = __builtin_shufflevector(min, min, 2, 3, 0, 1);
+        const Floats<4> high = __builtin_shufflevector(max, max, 2, 3, 0, 1);
+        const Floats<4> min2 = min < low ? min : low, max2 = high < max ? max : high;
+        least = min2[0] < min2[1] ? min2[0] : min2[1];
+        greatest = max2[1] < max2[0] ? max2[0] : max2[1];
+    }
+}
+
+/// Eight lanes at most: the halving at the end of every run costs more than wider lanes save.
 template <int Lanes, class Scalar>
 KVPLANE_INLINE bool row_extremes(const Scalar* data, Index stride, Index tokens, Index channels, Index group,
                                  float* min, float* max) {
-    bool inside = true;
+    constexpr int lanes = Lanes < 8 ? Lanes : 8;
+    Ints<lanes> good = Ints<lanes>{} - 1;
     for (Index t = 0; t < tokens; ++t) {
         for (Index c = 0; c < channels; c += group) {
             const Scalar* run = data + t * stride + c;
-            Extremes<Lanes, Scalar> extremes;
+            Extremes<lanes, Scalar> extremes;
             extremes.start(run);
-            for (Index i = Lanes; i < group; i += Lanes) extremes.keep(run + i);
-            inside = extremes.all_inside() && inside;
-            float low[Lanes], high[Lanes];
-            store(low, extremes.min);
-            store(high, extremes.max);
-            for (int half = Lanes / 2; half > 0; half /= 2) {
-                for (int i = 0; i < half; ++i) {
-                    low[i] = low[i + half] < low[i] ? low[i + half] : low[i];
-                    high[i] = high[i] < high[i + half] ? high[i + half] : high[i];
-                }
-            }
-            *min++ = low[0];
-            *max++ = high[0];
+            for (Index i = lanes; i < group; i += lanes) extremes.keep(run + i);
+            extremes.good_lanes(good);
+            across_lanes<lanes>(extremes.min, extremes.max, *min++, *max++);
         }
     }
-    return inside;
+    return all_set<lanes>(good);
 }
 
 /// A magnitude cut to the fp16 values below and above it (equal where it is one); infinite where fp16 ends.
@@ -262,6 +299,7 @@ KVPLANE_INLINE void fit_lanes(Scheme scheme, int bits, const Floats<Lanes>& min,
     F constant = min;
     round_nearest<Lanes>(constant);
     lower = scheme == Scheme::cell ? min : min - 0.5f * ((max - min) / (codes - 1.0f));
+    lower = lower < -fp16_max ? F{} - fp16_max : lower;
     round_below<Lanes>(lower);
     step = (max - lower) / (scheme == Scheme::cell ? codes : codes - 0.5f);
     round_above<Lanes>(step);
@@ -286,24 +324,24 @@ KVPLANE_INLINE void fit_grids(Scheme scheme, int bits, Index count, const float*
     }
 }
 
+/// The position is within the cells, or a few beyond where values were clipped, so it fits an integer.
 template <int Lanes, class Scalar>
 KVPLANE_INLINE void encode_lanes(const Scalar* from, const Floats<Lanes>& lower, const Floats<Lanes>& inverse,
-                                 float last, std::uint8_t* codes) {
-    const Floats<Lanes> zero{}, top = zero + last;
+                                 int last, std::uint8_t* codes) {
+    const Ints<Lanes> zero{}, top = zero + last;
     Floats<Lanes> x;
     widen<Lanes>(x, from);
-    x = (x - lower) * inverse;
-    x = x > zero ? x : zero;
-    x = x < top ? x : top;
-    store(codes,
-          __builtin_convertvector(__builtin_convertvector(x, Ints<Lanes>), Vector<std::uint8_t, Lanes>));
+    Ints<Lanes> cell = __builtin_convertvector((x - lower) * inverse, Ints<Lanes>);
+    cell = cell > zero ? cell : zero;
+    cell = cell < top ? cell : top;
+    store_low_bytes<Lanes>(codes, cell);
 }
 
 template <int Lanes, class Scalar>
 KVPLANE_INLINE void encode_columns(const Scalar* data, Index stride, Index tokens, Index channels, int bits,
                                    const float* lower, const float* inverse, std::uint8_t* codes,
                                    Index code_stride) {
-    const auto last = static_cast<float>((1 << bits) - 1);
+    const int last = (1 << bits) - 1;
     for (Index t = 0; t < tokens; ++t) {
         for (Index c = 0; c < channels; c += Lanes) {
             Floats<Lanes> low, scale;
@@ -318,7 +356,7 @@ template <int Lanes, class Scalar>
 KVPLANE_INLINE void encode_rows(const Scalar* data, Index stride, Index tokens, Index channels, Index group,
                                 int bits, const float* lower, const float* inverse, std::uint8_t* codes,
                                 Index code_stride) {
-    const auto last = static_cast<float>((1 << bits) - 1);
+    const int last = (1 << bits) - 1;
     for (Index t = 0; t < tokens; ++t) {
         for (Index first = 0; first < channels; first += group, ++lower, ++inverse) {
             const Floats<Lanes> low = Floats<Lanes>{} + *lower, scale = Floats<Lanes>{} + *inverse;

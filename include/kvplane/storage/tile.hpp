@@ -32,6 +32,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "kvplane/error.hpp"
@@ -183,89 +184,130 @@ struct CodeRows {
     Index stride;
 };
 
-/// One plane of a segment, keys: four channels of a token make one 32-bit lane.
-inline void pack_key_plane(CodeRows from, Index first_token, Index tokens, Index channels, int width,
-                           int shift, std::byte* plane) noexcept {
-    const Index depth = TileFormat::unit_depth(width), units = (channels + depth - 1) / depth;
-    const std::uint32_t mask = 0x01010101u * ((1u << width) - 1);
+/// One 32-bit lane of a key unit: 32 / width codes, four channels to a byte position, two groups of four at a
+/// time.
+template <int width>
+std::uint32_t key_lane(const std::uint8_t* codes, int shift) noexcept {
+    if constexpr (width == 8) return load_u32(codes);
+    constexpr std::uint64_t mask = 0x0101010101010101ull * ((1u << width) - 1);
+    std::uint64_t pairs = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4 / width; ++i) pairs |= (load_u64(codes + 8 * i) >> shift & mask) << (2 * i * width);
+    return static_cast<std::uint32_t>(pairs | pairs >> (32 - width));
+}
+
+/// One plane of a segment, keys.
+template <int width>
+void pack_key_plane(CodeRows from, Index first_token, Index tokens, Index channels, int shift,
+                    std::byte* plane) noexcept {
+    constexpr Index depth = TileFormat::unit_depth(width);
+    const Index units = (channels + depth - 1) / depth;
     for (Index t = first_token; t < first_token + tokens; ++t) {
         const std::uint8_t* row = from.codes + t * from.stride;
         std::byte* lane = plane + t / unit_lanes * units * unit_bytes + t % unit_lanes * 4;
-        for (Index u = 0; u < units; ++u, lane += unit_bytes) {
-            std::uint32_t word = 0;
-            for (int i = 0; i < 8 / width; ++i, row += 4)
-                word |= (load_u32(row) >> shift & mask) << (i * width);
-            store_u32(lane, word);
-        }
+        for (Index u = 0; u < units; ++u)
+            store_u32(lane + u * unit_bytes, key_lane<width>(row + u * depth, shift));
     }
 }
 
 /// The inverse for all 128 tokens: code = code << width | plane.
-inline void unpack_key_plane(const std::byte* plane, Index channels, int width, bool first,
-                             std::uint8_t* codes, Index stride) noexcept {
-    const Index depth = TileFormat::unit_depth(width), units = (channels + depth - 1) / depth;
-    const std::uint32_t mask = 0x01010101u * ((1u << width) - 1);
-    const std::uint32_t keep = 0x01010101u * (0xFFu >> width & 0xFFu);
+template <int width>
+void unpack_key_plane(const std::byte* plane, Index channels, bool first, std::uint8_t* codes,
+                      Index stride) noexcept {
+    constexpr Index depth = TileFormat::unit_depth(width);
+    constexpr std::uint32_t mask = 0x01010101u * ((1u << width) - 1);
+    constexpr std::uint32_t keep = 0x01010101u * (0xFFu >> width);
+    const Index units = (channels + depth - 1) / depth;
     for (Index t = 0; t < tile_tokens; ++t) {
         std::uint8_t* row = codes + t * stride;
         const std::byte* lane = plane + t / unit_lanes * units * unit_bytes + t % unit_lanes * 4;
-        for (Index u = 0; u < units; ++u, lane += unit_bytes) {
+        for (Index u = 0; u < units; ++u, lane += unit_bytes, row += depth) {
             const std::uint32_t word = load_u32(lane);
-            for (int i = 0; i < 8 / width; ++i, row += 4) {
-                const std::uint32_t high = first || width == 8 ? 0 : (load_u32(row) & keep) << width;
-                store_u32(row, high | (word >> (i * width) & mask));
+#pragma GCC unroll 8
+            for (int i = 0; i < 8 / width; ++i) {
+                const std::uint32_t high = first ? 0 : (load_u32(row + 4 * i) & keep) << (width % 8);
+                store_u32(row + 4 * i, high | (word >> (i * width) & mask));
             }
         }
     }
 }
 
-/// Values, all 128 tokens: four tokens of a channel make one 32-bit lane.
-template <int Lanes>
-KVPLANE_INLINE void pack_value_units(CodeRows from, Index channels, int width, int shift, std::byte* plane) {
-    using Words = quantize::Words<Lanes>;
-    using Bytes = quantize::Vector<std::uint8_t, Lanes>;
-    const Index depth = TileFormat::unit_depth(width);
-    const std::uint32_t mask = (1u << width) - 1;
-    for (Index c = 0; c < channels; c += unit_lanes)
-        for (Index t = 0; t < tile_tokens; t += depth, plane += unit_bytes)
-            for (Index lane = 0; lane < unit_lanes; lane += Lanes) {
-                Words word{};
-                for (Index i = 0; i < depth; ++i) {
-                    Bytes codes;
-                    quantize::load(codes, from.codes + (t + i) * from.stride + c + lane);
-                    const auto up = static_cast<std::uint32_t>(i / 4 * width + i % 4 * 8);
-                    word |=
-                        (__builtin_convertvector(codes, Words) >> static_cast<std::uint32_t>(shift) & mask)
-                        << up;
-                }
-                quantize::store(plane + lane * 4, word);
-            }
+using Bytes16 = quantize::Vector<std::uint8_t, 16>;
+
+/// Four rows of 16 bytes to 16 lanes of 4 bytes: what stands at byte j of a lane comes from row j.
+inline void interleave_rows(const Bytes16 (&row)[4], std::byte* unit) noexcept {
+#define KVPLANE_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define KVPLANE_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+    using Pairs = quantize::Vector<std::uint16_t, 8>;
+    const Bytes16 even[2] = {__builtin_shufflevector(row[0], row[1], KVPLANE_LOW),
+                             __builtin_shufflevector(row[0], row[1], KVPLANE_HIGH)};
+    const Bytes16 odd[2] = {__builtin_shufflevector(row[2], row[3], KVPLANE_LOW),
+                            __builtin_shufflevector(row[2], row[3], KVPLANE_HIGH)};
+#undef KVPLANE_LOW
+#undef KVPLANE_HIGH
+    for (int i = 0; i < 2; ++i) {
+        const auto a = (Pairs)even[i], b = (Pairs)odd[i];
+        quantize::store(unit + 32 * i, __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11));
+        quantize::store(unit + 32 * i + 16, __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15));
+    }
 }
 
-template <int Lanes>
-KVPLANE_INLINE void unpack_value_units(const std::byte* plane, Index channels, int width, bool first,
-                                       std::uint8_t* codes, Index stride) {
-    using Words = quantize::Words<Lanes>;
-    using Bytes = quantize::Vector<std::uint8_t, Lanes>;
-    const Index depth = TileFormat::unit_depth(width);
-    const std::uint32_t mask = (1u << width) - 1;
+/// The inverse.
+inline void separate_rows(const std::byte* unit, Bytes16 (&row)[4]) noexcept {
+#define KVPLANE_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define KVPLANE_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+    Bytes16 part[4];
+    for (int i = 0; i < 4; ++i) quantize::load(part[i], unit + 16 * i);
+    const Bytes16 even[2] = {__builtin_shufflevector(part[0], part[1], KVPLANE_EVEN),
+                             __builtin_shufflevector(part[2], part[3], KVPLANE_EVEN)};
+    const Bytes16 odd[2] = {__builtin_shufflevector(part[0], part[1], KVPLANE_ODD),
+                            __builtin_shufflevector(part[2], part[3], KVPLANE_ODD)};
+    row[0] = __builtin_shufflevector(even[0], even[1], KVPLANE_EVEN);
+    row[1] = __builtin_shufflevector(odd[0], odd[1], KVPLANE_EVEN);
+    row[2] = __builtin_shufflevector(even[0], even[1], KVPLANE_ODD);
+    row[3] = __builtin_shufflevector(odd[0], odd[1], KVPLANE_ODD);
+#undef KVPLANE_EVEN
+#undef KVPLANE_ODD
+}
+
+/// One plane of a segment, values, all 128 tokens: four tokens of a channel make one 32-bit lane.
+template <int width>
+void pack_value_plane(CodeRows from, Index channels, int shift, std::byte* plane) noexcept {
+    constexpr Index depth = TileFormat::unit_depth(width);
+    constexpr auto mask = static_cast<std::uint8_t>((1u << width) - 1);
     for (Index c = 0; c < channels; c += unit_lanes)
-        for (Index t = 0; t < tile_tokens; t += depth, plane += unit_bytes)
-            for (Index lane = 0; lane < unit_lanes; lane += Lanes) {
-                Words word;
-                quantize::load(word, plane + lane * 4);
-                for (Index i = 0; i < depth; ++i) {
-                    std::uint8_t* at = codes + (t + i) * stride + c + lane;
-                    Words high{};
-                    if (!first) {
-                        Bytes before;
-                        quantize::load(before, at);
-                        high = __builtin_convertvector(before, Words) << static_cast<std::uint32_t>(width);
-                    }
-                    const auto down = static_cast<std::uint32_t>(i / 4 * width + i % 4 * 8);
-                    quantize::store(at, __builtin_convertvector(high | (word >> down & mask), Bytes));
-                }
+        for (Index t = 0; t < tile_tokens; t += depth, plane += unit_bytes) {
+            Bytes16 row[4]{};
+            for (Index i = 0; i < depth; ++i) {
+                Bytes16 codes;
+                quantize::load(codes, from.codes + (t + i) * from.stride + c);
+                row[i % 4] |= (codes >> static_cast<std::uint8_t>(shift) & mask)
+                              << static_cast<std::uint8_t>(i / 4 * width);
             }
+            interleave_rows(row, plane);
+        }
+}
+
+/// The inverse: code = code << width | plane.
+template <int width>
+void unpack_value_plane(const std::byte* plane, Index channels, bool first, std::uint8_t* codes,
+                        Index stride) noexcept {
+    constexpr Index depth = TileFormat::unit_depth(width);
+    constexpr auto mask = static_cast<std::uint8_t>((1u << width) - 1);
+    for (Index c = 0; c < channels; c += unit_lanes)
+        for (Index t = 0; t < tile_tokens; t += depth, plane += unit_bytes) {
+            Bytes16 row[4];
+            separate_rows(plane, row);
+            for (Index i = 0; i < depth; ++i) {
+                std::uint8_t* at = codes + (t + i) * stride + c;
+                Bytes16 high{};
+                if (!first) {
+                    quantize::load(high, at);
+                    high <<= static_cast<std::uint8_t>(width % 8);
+                }
+                quantize::store(at, high | (row[i % 4] >> static_cast<std::uint8_t>(i / 4 * width) & mask));
+            }
+        }
 }
 
 /// Some tokens of a value plane whose other tokens stay as they are.
@@ -285,22 +327,40 @@ inline void merge_value_plane(CodeRows from, Index first_token, Index tokens, In
     }
 }
 
+/// Calls body(width as an integral constant).
+template <class Body>
+void with_width(int width, const Body& body) {
+    switch (width) {
+        case 1:
+            return body(std::integral_constant<int, 1>{});
+        case 2:
+            return body(std::integral_constant<int, 2>{});
+        case 4:
+            return body(std::integral_constant<int, 4>{});
+        default:
+            return body(std::integral_constant<int, 8>{});
+    }
+}
+
 inline void pack_plane(const TileFormat& format, CodeRows from, Index first_token, Index tokens,
                        Index channels, int width, int shift, std::byte* plane) {
-    if (format.side() == TileSide::keys)
-        return pack_key_plane(from, first_token, tokens, channels, width, shift, plane);
-    if (tokens < tile_tokens)
-        return merge_value_plane(from, first_token, tokens, channels, width, shift, plane);
-    run_on(current_isa(),
-           [&](auto lanes) KVPLANE_BODY { pack_value_units<lanes>(from, channels, width, shift, plane); });
+    with_width(width, [&](auto w) {
+        if (format.side() == TileSide::keys)
+            pack_key_plane<w>(from, first_token, tokens, channels, shift, plane);
+        else if (tokens == tile_tokens)
+            pack_value_plane<w>(from, channels, shift, plane);
+        else
+            merge_value_plane(from, first_token, tokens, channels, width, shift, plane);
+    });
 }
 
 inline void unpack_plane(const TileFormat& format, const std::byte* plane, Index channels, int width,
                          bool first, std::uint8_t* codes, Index stride) {
-    if (format.side() == TileSide::keys)
-        return unpack_key_plane(plane, channels, width, first, codes, stride);
-    run_on(current_isa(), [&](auto lanes) KVPLANE_BODY {
-        unpack_value_units<lanes>(plane, channels, width, first, codes, stride);
+    with_width(width, [&](auto w) {
+        if (format.side() == TileSide::keys)
+            unpack_key_plane<w>(plane, channels, first, codes, stride);
+        else
+            unpack_value_plane<w>(plane, channels, first, codes, stride);
     });
 }
 
