@@ -1,0 +1,6 @@
+#include <kvplane/kvplane.hpp>
+
+int main() {
+    const kvplane::Matrix keys = kvplane::Matrix::Random(200, 64);
+    return kvplane::relative_error(keys, kvplane::per_channel(keys).dequantize()) < 0.1 ? 0 : 1;
+}
