@@ -92,8 +92,7 @@ double cheapest_cost(std::span<const AllocationItem> items);
 /// Cost and error of a given choice. Throws Error (shape, index) where it does not belong to the items.
 Allocation evaluate_allocation(std::span<const AllocationItem> items, std::span<const std::size_t> choice);
 
-// Implementation
-// ------------------------------------------------------------------------------------------------
+// Implementation.
 
 namespace detail::allocation {
 

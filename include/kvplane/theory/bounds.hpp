@@ -81,8 +81,7 @@ double high_rate_allocation_bound(const Eigen::Ref<const Eigen::VectorXd>& weigh
 /// costs ascending. Steps are compared up to a relative 1e-12. Throws Error (shape, not_finite, option).
 bool greedy_is_exact(const Eigen::Ref<const MatrixD>& errors, const Eigen::Ref<const MatrixD>& costs);
 
-// Implementation
-// ------------------------------------------------------------------------------------------------
+// Implementation.
 
 namespace detail {
 
