@@ -95,7 +95,9 @@ struct TensorInfo {
 ///
 /// open() and from_bytes() check the whole header, so that everything after them can only be refused for what
 /// the caller asks: a name that is not there (index), another dtype (mismatch), a shape that does not fit
-/// (shape). Views point into the mapped file and are valid while this object, one moved or one copied from it
+/// (shape). Two things that the reference implementation lets pass are refused: a tensor that begins at no
+/// multiple of its element's size, and a field of a tensor's entry other than dtype, shape, data_offsets.
+/// Views point into the mapped file and are valid while this object, one moved or one copied from it
 /// lives (copies share the mapping). Another process that shortens the file while it is mapped makes reads of
 /// the lost part fail with SIGBUS, as with every mapped file.
 class SafetensorsFile {
@@ -307,7 +309,7 @@ std::string shape_text(const std::vector<Size>& shape) {
 }
 
 /// Bytes of a tensor, or nothing where they overflow an Index. Sizes other than 0 are multiplied even where
-/// one is 0, so that any product of sizes, in any grouping, fits too.
+/// one is 0, so that any product of sizes, in any grouping, fits too. A negative size overflows.
 template <class Size>
 std::optional<std::size_t> shape_bytes(const std::vector<Size>& shape, DType dtype) {
     constexpr auto most = static_cast<std::uint64_t>(std::numeric_limits<Index>::max());
@@ -586,7 +588,7 @@ inline void require_data_filled(const TensorInfos& tensors, std::size_t data_byt
         before = tensor_named(name);
     }
     require(filled == data_bytes, ErrorCode::format, source, ": the file holds ", data_bytes,
-            " bytes of data, expected ", filled, ", the end of ", before);
+            " bytes of data, expected ", filled, " for its tensors");
 }
 
 }  // namespace detail
@@ -794,8 +796,7 @@ Eigen::Map<const RowMajorMatrix<Scalar>> SafetensorsFile::matrix(std::string_vie
                                                                  Index cols) const {
     const Scalar* const data = elements<Scalar>(name);
     const std::optional<std::size_t> wanted =
-        rows < 0 || cols < 0 ? std::nullopt
-                             : detail::shape_bytes(std::vector<Index>{rows, cols}, dtype_of<Scalar>);
+        detail::shape_bytes(std::vector<Index>{rows, cols}, dtype_of<Scalar>);
     require(wanted == bytes(name).size(), ErrorCode::shape, source_, ": ", detail::tensor_named(name),
             " has the shape ", detail::shape_text(info(name).shape), ", which is not ", rows, " x ", cols,
             " elements");
