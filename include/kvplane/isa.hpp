@@ -44,7 +44,9 @@ inline constexpr std::array<IsaDescription, 3> all_isas{{
 }};
 
 inline std::string_view name(Isa isa) noexcept {
-    return all_isas[static_cast<std::size_t>(isa)].name;
+    for (const auto& description : all_isas)
+        if (description.isa == isa) return description.name;
+    return "unknown";
 }
 
 /// Whether this machine can run it.

@@ -68,9 +68,11 @@ inline void require_attention(const AttentionShape& shape, const MatrixD& keys, 
             ErrorCode::shape, function, ": keys of ", keys.cols(), " channels in ", shape.kv_heads,
             " heads and queries of ", queries.cols(), " in ", shape.query_heads,
             "; expected the same head_dim");
-    require(shape.first_query_position >= 0 && shape.first_query_position + queries.rows() <= keys.rows(),
-            ErrorCode::index, function, ": queries at positions ", shape.first_query_position, " to ",
-            shape.first_query_position + queries.rows() - 1, " over ", keys.rows(), " keys");
+    require(shape.first_query_position >= 0 && queries.rows() <= keys.rows() - shape.first_query_position,
+            ErrorCode::index, function, ": ", queries.rows(), " queries from position ",
+            shape.first_query_position, " on, over ", keys.rows(), " keys");
+    require(shape.scale >= 0.0 && std::isfinite(shape.scale), ErrorCode::option, function, ": a scale of ",
+            shape.scale, "; expected a positive number, or 0 for 1 / sqrt(head_dim)");
 }
 
 /// Scaled scores of one query head, queries x keys; columns that a query does not see are left as computed.
@@ -175,7 +177,8 @@ double attention_divergence(const AttentionShape& shape, const K& keys, const KA
         }
     }
     const Index rows = q.rows() * shape.query_heads;
-    return rows == 0 ? 0.0 : std::max(0.0, sum / static_cast<double>(rows));
+    // Rounding may leave a little less than 0. In this order the maximum keeps NaN.
+    return rows == 0 ? 0.0 : std::max(sum / static_cast<double>(rows), 0.0);
 }
 
 }  // namespace kvplane

@@ -25,6 +25,15 @@ constexpr const char* name(Granularity granularity) noexcept {
     return granularity == Granularity::per_channel ? "per_channel" : "per_token";
 }
 
+/// Groups of `group` elements that `count` elements make; the last may be smaller. Any group >= 1 will do,
+/// however large.
+constexpr Index groups_of(Index count, Index group) noexcept {
+    return count / group + (count % group != 0 ? 1 : 0);
+}
+
+/// A group of channels that covers a head of any size.
+inline constexpr Index whole_head = Index{1} << 30;
+
 /// How a block gets its grids. `group` counts tokens (per_channel) or channels (per_token); the last group of
 /// a block may be smaller.
 struct GridRule {
@@ -35,11 +44,13 @@ struct GridRule {
 
     /// Grids of one block.
     Index grids(Index tokens, Index channels) const noexcept {
-        return granularity == Granularity::per_channel ? (tokens + group - 1) / group * channels
-                                                       : tokens * ((channels + group - 1) / group);
+        return granularity == Granularity::per_channel ? groups_of(tokens, group) * channels
+                                                       : tokens * groups_of(channels, group);
     }
     /// Bytes that one grid is stored in: an fp16 step, and an fp16 lower unless that follows from step.
     Index bytes_per_grid() const noexcept { return scheme == Scheme::symmetric ? 2 : 4; }
+
+    bool operator==(const GridRule&) const = default;
 };
 
 /// How far clipped values lie outside their grids' intervals: 0 without clipping.
@@ -118,7 +129,7 @@ class BlockQuantizer {
     template <CacheScalar Scalar>
     Prepared prepare(const HeadRows<Scalar>& rows, Index head, Index first, Index count, Index first_channel,
                      Index channels, Index group) {
-        const Index runs = (channels + group - 1) / group, padded_group = padded_channels(group);
+        const Index runs = groups_of(channels, group), padded_group = padded_channels(group);
         if (rows.channel_stride() == 1 && runs * padded_group == channels)
             return {{rows.at(head, first, first_channel), scalar_type<Scalar>, rows.token_stride()},
                     channels,
@@ -145,7 +156,7 @@ class BlockQuantizer {
         reserve(source.channels);
         if (!column_extremes(isa_, source.rows, count, source.channels, min_.data(), max_.data()))
             detail::refuse_first_bad_value(rows, argument);
-        fit(source.channels, rows, argument, head, first);
+        fit(source.channels, channels, argument, head, first);
         if (rule_.clip == Clip::mse_optimal)
             for (Index c = 0; c < channels; ++c)
                 shrink(c, count, [&](Index i) {
@@ -165,12 +176,12 @@ class BlockQuantizer {
     template <CacheScalar Scalar>
     void rows(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first, Index count,
               Index first_channel, Index channels, std::uint8_t* codes, Index code_stride) {
-        const Index group = std::min(rule_.group, channels), runs = (channels + group - 1) / group;
+        const Index group = std::min(rule_.group, channels), runs = groups_of(channels, group);
         const Prepared source = prepare(rows, head, first, count, first_channel, channels, group);
         reserve(padded_channels(count * runs));
         if (!row_extremes(isa_, source.rows, count, source.channels, source.group, min_.data(), max_.data()))
             detail::refuse_first_bad_value(rows, argument);
-        fit(padded_channels(count * runs), rows, argument, head, first);
+        fit(padded_channels(count * runs), count * runs, argument, head, first);
         if (rule_.clip == Clip::mse_optimal)
             for (Index g = 0; g < count * runs; ++g) {
                 const Index start = g % runs * group;
@@ -204,10 +215,10 @@ class BlockQuantizer {
         return codes_.data();
     }
 
-    template <CacheScalar Scalar>
-    void fit(Index grids, const HeadRows<Scalar>&, std::string_view argument, Index head, Index first) {
+    /// Fits `padded` grids; those beyond `grids` come from whatever the memory held and are not looked at.
+    void fit(Index padded, Index grids, std::string_view argument, Index head, Index first) {
         fit_grids(
-            isa_, rule_.scheme, bits_, grids, min_.data(), max_.data(),
+            isa_, rule_.scheme, bits_, padded, min_.data(), max_.data(),
             {fp_lower_.data(), fp_step_.data(), inverse_.data(), stored_lower_.data(), stored_step_.data()});
         const auto finite = [](float x) { return std::abs(x) < std::numeric_limits<float>::infinity(); };
         for (Index g = 0; g < grids; ++g)
@@ -220,7 +231,8 @@ class BlockQuantizer {
     }
 
     /// Replaces grid g by the one with the least squared error over the group, its interval shrunk about its
-    /// middle, and keeps account of what then lies outside.
+    /// middle, and keeps account of what then lies outside. Products are exact in double, so that contraction
+    /// to fused multiply-add cannot choose another grid.
     template <class Value>
     void shrink(Index g, Index size, const Value& value) {
         const auto at = static_cast<std::size_t>(g);
@@ -229,15 +241,20 @@ class BlockQuantizer {
         double least = std::numeric_limits<double>::infinity();
         for (int percent = 100; percent >= 30; percent -= 5) {
             const float kept = static_cast<float>(percent) / 100.0f;
-            const Grid grid = rule_.scheme == Scheme::symmetric
-                                  ? fit_grid(rule_.scheme, bits_, kept * min_[at], kept * max_[at])
-                              : percent == 100 ? fit_grid(rule_.scheme, bits_, min_[at], max_[at])
-                                               : fit_grid(rule_.scheme, bits_, middle - kept * reach,
-                                                          middle + kept * reach);
+            const double offset = static_cast<double>(kept) * reach;
+            float low = min_[at], high = max_[at];
+            if (rule_.scheme == Scheme::symmetric) {
+                low *= kept;
+                high *= kept;
+            } else if (percent < 100) {
+                low = static_cast<float>(middle - offset);
+                high = static_cast<float>(middle + offset);
+            }
+            const Grid grid = fit_grid(rule_.scheme, bits_, low, high);
             double error = 0.0;
             for (Index i = 0; i < size; ++i) {
-                const double x = value(i), difference = x - grid.decode(grid.encode(value(i)));
-                error += difference * difference;
+                const float x = value(i), difference = x - grid.decode(grid.encode(x));
+                error += static_cast<double>(difference) * difference;
             }
             if (error >= least) continue;
             least = error;

@@ -128,8 +128,8 @@ class Quantized {
         require_depth(depth);
         require(values.cols() == channels(), ErrorCode::shape, "dequantize_rows: values has ", values.cols(),
                 " columns, expected ", channels());
-        require(first >= 0 && first + values.rows() <= tokens_, ErrorCode::index, "dequantize_rows: tokens ",
-                first, " to ", first + values.rows(), " of ", tokens_);
+        require(first >= 0 && values.rows() <= tokens_ - first, ErrorCode::index,
+                "dequantize_rows: ", values.rows(), " tokens from ", first, " on, of ", tokens_);
         for_each_block(first, values.rows(), depth, [&](Index token, Index count, const Matrix& block) {
             values.derived().middleRows(token - first, count) =
                 block.topLeftCorner(count, channels()).template cast<typename Derived::Scalar>();
@@ -170,7 +170,7 @@ class Quantized {
                 bits_);
     }
     bool by_channel() const noexcept { return rule_.granularity == Granularity::per_channel; }
-    Index runs_per_head() const noexcept { return (head_dim_ + rule_.group - 1) / rule_.group; }
+    Index runs_per_head() const noexcept { return groups_of(head_dim_, rule_.group); }
     Index grids_per_row() const noexcept { return by_channel() ? channels() : heads_ * runs_per_head(); }
 
     /// Grids stand in the order [token group][channel] or [token][head][run of channels].
@@ -272,7 +272,7 @@ Quantized quantize(const HeadRows<Scalar>& rows, const GridRule& rule, int bits,
     const bool by_channel = rule.granularity == Granularity::per_channel;
     const bool keep_lower = rule.scheme != Scheme::symmetric;
     const Index grids_per_row = out.grids_per_row();
-    const Index grids = (by_channel ? (tokens + rule.group - 1) / rule.group : tokens) * grids_per_row;
+    const Index grids = (by_channel ? groups_of(tokens, rule.group) : tokens) * grids_per_row;
     out.step_.resize(static_cast<std::size_t>(grids));
     if (keep_lower) out.lower_.resize(static_cast<std::size_t>(grids));
 

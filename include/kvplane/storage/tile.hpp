@@ -91,6 +91,11 @@ class TileFormat {
     const std::vector<Placed>& segments() const noexcept { return segments_; }
     /// Size of a tile, a multiple of 64; every tile takes it whole, however many tokens it holds.
     Index bytes() const noexcept { return bytes_; }
+    /// Whether several tokens share a grid, so that they must be encoded together.
+    bool grids_span_tokens() const noexcept {
+        return rule_.granularity == Granularity::per_channel &&
+               std::any_of(segments_.begin(), segments_.end(), [](const Placed& s) { return s.grids > 0; });
+    }
     /// 8 bytes() / (128 channels): what an element of a full tile takes, grids and padding counted.
     double bits_per_element() const noexcept {
         return channels_ == 0
@@ -150,7 +155,8 @@ class TileFormat {
 class TileCodes {
   public:
     explicit TileCodes(Index channels)
-        : stride_((channels + 31) / 32 * 32),
+        : channels_(channels),
+          stride_((channels + 31) / 32 * 32),
           high_(static_cast<std::size_t>(tile_tokens * stride_)),
           low_(high_) {}
 
@@ -161,8 +167,15 @@ class TileCodes {
     std::uint8_t& at(Index token, Index channel, int which = 0) noexcept {
         return byte(which)[token * stride_ + channel];
     }
+    /// Makes the padding of some tokens zero again: a tile from elsewhere may have left set bits there.
+    void clear_padding(Index first_token, Index tokens) noexcept {
+        if (channels_ == stride_) return;
+        for (Index t = first_token; t < first_token + tokens; ++t)
+            for (int which : {0, 1}) std::fill(&at(t, channels_, which), byte(which) + (t + 1) * stride_, 0);
+    }
 
   private:
+    Index channels_;
     Index stride_;
     std::vector<std::uint8_t> high_, low_;
 };
@@ -420,18 +433,20 @@ class TileCoder {
                 Index tile_token, std::byte* tile) {
         require(rows.head_dim() == format_.channels(), ErrorCode::shape, argument, ": ", rows.head_dim(),
                 " channels, expected ", format_.channels());
-        require(head >= 0 && head < rows.heads() && first >= 0 && first + count <= rows.tokens(),
-                ErrorCode::index, argument, ": head ", head, ", tokens ", first, " to ", first + count,
-                " of ", rows.heads(), " heads, ", rows.tokens(), " tokens");
-        require(tile_token >= 0 && tile_token + count <= tile_tokens, ErrorCode::index, argument, ": tokens ",
-                tile_token, " to ", tile_token + count, " of a tile of ", tile_tokens);
         require(
-            format_.rule().granularity == Granularity::per_token || tile_token % format_.rule().group == 0,
-            ErrorCode::index, argument, ": a tile with grids over ", format_.rule().group,
-            " tokens takes tokens from a multiple of that on, not from ", tile_token);
+            head >= 0 && head < rows.heads() && first >= 0 && count >= 0 && count <= rows.tokens() - first,
+            ErrorCode::index, argument, ": head ", head, ", ", count, " tokens from ", first, " on, of ",
+            rows.heads(), " heads, ", rows.tokens(), " tokens");
+        require(tile_token >= 0 && count <= tile_tokens - tile_token, ErrorCode::index, argument, ": ", count,
+                " tokens from ", tile_token, " on, of a tile of ", tile_tokens);
+        require(!format_.grids_span_tokens() || tile_token % format_.rule().group == 0, ErrorCode::index,
+                argument, ": a tile with grids over ", format_.rule().group,
+                " tokens takes tokens from a multiple of that on, not from ", tile_token);
+        excess_ = {};
         for (std::size_t s = 0; s < format_.segments().size(); ++s) {
             const TileFormat::Placed& segment = format_.segments()[s];
             if (segment.bits == 0) continue;
+            codes_[s].clear_padding(tile_token, count);
             if (segment.bits == 16)
                 split_half(rows, argument, head, first, count, tile_token, segment, codes_[s]);
             else
@@ -441,8 +456,12 @@ class TileCoder {
     }
 
     /// The first `tokens` tokens of a tile as floats, rows `stride` apart, read at `depth` bits: every
-    /// segment at the lesser of depth and its width; fp16 at 8, 12 or 16 bits. Throws Error (option).
+    /// segment at the lesser of depth and its width; fp16 at 8, 12 or 16 bits. Throws Error (index, option)
+    /// before it writes anything.
     void decode(const std::byte* tile, Index tokens, int depth, float* values, Index stride) {
+        require(tokens >= 0 && tokens <= tile_tokens, ErrorCode::index, "tile: ", tokens,
+                " tokens, expected 0 to ", tile_tokens);
+        for (const auto& segment : format_.segments()) require_depth(segment, depth);
         for (std::size_t s = 0; s < format_.segments().size(); ++s) {
             const TileFormat::Placed& segment = format_.segments()[s];
             float* to = values + segment.first_channel;
@@ -451,10 +470,6 @@ class TileCoder {
                 continue;
             }
             const int segment_depth = std::min(depth, segment.bits);
-            require(
-                segment_depth >= 1 && (segment.bits != 16 || (segment_depth >= 8 && segment_depth % 4 == 0)),
-                ErrorCode::option, "tile: a depth of ", depth, " bits, expected ",
-                segment.bits == 16 ? "8, 12 or 16 for fp16" : "at least 1");
             unpack_segment(format_, s, segment_depth, tile, codes_[s]);
             if (segment.bits == 16)
                 join_half(segment, segment_depth, tokens, codes_[s], to, stride);
@@ -466,9 +481,50 @@ class TileCoder {
         decode(tile, tokens, 16, values, stride);
     }
 
+    /// Bound of |x - x'| over the first `tokens` tokens, clipped values aside (see excess()): half the widest
+    /// cell, or the rounding to fp16 of the largest magnitude.
+    double error_bound(const std::byte* tile, Index tokens) {
+        double bound = 0.0;
+        for (std::size_t s = 0; s < format_.segments().size(); ++s) {
+            const TileFormat::Placed& segment = format_.segments()[s];
+            if (segment.bits == 16) {
+                decoded_.resize(static_cast<std::size_t>(tile_tokens * segment.channels));
+                unpack_segment(format_, s, 16, tile, codes_[s]);
+                join_half(segment, 16, tokens, codes_[s], decoded_.data(), segment.channels);
+                for (Index i = 0; i < tokens * segment.channels; ++i)
+                    bound = std::max(bound, half_rounding(decoded_[static_cast<std::size_t>(i)]));
+                continue;
+            }
+            read_grids(tile, segment, segment.bits);
+            for (std::size_t g = 0; g < lower_.size(); ++g)
+                if (grid_in_use(static_cast<Index>(g), segment, tokens))
+                    bound = std::max<double>(bound, Grid{lower_[g], step_[g], segment.bits}.error_bound());
+        }
+        return bound;
+    }
+
+    /// How far tokens of the last encode() lay outside their grids: 0 without clipping.
+    ClipExcess excess() const noexcept { return excess_; }
+
     const TileFormat& format() const noexcept { return format_; }
 
   private:
+    static double half_rounding(float x) noexcept {
+        return std::ldexp(std::abs(static_cast<double>(x)), -11) + 0x1p-25;
+    }
+    bool grid_in_use(Index g, const TileFormat::Placed& segment, Index tokens) const noexcept {
+        return format_.rule().granularity == Granularity::per_channel
+                   ? g / segment.channels * format_.rule().group < tokens
+                   : g % tile_tokens < tokens;
+    }
+
+    static void require_depth(const TileFormat::Placed& segment, int depth) {
+        const int read = std::min(depth, segment.bits);
+        require(depth >= 1 && (segment.bits != 16 || (read >= 8 && read % 4 == 0)), ErrorCode::option,
+                "tile: a depth of ", depth, " bits, expected ",
+                segment.bits == 16 ? "8, 12 or 16 for fp16" : "at least 1");
+    }
+
     template <CacheScalar Scalar>
     void quantize_segment(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first,
                           Index count, Index tile_token, const TileFormat::Placed& segment, TileCodes& codes,
@@ -476,6 +532,8 @@ class TileCoder {
         quantizer_.quantize(rows, argument, head, first, count, segment.first_channel, segment.channels,
                             format_.rule(), segment.bits, codes.byte(0) + tile_token * codes.stride(),
                             codes.stride());
+        excess_.largest = std::max(excess_.largest, quantizer_.excess().largest);
+        excess_.energy += quantizer_.excess().energy;
         const bool keep_lower = format_.rule().scheme != Scheme::symmetric;
         auto* step = reinterpret_cast<Eigen::half*>(tile + segment.step_at);
         auto* lower = reinterpret_cast<Eigen::half*>(tile + segment.lower_at);
@@ -578,6 +636,7 @@ class TileCoder {
 
     TileFormat format_;
     BlockQuantizer quantizer_;
+    ClipExcess excess_;
     std::vector<TileCodes> codes_;
     std::vector<float> lower_, step_, row_lower_, row_step_, decoded_;
 };

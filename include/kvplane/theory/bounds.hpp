@@ -12,6 +12,50 @@
 
 namespace kvplane::theory {
 
+/// T1, affine quantizer: the width of each of 2^bits equal cells over an interval of length `range` (the
+/// scheme `cell`). range finite and >= 0, bits >= 1; throws Error (not_finite, option) otherwise.
+double cell_step(double range, int bits);
+
+/// T1, the step of the grid whose first and last middle are the ends of an interval of length `range`, so
+/// that both are reproduced exactly (the scheme `min_max`): range / (2^bits - 1). Throws as cell_step.
+double min_max_step(double range, int bits);
+
+/// T1, T2: the step of two's complement around zero (the scheme `symmetric`; alpha in arXiv 2502.15075):
+/// largest / (2^(bits-1) - 1), largest = max|x|. Needs bits >= 2; throws as cell_step otherwise.
+double symmetric_step(double largest, int bits);
+
+/// T1: whatever the scheme, |x - x'| <= step * 2^(bits - depth) / 2 for every x in the interval that the
+/// 2^bits cells cover, read from the first `depth` bits of its code. Reached at the edges of the cells of
+/// that depth. Where grids are rounded outward to fp16 it holds for the step as stored. step finite and >= 0,
+/// 1 <= depth <= bits; throws Error (not_finite, option) otherwise.
+double read_error_bound(double step, int bits, int depth);
+
+/// T2, Frobenius and spectral bounds (arXiv 2502.15075, theorems 3 and 4). A is rows x columns, M = `largest`
+/// = max|A_ij|, and A' is the symmetric quantization of A by one grid of `bits` >= 2 bits:
+///
+///     |A - A'|_2 <= |A - A'|_F <= sqrt(rows * columns) * M / (2 * (2^(bits-1) - 1)).
+///
+/// Approached where every entry but the largest lies half a step from a code; those errors can all be equal,
+/// so the spectral norm reaches it too. rows, columns >= 0; throws Error (shape, not_finite, option)
+/// otherwise.
+///
+/// Theorem 3 also prints a lower bound, M <= |A - A'|_2. It is false: an A whose entries lie on the grid has
+/// no error at all.
+double symmetric_frobenius_bound(Index rows, Index columns, double largest, int bits);
+
+/// T2 from the spectral norm of A alone: as M <= |A|_2, neither norm of A - A' exceeds
+///
+///     sqrt(rows * columns) * |A|_2 / (2 * (2^(bits-1) - 1)).
+///
+/// Looser than symmetric_frobenius_bound wherever |A|_2 > M. Throws as that.
+double symmetric_spectral_bound(Index rows, Index columns, double spectral_norm, int bits);
+
+/// T2 for the scheme `cell`, range = max A_ij - min A_ij: |A - A'|_F <= sqrt(rows * columns) * range /
+/// 2^(bits+1). Stronger than symmetric_frobenius_bound by a factor of at least 2^(bits-1) / (2^(bits-1) -
+/// 1), as range <= 2 M. Reached where every entry lies at the edge of a cell. bits >= 1; throws as
+/// symmetric_frobenius_bound.
+double cell_frobenius_bound(Index rows, Index columns, double range, int bits);
+
 /// T3, key-prioritized quantization (arXiv 2502.15075, theorem 2, in the form that can be proved). Keys and
 /// values of the same shape, both quantized by the same uniform quantizer with the squared error D(b) =
 /// constant * |M|_F^2 * 4^-b. Returns the difference that giving `first_bits` to the keys and `second_bits`
@@ -99,6 +143,17 @@ inline void require_positive(double value, const char* what) {
     require(value > 0, ErrorCode::option, what, ": ", value, ", expected more than 0");
 }
 
+inline void require_bits(int bits, int least) {
+    require(bits >= least, ErrorCode::option, "bits: ", bits, ", expected at least ", least);
+}
+
+/// |.|_F of a matrix of that shape whose entries all are 1.
+inline double root_of_size(Index rows, Index columns) {
+    require(rows >= 0 && columns >= 0, ErrorCode::shape, "a matrix of ", rows, " x ", columns,
+            ", expected sizes of 0 or more");
+    return std::sqrt(static_cast<double>(rows)) * std::sqrt(static_cast<double>(columns));
+}
+
 inline void require_curves(const Eigen::Ref<const MatrixD>& errors, const Eigen::Ref<const MatrixD>& costs) {
     require(errors.rows() == costs.rows() && errors.cols() == costs.cols(), ErrorCode::shape,
             "errors: ", errors.rows(), " x ", errors.cols(), ", costs: ", costs.rows(), " x ", costs.cols(),
@@ -110,6 +165,43 @@ inline void require_curves(const Eigen::Ref<const MatrixD>& errors, const Eigen:
 }
 
 }  // namespace detail
+
+inline double cell_step(double range, int bits) {
+    detail::require_not_negative(range, "range");
+    detail::require_bits(bits, 1);
+    return std::ldexp(range, -bits);
+}
+
+inline double min_max_step(double range, int bits) {
+    detail::require_not_negative(range, "range");
+    detail::require_bits(bits, 1);
+    return range / (std::ldexp(1.0, bits) - 1);
+}
+
+inline double symmetric_step(double largest, int bits) {
+    detail::require_not_negative(largest, "largest");
+    detail::require_bits(bits, 2);
+    return largest / (std::ldexp(1.0, bits - 1) - 1);
+}
+
+inline double read_error_bound(double step, int bits, int depth) {
+    detail::require_not_negative(step, "step");
+    detail::require_bits(bits, 1);
+    require(depth >= 1 && depth <= bits, ErrorCode::option, "depth: ", depth, ", expected 1 to ", bits);
+    return std::ldexp(step, bits - depth - 1);
+}
+
+inline double symmetric_frobenius_bound(Index rows, Index columns, double largest, int bits) {
+    return detail::root_of_size(rows, columns) * read_error_bound(symmetric_step(largest, bits), bits, bits);
+}
+
+inline double symmetric_spectral_bound(Index rows, Index columns, double spectral_norm, int bits) {
+    return symmetric_frobenius_bound(rows, columns, spectral_norm, bits);
+}
+
+inline double cell_frobenius_bound(Index rows, Index columns, double range, int bits) {
+    return detail::root_of_size(rows, columns) * read_error_bound(cell_step(range, bits), bits, bits);
+}
 
 inline double key_prioritized_difference(double key_norm, double value_norm, double first_bits,
                                          double second_bits, double constant) {

@@ -1,0 +1,185 @@
+// The step that all containers share: codes and grids of one block, in memory that is reused, and the check
+// that a container makes before it changes.
+#include "kvplane/quantize/block.hpp"
+
+#include <limits>
+#include <string>
+
+#include "test_inputs.hpp"
+#include "test_support.hpp"
+
+namespace {
+
+using kvplane::BlockQuantizer;
+using kvplane::Clip;
+using kvplane::ErrorCode;
+using kvplane::Granularity;
+using kvplane::GridRule;
+using kvplane::head_rows;
+using kvplane::Index;
+using kvplane::Matrix;
+using kvplane::RowMajorMatrix;
+using kvplane::Scheme;
+using kvplane_test::normal_matrix;
+using kvplane_test::Random;
+using kvplane_test::refusal;
+
+using Codes = RowMajorMatrix<std::uint8_t>;
+
+/// What one call leaves behind.
+struct Result {
+    Codes codes;
+    std::vector<Eigen::half> lower, step;
+    kvplane::ClipExcess excess;
+
+    bool operator==(const Result& other) const {
+        const auto same = [](const std::vector<Eigen::half>& a, const std::vector<Eigen::half>& b) {
+            return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                              [](Eigen::half x, Eigen::half y) { return x.x == y.x; });
+        };
+        return codes == other.codes && same(lower, other.lower) && same(step, other.step) &&
+               excess.largest == other.excess.largest && excess.energy == other.excess.energy;
+    }
+};
+
+Result quantized(BlockQuantizer& quantizer, const Matrix& values, const GridRule& rule, int bits) {
+    Codes codes = Codes::Constant(values.rows(), values.cols(), 0xEE);
+    quantizer.quantize(head_rows(values), "block", 0, 0, values.rows(), 0, values.cols(), rule, bits,
+                       codes.data(), codes.cols());
+    return {codes, quantizer.lower(), quantizer.step(), quantizer.excess()};
+}
+
+std::vector<GridRule> all_rules() {
+    std::vector<GridRule> rules;
+    for (const Granularity granularity : {Granularity::per_channel, Granularity::per_token})
+        for (const Index group : {5, 32, 128})
+            for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+                for (const Clip clip : {Clip::none, Clip::mse_optimal})
+                    rules.push_back({granularity, group, scheme, clip});
+    return rules;
+}
+
+/// What an earlier block left in the reused memory changes nothing: not its size, not its numbers, not that
+/// it was refused.
+TEST(BlockQuantizer, IsTheSameAfterAnyOtherBlock) {
+    Random random(kvplane_test::seed());
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    std::vector<Matrix> before{normal_matrix(130, 70, random), Matrix::Constant(128, 64, 1e-7f),
+                               Matrix::Constant(128, 64, infinity),
+                               Matrix::Constant(128, 64, std::numeric_limits<float>::quiet_NaN())};
+    Matrix wide = Matrix::Constant(128, 64, 65504.0f);
+    wide.leftCols(32).array() *= -1.0f;
+    before.push_back(wide);
+    for (const GridRule& rule : all_rules())
+        for (const auto& [tokens, channels] : {std::pair<Index, Index>{1, 1}, {5, 3}, {7, 40}, {40, 64}}) {
+            const Matrix values = normal_matrix(tokens, channels, random);
+            BlockQuantizer fresh;
+            const Result expected = quantized(fresh, values, rule, 2);
+            for (const Matrix& earlier : before)
+                for (const GridRule& earlier_rule :
+                     {GridRule{Granularity::per_token, 64}, GridRule{Granularity::per_channel, 128}}) {
+                    BlockQuantizer used;
+                    try {
+                        quantized(used, earlier, earlier_rule, 8);
+                    } catch (const kvplane::Error&) {
+                    }
+                    try {
+                        EXPECT_TRUE(quantized(used, values, rule, 2) == expected)
+                            << tokens << " x " << channels << ", " << name(rule.granularity) << " "
+                            << rule.group << ", " << name(rule.scheme);
+                    } catch (const kvplane::Error& error) {
+                        ADD_FAILURE() << "refused after an earlier block: " << error.what();
+                    }
+                }
+        }
+}
+
+/// A part of the rows is quantized like that part alone, and nothing around the codes is written.
+TEST(BlockQuantizer, TakesAnyPartOfTheRows) {
+    Random random(kvplane_test::seed());
+    const Matrix values = normal_matrix(60, 3 * 50, random);
+    for (const GridRule& rule : all_rules())
+        for (const auto& [first_channel, channels] : {std::pair<Index, Index>{0, 50}, {16, 32}, {7, 9}}) {
+            BlockQuantizer quantizer;
+            Codes codes = Codes::Constant(30, 70, 0xEE);
+            quantizer.quantize(head_rows(values, 3), "block", 2, 11, 20, first_channel, channels, rule, 3,
+                               &codes(4, 6), codes.cols());
+            const Matrix part = values.block(11, 2 * 50 + first_channel, 20, channels);
+            BlockQuantizer alone;
+            const Result expected = quantized(alone, part, rule, 3);
+            const Result result{codes.block(4, 6, 20, channels), quantizer.lower(), quantizer.step(),
+                                quantizer.excess()};
+            EXPECT_TRUE(result == expected) << name(rule.granularity) << " " << rule.group;
+            codes.block(4, 6, 20, channels).setConstant(0xEE);
+            EXPECT_TRUE((codes.array() == 0xEE).all()) << "codes beyond the block were written";
+        }
+}
+
+TEST(BlockQuantizer, LeavesNoGridsForNothing) {
+    BlockQuantizer quantizer;
+    for (const GridRule& rule : all_rules())
+        for (const auto& [tokens, channels] : {std::pair<Index, Index>{0, 5}, {5, 0}}) {
+            const Result result = quantized(quantizer, Matrix(tokens, channels), rule, 4);
+            EXPECT_EQ(result.step.size(), 0U);
+            EXPECT_EQ(result.lower.size(), 0U);
+        }
+}
+
+TEST(GridRule, CountsGridsAndTheirBytes) {
+    const GridRule channel{Granularity::per_channel, 32}, token{Granularity::per_token, 32};
+    EXPECT_EQ(channel.grids(128, 10), 40);
+    EXPECT_EQ(channel.grids(129, 10), 50);
+    EXPECT_EQ(channel.grids(0, 10), 0);
+    EXPECT_EQ(token.grids(10, 64), 20);
+    EXPECT_EQ(token.grids(10, 65), 30);
+    for (const Granularity granularity : {Granularity::per_channel, Granularity::per_token}) {
+        const GridRule whole{granularity, std::numeric_limits<Index>::max()};
+        EXPECT_EQ(whole.grids(7, 9), granularity == Granularity::per_channel ? 9 : 7);
+    }
+    EXPECT_EQ((GridRule{Granularity::per_token, 32, Scheme::cell}.bytes_per_grid()), 4);
+    EXPECT_EQ((GridRule{Granularity::per_token, 32, Scheme::symmetric}.bytes_per_grid()), 2);
+    EXPECT_STREQ(name(Granularity::per_channel), "per_channel");
+    EXPECT_STREQ(name(Granularity::per_token), "per_token");
+}
+
+/// Both ways through require_storable: rows that a kernel can read, and others.
+template <class Scalar>
+void expect_positions_named() {
+    for (const Index head_dim : {32, 20})
+        for (const bool transposed : {false, true})
+            for (const auto& [token, head, channel] :
+                 {std::array<Index, 3>{0, 0, 0}, {3, 1, 7}, {40, 1, head_dim - 1}}) {
+                RowMajorMatrix<Scalar> values =
+                    RowMajorMatrix<Scalar>::Constant(41, 2 * head_dim, Scalar(-3.0f));
+                const auto check = [&] {
+                    const RowMajorMatrix<Scalar> other = values.transpose();
+                    if (transposed)
+                        kvplane::require_storable(head_rows(other.transpose(), 2), "keys");
+                    else
+                        kvplane::require_storable(head_rows(values, 2), "keys");
+                };
+                check();
+                values(token, head * head_dim + channel) = Scalar(std::numeric_limits<float>::infinity());
+                const std::string sentence = refusal(ErrorCode::not_finite, check);
+                const std::string position = "keys: the value at token " + std::to_string(token) + ", head " +
+                                             std::to_string(head) + ", channel " + std::to_string(channel) +
+                                             " ";
+                EXPECT_NE(sentence.find(position), std::string::npos) << sentence;
+            }
+}
+
+TEST(RequireStorable, NamesThePosition) {
+    expect_positions_named<float>();
+    expect_positions_named<Eigen::half>();
+    expect_positions_named<Eigen::bfloat16>();
+    kvplane::require_storable(head_rows(Matrix(0, 32)), "keys");
+    kvplane::require_storable(head_rows(Matrix(5, 0)), "keys");
+    Matrix beyond = Matrix::Constant(2, 16, 65504.0f);
+    kvplane::require_storable(head_rows(beyond), "keys");
+    beyond(1, 15) = -65505.0f;
+    const std::string sentence =
+        refusal(ErrorCode::beyond_fp16, [&] { kvplane::require_storable(head_rows(beyond), "keys"); });
+    EXPECT_NE(sentence.find("token 1, head 0, channel 15 is -65505"), std::string::npos) << sentence;
+}
+
+}  // namespace

@@ -1,0 +1,734 @@
+// Tiles: every code, grid and byte stands where the layout of tile.hpp says (told again here, in the plainest
+// way), sizes are exact, what was packed is read back at every depth and equals Quantized, however the tokens
+// came in and whatever instruction set packed them.
+#include "kvplane/storage/tile.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "kvplane/quantize/scalar.hpp"
+#include "test_inputs.hpp"
+#include "test_support.hpp"
+
+namespace {
+
+using kvplane::ChannelSegment;
+using kvplane::Clip;
+using kvplane::ErrorCode;
+using kvplane::Granularity;
+using kvplane::Grid;
+using kvplane::GridRule;
+using kvplane::head_rows;
+using kvplane::Index;
+using kvplane::Matrix;
+using kvplane::RowMajorMatrix;
+using kvplane::Scheme;
+using kvplane::tile_tokens;
+using kvplane::TileCoder;
+using kvplane::TileCodes;
+using kvplane::TileFormat;
+using kvplane::TileSide;
+using kvplane_test::differing;
+using kvplane_test::normal_matrix;
+using kvplane_test::Random;
+using kvplane_test::refusal;
+
+/// Exactly one tile, so that a sanitizer sees what is read or written beyond it.
+using Tile = std::vector<std::byte, Eigen::aligned_allocator<std::byte>>;
+using Segments = std::vector<ChannelSegment>;
+
+// -- The layout, told again -------------------------------------------------------------------------------
+
+struct DocumentedSegment {
+    Index first_channel, channels;
+    int bits;
+    std::vector<int> planes;  ///< widths, most significant first
+    Index grids, step_at, lower_at;
+    std::vector<Index> plane_at;
+};
+
+/// Where everything stands, from the head comment of tile.hpp.
+struct DocumentedTile {
+    TileSide side;
+    GridRule rule;
+    std::vector<DocumentedSegment> segments;
+    Index bytes = 0, channels = 0;
+
+    DocumentedTile(TileSide tile_side, const Segments& of_segments, const GridRule& grid_rule)
+        : side(tile_side), rule(grid_rule) {
+        const std::vector<std::vector<int>> planes{{},     {1},    {2},       {2, 1}, {4},
+                                                   {4, 1}, {4, 2}, {4, 2, 1}, {4, 4}};
+        for (const auto& [size, bits] : of_segments) {
+            DocumentedSegment s{channels, size, bits, {}, 0, 0, 0, {}};
+            s.planes = bits == 16 ? std::vector<int>{8, 4, 4} : planes[static_cast<std::size_t>(bits)];
+            if (bits >= 1 && bits <= 8) {
+                s.grids =
+                    rule.granularity == Granularity::per_channel ? 128 / rule.group * size : runs(size) * 128;
+                s.step_at = take(2 * s.grids);
+                if (rule.scheme != Scheme::symmetric) s.lower_at = take(2 * s.grids);
+            }
+            for (const int width : s.planes) s.plane_at.push_back(take(plane_bytes(size, width)));
+            channels += size;
+            segments.push_back(s);
+        }
+    }
+
+    Index runs(Index size) const { return (size + rule.group - 1) / rule.group; }
+    Index take(Index size) {
+        const Index at = bytes;
+        bytes += (size + 63) / 64 * 64;
+        return at;
+    }
+    Index plane_bytes(Index size, int width) const {
+        const Index per_unit = 32 / width;
+        if (side == TileSide::keys) return 128 / 16 * ((size + per_unit - 1) / per_unit) * 64;
+        return (size + 15) / 16 * (128 / per_unit) * 64;
+    }
+
+    /// Byte of a plane, and bit in it, at which the code of (token, channel) begins.
+    std::pair<Index, int> place(Index size, int width, Index token, Index channel) const {
+        const Index per_unit = 32 / width;
+        const bool keys = side == TileSide::keys;
+        const Index lane = keys ? token % 16 : channel % 16, along = keys ? channel : token;
+        const Index units_along = keys ? (size + per_unit - 1) / per_unit : 128 / per_unit;
+        const Index unit = (keys ? token : channel) / 16 * units_along + along / per_unit;
+        const Index i = along % per_unit / 4, j = along % 4;
+        return {unit * 64 + lane * 4 + j, static_cast<int>(i) * width};
+    }
+    /// The first planes of a code, together.
+    int code(const Tile& tile, std::size_t segment, Index token, Index channel, int planes) const {
+        const DocumentedSegment& s = segments[segment];
+        int together = 0;
+        for (int p = 0; p < planes; ++p) {
+            const int width = s.planes[static_cast<std::size_t>(p)];
+            const auto [byte, bit] = place(s.channels, width, token, channel);
+            const Index at = s.plane_at[static_cast<std::size_t>(p)] + byte;
+            const int plane = std::to_integer<int>(tile[static_cast<std::size_t>(at)]) >> bit;
+            together = together << width | (plane & ((1 << width) - 1));
+        }
+        return together;
+    }
+    int code(const Tile& tile, std::size_t segment, Index token, Index channel) const {
+        return code(tile, segment, token, channel, static_cast<int>(segments[segment].planes.size()));
+    }
+    Grid grid(const Tile& tile, std::size_t segment, Index token, Index channel) const {
+        const DocumentedSegment& s = segments[segment];
+        const Index g = rule.granularity == Granularity::per_channel
+                            ? token / rule.group * s.channels + channel
+                            : channel / rule.group * 128 + token;
+        const auto half_at = [&](Index at) {
+            const auto low = std::to_integer<int>(tile[static_cast<std::size_t>(at + 2 * g)]);
+            const auto high = std::to_integer<int>(tile[static_cast<std::size_t>(at + 2 * g + 1)]);
+            return static_cast<float>(
+                Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(high << 8 | low)));
+        };
+        Grid stored{0.0f, half_at(s.step_at), s.bits};
+        stored.lower = rule.scheme == Scheme::symmetric ? -stored.step * (std::ldexp(0.5f, s.bits) + 0.5f)
+                                                        : half_at(s.lower_at);
+        return stored;
+    }
+};
+
+// -- Formats to try ---------------------------------------------------------------------------------------
+
+struct Case {
+    TileSide side;
+    Segments segments;
+    GridRule rule;
+
+    TileFormat format() const { return TileFormat(side, segments, rule); }
+    DocumentedTile documented() const { return DocumentedTile(side, segments, rule); }
+    Index channels() const {
+        Index sum = 0;
+        for (const auto& segment : segments) sum += segment.channels;
+        return sum;
+    }
+    std::string text() const {
+        std::ostringstream text;
+        text << (side == TileSide::keys ? "keys" : "values");
+        for (const auto& [size, bits] : segments) text << ' ' << size << '@' << bits;
+        text << ", " << name(rule.granularity) << ' ' << rule.group << ", " << name(rule.scheme);
+        return text.str();
+    }
+};
+
+std::vector<GridRule> all_rules(const std::vector<Scheme>& schemes = {Scheme::cell, Scheme::min_max,
+                                                                      Scheme::symmetric}) {
+    std::vector<GridRule> rules;
+    for (const Scheme scheme : schemes) {
+        for (const Index group : {32, 64, 128}) rules.push_back({Granularity::per_channel, group, scheme});
+        for (const Index group : {5, 32, 64, 256}) rules.push_back({Granularity::per_token, group, scheme});
+    }
+    return rules;
+}
+
+/// Every width alone, both sides, and mixes of widths.
+std::vector<Case> all_cases(const std::vector<Index>& channel_counts, const std::vector<GridRule>& rules) {
+    std::vector<Case> cases;
+    const std::vector<Segments> mixes{{{32, 8}, {64, 4}, {16, 2}, {16, 0}},
+                                      {{7, 3}, {1, 16}, {33, 1}, {5, 0}, {48, 6}, {9, 16}, {2, 5}},
+                                      {{3, 0}, {40, 7}}};
+    for (const GridRule& rule : rules)
+        for (const TileSide side : {TileSide::keys, TileSide::values}) {
+            for (const int bits : {0, 1, 2, 3, 4, 5, 6, 7, 8, 16})
+                for (const Index channels : channel_counts)
+                    if (bits != 1 || rule.scheme != Scheme::symmetric)
+                        cases.push_back({side, {{channels, bits}}, rule});
+            for (const Segments& segments : mixes)
+                if (rule.scheme != Scheme::symmetric || segments.size() < 7)
+                    cases.push_back({side, segments, rule});
+        }
+    return cases;
+}
+
+Tile encoded(const Case& c, const Matrix& values) {
+    const TileFormat format = c.format();
+    Tile tile(static_cast<std::size_t>(format.bytes()), std::byte{0});
+    TileCoder coder(format);
+    coder.encode(head_rows(values), "values", 0, 0, values.rows(), 0, tile.data());
+    return tile;
+}
+
+Matrix decoded(const Case& c, const Tile& tile, Index tokens, int depth = 16) {
+    TileCoder coder(c.format());
+    // The next row begins right after the channels of one: what is written beyond them would be seen.
+    Matrix values = Matrix::Constant(tokens, c.channels(), -99.0f);
+    coder.decode(tile.data(), tokens, depth, values.data(), values.cols());
+    return values;
+}
+
+/// What a tile must decode to, from Quantized and from fp16 alone.
+Matrix expected_values(const Case& c, const Matrix& values, int depth = 16) {
+    Matrix expected = Matrix::Zero(values.rows(), values.cols());
+    Index first = 0;
+    for (const auto& [size, bits] : c.segments) {
+        const auto part = values.middleCols(first, size);
+        if (bits == 16)
+            expected.middleCols(first, size) = part.unaryExpr([&](float x) {
+                const int unread = 16 - std::min(depth, 16);
+                const int kept = Eigen::half(x).x >> unread << unread;
+                const int middle = unread == 0 ? 0 : 1 << (unread - 1);
+                return static_cast<float>(
+                    Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(kept | middle)));
+            });
+        else if (bits > 0)
+            expected.middleCols(first, size) =
+                quantize(head_rows(part), c.rule, bits, "values").dequantize(std::min(depth, bits));
+        first += size;
+    }
+    return expected;
+}
+
+// -- Format -----------------------------------------------------------------------------------------------
+
+TEST(TileFormat, PlacesEveryPartAsDocumented) {
+    for (const Case& c : all_cases({1, 7, 16, 31, 33, 64, 80, 96, 128, 256}, all_rules())) {
+        SCOPED_TRACE(c.text());
+        const TileFormat format = c.format();
+        const DocumentedTile documented = c.documented();
+        ASSERT_EQ(format.bytes(), documented.bytes);
+        ASSERT_EQ(format.channels(), documented.channels);
+        ASSERT_EQ(format.side(), c.side);
+        EXPECT_DOUBLE_EQ(format.bits_per_element(), 8.0 * static_cast<double>(documented.bytes) /
+                                                        static_cast<double>(128 * documented.channels));
+        ASSERT_EQ(format.segments().size(), documented.segments.size());
+        for (std::size_t s = 0; s < documented.segments.size(); ++s) {
+            const auto& placed = format.segments()[s];
+            const auto& expected = documented.segments[s];
+            EXPECT_EQ(placed.first_channel, expected.first_channel);
+            EXPECT_EQ(placed.channels, expected.channels);
+            EXPECT_EQ(placed.bits, expected.bits);
+            EXPECT_EQ(placed.grids, expected.grids);
+            if (expected.grids > 0) {
+                EXPECT_EQ(placed.step_at, expected.step_at);
+                if (c.rule.scheme != Scheme::symmetric) {
+                    EXPECT_EQ(placed.lower_at, expected.lower_at);
+                }
+            }
+            ASSERT_EQ(placed.split.count, static_cast<int>(expected.planes.size()));
+            for (std::size_t p = 0; p < expected.planes.size(); ++p)
+                EXPECT_EQ(placed.plane_at[p], expected.plane_at[p]);
+        }
+    }
+}
+
+TEST(TileFormat, StatesTrueBits) {
+    const auto bits = [](TileSide side, Index channels, int width, const GridRule& rule) {
+        return TileFormat(side, channels, width, rule).bits_per_element();
+    };
+    const GridRule channel{Granularity::per_channel, 128}, token{Granularity::per_token, 64};
+    EXPECT_EQ(bits(TileSide::keys, 64, 4, channel), 4.25);
+    EXPECT_EQ(bits(TileSide::keys, 64, 4, {Granularity::per_channel, 32}), 5.0);
+    EXPECT_EQ(bits(TileSide::values, 64, 2, token), 2.5);
+    EXPECT_EQ(bits(TileSide::values, 64, 2, {Granularity::per_token, 64, Scheme::symmetric}), 2.25);
+    EXPECT_EQ(bits(TileSide::values, 64, 16, token), 16.0);
+    EXPECT_EQ(bits(TileSide::keys, 64, 0, channel), 0.0);
+    EXPECT_EQ(bits(TileSide::keys, 80, 4, channel), 4.0 + (192.0 + 192.0) * 8.0 / (128 * 80))
+        << "slack counts";
+    EXPECT_EQ(TileFormat(TileSide::keys, Segments{}, channel).bytes(), 0);
+    EXPECT_EQ(TileFormat(TileSide::keys, Segments{}, channel).bits_per_element(), 0.0);
+}
+
+TEST(TileFormat, RefusesWhatHasNoLayout) {
+    const auto refused = [](const std::string& part, const Segments& segments, const GridRule& rule) {
+        for (const TileSide side : {TileSide::keys, TileSide::values}) {
+            const std::string sentence =
+                refusal(ErrorCode::option, [&] { TileFormat(side, segments, rule); });
+            EXPECT_NE(sentence.find(part), std::string::npos) << sentence;
+        }
+    };
+    for (const Index group : {-1, 0, 1, 16, 33, 96, 127, 129, 256})
+        refused("expected 32, 64 or 128", {{64, 4}}, {Granularity::per_channel, group});
+    for (const Index group : {0, -1}) refused("at least 1", {{64, 4}}, {Granularity::per_token, group});
+    for (const int bits : {-1, 9, 10, 12, 15, 17})
+        refused(std::to_string(bits) + ", expected", {{32, 4}, {64, bits}}, {Granularity::per_token, 32});
+    for (const Index channels : {0, -1}) refused("a segment of", {{64, 4}, {channels, 4}}, {});
+    refused("symmetric", {{64, 1}}, {Granularity::per_token, 32, Scheme::symmetric});
+}
+
+// -- Bytes ------------------------------------------------------------------------------------------------
+
+/// design.md's example: a 64-byte unit of a 4-bit plane of keys holds 16 tokens x 8 channels, byte (token, j)
+/// = code[channel j] | code[channel j + 4] << 4; values likewise with tokens and channels exchanged.
+TEST(TileLayout, OfFourBitsIsTheExampleOfTheDesign) {
+    const GridRule rule{Granularity::per_token, 32};
+    for (const TileSide side : {TileSide::keys, TileSide::values}) {
+        const TileFormat format(side, 32, 4, rule);
+        TileCodes codes(32);
+        const auto code = [](Index token, Index channel) { return (token * 5 + channel * 3) % 16; };
+        for (Index t = 0; t < 128; ++t)
+            for (Index c = 0; c < 32; ++c) codes.at(t, c) = static_cast<std::uint8_t>(code(t, c));
+        Tile tile(static_cast<std::size_t>(format.bytes()));
+        pack_segment(format, 0, codes, 0, 128, tile.data());
+        const auto* plane = reinterpret_cast<const std::uint8_t*>(tile.data()) + 256 + 256;
+        for (Index lane = 0; lane < 16; ++lane)
+            for (Index j = 0; j < 4; ++j) {
+                const bool keys = side == TileSide::keys;
+                // The second unit: the next 8 channels of the same tokens, the next 8 tokens of the channels.
+                const Index low = keys ? code(lane, 8 + j) : code(8 + j, lane);
+                const Index high = keys ? code(lane, 12 + j) : code(12 + j, lane);
+                EXPECT_EQ(plane[64 + lane * 4 + j], low | high << 4);
+            }
+    }
+}
+
+/// Every width and every code, at places that change with the start; fp16 with all its bytes.
+TEST(TileLayout, HoldsEveryCodeAtItsPlace) {
+    const GridRule rule{Granularity::per_token, 64};
+    for (const TileSide side : {TileSide::keys, TileSide::values})
+        for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8, 16})
+            for (const Index channels : {1, 15, 32, 40, 67})
+                for (const int start : {0, 1, 77}) {
+                    const Case c{side, {{channels, bits}}, rule};
+                    SCOPED_TRACE(c.text());
+                    const TileFormat format = c.format();
+                    const DocumentedTile documented = c.documented();
+                    const int step = bits == 16 ? 9973 : 1, patterns = 1 << bits;
+                    const auto code = [&](Index t, Index channel) {
+                        return static_cast<int>((t * channels + channel) * step + start) % patterns;
+                    };
+                    TileCodes codes(channels);
+                    for (Index t = 0; t < 128; ++t)
+                        for (Index channel = 0; channel < channels; ++channel) {
+                            const int x = code(t, channel);
+                            codes.at(t, channel, 0) = static_cast<std::uint8_t>(bits == 16 ? x >> 8 : x);
+                            if (bits == 16) codes.at(t, channel, 1) = static_cast<std::uint8_t>(x & 255);
+                        }
+                    Tile tile(static_cast<std::size_t>(format.bytes()), std::byte{0});
+                    pack_segment(format, 0, codes, 0, 128, tile.data());
+                    for (Index t = 0; t < 128; ++t)
+                        for (Index channel = 0; channel < channels; ++channel)
+                            ASSERT_EQ(documented.code(tile, 0, t, channel), code(t, channel))
+                                << "token " << t << ", channel " << channel;
+                    // A prefix of the planes is a prefix of the code, at every depth that is read.
+                    for (int depth = bits == 16 ? 8 : 1; depth <= bits; depth += bits == 16 ? 4 : 1) {
+                        TileCodes read(channels);
+                        std::fill_n(read.byte(0), 128 * read.stride(), std::uint8_t{0xEE});
+                        std::fill_n(read.byte(1), 128 * read.stride(), std::uint8_t{0xEE});
+                        unpack_segment(format, 0, depth, tile.data(), read);
+                        for (Index t = 0; t < 128; ++t)
+                            for (Index channel = 0; channel < channels; ++channel) {
+                                const int prefix = code(t, channel) >> (bits - depth);
+                                const int found = bits == 16
+                                                      ? read.at(t, channel, 0) << 8 | read.at(t, channel, 1)
+                                                      : read.at(t, channel, 0);
+                                ASSERT_EQ(found, bits == 16 ? prefix << (16 - depth) : prefix)
+                                    << "depth " << depth << ", token " << t << ", channel " << channel;
+                            }
+                    }
+                }
+}
+
+/// From numbers to bytes: grids by fit_grid and codes by Grid::encode, each at its documented place, and
+/// zeros wherever no channel stands.
+TEST(TileEncode, PutsGridsAndCodesWhereTheLayoutSays) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({1, 33, 64}, all_rules())) {
+        SCOPED_TRACE(c.text());
+        const Matrix values = normal_matrix(128, c.channels(), random);
+        Tile tile = encoded(c, values);
+        const DocumentedTile documented = c.documented();
+        for (std::size_t s = 0; s < documented.segments.size(); ++s) {
+            const DocumentedSegment& segment = documented.segments[s];
+            const auto part = values.middleCols(segment.first_channel, segment.channels);
+            for (Index i = 0; segment.bits == 16 && i < part.size(); ++i) {
+                const Index t = i / segment.channels, k = i % segment.channels;
+                ASSERT_EQ(documented.code(tile, s, t, k), Eigen::half(part(t, k)).x);
+            }
+            if (segment.grids == 0) continue;
+            const bool by_channel = c.rule.granularity == Granularity::per_channel;
+            for (Index t = 0; t < 128; ++t)
+                for (Index k = 0; k < segment.channels; ++k) {
+                    const Index first = (by_channel ? t : k) / c.rule.group * c.rule.group;
+                    const Index size = std::min(c.rule.group, (by_channel ? 128 : segment.channels) - first);
+                    const auto group =
+                        by_channel ? part.block(first, k, size, 1) : part.block(t, first, 1, size);
+                    const Grid grid =
+                        fit_grid(c.rule.scheme, segment.bits, group.minCoeff(), group.maxCoeff());
+                    const Grid stored = documented.grid(tile, s, t, k);
+                    ASSERT_EQ(stored.lower, grid.lower) << "token " << t << ", channel " << k;
+                    ASSERT_EQ(stored.step, grid.step) << "token " << t << ", channel " << k;
+                    ASSERT_EQ(documented.code(tile, s, t, k), grid.encode(part(t, k)))
+                        << "token " << t << ", channel " << k;
+                }
+        }
+        // Taking away what is documented leaves nothing.
+        for (const DocumentedSegment& segment : documented.segments) {
+            const auto clear = [&](Index at, Index count) {
+                std::fill_n(tile.begin() + at, count, std::byte{0});
+            };
+            if (segment.grids > 0) clear(segment.step_at, 2 * segment.grids);
+            if (segment.grids > 0 && c.rule.scheme != Scheme::symmetric)
+                clear(segment.lower_at, 2 * segment.grids);
+            for (std::size_t p = 0; p < segment.planes.size(); ++p)
+                for (Index t = 0; t < 128; ++t)
+                    for (Index k = 0; k < segment.channels; ++k) {
+                        const int width = segment.planes[p];
+                        const auto [byte, bit] = documented.place(segment.channels, width, t, k);
+                        tile[static_cast<std::size_t>(segment.plane_at[p] + byte)] &=
+                            ~static_cast<std::byte>(((1 << width) - 1) << bit);
+                    }
+        }
+        ASSERT_TRUE(std::all_of(tile.begin(), tile.end(), [](std::byte b) { return b == std::byte{0}; }))
+            << "padding is not zero";
+    }
+}
+
+TEST(TileEncode, GivesTheSameBytesOnEveryInstructionSet) {
+    Random random(kvplane_test::seed());
+    for (const auto& [name, values] : kvplane_test::difficult_matrices(128, 112, random))
+        for (const Case& c : all_cases({112}, all_rules())) {
+            if (c.channels() != 112 && c.channels() != 105) continue;
+            const Matrix part = values.leftCols(c.channels());
+            Tile first;
+            Matrix first_values;
+            kvplane_test::for_each_isa([&](kvplane::Isa isa) {
+                const Tile tile = encoded(c, part);
+                const Matrix close = decoded(c, tile, 128);
+                if (isa == kvplane::Isa::scalar) {
+                    first = tile;
+                    first_values = close;
+                }
+                ASSERT_TRUE(tile == first) << c.text();
+                ASSERT_EQ(differing(close, first_values), 0) << c.text();
+            });
+        }
+}
+
+// -- Reading back -----------------------------------------------------------------------------------------
+
+TEST(TileDecode, EqualsQuantizedAtEveryDepth) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({1, 33, 80}, all_rules())) {
+        SCOPED_TRACE(c.text());
+        const Matrix values = normal_matrix(128, c.channels(), random);
+        const Tile tile = encoded(c, values);
+        const bool has_fp16 = std::any_of(c.segments.begin(), c.segments.end(),
+                                          [](const ChannelSegment& s) { return s.bits == 16; });
+        for (int depth = 1; depth <= 16; ++depth) {
+            if (has_fp16 && depth % 4 + (depth < 8) > 0) {
+                refusal(ErrorCode::option, [&] { decoded(c, tile, 128, depth); });
+                continue;
+            }
+            ASSERT_EQ(differing(decoded(c, tile, 128, depth), expected_values(c, values, depth)), 0)
+                << "depth " << depth;
+        }
+    }
+}
+
+TEST(TileDecode, EveryLengthOfTheTail) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({33}, all_rules({Scheme::min_max}))) {
+        SCOPED_TRACE(c.text());
+        const Matrix values = normal_matrix(128, c.channels(), random);
+        for (Index tokens = 0; tokens <= 128; ++tokens) {
+            const Matrix part = values.topRows(tokens);
+            ASSERT_EQ(differing(decoded(c, encoded(c, part), tokens), expected_values(c, part)), 0)
+                << tokens << " tokens";
+        }
+    }
+}
+
+/// Truncation lowers a tile's token count: fewer tokens of a full tile are its first ones.
+TEST(TileDecode, FewerTokensThanItHolds) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({33}, all_rules({Scheme::cell}))) {
+        const Matrix values = normal_matrix(128, c.channels(), random);
+        const Tile tile = encoded(c, values);
+        const Matrix whole = decoded(c, tile, 128);
+        for (const Index tokens : {0, 1, 31, 32, 33, 100})
+            ASSERT_EQ(differing(decoded(c, tile, tokens), whole.topRows(tokens)), 0) << c.text();
+    }
+}
+
+TEST(TileDecode, WritesOnlyItsChannels) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({33, 64}, all_rules({Scheme::min_max}))) {
+        const Matrix values = normal_matrix(50, c.channels(), random);
+        const Tile tile = encoded(c, values);
+        Matrix wide = Matrix::Constant(52, c.channels() + 9, -99.0f), expected = wide;
+        TileCoder coder(c.format());
+        coder.decode(tile.data(), 50, &wide(1, 4), wide.cols());
+        expected.block(1, 4, 50, c.channels()) = expected_values(c, values);
+        ASSERT_EQ(differing(wide, expected), 0) << c.text();
+    }
+}
+
+/// All finite fp16 values are kept bit for bit, and read with midpoint fill at 8 and 12 bits.
+TEST(TileDecode, EveryFp16Value) {
+    for (const TileSide side : {TileSide::keys, TileSide::values})
+        for (const int sign : {0, 0x8000}) {
+            const Case c{side, {{248, 16}}, {Granularity::per_token, 32}};
+            RowMajorMatrix<Eigen::half> halves(128, 248);  // 31 x 1024 values
+            for (Index i = 0; i < halves.size(); ++i)
+                halves.data()[i] = Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(sign + i));
+            TileCoder coder(c.format());
+            Tile tile(static_cast<std::size_t>(c.format().bytes()));
+            coder.encode(head_rows(halves), "values", 0, 0, 128, 0, tile.data());
+            for (const int depth : {8, 12, 16}) {
+                const Matrix close = decoded(c, tile, 128, depth);
+                const Matrix expected = expected_values(c, halves.cast<float>(), depth);
+                ASSERT_EQ(std::memcmp(close.data(), expected.data(), sizeof(float) * 128 * 248), 0) << depth;
+                if (depth < 16) continue;
+                ASSERT_EQ(differing(close, halves.cast<float>()), 0);
+            }
+        }
+}
+
+// -- How tokens come in -----------------------------------------------------------------------------------
+
+/// Appends in chunks; `next` says how many tokens come, given how many there are.
+template <class Next>
+Tile appended(const Case& c, const Matrix& values, const Next& next) {
+    const TileFormat format = c.format();
+    Tile tile(static_cast<std::size_t>(format.bytes()), std::byte{0});
+    TileCoder coder(format);
+    for (Index at = 0, count; at < values.rows(); at += count) {
+        count = std::min<Index>(next(at), values.rows() - at);
+        coder.encode(head_rows(values), "values", 0, at, count, at, tile.data());
+    }
+    return tile;
+}
+
+TEST(TileAppend, TokenByTokenGivesTheBytesOfOneCall) {
+    Random random(kvplane_test::seed());
+    std::uniform_int_distribution<Index> chunk(1, 50);
+    for (const Case& c : all_cases({33, 64}, all_rules())) {
+        const Matrix values = normal_matrix(128, c.channels(), random);
+        for (const Index tokens : {1, 77, 128}) {
+            const Matrix part = values.topRows(tokens);
+            const Tile at_once = encoded(c, part);
+            SCOPED_TRACE(c.text());
+            if (c.rule.granularity == Granularity::per_token) {
+                ASSERT_TRUE(appended(c, part, [](Index) { return 1; }) == at_once);
+                ASSERT_TRUE(appended(c, part, [&](Index) { return chunk(random); }) == at_once);
+            } else {
+                ASSERT_TRUE(appended(c, part, [&](Index) { return c.rule.group; }) == at_once);
+            }
+        }
+    }
+}
+
+/// Tokens that are there already keep every bit when others come, whatever they hold.
+TEST(TileAppend, LeavesOtherTokensAlone) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({33, 64}, all_rules({Scheme::min_max}))) {
+        SCOPED_TRACE(c.text());
+        const TileFormat format = c.format();
+        const DocumentedTile documented = c.documented();
+        const bool by_channel = c.rule.granularity == Granularity::per_channel;
+        const Index count = 32, from = by_channel && c.rule.group == 128 ? 0 : 64;
+        const Matrix values = normal_matrix(count, c.channels(), random);
+        const Tile before(static_cast<std::size_t>(format.bytes()), std::byte{0xA5});
+        Tile tile = before;
+        TileCoder coder(format);
+        coder.encode(head_rows(values), "values", 0, 0, count, from, tile.data());
+        for (std::size_t s = 0; s < documented.segments.size(); ++s)
+            for (Index t = 0; t < 128; ++t) {
+                if (t >= from && t < from + count) continue;
+                const bool shares_grids = by_channel && t / c.rule.group == from / c.rule.group;
+                for (Index k = 0; k < documented.segments[s].channels; ++k) {
+                    ASSERT_EQ(documented.code(tile, s, t, k), documented.code(before, s, t, k)) << t;
+                    if (documented.segments[s].grids == 0 || shares_grids) continue;
+                    ASSERT_EQ(documented.grid(tile, s, t, k).step, documented.grid(before, s, t, k).step);
+                    ASSERT_EQ(documented.grid(tile, s, t, k).lower, documented.grid(before, s, t, k).lower);
+                }
+            }
+    }
+}
+
+/// A coder's memory is reused: what it decoded or encoded before does not reach the next tile's bytes.
+TEST(TileAppend, DoesNotDependOnEarlierTiles) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({1, 33, 40, 64}, all_rules({Scheme::min_max}))) {
+        const Matrix values = normal_matrix(128, c.channels(), random);
+        const Tile expected = encoded(c, values);
+        const TileFormat format = c.format();
+        TileCoder coder(format);
+        // As a file from elsewhere may hold it: set bits where no channel stands.
+        const Tile strange(static_cast<std::size_t>(format.bytes()), std::byte{0x3F});
+        Matrix close(128, c.channels());
+        coder.decode(strange.data(), 128, close.data(), close.cols());
+        Tile tile(static_cast<std::size_t>(format.bytes()), std::byte{0});
+        coder.encode(head_rows(values), "values", 0, 0, 128, 0, tile.data());
+        ASSERT_TRUE(tile == expected) << c.text();
+    }
+}
+
+/// A segment is complete in itself: its bytes are those of a tile of its channels alone.
+TEST(TileSegments, StandAlone) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({}, all_rules())) {
+        const Matrix values = normal_matrix(128, c.channels(), random);
+        const Tile tile = encoded(c, values);
+        Tile together;
+        Index first = 0;
+        for (const ChannelSegment& segment : c.segments) {
+            const Tile alone =
+                encoded({c.side, {segment}, c.rule}, values.middleCols(first, segment.channels));
+            together.insert(together.end(), alone.begin(), alone.end());
+            first += segment.channels;
+        }
+        ASSERT_TRUE(tile == together) << c.text();
+    }
+}
+
+template <class Scalar>
+void expect_input_types_agree(const Case& c, const Matrix& values) {
+    const RowMajorMatrix<Scalar> typed = values.cast<Scalar>();
+    const Matrix as_float = typed.template cast<float>();
+    // The second of three heads, from token 3 on, stored column by column.
+    Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic> heads(140, 3 * c.channels());
+    heads.setConstant(Scalar(77.0f));
+    heads.block(3, c.channels(), 128, c.channels()) = typed;
+    TileCoder coder(c.format());
+    Tile tile(static_cast<std::size_t>(c.format().bytes()), std::byte{0});
+    coder.encode(head_rows(heads, 3), "values", 1, 3, 128, 0, tile.data());
+    EXPECT_TRUE(tile == encoded(c, as_float)) << c.text();
+}
+
+TEST(TileEncode, TakesEveryTypeAndAnyHead) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({20, 64}, all_rules({Scheme::min_max}))) {
+        const Matrix values = normal_matrix(128, c.channels(), random);
+        expect_input_types_agree<float>(c, values);
+        expect_input_types_agree<Eigen::half>(c, values);
+        expect_input_types_agree<Eigen::bfloat16>(c, values);
+    }
+}
+
+TEST(TileEncode, ClipsWhereTheRuleSaysSo) {
+    Random random(kvplane_test::seed());
+    const Matrix values = normal_matrix(128, 40, random);
+    for (const TileSide side : {TileSide::keys, TileSide::values})
+        for (const GridRule& rule :
+             {GridRule{Granularity::per_channel, 64, Scheme::min_max, Clip::mse_optimal},
+              GridRule{Granularity::per_token, 32, Scheme::cell, Clip::mse_optimal}}) {
+            const Case c{side, {{40, 2}}, rule};
+            EXPECT_EQ(differing(decoded(c, encoded(c, values), 128), expected_values(c, values)), 0);
+            Case unclipped = c;
+            unclipped.rule.clip = Clip::none;
+            EXPECT_GT(differing(expected_values(c, values), expected_values(unclipped, values)), 0);
+        }
+}
+
+// -- Refusals ---------------------------------------------------------------------------------------------
+
+TEST(TileRefuses, PositionsAndSizesOutside) {
+    const Matrix values = Matrix::Zero(200, 2 * 40);
+    constexpr Index largest = std::numeric_limits<Index>::max();
+    for (const Granularity granularity : {Granularity::per_channel, Granularity::per_token}) {
+        const Case c{TileSide::keys, {{40, 4}}, {granularity, 32}};
+        const TileFormat format = c.format();
+        const Tile untouched(static_cast<std::size_t>(format.bytes()), std::byte{0xA5});
+        Tile tile = untouched;
+        TileCoder coder(format);
+        const auto refused = [&](ErrorCode code, Index heads, Index head, Index first, Index count,
+                                 Index tile_token) {
+            const std::string sentence = refusal(code, [&] {
+                coder.encode(head_rows(values, heads), "keys", head, first, count, tile_token, tile.data());
+            });
+            EXPECT_NE(sentence.find("keys: "), std::string::npos) << sentence;
+        };
+        refused(ErrorCode::shape, 1, 0, 0, 32, 0);
+        for (const Index head : {Index{-1}, Index{2}, largest}) refused(ErrorCode::index, 2, head, 0, 32, 0);
+        for (const Index first : {Index{-1}, Index{169}, Index{200}, largest})
+            refused(ErrorCode::index, 2, 0, first, 32, 0);
+        for (const Index count : {Index{-1}, Index{129}, Index{201}, largest})
+            refused(ErrorCode::index, 2, 0, 0, count, 0);
+        for (const Index tile_token : {Index{-32}, Index{97}, Index{128}, largest - 31})
+            refused(ErrorCode::index, 2, 0, 0, 32, tile_token);
+        if (granularity == Granularity::per_channel)
+            for (const Index tile_token : {1, 16, 33, 95}) refused(ErrorCode::index, 2, 0, 0, 32, tile_token);
+        EXPECT_TRUE(tile == untouched);
+
+        Matrix close = Matrix::Constant(130, 40, -99.0f);
+        for (const Index tokens : {Index{-1}, Index{129}, largest})
+            refusal(ErrorCode::index, [&] { coder.decode(tile.data(), tokens, 4, close.data(), 40); });
+        TileCoder mixed(TileFormat(TileSide::keys, Segments{{20, 0}, {20, 16}}, {granularity, 32}));
+        const Tile of_both(static_cast<std::size_t>(mixed.format().bytes()));
+        for (const int depth : {-1, 0, 1, 7, 9, 15}) {
+            if (depth < 1)
+                refusal(ErrorCode::option, [&] { coder.decode(tile.data(), 128, depth, close.data(), 40); });
+            refusal(ErrorCode::option, [&] { mixed.decode(of_both.data(), 128, depth, close.data(), 40); });
+        }
+        EXPECT_TRUE((close.array() == -99.0f).all()) << "nothing is written before a refusal";
+    }
+}
+
+TEST(TileRefuses, NumbersThatCannotBeStoredWithTheirPosition) {
+    for (const int bits : {4, 16})
+        for (const Granularity granularity : {Granularity::per_channel, Granularity::per_token}) {
+            const Case c{TileSide::values, {{40, 0}, {33, bits}}, {granularity, 32}};
+            Tile tile(static_cast<std::size_t>(c.format().bytes()));
+            TileCoder coder(c.format());
+            const auto sentence_for = [&](float value, Index channel, ErrorCode code) {
+                Matrix values = Matrix::Zero(140, 2 * 73);
+                values(139, 73 + channel) = value;
+                return refusal(
+                    code, [&] { coder.encode(head_rows(values, 2), "values", 1, 12, 128, 0, tile.data()); });
+            };
+            for (const Index channel : {40, 72}) {
+                const std::string place =
+                    "values: the value at token 139, head 1, channel " + std::to_string(channel) + " ";
+                for (const float value :
+                     {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+                    const std::string sentence = sentence_for(value, channel, ErrorCode::not_finite);
+                    EXPECT_NE(sentence.find(place), std::string::npos) << sentence;
+                }
+                const std::string sentence = sentence_for(-65519.0f, channel, ErrorCode::beyond_fp16);
+                EXPECT_NE(sentence.find(place), std::string::npos) << sentence;
+            }
+            // A refused call leaves the coder as good as new.
+            Random random(kvplane_test::seed());
+            const Matrix values = normal_matrix(5, 73, random);
+            std::fill(tile.begin(), tile.end(), std::byte{0});
+            coder.encode(head_rows(values), "values", 0, 0, 5, 0, tile.data());
+            EXPECT_TRUE(tile == encoded(c, values));
+        }
+}
+
+}  // namespace
