@@ -1,0 +1,95 @@
+// kvplane/attention/parameters.hpp: what attention does to scores, the same for every path.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <span>
+
+#include "kvplane/error.hpp"
+#include "kvplane/matrix.hpp"
+
+namespace kvplane {
+
+/// The score of query token i (at position p) and key t is
+///
+///     s = scale q.k;   s = softcap tanh(s / softcap) where there is a softcap;   s += slope_h (t - p) + bias
+///
+/// and key t is seen when t <= p, and, with a sliding window, p - t < window or t < sinks. A query that sees
+/// nothing gets zeros.
+struct AttentionParameters {
+    double scale = 0.0;                        ///< of q.k; 0: 1 / sqrt(head_dim)
+    double softcap = 0.0;                      ///< 0: none; applied before masking
+    Index sliding_window = 0;                  ///< keys a query sees, itself included; 0: all
+    Index sinks = 0;                           ///< first tokens that stay visible in spite of the window
+    std::span<const float> alibi_slopes = {};  ///< one a query head, or none
+    /// Added to scores: query_tokens x keys for all heads, or (query_heads * query_tokens) x keys, head by
+    /// head; -infinity masks. nullptr: none.
+    const Matrix* bias = nullptr;
+};
+
+namespace detail {
+
+inline void require_parameters(const AttentionParameters& parameters, Index query_heads, Index query_tokens,
+                               Index keys) {
+    require(std::isfinite(parameters.scale) && parameters.scale >= 0.0, ErrorCode::option,
+            "attention: a scale of ", parameters.scale,
+            ", expected a positive number, or 0 for 1 / sqrt(head_dim)");
+    require(std::isfinite(parameters.softcap) && parameters.softcap >= 0.0, ErrorCode::option,
+            "attention: a softcap of ", parameters.softcap, ", expected a positive number, or 0 for none");
+    require(parameters.sliding_window >= 0 && parameters.sinks >= 0, ErrorCode::option,
+            "attention: a sliding window of ", parameters.sliding_window, " with ", parameters.sinks,
+            " sinks, expected neither below 0");
+    require(
+        parameters.alibi_slopes.empty() || static_cast<Index>(parameters.alibi_slopes.size()) == query_heads,
+        ErrorCode::shape, "attention: ", parameters.alibi_slopes.size(), " ALiBi slopes, expected ",
+        query_heads, ", one a query head");
+    require(!parameters.bias ||
+                (parameters.bias->cols() == keys && (parameters.bias->rows() == query_tokens ||
+                                                     parameters.bias->rows() == query_heads * query_tokens)),
+            ErrorCode::shape, "attention: a bias of ", parameters.bias ? parameters.bias->rows() : 0, " x ",
+            parameters.bias ? parameters.bias->cols() : 0, ", expected ", query_tokens, " (or ",
+            query_heads * query_tokens, ") x ", keys);
+}
+
+/// What a query at position p does to a score; -infinity where it does not see key t.
+template <class Real>
+class ScoreRule {
+  public:
+    ScoreRule(const AttentionParameters& parameters, Index head, Index query_tokens, Index head_dim)
+        : parameters_(parameters),
+          scale_(static_cast<Real>(parameters.scale > 0.0 ? parameters.scale
+                                                          : 1.0 / std::sqrt(static_cast<double>(head_dim)))),
+          softcap_(static_cast<Real>(parameters.softcap)),
+          slope_(parameters.alibi_slopes.empty()
+                     ? Real(0)
+                     : static_cast<Real>(parameters.alibi_slopes[static_cast<std::size_t>(head)])),
+          bias_row_(parameters.bias && parameters.bias->rows() > query_tokens ? head * query_tokens : 0) {}
+
+    Real scale() const noexcept { return scale_; }
+    bool sees(Index position, Index key) const noexcept {
+        return key <= position && (parameters_.sliding_window == 0 ||
+                                   position - key < parameters_.sliding_window || key < parameters_.sinks);
+    }
+    /// From q.k (not scaled) to what the softmax takes.
+    Real operator()(Real product, Index query, Index position, Index key) const noexcept {
+        if (!sees(position, key)) return -std::numeric_limits<Real>::infinity();
+        Real score = scale_ * product;
+        if (softcap_ > Real(0)) score = softcap_ * std::tanh(score / softcap_);
+        score += slope_ * static_cast<Real>(key - position);
+        if (parameters_.bias) score += static_cast<Real>((*parameters_.bias)(bias_row_ + query, key));
+        return score;
+    }
+    /// Whether it is no more than a product and a causal mask.
+    bool plain() const noexcept {
+        return softcap_ == Real(0) && slope_ == Real(0) && !parameters_.bias &&
+               parameters_.sliding_window == 0;
+    }
+
+  private:
+    AttentionParameters parameters_;
+    Real scale_, softcap_, slope_;
+    Index bias_row_;
+};
+
+}  // namespace detail
+}  // namespace kvplane

@@ -1,0 +1,55 @@
+// kvplane/attention/reference.hpp: attention in plain Eigen and double, the oracle of every test.
+//
+// Written to be read, not to be fast: one query head and one query token at a time, scores, softmax, sum.
+#pragma once
+
+#include <cmath>
+
+#include "kvplane/attention/parameters.hpp"
+#include "kvplane/error.hpp"
+#include "kvplane/matrix.hpp"
+
+namespace kvplane {
+
+/// Attention of `queries`, the last query_tokens of the sequence, causal among themselves.
+/// keys: tokens x (kv_heads * key_dim); values: tokens x (kv_heads * value_dim); queries: query_tokens x
+/// (query_heads * key_dim); all of any element type, or rank-3 tensors (heads, tokens, channels). Query head
+/// h reads key/value head h / (query_heads / kv_heads). Returns query_tokens x (query_heads * value_dim); a
+/// query that sees no key gets zeros. Throws Error (shape, option).
+template <class K, class V, class Q>
+MatrixD reference_attention(const K& keys, const V& values, const Q& queries, Index query_heads,
+                            Index kv_heads, const AttentionParameters& parameters = {}) {
+    const MatrixD k = to_matrix<double>(keys), v = to_matrix<double>(values), q = to_matrix<double>(queries);
+    require(kv_heads >= 1 && query_heads >= 1 && query_heads % kv_heads == 0, ErrorCode::option,
+            "reference_attention: ", query_heads, " query heads over ", kv_heads,
+            " key/value heads, expected a multiple");
+    require(k.rows() == v.rows() && k.cols() % kv_heads == 0 && v.cols() % kv_heads == 0 &&
+                q.cols() % query_heads == 0 && q.cols() / query_heads == k.cols() / kv_heads &&
+                q.rows() <= k.rows(),
+            ErrorCode::shape, "reference_attention: keys ", k.rows(), " x ", k.cols(), ", values ", v.rows(),
+            " x ", v.cols(), ", queries ", q.rows(), " x ", q.cols(), " in ", kv_heads, " and ", query_heads,
+            " heads do not fit together");
+    detail::require_parameters(parameters, query_heads, q.rows(), k.rows());
+
+    const Index key_dim = k.cols() / kv_heads, value_dim = v.cols() / kv_heads;
+    MatrixD output = MatrixD::Zero(q.rows(), query_heads * value_dim);
+    for (Index head = 0; head < query_heads; ++head) {
+        const Index kv_head = head / (query_heads / kv_heads);
+        const detail::ScoreRule<double> rule(parameters, head, q.rows(), key_dim);
+        for (Index i = 0; i < q.rows(); ++i) {
+            const Index position = k.rows() - q.rows() + i;
+            Eigen::VectorXd scores = k.middleCols(kv_head * key_dim, key_dim) *
+                                     q.row(i).segment(head * key_dim, key_dim).transpose();
+            for (Index t = 0; t < k.rows(); ++t) scores[t] = rule(scores[t], i, position, t);
+            const double largest =
+                scores.size() > 0 ? scores.maxCoeff() : -std::numeric_limits<double>::infinity();
+            if (std::isinf(largest) && largest < 0.0) continue;
+            const Eigen::VectorXd weights = (scores.array() - largest).exp();
+            output.row(i).segment(head * value_dim, value_dim) =
+                weights.transpose() * v.middleCols(kv_head * value_dim, value_dim) / weights.sum();
+        }
+    }
+    return output;
+}
+
+}  // namespace kvplane

@@ -1,0 +1,315 @@
+// kvplane/cache/serialize.hpp: a cache to and from one safetensors file.
+//
+// Tensors (all little-endian, as the pages hold them):
+//   sinks        U8  [bytes]               the page of fp16 sinks, where there are any
+//   tiles        U8  [tiles, tile bytes]   the packed tiles, in the order of their positions
+//   tile_first   I64 [tiles]               position of each tile's first token
+//   tile_tokens  I64 [tiles]               tokens in each
+//   recent       U8  [pages, page bytes]   pages of tokens that are not in a tile yet
+//   extremes     F64 [4]                   largest magnitude of keys and values, clipped excess of each
+// Metadata: kvplane.format (the version of all this), kvplane.configuration (JSON), kvplane.tokens,
+// kvplane.dropped, kvplane.window_first, kvplane.checksum (FNV-1a over all of it).
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/error.hpp"
+#include "kvplane/io/safetensors.hpp"
+
+namespace kvplane {
+
+/// The file of a cache in memory. Two caches of the same content give the same bytes.
+std::vector<std::byte> to_bytes(const KvCache& cache);
+
+/// Writes the file. Throws Error (io) and then leaves what was at `path`.
+void save_cache(const KvCache& cache, const std::filesystem::path& path);
+
+/// Reads a cache that was saved with exactly this configuration. Attention of the loaded cache equals that of
+/// the saved one bit for bit. Throws Error: io; format (malformed, truncated or altered content); mismatch
+/// (another format version, another configuration); out_of_memory.
+KvCache load_cache(const std::filesystem::path& path, const CacheConfiguration& configuration,
+                   TilePool& pool);
+KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& configuration, TilePool& pool);
+
+// Implementation
+// ------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+inline constexpr const char* cache_format_version = "1";
+
+inline nlohmann::json side_json(const SideRecipe& side) {
+    return {{"bits", side.bits},
+            {"granularity", name(side.rule.granularity)},
+            {"group", side.rule.group},
+            {"scheme", name(side.rule.scheme)},
+            {"clip", side.rule.clip == Clip::mse_optimal},
+            {"rotate", side.rotate}};
+}
+
+/// Everything that what is stored depends on. The recipe's name is not part of it.
+inline std::string configuration_json(const CacheConfiguration& c) {
+    const nlohmann::json json{{"kv_heads", c.kv_heads},
+                              {"query_heads", c.query_heads},
+                              {"key_head_dim", c.key_head_dim},
+                              {"value_head_dim", c.value_head_dim},
+                              {"rotation_seed", c.rotation_seed},
+                              {"keys", side_json(c.recipe.keys)},
+                              {"values", side_json(c.recipe.values)},
+                              {"sink_tokens", c.recipe.sink_tokens},
+                              {"recent_tokens", c.recipe.recent_tokens},
+                              {"recent_bits", c.recipe.recent_bits},
+                              {"every_token", c.recipe.every_token}};
+    return json.dump();
+}
+
+/// What a file holds, between the cache and the format.
+struct CacheContent {
+    std::string configuration;
+    Index tokens = 0, dropped = 0, window_first = 0;
+    std::vector<std::byte> sinks, tiles, recent;
+    std::vector<std::int64_t> tile_first, tile_tokens;
+    std::array<double, 4> extremes{};
+
+    static CacheContent of(const KvCache& cache);
+    KvCache restore(const CacheConfiguration& configuration, TilePool& pool, const std::string& source) const;
+    std::string checksum() const;
+
+  private:
+    void require_consistent(const KvCache& cache, const std::string& source) const;
+};
+
+inline void append_page(std::vector<std::byte>& to, const PageReference& page) {
+    to.insert(to.end(), page.data(), page.data() + page.bytes());
+}
+
+inline CacheContent CacheContent::of(const KvCache& cache) {
+    const auto& state = cache.state_;
+    CacheContent content;
+    content.configuration = configuration_json(cache.configuration());
+    content.tokens = state.tokens;
+    content.dropped = state.dropped;
+    content.window_first = state.window_first;
+    content.extremes = {state.largest[0], state.largest[1], state.excess[0], state.excess[1]};
+    if (state.sinks) append_page(content.sinks, state.sinks);
+    for (const auto& tile : state.tiles) {
+        append_page(content.tiles, tile.page);
+        content.tile_first.push_back(tile.first);
+        content.tile_tokens.push_back(tile.tokens);
+    }
+    for (const PageReference& page : state.window) append_page(content.recent, page);
+    return content;
+}
+
+/// FNV-1a, eight bytes at a time.
+class Checksum {
+  public:
+    void add(std::span<const std::byte> bytes) noexcept {
+        add_word(bytes.size());
+        std::size_t at = 0;
+        for (; at + 8 <= bytes.size(); at += 8) add_word(load_u64(bytes.data() + at));
+        std::uint64_t rest = 0;
+        if (at < bytes.size()) std::memcpy(&rest, bytes.data() + at, bytes.size() - at);
+        add_word(rest);
+    }
+    void add_word(std::uint64_t word) noexcept {
+        state_ = (state_ ^ word) * 0x100000001B3ull;
+        state_ ^= state_ >> 29;  // a plain product would never move high bits of a word down
+    }
+    std::string text() const { return std::to_string(state_); }
+
+  private:
+    std::uint64_t state_ = 0xCBF29CE484222325ull;
+};
+
+inline std::string CacheContent::checksum() const {
+    Checksum sum;
+    sum.add(std::as_bytes(std::span(configuration)));
+    for (const Index number : {tokens, dropped, window_first})
+        sum.add_word(static_cast<std::uint64_t>(number));
+    sum.add(sinks);
+    sum.add(tiles);
+    sum.add(recent);
+    sum.add(std::as_bytes(std::span(tile_first)));
+    sum.add(std::as_bytes(std::span(tile_tokens)));
+    sum.add(std::as_bytes(std::span(extremes)));
+    return sum.text();
+}
+
+/// Whether the parts make up a cache: positions without gaps, pages of the right number and size.
+inline void CacheContent::require_consistent(const KvCache& cache, const std::string& source) const {
+    const auto expect = [&](bool holds, const auto&... what) {
+        require(holds, ErrorCode::format, source, ": ", what...);
+    };
+    const CacheRecipe& recipe = cache.recipe();
+    constexpr Index most = Index{1} << 40;
+    expect(tokens >= 0 && tokens < most && dropped >= 0 && dropped <= tokens && window_first >= 0 &&
+               window_first <= tokens,
+           "tokens ", tokens, ", dropped ", dropped, ", window_first ", window_first,
+           " contradict each other");
+    const Index sink_count = std::min(recipe.sink_tokens, tokens);
+    const Index sink_bytes = sink_count > 0 ? cache.sink_rows().bytes() : 0;
+    expect(static_cast<Index>(sinks.size()) == sink_bytes, "sinks: ", sinks.size(), " bytes, expected ",
+           sink_bytes);
+    expect(window_first >= sink_count, "window_first ", window_first, ", expected at least the ", sink_count,
+           " sinks");
+    const auto count = tile_first.size();
+    expect(
+        tile_tokens.size() == count && tiles.size() == count * static_cast<std::size_t>(cache.tile_bytes()),
+        "tiles: ", tiles.size(), " bytes for ", count, " tiles of ", cache.tile_bytes());
+    Index next = count > 0 ? static_cast<Index>(tile_first[0]) : window_first;
+    expect(next >= sink_count && (next == sink_count || next <= dropped), "the first tile begins at token ",
+           next, ", expected ", sink_count, " or one before ", dropped);
+    for (std::size_t i = 0; i < count; ++i) {
+        expect(tile_first[i] == next && tile_tokens[i] >= 1 && tile_tokens[i] <= kvplane::tile_tokens,
+               "tile ", i, ": ", tile_tokens[i], " tokens from ", tile_first[i], ", expected 1 to 128 from ",
+               next);
+        next += static_cast<Index>(tile_tokens[i]);
+    }
+    expect(next == window_first, "the tiles end at token ", next, ", expected ", window_first);
+    const Index left = tokens - window_first;
+    expect(!recipe.every_token || left == 0, left,
+           " tokens outside tiles of a recipe that quantizes every one");
+    const Index pages = (left + KvCache::window_page_tokens - 1) / KvCache::window_page_tokens;
+    const Index page_bytes = cache.window_rows().bytes();
+    expect(left < most / 2 && static_cast<Index>(recent.size()) == pages * page_bytes,
+           "recent: ", recent.size(), " bytes, expected ", pages, " pages of ", page_bytes);
+}
+
+inline KvCache CacheContent::restore(const CacheConfiguration& configuration_wanted, TilePool& pool,
+                                     const std::string& source) const {
+    KvCache cache(configuration_wanted, pool);
+    require_consistent(cache, source);
+    const auto page_of = [&](const std::vector<std::byte>& from, Index bytes, std::size_t index) {
+        PageReference page = pool.page(bytes);
+        std::memcpy(page.data(), from.data() + index * static_cast<std::size_t>(bytes),
+                    static_cast<std::size_t>(bytes));
+        return page;
+    };
+    auto& state = cache.state_;
+    state.tokens = tokens;
+    state.dropped = dropped;
+    state.window_first = window_first;
+    for (std::size_t side = 0; side < 2; ++side) {
+        state.largest[side] = extremes[side];
+        state.excess[side] = extremes[2 + side];
+    }
+    if (!sinks.empty()) state.sinks = page_of(sinks, static_cast<Index>(sinks.size()), 0);
+    for (std::size_t i = 0; i < tile_first.size(); ++i)
+        state.tiles.push_back({page_of(tiles, cache.tile_bytes(), i), static_cast<Index>(tile_first[i]),
+                               static_cast<Index>(tile_tokens[i])});
+    const Index page_bytes = cache.window_rows().bytes();
+    for (std::size_t i = 0; i * static_cast<std::size_t>(page_bytes) < recent.size(); ++i)
+        state.window.push_back(page_of(recent, page_bytes, i));
+    return cache;
+}
+
+inline SafetensorsWriter cache_writer(const KvCache& cache) {
+    const CacheContent content = CacheContent::of(cache);
+    const auto tiles = static_cast<Index>(content.tile_first.size());
+    const auto size = [](const auto& bytes) { return static_cast<Index>(bytes.size()); };
+    SafetensorsWriter writer;
+    writer.add("sinks", {size(content.sinks)}, DType::uint8, content.sinks);
+    writer.add("tiles", {tiles, tiles > 0 ? size(content.tiles) / tiles : 0}, DType::uint8, content.tiles);
+    writer.add("recent", {size(content.recent)}, DType::uint8, content.recent);
+    writer.add("tile_first", {tiles}, DType::int64, std::as_bytes(std::span(content.tile_first)));
+    writer.add("tile_tokens", {tiles}, DType::int64, std::as_bytes(std::span(content.tile_tokens)));
+    writer.add("extremes", {4}, DType::float64, std::as_bytes(std::span(content.extremes)));
+    writer.metadata("kvplane.format", cache_format_version);
+    writer.metadata("kvplane.configuration", content.configuration);
+    writer.metadata("kvplane.tokens", std::to_string(content.tokens));
+    writer.metadata("kvplane.dropped", std::to_string(content.dropped));
+    writer.metadata("kvplane.window_first", std::to_string(content.window_first));
+    writer.metadata("kvplane.checksum", content.checksum());
+    return writer;
+}
+
+class CacheFile {
+  public:
+    CacheFile(const SafetensorsFile& file, std::string source) : file_(file), source_(std::move(source)) {}
+
+    KvCache load(const CacheConfiguration& configuration, TilePool& pool) const {
+        require_configuration(configuration);
+        const std::string& version = text("kvplane.format");
+        require(version == cache_format_version, ErrorCode::mismatch, source_, ": a cache of format ",
+                version, ", expected ", cache_format_version);
+        CacheContent content;
+        content.configuration = text("kvplane.configuration");
+        const std::string wanted = configuration_json(configuration);
+        require(content.configuration == wanted, ErrorCode::mismatch, source_,
+                ": a cache of another configuration: ", content.configuration, ", expected ", wanted);
+        content.tokens = number("kvplane.tokens");
+        content.dropped = number("kvplane.dropped");
+        content.window_first = number("kvplane.window_first");
+        read("sinks", DType::uint8, content.sinks);
+        read("tiles", DType::uint8, content.tiles);
+        read("recent", DType::uint8, content.recent);
+        read("tile_first", DType::int64, content.tile_first);
+        read("tile_tokens", DType::int64, content.tile_tokens);
+        std::vector<double> extremes;
+        read("extremes", DType::float64, extremes);
+        require(extremes.size() == 4, ErrorCode::format, source_, ": extremes: ", extremes.size(),
+                " numbers, expected 4");
+        std::copy(extremes.begin(), extremes.end(), content.extremes.begin());
+        require(text("kvplane.checksum") == content.checksum(), ErrorCode::format, source_,
+                ": the checksum does not match: the content was altered");
+        return content.restore(configuration, pool, source_);
+    }
+
+  private:
+    const std::string& text(const char* key) const {
+        const auto found = file_.metadata().find(key);
+        require(found != file_.metadata().end(), ErrorCode::format, source_, ": no metadata '", key,
+                "': not a kvplane cache");
+        return found->second;
+    }
+    Index number(const char* key) const {
+        const std::string& digits = text(key);
+        require(!digits.empty() && digits.size() <= 15 &&
+                    digits.find_first_not_of("0123456789") == std::string::npos,
+                ErrorCode::format, source_, ": ", key, " is '", digits, "', expected a number of tokens");
+        return std::stol(digits);
+    }
+    template <class Element>
+    void read(const char* tensor, DType dtype, std::vector<Element>& to) const {
+        require(file_.contains(tensor), ErrorCode::format, source_, ": no tensor '", tensor, "'");
+        require(file_.info(tensor).dtype == dtype, ErrorCode::format, source_, ": tensor '", tensor,
+                "' has another dtype, expected ", name(dtype));
+        const auto bytes = file_.bytes(tensor);
+        to.resize(bytes.size() / sizeof(Element));
+        if (!bytes.empty()) std::memcpy(to.data(), bytes.data(), bytes.size());
+    }
+
+    const SafetensorsFile& file_;
+    std::string source_;
+};
+
+}  // namespace detail
+
+inline std::vector<std::byte> to_bytes(const KvCache& cache) {
+    return detail::cache_writer(cache).to_bytes();
+}
+
+inline void save_cache(const KvCache& cache, const std::filesystem::path& path) {
+    detail::cache_writer(cache).write(path);
+}
+
+inline KvCache load_cache(const std::filesystem::path& path, const CacheConfiguration& configuration,
+                          TilePool& pool) {
+    return detail::CacheFile(SafetensorsFile::open(path), path.string()).load(configuration, pool);
+}
+
+inline KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& configuration,
+                          TilePool& pool) {
+    return detail::CacheFile(SafetensorsFile::from_bytes(bytes), "memory").load(configuration, pool);
+}
+
+}  // namespace kvplane

@@ -1,0 +1,208 @@
+// kvplane/recipes.hpp: each method as a configuration of the parts, and its name on a command line.
+//
+//   fp16                      two bytes a number
+//   block32:BITS[:rotated]    symmetric blocks of 32 channels (4 or 8 bits), every token at once: what common
+//                             engines do; the baseline
+//   kivi:BITS[:GROUP]         keys by channel, values by token, one width (arXiv 2402.02750 in kvplane's
+//   tiles) key_favored:KEY:VALUE     more bits for keys (arXiv 2502.15075), values rotated, sinks and recent
+//   tokens standard, compact         the defaults; see their comments
+//
+// A name may go on with settings, each after a '+': sinks=N, recent=N, recent_bits=8|16, key_scheme=,
+// value_scheme=cell|min_max|symmetric, key_clip, value_clip (intervals of least squared error), rotate_keys=,
+// rotate_values=0|1, key_group=32|64|128 (tokens), value_group=N (channels; 0: the whole head).
+#pragma once
+
+#include <charconv>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kvplane/allocate/key_favored.hpp"
+#include "kvplane/cache/configuration.hpp"
+#include "kvplane/error.hpp"
+
+namespace kvplane::recipes {
+
+/// min_max reproduces the extremes and is the better fit from 3 bits on; at 1 and 2 bits it spends so much of
+/// the range on them that exact cells are.
+constexpr Scheme scheme_for(int bits) noexcept {
+    return bits <= 2 ? Scheme::cell : Scheme::min_max;
+}
+
+/// Keys: one grid for each channel of `group_tokens` tokens.
+inline SideRecipe by_channel(int bits, Index group_tokens = 128) {
+    return {bits, {Granularity::per_channel, group_tokens, scheme_for(bits), Clip::none}, false};
+}
+/// Values: one grid for each head of each token.
+inline SideRecipe by_token(int bits, bool rotate) {
+    return {bits, {Granularity::per_token, whole_head, scheme_for(bits), Clip::none}, rotate};
+}
+
+inline CacheRecipe fp16() {
+    CacheRecipe recipe;
+    recipe.name = "fp16";
+    recipe.sink_tokens = recipe.recent_tokens = 0;
+    recipe.every_token = true;
+    return recipe;
+}
+
+/// Symmetric blocks of 32 channels along the head, every token at once, nothing in fp16.
+inline CacheRecipe block32(int bits, bool rotated = false) {
+    const SideRecipe side{bits, {Granularity::per_token, 32, Scheme::symmetric, Clip::none}, rotated};
+    return {.name = "block32:" + std::to_string(bits) + (rotated ? ":rotated" : ""),
+            .keys = side,
+            .values = side,
+            .sink_tokens = 0,
+            .recent_tokens = 0,
+            .every_token = true};
+}
+
+/// KIVI (arXiv 2402.02750): keys by channel over `group` tokens, values by token over the head, min_max, no
+/// rotation and no sinks. The paper groups both by 32; with a group of 32 the values' grids do too.
+inline CacheRecipe kivi(int bits, Index group = 128) {
+    CacheRecipe recipe;
+    recipe.name = "kivi:" + std::to_string(bits);
+    recipe.sink_tokens = recipe.recent_tokens = 0;
+    recipe.keys = {bits, {Granularity::per_channel, group, Scheme::min_max, Clip::none}, false};
+    recipe.values = {bits,
+                     {Granularity::per_token, group == 128 ? whole_head : group, Scheme::min_max, Clip::none},
+                     false};
+    if (group != 128) recipe.name += ":" + std::to_string(group);
+    return recipe;
+}
+
+/// Quantize What Counts (arXiv 2502.15075): keys get more bits than values. On top of the paper: sinks and
+/// recent tokens stay out of the grids, values are rotated.
+inline CacheRecipe key_favored(int key_bits, int value_bits) {
+    return {.name = "key_favored:" + std::to_string(key_bits) + ":" + std::to_string(value_bits),
+            .keys = by_channel(key_bits),
+            .values = by_token(value_bits, true)};
+}
+
+/// The same with the bits and group sizes that allocate/key_favored.hpp chose, one recipe a layer. Widths
+/// must be whole numbers from 1 to 8. Throws Error (option).
+inline std::vector<CacheRecipe> key_favored(const KeyFavoredAllocation& allocation) {
+    std::vector<CacheRecipe> layers;
+    for (const LayerAllocation& layer : allocation.layers) {
+        const auto key_bits = static_cast<int>(layer.key_bits),
+                   value_bits = static_cast<int>(layer.value_bits);
+        require(key_bits == layer.key_bits && value_bits == layer.value_bits, ErrorCode::option,
+                "key_favored: layer ", layers.size(), " is given ", layer.key_bits, " and ", layer.value_bits,
+                " bits, expected whole numbers");
+        CacheRecipe recipe = key_favored(key_bits, value_bits);
+        recipe.keys.rule.group = layer.key_group_tokens;
+        recipe.values.rule.group = layer.value_group_channels;
+        layers.push_back(recipe);
+    }
+    return layers;
+}
+
+namespace detail {
+
+inline std::vector<std::string_view> split(std::string_view text, char separator) {
+    std::vector<std::string_view> parts;
+    for (std::size_t at = 0; at <= text.size();) {
+        const std::size_t end = std::min(text.find(separator, at), text.size());
+        parts.push_back(text.substr(at, end - at));
+        at = end + 1;
+    }
+    return parts;
+}
+
+inline int number(std::string_view recipe, std::string_view text) {
+    int value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    require(error == std::errc() && end == text.data() + text.size(), ErrorCode::option, "recipe '", recipe,
+            "': '", text, "', expected a number");
+    return value;
+}
+
+inline Scheme scheme(std::string_view recipe, std::string_view text) {
+    for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+        if (text == name(scheme)) return scheme;
+    fail(ErrorCode::option, "recipe '", recipe, "': scheme '", text,
+         "', expected cell, min_max or symmetric");
+}
+
+}  // namespace detail
+
+/// About 4.5 true bits at long contexts, calibration-free. Chosen on text that no figure is reported on; see
+/// README for how.
+inline CacheRecipe standard() {
+    CacheRecipe recipe = key_favored(5, 3);
+    recipe.name = "standard";
+    return recipe;
+}
+
+/// About 3.5 true bits at long contexts, calibration-free.
+inline CacheRecipe compact() {
+    CacheRecipe recipe = key_favored(4, 2);
+    recipe.name = "compact";
+    return recipe;
+}
+
+namespace detail {
+
+inline CacheRecipe named(std::string_view text, std::string_view name) {
+    const auto parts = split(name, ':');
+    const auto is = [&](std::string_view method, std::size_t least, std::size_t most) {
+        return parts[0] == method && parts.size() > least && parts.size() <= most + 1;
+    };
+    if (is("fp16", 0, 0)) return fp16();
+    if (is("standard", 0, 0)) return standard();
+    if (is("compact", 0, 0)) return compact();
+    if (is("block32", 1, 2) && (parts.size() == 2 || parts[2] == "rotated"))
+        return block32(number(text, parts[1]), parts.size() == 3);
+    if (is("kivi", 1, 2))
+        return kivi(number(text, parts[1]), parts.size() == 3 ? number(text, parts[2]) : 128);
+    if (is("key_favored", 2, 2)) return key_favored(number(text, parts[1]), number(text, parts[2]));
+    fail(ErrorCode::option, "recipe '", text,
+         "': expected fp16, block32:BITS[:rotated], kivi:BITS[:GROUP], key_favored:KEY:VALUE, standard or "
+         "compact");
+}
+
+inline void set(CacheRecipe& recipe, std::string_view text, std::string_view setting) {
+    const std::size_t equals = setting.find('=');
+    const std::string_view key = setting.substr(0, equals);
+    const std::string_view value = equals == std::string_view::npos ? "1" : setting.substr(equals + 1);
+    if (key == "sinks")
+        recipe.sink_tokens = number(text, value);
+    else if (key == "recent")
+        recipe.recent_tokens = number(text, value);
+    else if (key == "recent_bits")
+        recipe.recent_bits = number(text, value);
+    else if (key == "key_scheme")
+        recipe.keys.rule.scheme = scheme(text, value);
+    else if (key == "value_scheme")
+        recipe.values.rule.scheme = scheme(text, value);
+    else if (key == "key_clip")
+        recipe.keys.rule.clip = number(text, value) ? Clip::mse_optimal : Clip::none;
+    else if (key == "value_clip")
+        recipe.values.rule.clip = number(text, value) ? Clip::mse_optimal : Clip::none;
+    else if (key == "rotate_keys")
+        recipe.keys.rotate = number(text, value) != 0;
+    else if (key == "rotate_values")
+        recipe.values.rotate = number(text, value) != 0;
+    else if (key == "key_group")
+        recipe.keys.rule.group = number(text, value);
+    else if (key == "value_group")
+        recipe.values.rule.group = number(text, value) ? number(text, value) : whole_head;
+    else
+        fail(ErrorCode::option, "recipe '", text, "': unknown setting '", key, "'");
+}
+
+}  // namespace detail
+
+/// The recipe of a name as listed at the top. Throws Error (option) saying what is wrong with it.
+inline CacheRecipe parse(std::string_view text) {
+    const auto parts = detail::split(text, '+');
+    CacheRecipe recipe = detail::named(text, parts[0]);
+    for (std::size_t i = 1; i < parts.size(); ++i) detail::set(recipe, text, parts[i]);
+    recipe.name = text;
+    CacheConfiguration check;
+    check.recipe = recipe;
+    kvplane::detail::require_configuration(check);
+    return recipe;
+}
+
+}  // namespace kvplane::recipes

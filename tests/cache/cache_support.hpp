@@ -1,0 +1,86 @@
+// tests/cache/cache_support.hpp: configurations and a naive cache that the real one is compared with.
+#pragma once
+
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kvplane/attention/reference.hpp"
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/recipes.hpp"
+
+namespace kvplane_test {
+
+using namespace kvplane;
+
+inline CacheConfiguration configuration(const std::string& recipe, Index kv_heads = 2, Index query_heads = 4,
+                                        Index key_dim = 32, Index value_dim = 48) {
+    CacheConfiguration made;
+    made.kv_heads = kv_heads;
+    made.query_heads = query_heads;
+    made.key_head_dim = key_dim;
+    made.value_head_dim = value_dim;
+    made.recipe = recipes::parse(recipe);
+    return made;
+}
+
+/// Every way of storing that the cache has: the named recipes and what changes the path through the code.
+inline const std::vector<std::string>& recipe_names() {
+    static const std::vector<std::string> names{"fp16",
+                                                "block32:4",
+                                                "block32:8:rotated",
+                                                "kivi:2",
+                                                "kivi:4:32",
+                                                "key_favored:4:2",
+                                                "key_favored:8:1+sinks=0+recent=0",
+                                                "key_favored:3:5+rotate_keys=1+recent=100+key_group=64",
+                                                "key_favored:7:6+recent_bits=8+sinks=17+value_group=16",
+                                                "key_favored:4:4+key_clip=1+value_clip=1",
+                                                "standard",
+                                                "compact"};
+    return names;
+}
+
+inline Matrix normal_matrix(std::mt19937_64& random, Index rows, Index cols, float scale = 1.0f) {
+    std::normal_distribution<float> normal(0.0f, scale);
+    Matrix matrix(rows, cols);
+    for (Index i = 0; i < matrix.size(); ++i) matrix.data()[i] = normal(random);
+    return matrix;
+}
+
+/// All tokens in fp32, and which of them are still kept.
+struct NaiveCache {
+    Matrix keys, values;
+    Index dropped = 0;
+
+    Index tokens() const { return keys.rows(); }
+    void append(const Matrix& more_keys, const Matrix& more_values) {
+        const Index before = keys.rows();
+        keys.conservativeResize(before + more_keys.rows(), more_keys.cols());
+        values.conservativeResize(before + more_values.rows(), more_values.cols());
+        keys.bottomRows(more_keys.rows()) = more_keys;
+        values.bottomRows(more_values.rows()) = more_values;
+    }
+    void truncate(Index count) {
+        keys.conservativeResize(count, keys.cols());
+        values.conservativeResize(count, values.cols());
+        if (count == 0) dropped = 0;
+    }
+    /// -infinity where a token was dropped: what attention_parameters.bias makes of it.
+    Matrix mask(Index query_tokens, Index sinks) const {
+        Matrix mask = Matrix::Zero(query_tokens, tokens());
+        for (Index t = sinks; t < dropped; ++t)
+            mask.col(t).setConstant(-std::numeric_limits<float>::infinity());
+        return mask;
+    }
+};
+
+/// Theorem T13: how far the output of one query and head may be off, from the bounds that the cache states.
+/// score_bound bounds the error of every scaled score, value_bound that of every row of values in norm.
+inline double output_bound(const MatrixD& values, double score_bound, double value_bound) {
+    const Eigen::RowVectorXd center = 0.5 * (values.colwise().maxCoeff() + values.colwise().minCoeff());
+    const double radius = (values.rowwise() - center).rowwise().norm().maxCoeff();
+    return 2.0 * std::tanh(0.5 * score_bound) * radius + value_bound;
+}
+
+}  // namespace kvplane_test

@@ -1,0 +1,409 @@
+// The cache against a naive fp32 one: thousands of random operations, and each property by itself.
+#include "kvplane/cache/kv_cache.hpp"
+
+#include <gtest/gtest.h>
+
+#include <memory_resource>
+#include <thread>
+
+#include "cache_support.hpp"
+#include "kvplane/cache/serialize.hpp"
+#include "test_support.hpp"
+
+namespace {
+
+using namespace kvplane;
+using namespace kvplane_test;
+
+class CacheOfRecipe : public testing::TestWithParam<std::string> {
+  protected:
+    CacheConfiguration configuration() const { return kvplane_test::configuration(GetParam()); }
+    Matrix keys(Index tokens) {
+        return normal_matrix(random_, tokens, configuration().kv_heads * configuration().key_head_dim, 2.0f);
+    }
+    Matrix values(Index tokens) {
+        return normal_matrix(random_, tokens, configuration().kv_heads * configuration().value_head_dim);
+    }
+    Matrix queries(Index tokens) {
+        return normal_matrix(random_, tokens, configuration().query_heads * configuration().key_head_dim);
+    }
+
+    std::mt19937_64 random_{seed()};
+    TilePool pool_;
+};
+
+Matrix attend(const KvCache& cache, const Matrix& queries, const AttentionParameters& parameters = {}) {
+    const auto& c = cache.configuration();
+    Matrix output(queries.rows(), c.query_heads * c.value_head_dim);
+    cache.attend(queries, output, parameters);
+    return output;
+}
+
+/// Everything the cache stores is within the bound that it states, and not suspiciously far below it.
+void expect_within_bounds(const KvCache& cache, const NaiveCache& naive) {
+    const auto& c = cache.configuration();
+    const CacheErrorBound bound = cache.error_bound();
+    const Index from = naive.dropped > c.recipe.sink_tokens ? naive.dropped : 0,
+                count = naive.tokens() - from;
+    if (count <= 0) return;
+    const auto expect = [&](const Matrix& stored, const Matrix& exact, Index dim, double element,
+                            bool rotated) {
+        const Matrix difference = stored - exact.bottomRows(count);
+        for (Index head = 0; head < c.kv_heads; ++head) {
+            const Matrix off = difference.middleCols(head * dim, dim);
+            // Rotation and back is fp32 arithmetic on sums of squares: 1e-5 relative covers it.
+            const double rounding = 1e-5 * exact.cwiseAbs().maxCoeff();
+            if (!rotated) {
+                ASSERT_LE(off.cwiseAbs().maxCoeff(), element + rounding);
+            }
+            ASSERT_LE(off.rowwise().norm().maxCoeff(),
+                      std::sqrt(static_cast<double>(dim)) * element + rounding);
+        }
+    };
+    expect(cache.stored_keys(from, count), naive.keys, c.key_head_dim, bound.key, c.recipe.keys.rotate);
+    expect(cache.stored_values(from, count), naive.values, c.value_head_dim, bound.value,
+           c.recipe.values.rotate);
+}
+
+/// The output against double-precision attention over what is stored (tight), and over what was put in (T13).
+void expect_attention(const KvCache& cache, const NaiveCache& naive, const Matrix& queries,
+                      AttentionParameters parameters) {
+    const auto& c = cache.configuration();
+    const Matrix mask = naive.mask(queries.rows(), c.recipe.sink_tokens);
+    parameters.bias = nullptr;
+    const Matrix output = attend(cache, queries, parameters);
+    parameters.bias = &mask;
+    const MatrixD exact =
+        reference_attention(naive.keys, naive.values, queries, c.query_heads, c.kv_heads, parameters);
+    const CacheErrorBound bound = cache.error_bound();
+    for (Index head = 0; head < c.query_heads; ++head) {
+        const double norm = queries.middleCols(head * c.key_head_dim, c.key_head_dim)
+                                .cast<double>()
+                                .rowwise()
+                                .norm()
+                                .maxCoeff();
+        // |q.dk| <= |q| |dk|, |dk| <= sqrt(d) times the element's bound: sqrt(d) cancels the scale.
+        const double off = output_bound(
+            naive.values.cast<double>().middleCols(head / c.group() * c.value_head_dim, c.value_head_dim),
+            norm * bound.key, std::sqrt(static_cast<double>(c.value_head_dim)) * bound.value);
+        const auto columns = [&](const auto& m) {
+            return m.middleCols(head * c.value_head_dim, c.value_head_dim).template cast<double>().eval();
+        };
+        ASSERT_LE((columns(output) - columns(exact)).rowwise().norm().maxCoeff(), off + 1e-4);
+    }
+}
+
+TEST_P(CacheOfRecipe, RandomOperationsAgainstANaiveCache) {
+    for (int sequence = 0; sequence < 12; ++sequence) {
+        KvCache cache(configuration(), pool_);
+        NaiveCache naive{Matrix(0, keys(0).cols()), Matrix(0, values(0).cols())};
+        const auto up_to = [&](Index most) { return std::uniform_int_distribution<Index>(0, most)(random_); };
+        for (int step = 0; step < 40; ++step) {
+            switch (up_to(9)) {
+                case 0:
+                case 1:
+                case 2:
+                case 3: {
+                    const Index count = up_to(3) == 0 ? up_to(300) : up_to(40);
+                    const Matrix k = keys(count), v = values(count);
+                    cache.append(k, v);
+                    naive.append(k, v);
+                    break;
+                }
+                case 4: {
+                    const Index least =
+                        naive.dropped > configuration().recipe.sink_tokens ? naive.dropped : 0;
+                    const Index count = least + up_to(naive.tokens() - least);
+                    if (up_to(1) == 0 && naive.tokens() - count > 20) break;  // mostly small steps back
+                    cache.truncate(count);
+                    naive.truncate(count);
+                    break;
+                }
+                case 5:
+                    if (up_to(2) == 0 && naive.tokens() > 0) {
+                        const Index token = up_to(naive.tokens() - 1);
+                        cache.drop_before(token);
+                        naive.dropped = std::max(naive.dropped, token);
+                    }
+                    break;
+                case 6: {
+                    // The fork goes its own way; the cache must not notice.
+                    KvCache fork = cache.fork();
+                    const std::vector<std::byte> before = to_bytes(cache);
+                    fork.append(keys(70), values(70));
+                    if (naive.dropped == 0) fork.truncate(fork.tokens() / 2);
+                    fork.append(keys(3), values(3));
+                    ASSERT_EQ(to_bytes(cache), before);
+                    break;
+                }
+                case 7:
+                    cache = load_cache(to_bytes(cache), configuration(), pool_);
+                    break;
+                default: {
+                    const Index query_tokens = std::min<Index>(1 + up_to(5), naive.tokens());
+                    if (query_tokens == 0) break;
+                    AttentionParameters parameters;
+                    if (up_to(1)) parameters.sliding_window = 1 + up_to(100);
+                    if (up_to(1)) parameters.softcap = 5.0;
+                    expect_attention(cache, naive, queries(query_tokens), parameters);
+                }
+            }
+            ASSERT_EQ(cache.tokens(), naive.tokens());
+            if (step % 8 == 7) expect_within_bounds(cache, naive);
+            if (HasFatalFailure()) FAIL() << "sequence " << sequence << ", step " << step;
+        }
+    }
+}
+
+TEST_P(CacheOfRecipe, AttentionEqualsTheReferenceOverWhatIsStored) {
+    KvCache cache(configuration(), pool_);
+    const auto& c = cache.configuration();
+    for (const Index more : {1, 2, 30, 100, 300}) {
+        cache.append(keys(more), values(more));
+        const Matrix slopes_of = Matrix::Constant(1, c.query_heads, 0.01f);
+        const Matrix bias =
+            normal_matrix(random_, c.query_heads * std::min<Index>(cache.tokens(), 3), cache.tokens());
+        for (int variant = 0; variant < 5; ++variant) {
+            AttentionParameters parameters;
+            if (variant == 1) parameters.softcap = 3.0;
+            if (variant == 2) parameters.sliding_window = 20, parameters.sinks = 2;
+            if (variant == 3)
+                parameters.alibi_slopes = {slopes_of.data(), static_cast<std::size_t>(c.query_heads)};
+            if (variant == 4) parameters.bias = &bias, parameters.scale = 0.3;
+            const Matrix q = queries(std::min<Index>(cache.tokens(), 3));
+            const MatrixD exact = reference_attention(cache.stored_keys(0, cache.tokens()),
+                                                      cache.stored_values(0, cache.tokens()), q,
+                                                      c.query_heads, c.kv_heads, parameters);
+            EXPECT_LT((attend(cache, q, parameters).cast<double>() - exact).cwiseAbs().maxCoeff(), 2e-5)
+                << cache.tokens() << " tokens, variant " << variant;
+        }
+    }
+}
+
+TEST_P(CacheOfRecipe, BytesDoNotDependOnHowTokensCame) {
+    const Matrix k = keys(700), v = values(700);
+    KvCache at_once(configuration(), pool_), one_by_one(configuration(), pool_),
+        chunks(configuration(), pool_);
+    at_once.append(k, v);
+    for (Index t = 0; t < 700; ++t) one_by_one.append(k.row(t), v.row(t));
+    for (Index t = 0, size; t < 700; t += size) {
+        size = std::min<Index>(1 + t % 61, 700 - t);
+        chunks.append(k.middleRows(t, size), v.middleRows(t, size));
+    }
+    EXPECT_EQ(to_bytes(at_once), to_bytes(one_by_one));
+    EXPECT_EQ(to_bytes(at_once), to_bytes(chunks));
+}
+
+TEST_P(CacheOfRecipe, InputTypesAndLayoutsAreTheSameToIt) {
+    const auto& c = configuration();
+    const RowMajorMatrix<Eigen::half> k = keys(200).cast<Eigen::half>(), v = values(200).cast<Eigen::half>();
+    KvCache halves(c, pool_), floats(c, pool_), tensors(c, pool_), expressions(c, pool_);
+    halves.append(k, v);
+    floats.append(k.cast<float>().eval(), v.cast<float>().eval());
+    Eigen::Tensor<float, 3> k_tensor(c.kv_heads, 200, c.key_head_dim),
+        v_tensor(c.kv_heads, 200, c.value_head_dim);
+    for (Index h = 0; h < c.kv_heads; ++h)
+        for (Index t = 0; t < 200; ++t) {
+            for (Index i = 0; i < c.key_head_dim; ++i)
+                k_tensor(h, t, i) = static_cast<float>(k(t, h * c.key_head_dim + i));
+            for (Index i = 0; i < c.value_head_dim; ++i)
+                v_tensor(h, t, i) = static_cast<float>(v(t, h * c.value_head_dim + i));
+        }
+    tensors.append(k_tensor, v_tensor);
+    const Eigen::MatrixXf columns = k.cast<float>();
+    expressions.append(2.0f * columns - columns, v.cast<float>());
+    EXPECT_EQ(to_bytes(halves), to_bytes(floats));
+    EXPECT_EQ(to_bytes(halves), to_bytes(tensors));
+    EXPECT_EQ(to_bytes(halves), to_bytes(expressions));
+}
+
+TEST_P(CacheOfRecipe, PredictedBytesAreTheBytes) {
+    KvCache cache(configuration(), pool_);
+    for (Index tokens = 0; tokens < 500; tokens += 7) {
+        EXPECT_EQ(cache.bytes(), KvCache::predicted_bytes(configuration(), tokens)) << tokens;
+        cache.append(keys(7), values(7));
+    }
+}
+
+TEST_P(CacheOfRecipe, AForkCopiesNothing) {
+    KvCache cache(configuration(), pool_);
+    cache.append(keys(600), values(600));
+    const Index pages = pool_.pages() - pool_.unused_pages();
+    const KvCache fork = cache.fork();
+    EXPECT_EQ(pool_.pages() - pool_.unused_pages(), pages);
+    const Matrix q = queries(2);
+    EXPECT_EQ(attend(cache, q), attend(fork, q));
+}
+
+TEST_P(CacheOfRecipe, PagesGoBackToThePool) {
+    {
+        KvCache cache(configuration(), pool_);
+        cache.append(keys(600), values(600));
+        cache.drop_before(500);
+        cache.truncate(520);
+        const KvCache fork = cache.fork();
+        cache.clear();
+        EXPECT_EQ(cache.tokens(), 0);
+        EXPECT_EQ(cache.bytes(), 0);
+    }
+    EXPECT_EQ(pool_.pages(), pool_.unused_pages());
+    pool_.trim();
+    EXPECT_EQ(pool_.pages(), 0);
+}
+
+TEST_P(CacheOfRecipe, BadInputChangesNothing) {
+    KvCache cache(configuration(), pool_);
+    cache.append(keys(150), values(150));
+    const std::vector<std::byte> before = to_bytes(cache);
+    const Matrix k = keys(40), v = values(40);
+    Matrix bad = v;
+    bad(33, 5) = std::numeric_limits<float>::quiet_NaN();
+    EXPECT_NE(refusal(ErrorCode::not_finite, [&] { cache.append(k, bad); }).find("token 33"),
+              std::string::npos);
+    bad(33, 5) = 7e4f;
+    refusal(ErrorCode::beyond_fp16, [&] { cache.append(k, bad); });
+    refusal(ErrorCode::shape, [&] { cache.append(k, v.topRows(39)); });
+    refusal(ErrorCode::shape, [&] { cache.append(v, k); });
+    Matrix out(1, cache.configuration().query_heads * cache.configuration().value_head_dim);
+    refusal(ErrorCode::shape, [&] { cache.attend(v, out); });
+    refusal(ErrorCode::shape, [&] { cache.attend(queries(2), out); });
+    refusal(ErrorCode::shape, [&] { cache.attend(queries(151), out); });
+    refusal(ErrorCode::index, [&] { cache.truncate(151); });
+    refusal(ErrorCode::index, [&] { cache.truncate(-1); });
+    refusal(ErrorCode::index, [&] { cache.drop_before(151); });
+    EXPECT_EQ(to_bytes(cache), before);
+}
+
+/// Refuses the nth allocation.
+class FailingMemory : public std::pmr::memory_resource {
+  public:
+    Index left = std::numeric_limits<Index>::max();
+
+  private:
+    void* do_allocate(std::size_t bytes, std::size_t alignment) override {
+        if (left-- <= 0) throw std::bad_alloc();
+        return std::pmr::new_delete_resource()->allocate(bytes, alignment);
+    }
+    void do_deallocate(void* memory, std::size_t bytes, std::size_t alignment) override {
+        std::pmr::new_delete_resource()->deallocate(memory, bytes, alignment);
+    }
+    bool do_is_equal(const memory_resource& other) const noexcept override { return this == &other; }
+};
+
+TEST_P(CacheOfRecipe, AFailedAllocationLosesNothing) {
+    FailingMemory memory;
+    TilePool pool(&memory);
+    KvCache cache(configuration(), pool);
+    cache.append(keys(170), values(170));
+    const KvCache fork = cache.fork();  // so that the append must copy a page as well
+    const std::vector<std::byte> before = to_bytes(cache);
+    const Matrix k = keys(300), v = values(300);
+    int refused = 0;
+    for (;; ++refused) {
+        pool.trim();
+        memory.left = refused;
+        try {
+            cache.append(k, v);
+            break;
+        } catch (const Error& error) {
+            ASSERT_EQ(error.code(), ErrorCode::out_of_memory) << error.what();
+        }
+        memory.left = std::numeric_limits<Index>::max();
+        ASSERT_EQ(to_bytes(cache), before) << "after the failure of allocation " << refused;
+        ASSERT_EQ(to_bytes(fork), before);
+    }
+    EXPECT_GT(refused, 2);
+    memory.left = std::numeric_limits<Index>::max();
+    EXPECT_EQ(cache.tokens(), 470);
+    EXPECT_EQ(to_bytes(fork), before);
+}
+
+TEST_P(CacheOfRecipe, ThreadsSharePoolAndReadTogether) {
+    KvCache cache(configuration(), pool_);
+    cache.append(keys(300), values(300));
+    const Matrix q = queries(3), expected = attend(cache, q), k = keys(200), v = values(200);
+    std::vector<std::thread> threads;
+    std::vector<int> equal(4, 0);
+    for (int i = 0; i < 4; ++i)
+        threads.emplace_back([&, i, fork = cache.fork()]() mutable {
+            for (int round = 0; round < 3; ++round) {
+                equal[static_cast<std::size_t>(i)] += attend(cache, q) == expected;
+                fork.append(k, v);
+                fork.truncate(250 + 10 * i);
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(equal, std::vector<int>(4, 3));
+}
+
+std::string test_name(const testing::TestParamInfo<std::string>& info) {
+    std::string name;
+    for (const char c : info.param) name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
+    return name;
+}
+INSTANTIATE_TEST_SUITE_P(Recipes, CacheOfRecipe, testing::ValuesIn(recipe_names()), test_name);
+
+TEST(Cache, DroppedTokensAreNotSeen) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache cache(configuration("standard"), pool);
+    const Matrix k = normal_matrix(random, 600, 64), q = normal_matrix(random, 1, 128);
+    Matrix v = normal_matrix(random, 600, 96);
+    v.middleRows(4, 296).setConstant(1000.0f);  // would dominate any output that sees one of them
+    cache.append(k, v);
+    const Index bytes = cache.bytes();
+    cache.drop_before(300);
+    EXPECT_LT(attend(cache, q).cwiseAbs().maxCoeff(), 10.0f);
+    EXPECT_LT(cache.bytes(), bytes);
+    EXPECT_EQ(cache.tokens(), 600);
+    EXPECT_EQ(cache.first_kept(), 300);
+    EXPECT_NE(refusal(ErrorCode::index, [&] { cache.truncate(299); }).find("300"), std::string::npos);
+    cache.truncate(300);  // nothing but the sinks is left to see
+    EXPECT_LT(attend(cache, q).cwiseAbs().maxCoeff(), 10.0f);
+}
+
+TEST(Cache, AQueryThatSeesNothingGetsZeros) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache cache(configuration("fp16"), pool);
+    Matrix out = Matrix::Constant(0, 192, 1.0f);
+    cache.attend(Matrix(0, 128), out);
+    cache.append(normal_matrix(random, 5, 64), normal_matrix(random, 5, 96));
+    const Matrix bias = Matrix::Constant(1, 5, -std::numeric_limits<float>::infinity());
+    EXPECT_EQ(attend(cache, normal_matrix(random, 1, 128), {.bias = &bias}), Matrix::Zero(1, 192));
+}
+
+TEST(Cache, AHugeSpreadIsRefusedWhenItComesNotWhenItsTileIsMade) {
+    TilePool pool;
+    KvCache cache(configuration("key_favored:1:1+key_scheme=min_max+value_scheme=min_max"), pool);
+    Matrix k = Matrix::Zero(300, 64);
+    k(10, 3) = 60000.0f;
+    EXPECT_NE(refusal(ErrorCode::beyond_fp16, [&] { cache.append(k, Matrix::Zero(300, 96)); }).find("32000"),
+              std::string::npos);
+    k(10, 3) = 32000.0f;
+    k(11, 3) = -32000.0f;
+    cache.append(k, Matrix::Zero(300, 96));
+    EXPECT_EQ(cache.packed_tokens(), 256);
+}
+
+TEST(Cache, RefusesImpossibleConfigurations) {
+    TilePool pool;
+    const auto refused = [&](auto change) {
+        CacheConfiguration c = configuration("standard");
+        change(c);
+        return refusal(ErrorCode::option, [&] { KvCache cache(c, pool); });
+    };
+    EXPECT_NE(refused([](auto& c) { c.query_heads = 3; }).find("multiple"), std::string::npos);
+    EXPECT_NE(refused([](auto& c) { c.key_head_dim = 0; }).find("head_dim"), std::string::npos);
+    EXPECT_NE(refused([](auto& c) { c.recipe.keys.bits = 9; }).find("9 bits"), std::string::npos);
+    EXPECT_NE(refused([](auto& c) { c.recipe.recent_bits = 4; }).find("recent"), std::string::npos);
+    EXPECT_NE(refused([](auto& c) { c.recipe.keys.rule.group = 48; }).find("48"), std::string::npos);
+    EXPECT_NE(refused([](auto& c) {
+                  c.recipe.every_token = true;
+                  c.recipe.sink_tokens = c.recipe.recent_tokens = 0;
+              }).find("per channel"),
+              std::string::npos);
+    EXPECT_NE(refused([](auto& c) { c.recipe.every_token = true; }).find("sinks"), std::string::npos);
+}
+
+}  // namespace

@@ -1,0 +1,122 @@
+// Saved caches: equal after loading, and refused when anything about them is wrong.
+#include "kvplane/cache/serialize.hpp"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "cache_support.hpp"
+#include "test_support.hpp"
+
+namespace {
+
+using namespace kvplane;
+using namespace kvplane_test;
+
+KvCache filled(const CacheConfiguration& c, TilePool& pool, Index tokens) {
+    std::mt19937_64 random(7);
+    KvCache cache(c, pool);
+    cache.append(normal_matrix(random, tokens, c.kv_heads * c.key_head_dim),
+                 normal_matrix(random, tokens, c.kv_heads * c.value_head_dim));
+    return cache;
+}
+
+/// The same file with one tensor or metadata value replaced.
+std::vector<std::byte> rewritten(const std::vector<std::byte>& bytes, const std::string& key,
+                                 const std::string& value) {
+    const SafetensorsFile file = SafetensorsFile::from_bytes(bytes);
+    SafetensorsWriter writer;
+    for (const std::string& name : file.names())
+        if (name != key) writer.add(name, file.info(name).shape, file.info(name).dtype, file.bytes(name));
+    for (const auto& [name, text] : file.metadata())
+        if (name != key || !value.empty()) writer.metadata(name, name == key ? value : text);
+    return writer.to_bytes();
+}
+
+class SavedCache : public testing::TestWithParam<std::string> {
+  protected:
+    CacheConfiguration configuration_ = configuration(GetParam());
+    TilePool pool_;
+};
+
+TEST_P(SavedCache, LoadsBitForBit) {
+    for (const Index tokens : {0, 1, 4, 130, 165, 700}) {
+        const KvCache cache = filled(configuration_, pool_, tokens);
+        const std::vector<std::byte> bytes = to_bytes(cache);
+        const KvCache loaded = load_cache(bytes, configuration_, pool_);
+        EXPECT_EQ(to_bytes(loaded), bytes);
+        EXPECT_EQ(loaded.bytes(), cache.bytes());
+        EXPECT_EQ(loaded.error_bound().key, cache.error_bound().key);
+        std::mt19937_64 random(seed());
+        const Matrix q = normal_matrix(random, std::min<Index>(tokens, 3), 4 * 32);
+        Matrix before(q.rows(), 4 * 48), after(q.rows(), 4 * 48);
+        cache.attend(q, before);
+        loaded.attend(q, after);
+        EXPECT_EQ(before, after);
+    }
+}
+
+TEST_P(SavedCache, EveryAlteredByteIsRefused) {
+    const std::vector<std::byte> bytes = to_bytes(filled(configuration_, pool_, 300));
+    std::mt19937_64 random(seed());
+    for (int i = 0; i < 300; ++i) {
+        std::vector<std::byte> altered = bytes;
+        const std::size_t at = i < 100 ? static_cast<std::size_t>(8 + i) : random() % bytes.size();
+        altered[at] ^= static_cast<std::byte>(1u << random() % 8);
+        try {
+            const KvCache loaded = load_cache(altered, configuration_, pool_);
+            // Only what the format itself allows to differ (white space, the order of members) may load.
+            EXPECT_EQ(to_bytes(loaded), bytes) << "byte " << at;
+        } catch (const Error&) {
+        }
+    }
+}
+
+TEST_P(SavedCache, EveryTruncationIsRefused) {
+    const std::vector<std::byte> bytes = to_bytes(filled(configuration_, pool_, 200));
+    for (std::size_t size = 0; size < bytes.size(); size += 1 + size / 50) {
+        const std::vector<std::byte> cut(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(size));
+        refusal(ErrorCode::format, [&] { load_cache(cut, configuration_, pool_); });
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Recipes, SavedCache,
+                         testing::Values("fp16", "block32:4:rotated", "standard",
+                                         "key_favored:3:5+recent_bits=8"));
+
+TEST(SavedCacheFile, RefusesWhatBelongsElsewhere) {
+    TilePool pool;
+    const CacheConfiguration c = configuration("standard");
+    const std::vector<std::byte> bytes = to_bytes(filled(c, pool, 400));
+    const auto says = [](const std::string& sentence, const char* word) {
+        EXPECT_NE(sentence.find(word), std::string::npos) << sentence;
+    };
+    says(refusal(ErrorCode::mismatch, [&] { load_cache(rewritten(bytes, "kvplane.format", "2"), c, pool); }),
+         "format 2");
+    says(refusal(ErrorCode::mismatch, [&] { load_cache(bytes, configuration("compact"), pool); }),
+         "another configuration");
+    says(refusal(ErrorCode::mismatch, [&] { load_cache(bytes, configuration("standard", 4), pool); }),
+         "another configuration");
+    says(refusal(ErrorCode::format, [&] { load_cache(rewritten(bytes, "kvplane.tokens", "401"), c, pool); }),
+         "checksum");
+    says(refusal(ErrorCode::format, [&] { load_cache(rewritten(bytes, "kvplane.tokens", "-4"), c, pool); }),
+         "number of tokens");
+    says(refusal(ErrorCode::format, [&] { load_cache(rewritten(bytes, "kvplane.checksum", ""), c, pool); }),
+         "not a kvplane cache");
+    says(refusal(ErrorCode::format, [&] { load_cache(rewritten(bytes, "tiles", ""), c, pool); }),
+         "no tensor");
+    refusal(ErrorCode::io, [&] { load_cache("/no/such/file", c, pool); });
+}
+
+TEST(SavedCacheFile, GoesThroughTheDisk) {
+    TilePool pool;
+    const CacheConfiguration c = configuration("compact");
+    const auto path = std::filesystem::temp_directory_path() / "kvplane_serialize_test.safetensors";
+    const KvCache cache = filled(c, pool, 400);
+    save_cache(cache, path);
+    EXPECT_EQ(to_bytes(load_cache(path, c, pool)), to_bytes(cache));
+    std::filesystem::remove(path);
+}
+
+}  // namespace

@@ -1,0 +1,70 @@
+// libFuzzer target: a saved cache, altered at will. The checksum is made right again first, so that the
+// fuzzer gets behind it. Whatever loads must be usable.
+#include <cstdint>
+#include <span>
+
+#include "kvplane/cache/serialize.hpp"
+#include "kvplane/recipes.hpp"
+
+using namespace kvplane;
+
+namespace {
+
+CacheConfiguration configuration(bool every_token) {
+    CacheConfiguration c;
+    c.kv_heads = 1;
+    c.query_heads = 2;
+    c.key_head_dim = c.value_head_dim = 16;
+    c.recipe = recipes::parse(every_token ? "block32:4" : "key_favored:2:1+sinks=2+recent=0");
+    return c;
+}
+
+void use(KvCache& cache) {
+    const Index tokens = std::min<Index>(cache.tokens(), 2);
+    Matrix output(tokens, 32);
+    cache.attend(Matrix::Ones(tokens, 32), output);
+    cache.append(Matrix::Ones(40, 16), Matrix::Ones(40, 16));
+    (void)cache.error_bound();
+    cache.truncate(cache.tokens() - 1);
+    (void)to_bytes(cache);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+    if (size < 2) return 0;
+    TilePool pool;
+    const bool every_token = data[0] & 1;
+    const CacheConfiguration c = configuration(every_token);
+    KvCache cache(c, pool);
+    const Index tokens = data[1] * 2;
+    cache.append(Matrix::Random(tokens, 16), Matrix::Random(tokens, 16));
+    // Numbers of the file, replaced by what the fuzzer says.
+    detail::CacheContent content = detail::CacheContent::of(cache);
+    std::size_t at = 2;
+    const auto next = [&](auto& number) {
+        if (at + 2 > size) return;
+        number += static_cast<std::int16_t>(data[at] | data[at + 1] << 8);
+        at += 2;
+    };
+    next(content.tokens);
+    next(content.dropped);
+    next(content.window_first);
+    for (auto& number : content.tile_first) next(number);
+    for (auto& number : content.tile_tokens) next(number);
+    try {
+        KvCache loaded = content.restore(c, pool, "fuzz");
+        use(loaded);
+    } catch (const Error&) {
+    }
+    std::vector<std::byte> bytes = to_bytes(cache);
+    for (; at + 3 <= size; at += 3)
+        bytes[static_cast<std::size_t>(data[at] | data[at + 1] << 8) % bytes.size()] ^=
+            static_cast<std::byte>(data[at + 2]);
+    try {
+        KvCache loaded = load_cache(bytes, c, pool);
+        use(loaded);
+    } catch (const Error&) {
+    }
+    return 0;
+}
