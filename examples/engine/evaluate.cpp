@@ -1,0 +1,256 @@
+// examples/engine/evaluate.cpp: what each recipe does to a model's predictions.
+//
+// Every window of the text is one context. The model runs over it 32 tokens at a time: with a plain fp32
+// cache, then with every recipe, whose predictions are compared with it from token 256 on. A tile may so be
+// quantized up to 31 tokens earlier than in decoding one by one.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "engine/command_line.hpp"
+#include "engine/kvplane_cache.hpp"
+#include "engine/layer_recipes.hpp"
+#include "engine/model.hpp"
+#include "engine/tokenizer.hpp"
+
+namespace {
+
+using namespace engine;
+
+constexpr const char* usage =
+    "usage: evaluate --model FILE --text FILE --recipes A,B,C [OPTIONS]\n"
+    "\n"
+    "Compares the model's next-token predictions under each recipe with those of an unquantized cache, from\n"
+    "token 256 of every context on.\n"
+    "  --first-token N     of the text (0)\n"
+    "  --context N         tokens of one window (2048)\n"
+    "  --windows N         consecutive windows (1)\n"
+    "  --recipes A,B,C     fp16, block32:4[:rotated], kivi:4, key_favored:4:2, standard, compact, each with\n"
+    "                      settings after '+' (see kvplane/recipes.hpp); "
+    "allocated:norms|weights|measured:BITS\n"
+    "  --calibration FILE  text that `allocated` recipes look at (its first 1024 tokens)\n"
+    "  --json              one JSON object on stdout and nothing else\n"
+    "  --csv FILE          the figures as a table for plotting\n"
+    "  --threads N         0: one a core (0)\n"
+    "\n"
+    "true bits: bits an element of the cache takes at the end of the context, grids, sinks and recent "
+    "tokens\n"
+    "counted. KL: divergence of the recipe's prediction from the exact one, in nats. same top: how often "
+    "both\n"
+    "think the same token likeliest. Progress goes to stderr.\n";
+
+constexpr Index first_compared = 256, chunk = 32;
+
+/// Sums over the compared predictions of one recipe.
+struct Result {
+    explicit Result(std::string name) : recipe(std::move(name)) {}
+
+    std::string recipe;
+    std::vector<double> divergences;
+    Index same_top = 0;
+    double negative_log_likelihood = 0.0;
+    Index targets = 0;
+    double seconds = 0.0;
+    Index tokens = 0;
+    CacheSize size;
+
+    double mean_divergence() const {
+        double sum = 0.0;
+        for (const double kl : divergences) sum += kl;
+        return divergences.empty() ? 0.0 : sum / static_cast<double>(divergences.size());
+    }
+    double percentile(double share) const {
+        if (divergences.empty()) return 0.0;
+        std::vector<double> sorted = divergences;
+        const auto at = static_cast<std::size_t>(share * static_cast<double>(sorted.size() - 1));
+        std::nth_element(sorted.begin(), sorted.begin() + static_cast<std::ptrdiff_t>(at), sorted.end());
+        return sorted[at];
+    }
+    double perplexity() const {
+        return targets == 0 ? 0.0 : std::exp(negative_log_likelihood / static_cast<double>(targets));
+    }
+    double same_top_rate() const {
+        return divergences.empty() ? 0.0
+                                   : static_cast<double>(same_top) / static_cast<double>(divergences.size());
+    }
+    double tokens_per_second() const { return seconds > 0.0 ? static_cast<double>(tokens) / seconds : 0.0; }
+};
+
+/// log softmax of every row, in place.
+void log_softmax(Matrix& logits, Threads& threads) {
+    threads.for_each(logits.rows(), [&](Index i) {
+        auto row = logits.row(i).array();
+        row -= row.maxCoeff();
+        row -= static_cast<float>(std::log(row.exp().cast<double>().sum()));
+    });
+}
+
+/// One chunk: log probabilities of the tokens after each of `tokens`.
+Matrix run_chunk(const Model& model, std::span<const TokenId> tokens, LayerCaches& caches, Result& result) {
+    const auto start = std::chrono::steady_clock::now();
+    Matrix logits = model.forward(tokens, caches, Logits::all);
+    result.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    result.tokens += static_cast<Index>(tokens.size());
+    log_softmax(logits, model.threads());
+    return logits;
+}
+
+/// Likelihoods of the targets: the token after each of a chunk's.
+void add_likelihoods(std::span<const TokenId> targets, const Matrix& log_probabilities, Result& result) {
+    for (std::size_t i = 0; i < targets.size(); ++i)
+        result.negative_log_likelihood -=
+            log_probabilities(static_cast<Index>(i), static_cast<Index>(targets[i]));
+    result.targets += static_cast<Index>(targets.size());
+}
+
+/// KL(exact || recipe) and whether the likeliest token is the same, row by row.
+void compare(const Model& model, const Matrix& exact, const Matrix& close, Result& result) {
+    std::vector<double> divergences(static_cast<std::size_t>(close.rows()));
+    std::vector<char> same(divergences.size());
+    model.threads().for_each(close.rows(), [&](Index i) {
+        const auto p = exact.row(i).array(), q = close.row(i).array();
+        divergences[static_cast<std::size_t>(i)] = std::max(0.0, (p.exp() * (p - q)).cast<double>().sum());
+        Index top_exact = 0, top_close = 0;
+        p.maxCoeff(&top_exact);
+        q.maxCoeff(&top_close);
+        same[static_cast<std::size_t>(i)] = top_exact == top_close;
+    });
+    result.divergences.insert(result.divergences.end(), divergences.begin(), divergences.end());
+    result.same_top += std::count(same.begin(), same.end(), char{1});
+}
+
+struct Evaluation {
+    Result exact{"exact fp32"};
+    std::vector<Result> recipes;
+};
+
+void run_window(const Model& model, std::span<const TokenId> tokens, std::vector<LayerCaches>& caches,
+                LayerCaches& plain, Evaluation& all) {
+    for (std::size_t first = 0; first < tokens.size(); first += chunk) {
+        const std::size_t count = std::min<std::size_t>(chunk, tokens.size() - first);
+        const auto now = tokens.subspan(first, count);
+        const bool compared = static_cast<Index>(first) >= first_compared;
+        const auto targets = tokens.subspan(first + 1, std::min(count, tokens.size() - first - 1));
+        const Matrix exact = run_chunk(model, now, plain, all.exact);
+        if (compared) add_likelihoods(targets, exact, all.exact);
+        for (std::size_t r = 0; r < caches.size(); ++r) {
+            const Matrix close = run_chunk(model, now, caches[r], all.recipes[r]);
+            if (!compared) continue;
+            add_likelihoods(targets, close, all.recipes[r]);
+            compare(model, exact, close, all.recipes[r]);
+        }
+        std::fprintf(stderr, "\r  token %zu of %zu", first + count, tokens.size());
+    }
+    std::fprintf(stderr, "\n");
+    all.exact.size = size_of(model.config(), plain);
+    for (std::size_t r = 0; r < caches.size(); ++r) all.recipes[r].size = size_of(model.config(), caches[r]);
+}
+
+Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, Index first_token, Index context,
+                    Index windows, const std::vector<std::string>& names,
+                    const std::vector<std::vector<kvplane::CacheRecipe>>& recipes) {
+    Evaluation all;
+    for (const std::string& name : names) all.recipes.emplace_back(name);
+    kvplane::TilePool pool;
+    for (Index window = 0; window < windows; ++window) {
+        std::fprintf(stderr, "window %ld of %ld\n", static_cast<long>(window + 1),
+                     static_cast<long>(windows));
+        LayerCaches plain = model.exact_caches();
+        std::vector<LayerCaches> caches;
+        for (const auto& recipe : recipes) caches.push_back(kvplane_caches(model.config(), recipe, pool));
+        run_window(model, {text.data() + first_token + window * context, static_cast<std::size_t>(context)},
+                   caches, plain, all);
+    }
+    return all;
+}
+
+nlohmann::json to_json(const Evaluation& all) {
+    nlohmann::json rows = nlohmann::json::array();
+    for (const Result& result : all.recipes)
+        rows.push_back({{"recipe", result.recipe},
+                        {"true_bits", result.size.bits_per_element},
+                        {"kl_mean", result.mean_divergence()},
+                        {"kl_p99", result.percentile(0.99)},
+                        {"same_top", result.same_top_rate()},
+                        {"perplexity", result.perplexity()},
+                        {"cache_bytes", result.size.bytes},
+                        {"tokens_per_second", result.tokens_per_second()}});
+    return {{"recipes", rows}, {"exact_perplexity", all.exact.perplexity()}};
+}
+
+void print_table(const Evaluation& all) {
+    std::printf("%-44s %9s %9s %9s %9s %10s %12s %9s\n", "recipe", "true bits", "KL mean", "KL 99%",
+                "same top", "perplexity", "cache bytes", "tokens/s");
+    const auto line = [](const Result& r) {
+        std::printf("%-44s %9.3f %9.5f %9.4f %9.4f %10.4f %12ld %9.1f\n", r.recipe.c_str(),
+                    r.size.bits_per_element, r.mean_divergence(), r.percentile(0.99), r.same_top_rate(),
+                    r.perplexity(), static_cast<long>(r.size.bytes), r.tokens_per_second());
+    };
+    Result exact = all.exact;
+    exact.divergences = {0.0};
+    exact.same_top = 1;
+    line(exact);
+    for (const Result& result : all.recipes) line(result);
+}
+
+void write_csv(const std::string& path, const Evaluation& all) {
+    std::ofstream file(path);
+    file << "recipe,true_bits,kl_mean,kl_p99,same_top,perplexity,cache_bytes,tokens_per_second\n";
+    for (const Result& r : all.recipes)
+        file << r.recipe << ',' << r.size.bits_per_element << ',' << r.mean_divergence() << ','
+             << r.percentile(0.99) << ',' << r.same_top_rate() << ',' << r.perplexity() << ',' << r.size.bytes
+             << ',' << r.tokens_per_second() << '\n';
+    file.flush();
+    kvplane::require(file.good(), ErrorCode::io, path, ": cannot be written");
+}
+
+void run(const CommandLine& options) {
+    const std::vector<std::string> names = options.list("--recipes");
+    Threads threads(static_cast<int>(options.number("--threads", 0)));
+    const Model model(Gguf::open(options.required("--model")), threads);
+    const Tokenizer tokenizer(model.file());
+    const std::vector<TokenId> text = tokenizer.encode(read_text(options.required("--text")));
+    const Index first = options.number("--first-token", 0), context = options.number("--context", 2048, 1),
+                windows = options.number("--windows", 1, 1);
+    kvplane::require(context > first_compared + 1 && context <= model.config().context, ErrorCode::option,
+                     "--context: ", context, ", expected ", first_compared + 2, " to ",
+                     model.config().context);
+    kvplane::require(windows <= (static_cast<Index>(text.size()) - first) / context, ErrorCode::index,
+                     windows, " windows of ", context, " tokens from ", first, " on, the text has ",
+                     text.size());
+    std::vector<TokenId> calibration;
+    if (options.has("--calibration")) {
+        calibration = tokenizer.encode(read_text(options.text("--calibration")));
+        calibration.resize(std::min<std::size_t>(calibration.size(), 1024));
+    }
+    LayerRecipes layer_recipes(model, calibration);
+    std::vector<std::vector<kvplane::CacheRecipe>> recipes;
+    for (const std::string& name : names) recipes.push_back(layer_recipes.parse(name));
+
+    const Evaluation all = evaluate(model, text, first, context, windows, names, recipes);
+    if (options.has("--csv")) write_csv(options.text("--csv"), all);
+    if (options.has("--json"))
+        std::printf("%s\n", to_json(all).dump().c_str());
+    else
+        print_table(all);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    try {
+        const CommandLine options(count, arguments,
+                                  {"--model", "--text", "--recipes", "--first-token", "--context",
+                                   "--windows", "--calibration", "--csv", "--threads"},
+                                  {"--json", "--help"});
+        if (options.has("--help")) return std::printf("%s", usage), 0;
+        run(options);
+    } catch (const std::exception& error) {
+        return std::fprintf(stderr, "evaluate: %s\n", error.what()), 1;
+    }
+}

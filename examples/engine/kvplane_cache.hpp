@@ -1,0 +1,73 @@
+// examples/engine/kvplane_cache.hpp: kvplane as the engine's KV cache. All that an engine author needs is
+// here.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/layer_cache.hpp"
+#include "engine/model.hpp"
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/recipes.hpp"
+
+namespace engine {
+
+/// One layer's kvplane cache behind the engine's interface.
+class KvplaneCache final : public LayerCache {
+  public:
+    KvplaneCache(const kvplane::CacheConfiguration& configuration, kvplane::TilePool& pool)
+        : cache_(configuration, pool) {}
+
+    void append(const Matrix& keys, const Matrix& values) override { cache_.append(keys, values); }
+    void attend(const Matrix& queries, Matrix& out) const override {
+        const auto& c = cache_.configuration();
+        out.resize(queries.rows(), c.query_heads * c.value_head_dim);
+        cache_.attend(queries, out);
+    }
+    Index tokens() const override { return cache_.tokens(); }
+    const kvplane::KvCache& cache() const noexcept { return cache_; }
+
+  private:
+    kvplane::KvCache cache_;
+};
+
+/// A sequence: one cache a layer, with one recipe for all layers or one for each.
+inline LayerCaches kvplane_caches(const ModelConfig& model, std::span<const kvplane::CacheRecipe> recipes,
+                                  kvplane::TilePool& pool) {
+    kvplane::require(recipes.size() == 1 || static_cast<Index>(recipes.size()) == model.layers,
+                     ErrorCode::shape, recipes.size(), " recipes for a model of ", model.layers, " layers");
+    LayerCaches caches;
+    for (Index layer = 0; layer < model.layers; ++layer) {
+        kvplane::CacheConfiguration configuration;
+        configuration.kv_heads = model.kv_heads;
+        configuration.query_heads = model.query_heads;
+        configuration.key_head_dim = configuration.value_head_dim = model.head_dim;
+        configuration.recipe = recipes[recipes.size() == 1 ? 0 : static_cast<std::size_t>(layer)];
+        caches.push_back(std::make_unique<KvplaneCache>(configuration, pool));
+    }
+    return caches;
+}
+
+struct CacheSize {
+    Index bytes = 0;
+    double bits_per_element = 0.0;
+};
+
+/// Of all layers together; fp32 caches count as what they hold.
+inline CacheSize size_of(const ModelConfig& model, const LayerCaches& caches) {
+    CacheSize size;
+    double elements = 0.0;
+    for (const auto& layer : caches) {
+        const auto per_token = static_cast<double>(2 * model.kv_heads * model.head_dim);
+        elements += per_token * static_cast<double>(layer->tokens());
+        if (const auto* packed = dynamic_cast<const KvplaneCache*>(layer.get()))
+            size.bytes += packed->cache().bytes();
+        else
+            size.bytes += static_cast<Index>(4.0 * per_token) * layer->tokens();
+    }
+    size.bits_per_element = elements > 0.0 ? 8.0 * static_cast<double>(size.bytes) / elements : 0.0;
+    return size;
+}
+
+}  // namespace engine
