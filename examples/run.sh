@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
 # Sets up, builds and runs an example: the quickstart on the tensors that ship with kvplane, or
 #   run.sh quickstart|synthetic [ARGUMENTS]
+#   run.sh engine "PROMPT" [OPTIONS of generate]     fetches a small model and lets it answer
+#   run.sh evaluate|dump [OPTIONS]                   the same with the engine's other programs
 set -euo pipefail
 folder=$PWD
 cd "$(dirname "$0")/.."
+repository=$PWD
 
 bash tests/install_packages.sh
 example=${1:-quickstart}
 [ $# -gt 0 ] && shift
+options=()
 case $example in
-    quickstart|synthetic) ;;
-    *) echo "run.sh: no example '$example'; expected quickstart or synthetic" >&2; exit 2 ;;
+    quickstart|synthetic) program=$example path=$example ;;
+    engine|evaluate|dump)
+        program=${example/engine/generate} path=engine/$program
+        options=(--model "$(bash examples/engine/fetch.sh)")
+        [ "$example" = engine ] && options+=(--chat) ;;
+    *) echo "run.sh: no example '$example'; expected quickstart, synthetic, engine, evaluate or dump" >&2; exit 2 ;;
 esac
 cmake --preset release >/dev/null
-cmake --build --preset release --target "$example" >&2
+cmake --build --preset release --target "$program" >&2
 cd "$folder"
-exec "$OLDPWD/build/release/examples/$example" "$@"
+exec "$repository/build/release/examples/$path" "${options[@]}" "$@"

@@ -157,19 +157,21 @@ TEST(AttentionOutputError, IsCausal) {
                      0.75 / std::sqrt(1.0 + 3.25 * 3.25));
 }
 
-/// Two query heads a key head; values of another dimension than keys. Head 0 and 1 read value head 0, 2 and 3
-/// head 1; equal weights everywhere.
+/// Four query heads over two key heads; values of dimension 2, keys of 1. Heads 0 and 1 ask 1 and read value
+/// head 0 with weights 1/4 and 3/4; heads 2 and 3 ask 0 and read value head 1 with 1/2 and 1/2.
 TEST(AttentionOutputError, OfGroupedQueriesAndOtherValueDimension) {
     const AttentionShape shape{.query_heads = 4, .kv_heads = 2, .first_query_position = 1};
-    const MatrixD keys = MatrixD::Zero(2, 2), queries = MatrixD::Ones(1, 4);
-    const MatrixD values = matrix(2, 6, {1, 0, 0, 0, 2, 0, /**/ 1, 0, 0, 0, 2, 0});
-    const MatrixD close = matrix(2, 6, {1, 0, 0, 0, 2, 2, /**/ 1, 0, 0, 0, 2, 0});
-    // Outputs (1,0,0) twice and (0,2,0) twice; the error (0,0,1) twice.
+    const double s = std::log(3.0);
+    const MatrixD keys = matrix(2, 2, {0, 0, s, s}), queries = matrix(1, 4, {1, 1, 0, 0});
+    const MatrixD values = matrix(2, 4, {0, 0, 0, 0, /**/ 4, 0, 0, 8});
+    const MatrixD close = matrix(2, 4, {0, 0, 0, 0, /**/ 4, 0, 2, 8});
+    // Outputs (3,0), (3,0), (0,4), (0,4); the errors (1,0) in heads 2 and 3.
     EXPECT_DOUBLE_EQ(attention_output_error(shape, keys, values, keys, close, queries),
-                     std::sqrt(2.0) / std::sqrt(2.0 + 8.0));
-    // An error of the keys of head 1 moves only its own outputs: here 2 in both, so nothing.
-    const MatrixD other_keys = matrix(2, 2, {0, 5, 0, -5});
-    EXPECT_NEAR(attention_output_error(shape, keys, values, other_keys, values, queries), 0.0, 1e-14);
+                     std::sqrt(2.0) / std::sqrt(9.0 + 9.0 + 16.0 + 16.0));
+    // Key head 0 made equal: heads 0 and 1 give (2,0). Key head 1: asked with 0, it changes nothing.
+    EXPECT_DOUBLE_EQ(attention_output_error(shape, keys, values, matrix(2, 2, {0, 0, 0, s}), values, queries),
+                     std::sqrt(2.0) / std::sqrt(50.0));
+    EXPECT_EQ(attention_output_error(shape, keys, values, matrix(2, 2, {0, 5, s, -5}), values, queries), 0.0);
 }
 
 TEST(AttentionOutputError, WithScoresThatOverflowAnExponential) {

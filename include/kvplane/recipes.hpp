@@ -164,7 +164,9 @@ inline CacheRecipe named(std::string_view text, std::string_view name) {
 inline void set(CacheRecipe& recipe, std::string_view text, std::string_view setting) {
     const std::size_t equals = setting.find('=');
     const std::string_view key = setting.substr(0, equals);
-    const std::string_view value = equals == std::string_view::npos ? "1" : setting.substr(equals + 1);
+    require(equals != std::string_view::npos || key.empty(), ErrorCode::option, "recipe '", text,
+            "': setting '", key, "' needs a value: ", key, "=...");
+    const std::string_view value = key.empty() ? key : setting.substr(equals + 1);
     if (key == "sinks")
         recipe.sink_tokens = number(text, value);
     else if (key == "recent")

@@ -553,6 +553,8 @@ TEST_P(MalformedFile, IsRefusedWithASentence) {
     const std::string sentence = refusal(
         ErrorCode::format, [&bytes = bytes] { SafetensorsFile::from_bytes(bytes, "dump.safetensors"); });
     expect_said(sentence, {"kvplane: dump.safetensors: "});
+    EXPECT_EQ(sentence.find("last read"), std::string::npos)
+        << "quotes what may be long and no UTF-8: " << sentence;
     expect_said(sentence, said);
 }
 

@@ -128,6 +128,8 @@ void expect_definition(const Method& method, const Matrix& values, Index heads) 
     ASSERT_EQ(q.heads(), heads);
     ASSERT_EQ(q.head_dim(), values.cols() / heads);
     ASSERT_EQ(q.bits(), method.bits);
+    ASSERT_EQ(q.rule().scheme, method.scheme);
+    ASSERT_EQ(q.rule().group, method.function == Method::per_token ? q.head_dim() : method.group);
 
     const auto ranges = ranges_of_groups(groups, values);
     ASSERT_EQ(q.bytes(),
@@ -139,7 +141,7 @@ void expect_definition(const Method& method, const Matrix& values, Index heads) 
     for (int depth = 1; depth <= method.bits; ++depth)
         close[static_cast<std::size_t>(depth)] = q.dequantize(depth);
     ASSERT_EQ(differing(q.dequantize(), close[static_cast<std::size_t>(method.bits)]), 0);
-    std::vector<double> worst(9, 0.0), squares(9, 0.0);
+    std::vector<double> worst(9, 0.0), squares(9, 0.0), largest_bound(9, 0.0), bound_squares(9, 0.0);
     groups.for_each_element([&](Index t, Index c) {
         const Range& range = ranges.at(groups.of(t, c));
         const Grid grid = kvplane::fit_grid(method.scheme, method.bits, range.min, range.max);
@@ -158,12 +160,19 @@ void expect_definition(const Method& method, const Matrix& values, Index heads) 
             const double error = std::abs(static_cast<double>(values(t, c)) - close[p](t, c));
             worst[p] = std::max(worst[p], error);
             squares[p] += error * error;
+            const double bound = grid.error_bound(depth);
+            largest_bound[p] = std::max(largest_bound[p], bound);
+            bound_squares[p] += bound * bound;
         }
     });
     for (int depth = 1; depth <= method.bits; ++depth) {
         const auto p = static_cast<std::size_t>(depth);
         EXPECT_LE(worst[p], q.error_bound(depth)) << "depth " << depth;
         EXPECT_LE(std::sqrt(squares[p]), q.frobenius_error_bound(depth)) << "depth " << depth;
+        EXPECT_EQ(q.error_bound(depth), largest_bound[p]) << "depth " << depth;
+        EXPECT_NEAR(q.frobenius_error_bound(depth), std::sqrt(bound_squares[p]),
+                    1e-9 * std::sqrt(bound_squares[p]))
+            << "depth " << depth;
     }
     EXPECT_EQ(q.error_bound(), q.error_bound(method.bits));
     EXPECT_EQ(q.frobenius_error_bound(), q.frobenius_error_bound(method.bits));
@@ -604,6 +613,31 @@ TEST(Clipping, BoundCountsWhatLiesOutside) {
     EXPECT_GT(error.cwiseAbs().maxCoeff(), 0.999 * q.error_bound());
     EXPECT_LE(error.cwiseAbs().maxCoeff(), q.error_bound());
     EXPECT_GT(q.frobenius_error_bound(), 0.5 * q.grid(0, 0).step * std::sqrt(128.0) + 0.1);
+}
+
+/// What lies outside, summed over groups, heads and blocks of tokens.
+TEST(Clipping, BoundsAreThoseOfTheGridsAndOfWhatLiesOutside) {
+    Random random(kvplane_test::seed());
+    const Matrix values = normal_matrix(300, 2 * 20, random);
+    for (const Method& base : all_functions) {
+        const Method method = base.with(Scheme::min_max, 2, Clip::mse_optimal);
+        const Quantized q = quantized(method, values, 2);
+        double largest = 0.0, energy = 0.0, widest = 0.0, squares = 0.0;
+        for (Index t = 0; t < values.rows(); ++t)
+            for (Index c = 0; c < values.cols(); ++c) {
+                const Grid grid = q.grid(t, c);
+                const double x = values(t, c), upper = grid.upper();
+                const double outside = std::max({0.0, grid.lower - x, x - upper});
+                largest = std::max(largest, outside);
+                energy += outside * outside;
+                const double bound = grid.error_bound();
+                widest = std::max(widest, bound);
+                squares += bound * bound;
+            }
+        EXPECT_TRUE(energy > 0.0 || method.group < 16) << "large groups clip something";
+        EXPECT_NEAR(q.error_bound(), widest + largest, 1e-9) << method.text();
+        EXPECT_NEAR(q.frobenius_error_bound(), std::sqrt(squares) + std::sqrt(energy), 1e-6) << method.text();
+    }
 }
 
 TEST(Clipping, IsOffByDefaultAndHelpsOnNormalData) {

@@ -552,7 +552,8 @@ TEST(TileAppend, TokenByTokenGivesTheBytesOfOneCall) {
     }
 }
 
-/// Tokens that are there already keep every bit when others come, whatever they hold.
+/// Tokens that are there already keep every bit when others come, and those take the place of what was there:
+/// a tile that was truncated is written again without being cleared.
 TEST(TileAppend, LeavesOtherTokensAlone) {
     Random random(kvplane_test::seed());
     for (const Case& c : all_cases({33, 64}, all_rules({Scheme::min_max}))) {
@@ -566,6 +567,8 @@ TEST(TileAppend, LeavesOtherTokensAlone) {
         Tile tile = before;
         TileCoder coder(format);
         coder.encode(head_rows(values), "values", 0, 0, count, from, tile.data());
+        const Matrix close = decoded(c, tile, 128).middleRows(from, count);
+        ASSERT_EQ(differing(close, expected_values(c, values)), 0);
         for (std::size_t s = 0; s < documented.segments.size(); ++s)
             for (Index t = 0; t < 128; ++t) {
                 if (t >= from && t < from + count) continue;

@@ -44,7 +44,9 @@ MatrixD reference_attention(const K& keys, const V& values, const Q& queries, In
             const double largest =
                 scores.size() > 0 ? scores.maxCoeff() : -std::numeric_limits<double>::infinity();
             if (std::isinf(largest) && largest < 0.0) continue;
-            const Eigen::VectorXd weights = (scores.array() - largest).exp();
+            // std::exp: Eigen's own gives 2e-308 for -infinity, and a masked key is to weigh nothing.
+            const Eigen::VectorXd weights =
+                scores.unaryExpr([&](double score) { return std::exp(score - largest); });
             output.row(i).segment(head * value_dim, value_dim) =
                 weights.transpose() * v.middleCols(kv_head * value_dim, value_dim) / weights.sum();
         }

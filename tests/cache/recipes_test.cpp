@@ -1,0 +1,92 @@
+// Names of recipes: what they mean, and how wrong ones are refused.
+#include "kvplane/recipes.hpp"
+
+#include <gtest/gtest.h>
+
+#include "cache_support.hpp"
+#include "test_support.hpp"
+
+namespace {
+
+using namespace kvplane;
+
+TEST(Recipes, NamesGiveTheRecipes) {
+    EXPECT_EQ(recipes::parse("fp16"), recipes::fp16());
+    EXPECT_EQ(recipes::parse("block32:4"), recipes::block32(4));
+    EXPECT_EQ(recipes::parse("block32:8:rotated"), recipes::block32(8, true));
+    EXPECT_EQ(recipes::parse("kivi:4"), recipes::kivi(4));
+    EXPECT_EQ(recipes::parse("kivi:2:32"), recipes::kivi(2, 32));
+    EXPECT_EQ(recipes::parse("key_favored:4:2"), recipes::key_favored(4, 2));
+    EXPECT_EQ(recipes::parse("standard"), recipes::standard());
+    EXPECT_EQ(recipes::parse("compact"), recipes::compact());
+}
+
+TEST(Recipes, SettingsChangeOneThingEach) {
+    const CacheRecipe r = recipes::parse(
+        "key_favored:4:3+sinks=1+recent=64+recent_bits=8+key_scheme=cell+value_scheme=symmetric+key_clip=1+"
+        "value_clip=0+rotate_keys=1+rotate_values=0+key_group=32+value_group=16");
+    EXPECT_EQ(r.sink_tokens, 1);
+    EXPECT_EQ(r.recent_tokens, 64);
+    EXPECT_EQ(r.recent_bits, 8);
+    EXPECT_EQ(r.keys, (SideRecipe{4, {Granularity::per_channel, 32, Scheme::cell, Clip::mse_optimal}, true}));
+    EXPECT_EQ(r.values, (SideRecipe{3, {Granularity::per_token, 16, Scheme::symmetric, Clip::none}, false}));
+    EXPECT_EQ(recipes::parse("kivi:4:32+value_group=0").values.rule.group, whole_head);
+}
+
+TEST(Recipes, WrongNamesAreRefusedWithTheReason) {
+    for (const auto& [text, word] : std::vector<std::pair<std::string, std::string>>{
+             {"", "expected fp16"},
+             {"fp32", "expected fp16"},
+             {"fp16:4", "expected fp16"},
+             {"kivi", "expected fp16"},
+             {"kivi:four", "'four'"},
+             {"kivi:4:32:1", "expected fp16"},
+             {"kivi:9", "9 bits"},
+             {"block32:4:turned", "expected fp16"},
+             {"block32:1", "symmetric"},
+             {"key_favored:4", "expected fp16"},
+             {"key_favored:4:2+sinks", "needs a value"},
+             {"key_favored:4:2+sinks=", "expected a number"},
+             {"key_favored:4:2+sinks=-1", "-1 sink"},
+             {"key_favored:4:2+colour=3", "unknown setting 'colour'"},
+             {"key_favored:4:2+key_scheme=round", "'round'"},
+             {"key_favored:4:2+recent_bits=4", "recent tokens of 4 bits"},
+             {"fp16+recent=3", "no recent tokens"},
+             {"standard+", "unknown setting ''"}}) {
+        const std::string sentence =
+            kvplane_test::refusal(ErrorCode::option, [&, name = text] { recipes::parse(name); });
+        EXPECT_NE(sentence.find(word), std::string::npos) << sentence;
+    }
+}
+
+/// True bits of long contexts, by hand: widths, and grids of 32 bits for 128 tokens (keys) and 64 channels
+/// (values); sinks, the recent tokens and page headers are what is left.
+TEST(Recipes, TrueBitsAtLongContexts) {
+    const auto bits = [](const char* name) {
+        const CacheConfiguration c = kvplane_test::configuration(name, 3, 9, 64, 64);
+        const Index tokens = 1 << 20;
+        return 8.0 * static_cast<double>(KvCache::predicted_bytes(c, tokens)) /
+               static_cast<double>(tokens * c.elements_per_token());
+    };
+    EXPECT_NEAR(bits("block32:4"), 4.5, 0.02);
+    EXPECT_NEAR(bits("key_favored:4:4"), (4.25 + 4.5) / 2, 0.02);
+    EXPECT_NEAR(bits("kivi:4:32"), 5.0, 0.02);
+    EXPECT_NEAR(bits("fp16"), 16.0, 0.02);
+    EXPECT_NEAR(bits("standard"), 4.5, 0.3);
+    EXPECT_NEAR(bits("compact"), 3.5, 0.3);
+}
+
+TEST(Recipes, AnAllocationBecomesOneRecipeALayer) {
+    KeyFavoredAllocation allocation;
+    allocation.layers = {{5, 3, 64, 32}, {2, 1, 128, 64}};
+    const std::vector<CacheRecipe> layers = recipes::key_favored(allocation);
+    ASSERT_EQ(layers.size(), 2u);
+    EXPECT_EQ(layers[0].keys.bits, 5);
+    EXPECT_EQ(layers[0].keys.rule.group, 64);
+    EXPECT_EQ(layers[1].values.bits, 1);
+    EXPECT_EQ(layers[1].values.rule.scheme, Scheme::cell);
+    allocation.layers[0].value_bits = 1.58;
+    kvplane_test::refusal(ErrorCode::option, [&] { recipes::key_favored(allocation); });
+}
+
+}  // namespace

@@ -1,0 +1,161 @@
+// kvplane as the engine's cache, and the engine's programs as a user runs them.
+#include "engine/kvplane_cache.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "engine/layer_recipes.hpp"
+#include "engine_support.hpp"
+#include "kvplane/io/safetensors.hpp"
+#include "test_support.hpp"
+
+namespace {
+
+using namespace engine;
+using namespace kvplane_test;
+
+/// The small random model on a kvplane cache against the same model on fp32.
+class OnSmallModel : public testing::Test {
+  protected:
+    OnSmallModel() : bytes_(SmallModel().file().bytes()), threads_(2), model_(Gguf(bytes_), threads_) {}
+
+    std::vector<TokenId> tokens(std::size_t count) const {
+        std::vector<TokenId> made;
+        for (std::size_t i = 0; i < count; ++i)
+            made.push_back(static_cast<TokenId>((7 * i * i + 3 * i) %
+                                                static_cast<std::size_t>(model_.config().vocabulary)));
+        return made;
+    }
+    Matrix logits(LayerCaches caches) const { return model_.forward(tokens(200), caches, Logits::all); }
+    double error(const std::string& recipe) {
+        const std::vector<kvplane::CacheRecipe> recipes = LayerRecipes(model_, tokens(200)).parse(recipe);
+        const Matrix exact = logits(model_.exact_caches());
+        return (logits(kvplane_caches(model_.config(), recipes, pool_)) - exact).norm() / exact.norm();
+    }
+
+    Bytes bytes_;
+    Threads threads_;
+    Model model_;
+    kvplane::TilePool pool_;
+};
+
+TEST_F(OnSmallModel, MoreBitsMakeLessError) {
+    EXPECT_LT(error("fp16"), 2e-3);
+    EXPECT_LT(error("key_favored:8:8"), 0.02);
+    EXPECT_LT(error("key_favored:8:8"), error("key_favored:4:4"));
+    EXPECT_LT(error("key_favored:4:4"), error("key_favored:2:2"));
+    EXPECT_GT(error("key_favored:2:2"), 1e-3);  // it did quantize
+}
+
+TEST_F(OnSmallModel, AllocationsByLayerRun) {
+    for (const char* recipe : {"allocated:norms:4.5", "allocated:weights:4.5", "allocated:measured:4.5"}) {
+        const auto recipes = LayerRecipes(model_, tokens(200)).parse(recipe);
+        EXPECT_EQ(static_cast<Index>(recipes.size()), model_.config().layers);
+        EXPECT_LT(error(recipe), 0.5);
+    }
+    EXPECT_NE(refusal(ErrorCode::option, [&] { LayerRecipes(model_, {}).parse("allocated:norms:4"); })
+                  .find("calibration"),
+              std::string::npos);
+    refusal(ErrorCode::option, [&] { LayerRecipes(model_, tokens(200)).parse("allocated:luck:4"); });
+    refusal(ErrorCode::option, [&] { LayerRecipes(model_, tokens(200)).parse("allocated:norms:many"); });
+    refusal(ErrorCode::option, [&] { LayerRecipes(model_, tokens(200)).parse("allocated:norms:0.5"); });
+}
+
+TEST_F(OnSmallModel, RefusesAWrongNumberOfRecipes) {
+    const std::vector<kvplane::CacheRecipe> two(2 + static_cast<std::size_t>(model_.config().layers));
+    refusal(ErrorCode::shape, [&] { kvplane_caches(model_.config(), two, pool_); });
+}
+
+TEST_F(OnSmallModel, SizesAreOfAllLayers) {
+    LayerCaches caches = kvplane_caches(model_.config(), {{kvplane::recipes::fp16()}}, pool_);
+    model_.forward(tokens(128), caches, Logits::none);
+    const CacheSize size = size_of(model_.config(), caches);
+    EXPECT_NEAR(size.bits_per_element, 16.0, 1.0);
+    EXPECT_EQ(size.bytes, model_.config().layers *
+                              kvplane::KvCache::predicted_bytes(
+                                  static_cast<const KvplaneCache&>(*caches[0]).cache().configuration(), 128));
+}
+
+/// What a command prints on stdout; its exit status is checked.
+std::string output_of(const std::string& command, int expected_status = 0) {
+    std::string output;
+    std::FILE* pipe = ::popen(command.c_str(), "r");
+    char buffer[4096];
+    while (const std::size_t count = std::fread(buffer, 1, sizeof buffer, pipe)) output.append(buffer, count);
+    const int status = ::pclose(pipe);
+    EXPECT_EQ(WEXITSTATUS(status), expected_status) << command << "\n" << output;
+    return output;
+}
+
+const std::string programs = KVPLANE_ENGINE_PROGRAMS;
+
+TEST(Programs, EvaluateRanksRecipesOnTheRealModel) {
+    KVPLANE_NEEDS_MODEL();
+    const auto json = nlohmann::json::parse(
+        output_of(programs +
+                  "/evaluate --json --context 640 --first-token 400 --recipes "
+                  "fp16,block32:4:rotated,standard,compact,key_favored:2:4 --model " +
+                  model_path() + " --text " KVPLANE_EXAMPLE_DATA "/northanger_abbey.txt 2>/dev/null"));
+    const auto& rows = json.at("recipes");
+    ASSERT_EQ(rows.size(), 5u);
+    const auto kl = [&](std::size_t i) { return rows[i].at("kl_mean").get<double>(); };
+    EXPECT_LT(kl(0), 1e-4);
+    EXPECT_LT(10.0 * kl(2), kl(1)) << "standard against block32:4:rotated";
+    EXPECT_LT(3.0 * kl(3), kl(1)) << "compact against block32:4:rotated";
+    EXPECT_LT(3.0 * kl(3), kl(4)) << "4 bits for keys and 2 for values against the opposite (theorem 2)";
+    for (const auto& row : rows)
+        for (const char* field : {"recipe", "true_bits", "kl_mean", "kl_p99", "same_top", "perplexity",
+                                  "cache_bytes", "tokens_per_second"})
+            EXPECT_TRUE(row.contains(field)) << field;
+}
+
+TEST(Programs, GenerateIsTheSameEveryTime) {
+    KVPLANE_NEEDS_MODEL();
+    const std::string command = programs + "/generate --length 20 --recipe fp16 --model " + model_path() +
+                                " 'The capital of France is' 2>/dev/null";
+    const std::string text = output_of(command);
+    EXPECT_NE(text.find("Paris"), std::string::npos) << text;
+    EXPECT_EQ(output_of(command), text);
+    const std::string sampled = programs + "/generate --length 20 --temperature 1 --seed 5 --model " +
+                                model_path() + " 'Once upon a time' 2>/dev/null";
+    EXPECT_EQ(output_of(sampled), output_of(sampled));
+}
+
+TEST(Programs, DumpWritesWhatTheQuickstartReads) {
+    KVPLANE_NEEDS_MODEL();
+    const auto path = (std::filesystem::temp_directory_path() / "kvplane_dump_test.safetensors").string();
+    output_of(programs + "/dump --tokens 1024 --first-token 400 --layers 8 --model " + model_path() +
+              " --text " KVPLANE_EXAMPLE_DATA "/northanger_abbey.txt --out " + path + " 2>/dev/null");
+    const auto ours = kvplane::SafetensorsFile::open(path);
+    const auto shipped =
+        kvplane::SafetensorsFile::open(KVPLANE_EXAMPLE_DATA "/smollm2_layers_0_8.safetensors");
+    for (const char* name :
+         {"layers.8.keys_before_rope", "layers.8.keys", "layers.8.values", "layers.8.queries"}) {
+        const Matrix a = ours.to_float_matrix(name), b = shipped.to_float_matrix(name);
+        ASSERT_EQ(a.rows(), b.rows()) << name;
+        EXPECT_LT((a - b).norm(), 1e-3 * b.norm()) << name;
+    }
+    EXPECT_EQ(ours.metadata().at("first_query_position"), "960");
+    std::filesystem::remove(path);
+}
+
+TEST(Programs, BadCommandLinesAreRefused) {
+    const auto complaint = [](const std::string& arguments) {
+        return output_of(programs + arguments + " 2>&1 >/dev/null", 1);
+    };
+    EXPECT_NE(complaint("/evaluate --recipes foo --model /none --text /none").find("/none"),
+              std::string::npos);
+    EXPECT_NE(complaint("/evaluate --colour").find("--colour"), std::string::npos);
+    EXPECT_NE(complaint("/evaluate --model").find("value is missing"), std::string::npos);
+    EXPECT_NE(complaint("/generate --recipe kivi:99 hello").find("99 bits"), std::string::npos);
+    EXPECT_NE(complaint("/generate one two").find("2 prompts"), std::string::npos);
+    EXPECT_NE(complaint("/dump --tokens many --model /none").find("/none"), std::string::npos);
+    for (const char* program : {"/generate", "/evaluate", "/dump"})
+        EXPECT_NE(output_of(programs + program + " --help").find("usage:"), std::string::npos);
+}
+
+}  // namespace
