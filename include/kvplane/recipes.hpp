@@ -15,6 +15,7 @@
 #include <charconv>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kvplane/allocate/key_favored.hpp"
@@ -126,19 +127,24 @@ inline Scheme scheme(std::string_view recipe, std::string_view text) {
 
 }  // namespace detail
 
-/// About 4.5 true bits at long contexts, calibration-free. Chosen on text that no figure is reported on; see
-/// README for how.
-inline CacheRecipe standard() {
-    CacheRecipe recipe = key_favored(5, 3);
-    recipe.name = "standard";
+/// Keys and values both rotated, recent tokens in 8 bits: what the two defaults share. Chosen on
+/// examples/data/jargon_file.txt with examples/engine/evaluate; README says how.
+inline CacheRecipe rotated(int key_bits, int value_bits, std::string name) {
+    CacheRecipe recipe = key_favored(key_bits, value_bits);
+    recipe.name = std::move(name);
+    recipe.keys.rotate = true;
+    recipe.recent_bits = 8;
     return recipe;
 }
 
-/// About 3.5 true bits at long contexts, calibration-free.
+/// The default: about 4.5 true bits at long contexts, calibration-free.
+inline CacheRecipe standard() {
+    return rotated(5, 3, "standard");
+}
+
+/// Smaller: about 3.5 true bits at long contexts, calibration-free.
 inline CacheRecipe compact() {
-    CacheRecipe recipe = key_favored(4, 2);
-    recipe.name = "compact";
-    return recipe;
+    return rotated(4, 2, "compact");
 }
 
 namespace detail {

@@ -74,7 +74,7 @@ TEST_F(OnSmallModel, SizesAreOfAllLayers) {
     LayerCaches caches = kvplane_caches(model_.config(), {{kvplane::recipes::fp16()}}, pool_);
     model_.forward(tokens(128), caches, Logits::none);
     const CacheSize size = size_of(model_.config(), caches);
-    EXPECT_NEAR(size.bits_per_element, 16.0, 1.0);
+    EXPECT_GE(size.bits_per_element, 16.0);  // heads of 8 channels leave half of each value unit unused
     EXPECT_EQ(size.bytes, model_.config().layers *
                               kvplane::KvCache::predicted_bytes(
                                   static_cast<const KvplaneCache&>(*caches[0]).cache().configuration(), 128));
