@@ -93,8 +93,16 @@ void expect_attention(const KvCache& cache, const NaiveCache& naive, const Matri
     }
 }
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr int sequences = 8;
+#elif defined(__has_feature)
+constexpr int sequences = __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) ? 8 : 90;
+#else
+constexpr int sequences = 90;
+#endif
+
 TEST_P(CacheOfRecipe, RandomOperationsAgainstANaiveCache) {
-    for (int sequence = 0; sequence < 12; ++sequence) {
+    for (int sequence = 0; sequence < sequences; ++sequence) {
         KvCache cache(configuration(), pool_);
         NaiveCache naive{Matrix(0, keys(0).cols()), Matrix(0, values(0).cols())};
         const auto up_to = [&](Index most) { return std::uniform_int_distribution<Index>(0, most)(random_); };

@@ -538,7 +538,7 @@ TEST(TileAppend, TokenByTokenGivesTheBytesOfOneCall) {
     std::uniform_int_distribution<Index> chunk(1, 50);
     for (const Case& c : all_cases({33, 64}, all_rules())) {
         const Matrix values = normal_matrix(128, c.channels(), random);
-        for (const Index tokens : {1, 77, 128}) {
+        for (const Index tokens : {1, 77, 127, 128}) {
             const Matrix part = values.topRows(tokens);
             const Tile at_once = encoded(c, part);
             SCOPED_TRACE(c.text());
@@ -554,32 +554,41 @@ TEST(TileAppend, TokenByTokenGivesTheBytesOfOneCall) {
 
 /// Tokens that are there already keep every bit when others come, and those take the place of what was there:
 /// a tile that was truncated is written again without being cleared.
+void expect_others_untouched(const Case& c, Index from, const Matrix& values) {
+    const TileFormat format = c.format();
+    const DocumentedTile documented = c.documented();
+    const bool by_channel = c.rule.granularity == Granularity::per_channel;
+    const Tile before(static_cast<std::size_t>(format.bytes()), std::byte{0xA5});
+    Tile tile = before;
+    TileCoder coder(format);
+    coder.encode(head_rows(values), "values", 0, 0, values.rows(), from, tile.data());
+    const Matrix close = decoded(c, tile, 128).middleRows(from, values.rows());
+    ASSERT_EQ(differing(close, expected_values(c, values)), 0);
+    for (std::size_t s = 0; s < documented.segments.size(); ++s)
+        for (Index t = 0; t < 128; ++t) {
+            if (t >= from && t < from + values.rows()) continue;
+            const bool shares_grids = by_channel && t / c.rule.group == from / c.rule.group;
+            for (Index k = 0; k < documented.segments[s].channels; ++k) {
+                ASSERT_EQ(documented.code(tile, s, t, k), documented.code(before, s, t, k)) << t;
+                if (documented.segments[s].grids == 0 || shares_grids) continue;
+                ASSERT_EQ(documented.grid(tile, s, t, k).step, documented.grid(before, s, t, k).step);
+                ASSERT_EQ(documented.grid(tile, s, t, k).lower, documented.grid(before, s, t, k).lower);
+            }
+        }
+}
+
 TEST(TileAppend, LeavesOtherTokensAlone) {
     Random random(kvplane_test::seed());
+    using Places = std::vector<std::pair<Index, Index>>;  // first token, tokens
     for (const Case& c : all_cases({33, 64}, all_rules({Scheme::min_max}))) {
-        SCOPED_TRACE(c.text());
-        const TileFormat format = c.format();
-        const DocumentedTile documented = c.documented();
-        const bool by_channel = c.rule.granularity == Granularity::per_channel;
-        const Index count = 32, from = by_channel && c.rule.group == 128 ? 0 : 64;
-        const Matrix values = normal_matrix(count, c.channels(), random);
-        const Tile before(static_cast<std::size_t>(format.bytes()), std::byte{0xA5});
-        Tile tile = before;
-        TileCoder coder(format);
-        coder.encode(head_rows(values), "values", 0, 0, count, from, tile.data());
-        const Matrix close = decoded(c, tile, 128).middleRows(from, count);
-        ASSERT_EQ(differing(close, expected_values(c, values)), 0);
-        for (std::size_t s = 0; s < documented.segments.size(); ++s)
-            for (Index t = 0; t < 128; ++t) {
-                if (t >= from && t < from + count) continue;
-                const bool shares_grids = by_channel && t / c.rule.group == from / c.rule.group;
-                for (Index k = 0; k < documented.segments[s].channels; ++k) {
-                    ASSERT_EQ(documented.code(tile, s, t, k), documented.code(before, s, t, k)) << t;
-                    if (documented.segments[s].grids == 0 || shares_grids) continue;
-                    ASSERT_EQ(documented.grid(tile, s, t, k).step, documented.grid(before, s, t, k).step);
-                    ASSERT_EQ(documented.grid(tile, s, t, k).lower, documented.grid(before, s, t, k).lower);
-                }
-            }
+        const bool by_token = c.rule.granularity == Granularity::per_token;
+        const Places places = by_token             ? Places{{64, 32}, {1, 127}, {0, 127}, {127, 1}}
+                              : c.rule.group < 128 ? Places{{64, 32}, {64, 7}}
+                                                   : Places{{0, 32}, {0, 127}};
+        for (const auto& [from, count] : places) {
+            SCOPED_TRACE(testing::Message() << c.text() << ", " << count << " tokens from " << from);
+            expect_others_untouched(c, from, normal_matrix(count, c.channels(), random));
+        }
     }
 }
 
