@@ -162,7 +162,10 @@ TEST(AttentionOutputError, IsCausal) {
 TEST(AttentionOutputError, OfGroupedQueriesAndOtherValueDimension) {
     const AttentionShape shape{.query_heads = 4, .kv_heads = 2, .first_query_position = 1};
     const double s = std::log(3.0);
-    const MatrixD keys = matrix(2, 2, {0, 0, s, s}), queries = matrix(1, 4, {1, 1, 0, 0});
+    const MatrixD keys = matrix(2, 2, {0, 0, s, s});
+    // Not written as a literal: g++ 12 -O2 -march=native makes {1, 1, 1, 1} of {1, 1, 0, 0} here.
+    MatrixD queries = MatrixD::Zero(1, 4);
+    queries.leftCols(2).setOnes();
     const MatrixD values = matrix(2, 4, {0, 0, 0, 0, /**/ 4, 0, 0, 8});
     const MatrixD close = matrix(2, 4, {0, 0, 0, 0, /**/ 4, 0, 2, 8});
     // Outputs (3,0), (3,0), (0,4), (0,4); the errors (1,0) in heads 2 and 3.

@@ -81,8 +81,11 @@ class HeadRows {
     Index channel_stride() const noexcept { return channel_stride_; }
 
     const Scalar* data() const noexcept { return data_ ? data_ : owned_.data(); }
+    /// Null where an empty input has no memory.
     const Scalar* at(Index head, Index token, Index channel = 0) const noexcept {
-        return data() + head * head_stride_ + token * token_stride_ + channel * channel_stride_;
+        const Scalar* const first = data();
+        return first ? first + head * head_stride_ + token * token_stride_ + channel * channel_stride_
+                     : first;
     }
     MatrixView<Scalar> head(Index head) const {
         return {at(head, 0), tokens_, head_dim_, {token_stride_, channel_stride_}};

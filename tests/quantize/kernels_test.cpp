@@ -85,6 +85,7 @@ TYPED_TEST(KernelsFrom, ColumnExtremesAreThoseOfPlainLoops) {
         for (const Index tokens : {1, 2, 3, 32, 129})
             for (const auto& [name, values] : kvplane_test::difficult_matrices(tokens, channels, random)) {
                 const PaddedRows<TypeParam> input(values);
+                SCOPED_TRACE(name);
                 for_each_isa([&](Isa isa) {
                     std::vector<float> min(static_cast<std::size_t>(channels)), max(min);
                     ASSERT_TRUE(column_extremes(isa, input.rows, tokens, channels, min.data(), max.data()));
@@ -94,8 +95,8 @@ TYPED_TEST(KernelsFrom, ColumnExtremesAreThoseOfPlainLoops) {
                             low = std::min(low, input.at(t, c));
                             high = std::max(high, input.at(t, c));
                         }
-                        ASSERT_EQ(min[static_cast<std::size_t>(c)], low) << name << ", channel " << c;
-                        ASSERT_EQ(max[static_cast<std::size_t>(c)], high) << name << ", channel " << c;
+                        ASSERT_EQ(min[static_cast<std::size_t>(c)], low) << "channel " << c;
+                        ASSERT_EQ(max[static_cast<std::size_t>(c)], high) << "channel " << c;
                     }
                 });
             }
@@ -109,7 +110,8 @@ TYPED_TEST(KernelsFrom, RowExtremesAreThoseOfPlainLoops) {
             for (const auto& [name, values] : kvplane_test::difficult_matrices(tokens, channels, random)) {
                 const PaddedRows<TypeParam> input(values);
                 const Index runs = channels / group;
-                for_each_isa([&](Isa isa) {
+                SCOPED_TRACE(name);
+                for_each_isa([&, channels = channels, group = group](Isa isa) {
                     std::vector<float> min(static_cast<std::size_t>(tokens * runs)), max(min);
                     ASSERT_TRUE(
                         row_extremes(isa, input.rows, tokens, channels, group, min.data(), max.data()));
@@ -120,8 +122,8 @@ TYPED_TEST(KernelsFrom, RowExtremesAreThoseOfPlainLoops) {
                             low = std::min(low, input.at(token, c));
                             high = std::max(high, input.at(token, c));
                         }
-                        ASSERT_EQ(min[static_cast<std::size_t>(g)], low) << name << ", group " << g;
-                        ASSERT_EQ(max[static_cast<std::size_t>(g)], high) << name << ", group " << g;
+                        ASSERT_EQ(min[static_cast<std::size_t>(g)], low) << "group " << g;
+                        ASSERT_EQ(max[static_cast<std::size_t>(g)], high) << "group " << g;
                     }
                 });
             }

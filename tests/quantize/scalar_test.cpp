@@ -811,8 +811,8 @@ TEST(DequantizeRefuses, WhatIsNotThere) {
     }
     EXPECT_TRUE((values.array() == -99.0f).all()) << "nothing is written before a refusal";
     for (const auto& [token, channel] : {std::pair<Index, Index>{-1, 0}, {0, -1}, {10, 0}, {0, 6}}) {
-        refusal(ErrorCode::index, [&] { q.code(token, channel); });
-        refusal(ErrorCode::index, [&] { q.grid(token, channel); });
+        refusal(ErrorCode::index, [&, t = token, c = channel] { q.code(t, c); });
+        refusal(ErrorCode::index, [&, t = token, c = channel] { q.grid(t, c); });
     }
 }
 

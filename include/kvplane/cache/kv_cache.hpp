@@ -94,6 +94,7 @@ class KvCache {
         const auto rows = input_heads(queries, configuration_.query_heads);
         require_queries(rows.heads(), rows.tokens(), rows.head_dim(), output.rows(), output.cols());
         detail::require_parameters(parameters, configuration_.query_heads, rows.tokens(), tokens());
+        if (rows.tokens() == 0) return;
         output = attend_rows(to_matrix_of(rows), parameters).template cast<typename Derived::Scalar>();
     }
     template <class Q, class Derived>
@@ -393,6 +394,7 @@ void KvCache::append_rows(const HeadRows<K>& keys, const HeadRows<V>& values) {
     require_input(values, "values", configuration_.value_head_dim);
     require(keys.tokens() == values.tokens(), ErrorCode::shape, "append: ", keys.tokens(), " keys and ",
             values.tokens(), " values, expected as many of each");
+    if (keys.tokens() == 0) return;
     Appender appender(*this);
     for (Index first = 0; first < keys.tokens(); first += tile_tokens) {
         const Index count = std::min(tile_tokens, keys.tokens() - first);
@@ -608,6 +610,7 @@ inline Matrix KvCache::stored(int side, Index first, Index count) const {
             ErrorCode::index, "stored tokens ", first, " to ", first + count, ": those before ", first_kept(),
             " were dropped");
     Matrix all(count, configuration_.kv_heads * dim(side));
+    if (count == 0) return all;
     Reader reader(*this);
     std::vector<float> rows;
     for (Index head = 0; head < configuration_.kv_heads; ++head)

@@ -134,7 +134,8 @@ inline Grid fit_grid(Scheme scheme, int bits, float min, float max) {
         grid.lower = static_cast<float>(half_below(min)) + 0.0f;
         grid.step = static_cast<float>(half_above((max - grid.lower) / codes));
     } else {
-        const float half_step = 0.5f * ((max - min) / (codes - 1.0f));
+        // One division: half of a quotient is inexact among fp32's subnormals, where contraction would show.
+        const float half_step = (max - min) / (2.0f * codes - 2.0f);
         grid.lower = static_cast<float>(half_below(std::max(min - half_step, -fp16_max))) + 0.0f;
         grid.step = static_cast<float>(half_above((max - grid.lower) / (codes - 0.5f)));
     }

@@ -298,7 +298,7 @@ KVPLANE_INLINE void fit_lanes(Scheme scheme, int bits, const Floats<Lanes>& min,
     }
     F constant = min;
     round_nearest<Lanes>(constant);
-    lower = scheme == Scheme::cell ? min : min - 0.5f * ((max - min) / (codes - 1.0f));
+    lower = scheme == Scheme::cell ? min : min - (max - min) / (2.0f * codes - 2.0f);
     lower = lower < -fp16_max ? F{} - fp16_max : lower;
     round_below<Lanes>(lower);
     step = (max - lower) / (scheme == Scheme::cell ? codes : codes - 0.5f);

@@ -462,6 +462,7 @@ class TileCoder {
         require(tokens >= 0 && tokens <= tile_tokens, ErrorCode::index, "tile: ", tokens,
                 " tokens, expected 0 to ", tile_tokens);
         for (const auto& segment : format_.segments()) require_depth(segment, depth);
+        if (tokens == 0) return;  // `values` may be null
         for (std::size_t s = 0; s < format_.segments().size(); ++s) {
             const TileFormat::Placed& segment = format_.segments()[s];
             float* to = values + segment.first_channel;
