@@ -150,8 +150,14 @@ KVPLANE_INLINE void strip_extremes(const Scalar* data, Index stride, Index token
                                    Ints<Lanes>& good) {
     Extremes<Lanes, Scalar> strips[Strips];
     for (int s = 0; s < Strips; ++s) strips[s].start(data + s * Lanes);
-    for (Index t = 1; t < tokens; ++t)
+    // Rows of one head lie apart, often in another page of memory, where hardware does not look ahead.
+    constexpr int line = 64 / static_cast<int>(sizeof(Scalar)), rows_ahead = 16;
+    for (Index t = 1; t < tokens; ++t) {
+        if (t + rows_ahead < tokens)
+            for (int c = 0; c < Strips * Lanes; c += line)
+                __builtin_prefetch(data + (t + rows_ahead) * stride + c);
         for (int s = 0; s < Strips; ++s) strips[s].keep(data + t * stride + s * Lanes);
+    }
     for (int s = 0; s < Strips; ++s) {
         store(min + s * Lanes, strips[s].min);
         store(max + s * Lanes, strips[s].max);
