@@ -96,9 +96,9 @@ void expect_attention(const KvCache& cache, const NaiveCache& naive, const Matri
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr int sequences = 8;
 #elif defined(__has_feature)
-constexpr int sequences = __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) ? 8 : 90;
+constexpr int sequences = __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) ? 8 : 170;
 #else
-constexpr int sequences = 90;
+constexpr int sequences = 170;
 #endif
 
 TEST_P(CacheOfRecipe, RandomOperationsAgainstANaiveCache) {
