@@ -502,7 +502,7 @@ TEST(Bounds, PredictTheErrorOfRandomData) {
     const Matrix values = normal_matrix(512, 128, random);
     for (const Method& method : all_functions)
         for (const Scheme scheme : {Scheme::cell, Scheme::min_max})
-            for (int bits = 3; bits <= 8; ++bits) {
+            for (int bits = 3; bits <= 6; ++bits) {  // beyond, fp16 moves the extremes off the edges
                 if (method.group == 5 || method.group == 7) continue;  // whose last groups are smaller
                 const Quantized q = quantized(method.with(scheme, bits), values);
                 const Matrix close = q.dequantize();
@@ -603,8 +603,7 @@ TEST(Clipping, KeepsItsBoundsAtEveryDepth) {
 
 /// One group, one outlier: what is clipped lies outside by all of the bound's excess.
 TEST(Clipping, BoundCountsWhatLiesOutside) {
-    Random random(kvplane_test::seed());
-    Matrix values = kvplane_test::uniform_matrix(128, 1, -1.0f, 1.0f, random);
+    Matrix values = Eigen::VectorXf::LinSpaced(128, -1.0f, 1.0f);
     values(77, 0) = 1.6f;
     values(78, 0) = -1.6f;
     const Quantized q = kvplane::per_channel(values, {.bits = 3, .clip = Clip::mse_optimal});
