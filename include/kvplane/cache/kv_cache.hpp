@@ -167,11 +167,10 @@ class KvCache {
 
     /// Recent tokens are kept in pages of this many, so that little room is unused.
     static constexpr Index window_page_tokens = 32;
-    static constexpr Index header_bytes = 64;
 
     KvCache(const KvCache&) = default;
 
-    static Index page_bytes(Index bytes) noexcept { return bytes + header_bytes; }
+    static Index page_bytes(Index bytes) noexcept { return bytes + PageReference::header_bytes; }
     const CacheRecipe& recipe() const noexcept { return configuration_.recipe; }
     Index sinks() const noexcept { return std::min(recipe().sink_tokens, state_.tokens); }
     Index tile_bytes() const noexcept {

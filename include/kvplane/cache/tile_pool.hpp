@@ -26,6 +26,9 @@ class TilePool;
 /// A counted reference to a page; empty when default-made. Copies share the page.
 class PageReference {
   public:
+    /// What a page takes beside its bytes().
+    static constexpr Index header_bytes = 64;
+
     PageReference() = default;
     PageReference(const PageReference& other) noexcept : page_(other.page_) {
         if (page_) page_->references.fetch_add(1, std::memory_order_relaxed);
@@ -49,7 +52,7 @@ class PageReference {
 
   private:
     friend class TilePool;
-    static constexpr std::size_t alignment = 64, header_bytes = 64;
+    static constexpr std::size_t alignment = 64;
 
     struct Page {
         std::atomic<std::uint32_t> references;
@@ -57,7 +60,7 @@ class PageReference {
         Index bytes;
         Page* next;  ///< in the pool's list of unused pages
     };
-    static_assert(sizeof(Page) <= header_bytes);
+    static_assert(static_cast<Index>(sizeof(Page)) <= header_bytes);
 
     explicit PageReference(Page* page) noexcept : page_(page) {}
     void release() noexcept;
@@ -110,7 +113,7 @@ class TilePool {
     using Page = PageReference::Page;
 
     static std::size_t size_of(Index bytes) noexcept {
-        return static_cast<std::size_t>(bytes) + PageReference::header_bytes;
+        return static_cast<std::size_t>(bytes + PageReference::header_bytes);
     }
 
     Page* reuse(Index bytes) {

@@ -31,18 +31,12 @@ class Hadamard {
     /// Rotates in place every row of tokens x (heads * channels), each head by itself. Throws Error (shape).
     template <class Derived>
     void rotate(Eigen::MatrixBase<Derived>& rows) const {
-        for_each_head(rows, [this](float* head) {
-            for (std::size_t c = 0; c < signs_.size(); ++c) head[c] *= signs_[c];
-            transform(head);
-        });
+        for_each_head(rows, [this](float* head) { rotate(head); });
     }
     /// Undoes rotate(). Throws Error (shape).
     template <class Derived>
     void rotate_back(Eigen::MatrixBase<Derived>& rows) const {
-        for_each_head(rows, [this](float* head) {
-            transform(head);
-            for (std::size_t c = 0; c < signs_.size(); ++c) head[c] *= signs_[c];
-        });
+        for_each_head(rows, [this](float* head) { rotate_back(head); });
     }
 
     /// One head of one token, in place.
