@@ -45,6 +45,7 @@ using Segments = std::vector<ChannelSegment>;
 struct DocumentedSegment {
     Index first_channel, channels;
     int bits;
+    Scheme scheme;
     std::vector<int> planes;  ///< widths, most significant first
     Index grids, step_at, lower_at;
     std::vector<Index> plane_at;
@@ -61,25 +62,29 @@ struct DocumentedTile {
         : side(tile_side), rule(grid_rule) {
         const std::vector<std::vector<int>> planes{{},     {1},    {2},       {2, 1}, {4},
                                                    {4, 1}, {4, 2}, {4, 2, 1}, {4, 4}};
-        for (const auto& [size, bits] : of_segments) {
-            DocumentedSegment s{channels, size, bits, {}, 0, 0, 0, {}};
+        for (const ChannelSegment& segment : of_segments) {
+            const Index size = segment.channels;
+            const int bits = segment.bits;
+            DocumentedSegment s{channels, size, bits, segment.scheme.value_or(rule.scheme), {}, 0, 0, 0, {}};
             s.planes = bits == 16 ? std::vector<int>{8, 4, 4} : planes[static_cast<std::size_t>(bits)];
             if (bits >= 1 && bits <= 8) {
                 s.grids =
                     rule.granularity == Granularity::per_channel ? 128 / rule.group * size : runs(size) * 128;
                 s.step_at = take(2 * s.grids);
-                if (rule.scheme != Scheme::symmetric) s.lower_at = take(2 * s.grids);
+                if (s.scheme != Scheme::symmetric) s.lower_at = take(2 * s.grids);
             }
-            for (const int width : s.planes) s.plane_at.push_back(take(plane_bytes(size, width)));
             channels += size;
             segments.push_back(s);
         }
+        bytes = (bytes + 63) / 64 * 64;
+        for (DocumentedSegment& s : segments)
+            for (const int width : s.planes) s.plane_at.push_back(take(plane_bytes(s.channels, width)));
     }
 
     Index runs(Index size) const { return (size + rule.group - 1) / rule.group; }
     Index take(Index size) {
         const Index at = bytes;
-        bytes += (size + 63) / 64 * 64;
+        bytes += size;
         return at;
     }
     Index plane_bytes(Index size, int width) const {
@@ -126,8 +131,8 @@ struct DocumentedTile {
                 Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(high << 8 | low)));
         };
         Grid stored{0.0f, half_at(s.step_at), s.bits};
-        stored.lower = rule.scheme == Scheme::symmetric ? -stored.step * (std::ldexp(0.5f, s.bits) + 0.5f)
-                                                        : half_at(s.lower_at);
+        stored.lower = s.scheme == Scheme::symmetric ? -stored.step * (std::ldexp(0.5f, s.bits) + 0.5f)
+                                                     : half_at(s.lower_at);
         return stored;
     }
 };
@@ -149,7 +154,10 @@ struct Case {
     std::string text() const {
         std::ostringstream text;
         text << (side == TileSide::keys ? "keys" : "values");
-        for (const auto& [size, bits] : segments) text << ' ' << size << '@' << bits;
+        for (const auto& segment : segments) {
+            text << ' ' << segment.channels << '@' << segment.bits;
+            if (segment.scheme) text << ' ' << name(*segment.scheme);
+        }
         text << ", " << name(rule.granularity) << ' ' << rule.group << ", " << name(rule.scheme);
         return text.str();
     }
@@ -170,7 +178,8 @@ std::vector<Case> all_cases(const std::vector<Index>& channel_counts, const std:
     std::vector<Case> cases;
     const std::vector<Segments> mixes{{{32, 8}, {64, 4}, {16, 2}, {16, 0}},
                                       {{7, 3}, {1, 16}, {33, 1}, {5, 0}, {48, 6}, {9, 16}, {2, 5}},
-                                      {{3, 0}, {40, 7}}};
+                                      {{3, 0}, {40, 7}},
+                                      {{8, 6, Scheme::min_max}, {19, 2, Scheme::cell}, {5, 4}}};
     for (const GridRule& rule : rules)
         for (const TileSide side : {TileSide::keys, TileSide::values}) {
             for (const int bits : {0, 1, 2, 3, 4, 5, 6, 7, 8, 16})
@@ -204,7 +213,11 @@ Matrix decoded(const Case& c, const Tile& tile, Index tokens, int depth = 16) {
 Matrix expected_values(const Case& c, const Matrix& values, int depth = 16) {
     Matrix expected = Matrix::Zero(values.rows(), values.cols());
     Index first = 0;
-    for (const auto& [size, bits] : c.segments) {
+    for (const ChannelSegment& segment : c.segments) {
+        const Index size = segment.channels;
+        const int bits = segment.bits;
+        GridRule rule = c.rule;
+        rule.scheme = segment.scheme.value_or(rule.scheme);
         const auto part = values.middleCols(first, size);
         if (bits == 16)
             expected.middleCols(first, size) = part.unaryExpr([&](float x) {
@@ -216,7 +229,7 @@ Matrix expected_values(const Case& c, const Matrix& values, int depth = 16) {
             });
         else if (bits > 0)
             expected.middleCols(first, size) =
-                quantize(head_rows(part), c.rule, bits, "values").dequantize(std::min(depth, bits));
+                quantize(head_rows(part), rule, bits, "values").dequantize(std::min(depth, bits));
         first += size;
     }
     return expected;
@@ -244,7 +257,8 @@ TEST(TileFormat, PlacesEveryPartAsDocumented) {
             EXPECT_EQ(placed.grids, expected.grids);
             if (expected.grids > 0) {
                 EXPECT_EQ(placed.step_at, expected.step_at);
-                if (c.rule.scheme != Scheme::symmetric) {
+                EXPECT_EQ(placed.scheme, expected.scheme);
+                if (expected.scheme != Scheme::symmetric) {
                     EXPECT_EQ(placed.lower_at, expected.lower_at);
                 }
             }
@@ -387,7 +401,7 @@ TEST(TileEncode, PutsGridsAndCodesWhereTheLayoutSays) {
                     const auto group =
                         by_channel ? part.block(first, k, size, 1) : part.block(t, first, 1, size);
                     const Grid grid =
-                        fit_grid(c.rule.scheme, segment.bits, group.minCoeff(), group.maxCoeff());
+                        fit_grid(segment.scheme, segment.bits, group.minCoeff(), group.maxCoeff());
                     const Grid stored = documented.grid(tile, s, t, k);
                     ASSERT_EQ(stored.lower, grid.lower) << "token " << t << ", channel " << k;
                     ASSERT_EQ(stored.step, grid.step) << "token " << t << ", channel " << k;
@@ -401,7 +415,7 @@ TEST(TileEncode, PutsGridsAndCodesWhereTheLayoutSays) {
                 std::fill_n(tile.begin() + at, count, std::byte{0});
             };
             if (segment.grids > 0) clear(segment.step_at, 2 * segment.grids);
-            if (segment.grids > 0 && c.rule.scheme != Scheme::symmetric)
+            if (segment.grids > 0 && segment.scheme != Scheme::symmetric)
                 clear(segment.lower_at, 2 * segment.grids);
             for (std::size_t p = 0; p < segment.planes.size(); ++p)
                 for (Index t = 0; t < 128; ++t)
@@ -611,21 +625,29 @@ TEST(TileAppend, DoesNotDependOnEarlierTiles) {
     }
 }
 
-/// A segment is complete in itself: its bytes are those of a tile of its channels alone.
+/// A segment does not depend on its neighbours: its grids and planes are those of a tile of it alone.
 TEST(TileSegments, StandAlone) {
     Random random(kvplane_test::seed());
     for (const Case& c : all_cases({}, all_rules())) {
         const Matrix values = normal_matrix(128, c.channels(), random);
         const Tile tile = encoded(c, values);
-        Tile together;
-        Index first = 0;
-        for (const ChannelSegment& segment : c.segments) {
-            const Tile alone =
-                encoded({c.side, {segment}, c.rule}, values.middleCols(first, segment.channels));
-            together.insert(together.end(), alone.begin(), alone.end());
-            first += segment.channels;
+        const DocumentedTile all = c.documented();
+        for (std::size_t s = 0; s < c.segments.size(); ++s) {
+            const Case one{c.side, {c.segments[s]}, c.rule};
+            const DocumentedSegment here = all.segments[s], there = one.documented().segments[0];
+            const Tile alone = encoded(one, values.middleCols(here.first_channel, here.channels));
+            const auto same = [&](Index at, Index other, Index size) {
+                return std::equal(tile.begin() + at, tile.begin() + at + size, alone.begin() + other);
+            };
+            ASSERT_TRUE(same(here.step_at, there.step_at, 2 * here.grids)) << c.text();
+            if (here.scheme != Scheme::symmetric) {
+                ASSERT_TRUE(same(here.lower_at, there.lower_at, 2 * here.grids)) << c.text();
+            }
+            for (std::size_t p = 0; p < here.planes.size(); ++p)
+                ASSERT_TRUE(
+                    same(here.plane_at[p], there.plane_at[p], all.plane_bytes(here.channels, here.planes[p])))
+                    << c.text();
         }
-        ASSERT_TRUE(tile == together) << c.text();
     }
 }
 

@@ -1,10 +1,11 @@
 // kvplane/storage/tile.hpp: 128 tokens of one head (or latent basis) of keys or values in bit planes.
 //
 // A tile is one run of bytes, the page of a cache. Its layout is fixed by TileFormat and by nothing else, so
-// a stored tile decodes on any machine. It is a list of channel segments, each with its own width and
-// complete in itself, every part starting at a multiple of 64 bytes:
+// a stored tile decodes on any machine. It is a list of channel segments, each with its own width: first the
+// grids of all, one after another, then their planes, each starting at a multiple of 64 bytes:
 //
-//   segment:  steps (fp16) | lowers (fp16; none for symmetric grids) | plane 0 | plane 1 | ...
+//   tile:     grids of segment 0 | grids of segment 1 | ... | planes of segment 0 | planes of segment 1 | ...
+//   grids     steps (fp16) | lowers (fp16; none for symmetric grids)
 //   steps     per_channel: [token group][channel]; per_token: [run of channels][token], for all 128 tokens
 //   plane     64-byte units of 16 lanes x 4 bytes; a byte of a w-bit plane holds 8 / w codes
 //
@@ -31,6 +32,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string_view>
 #include <type_traits>
 #include <vector>
@@ -55,6 +57,9 @@ enum class TileSide : std::uint8_t { keys, values };
 struct ChannelSegment {
     Index channels = 0;
     int bits = 4;
+    std::optional<Scheme> scheme = std::nullopt;  ///< none: that of the tile's rule
+
+    bool operator==(const ChannelSegment&) const = default;
 };
 
 /// What a tile holds and where. Made once for a cache; tiles themselves carry no description.
@@ -64,6 +69,7 @@ class TileFormat {
     struct Placed {
         Index first_channel, channels;
         int bits;
+        Scheme scheme;
         PlaneSplit split;  ///< no planes for width 0
         Index grids;       ///< for 128 tokens; 0 for widths 0 and 16
         Index step_at, lower_at;
@@ -80,6 +86,13 @@ class TileFormat {
         require(rule.group >= 1, ErrorCode::option, "tile: grids over ", rule.group,
                 " channels, expected at least 1");
         for (const ChannelSegment& segment : segments) place(segment);
+        for (Placed& placed : segments_) place_grids(placed);
+        bytes_ = aligned(bytes_);
+        for (Placed& placed : segments_)
+            for (int p = 0; p < placed.split.count; ++p) {
+                placed.plane_at[static_cast<std::size_t>(p)] = bytes_;
+                bytes_ += plane_bytes(placed.channels, placed.split[p]);
+            }
     }
     /// One width for all channels.
     TileFormat(TileSide side, Index channels, int bits, const GridRule& rule)
@@ -120,27 +133,24 @@ class TileFormat {
     static constexpr Index aligned(Index bytes) noexcept {
         return (bytes + unit_bytes - 1) / unit_bytes * unit_bytes;
     }
-    Index take(Index bytes) noexcept {
-        const Index at = bytes_;
-        bytes_ += aligned(bytes);
-        return at;
-    }
     void place(const ChannelSegment& segment) {
         require(segment.channels >= 1, ErrorCode::option, "tile: a segment of ", segment.channels,
                 " channels, expected at least 1");
-        if (segment.bits != 0 && segment.bits != 16) detail::require_width(segment.bits, rule_.scheme);
-        Placed placed{channels_, segment.channels, segment.bits, {}, 0, bytes_, bytes_, {}};
+        const Scheme scheme = segment.scheme.value_or(rule_.scheme);
+        if (segment.bits != 0 && segment.bits != 16) detail::require_width(segment.bits, scheme);
+        Placed placed{channels_, segment.channels, segment.bits, scheme, {}, 0, 0, 0, {}};
         if (segment.bits != 0) placed.split = plane_split(segment.bits);
-        if (segment.bits >= 1 && segment.bits <= 8) {
-            placed.grids = rule_.grids(tile_tokens, segment.channels);
-            placed.step_at = take(2 * placed.grids);
-            if (rule_.scheme != Scheme::symmetric) placed.lower_at = take(2 * placed.grids);
-        }
-        for (int p = 0; p < placed.split.count; ++p)
-            placed.plane_at[static_cast<std::size_t>(p)] =
-                take(plane_bytes(segment.channels, placed.split[p]));
         channels_ += segment.channels;
         segments_.push_back(placed);
+    }
+    void place_grids(Placed& placed) {
+        if (placed.bits < 1 || placed.bits > 8) return;
+        placed.grids = rule_.grids(tile_tokens, placed.channels);
+        placed.step_at = bytes_;
+        bytes_ += 2 * placed.grids;
+        if (placed.scheme == Scheme::symmetric) return;
+        placed.lower_at = bytes_;
+        bytes_ += 2 * placed.grids;
     }
 
     TileSide side_;
@@ -530,12 +540,13 @@ class TileCoder {
     void quantize_segment(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first,
                           Index count, Index tile_token, const TileFormat::Placed& segment, TileCodes& codes,
                           std::byte* tile) {
-        quantizer_.quantize(rows, argument, head, first, count, segment.first_channel, segment.channels,
-                            format_.rule(), segment.bits, codes.byte(0) + tile_token * codes.stride(),
-                            codes.stride());
+        GridRule rule = format_.rule();
+        rule.scheme = segment.scheme;
+        quantizer_.quantize(rows, argument, head, first, count, segment.first_channel, segment.channels, rule,
+                            segment.bits, codes.byte(0) + tile_token * codes.stride(), codes.stride());
         excess_.largest = std::max(excess_.largest, quantizer_.excess().largest);
         excess_.energy += quantizer_.excess().energy;
-        const bool keep_lower = format_.rule().scheme != Scheme::symmetric;
+        const bool keep_lower = segment.scheme != Scheme::symmetric;
         auto* step = reinterpret_cast<Eigen::half*>(tile + segment.step_at);
         auto* lower = reinterpret_cast<Eigen::half*>(tile + segment.lower_at);
         if (format_.rule().granularity == Granularity::per_channel) {
@@ -585,7 +596,7 @@ class TileCoder {
         const auto grids = static_cast<std::size_t>(segment.grids);
         lower_.resize(grids);
         step_.resize(grids);
-        const bool symmetric = format_.rule().scheme == Scheme::symmetric;
+        const bool symmetric = segment.scheme == Scheme::symmetric;
         const float to_lower = -(0.5f * power_of_two(segment.bits) + 0.5f);
         const float widen = power_of_two(segment.bits - depth);
         for (std::size_t g = 0; g < grids; ++g) {
