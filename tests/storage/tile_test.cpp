@@ -280,7 +280,7 @@ TEST(TileFormat, StatesTrueBits) {
     EXPECT_EQ(bits(TileSide::values, 64, 2, {Granularity::per_token, 64, Scheme::symmetric}), 2.25);
     EXPECT_EQ(bits(TileSide::values, 64, 16, token), 16.0);
     EXPECT_EQ(bits(TileSide::keys, 64, 0, channel), 0.0);
-    EXPECT_EQ(bits(TileSide::keys, 80, 4, channel), 4.0 + (192.0 + 192.0) * 8.0 / (128 * 80))
+    EXPECT_EQ(bits(TileSide::keys, 72, 4, channel), 4.0 + 320.0 * 8.0 / (128 * 72))
         << "slack counts";
     EXPECT_EQ(TileFormat(TileSide::keys, Segments{}, channel).bytes(), 0);
     EXPECT_EQ(TileFormat(TileSide::keys, Segments{}, channel).bits_per_element(), 0.0);

@@ -4,7 +4,9 @@
 // Nothing here quantizes or allocates: the tests compare these numbers with what the library's own code does.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <span>
 #include <vector>
 
 #include "kvplane/error.hpp"
@@ -125,6 +127,100 @@ double high_rate_allocation_bound(const Eigen::Ref<const Eigen::VectorXd>& weigh
 /// costs ascending. Steps are compared up to a relative 1e-12. Throws Error (shape, not_finite, option).
 bool greedy_is_exact(const Eigen::Ref<const MatrixD>& errors, const Eigen::Ref<const MatrixD>& costs);
 
+/// T6, truncation (Eckart and Young 1936). Of the spectrum of K - mean, descending: its squared singular
+/// values, or the eigenvalues of its covariance (then an error a token). No matrix of rank `kept` is nearer
+/// to K - mean in squared Frobenius norm than
+///
+///     sum_{j >= kept} spectrum_j,
+///
+/// which the first `kept` latents reach. In an orthonormal basis rotation changes no norm, so with latents
+/// themselves in error, |K - K'|_F^2 = |L_r - L_r'|_F^2 + this. spectrum: >= 0 and descending; 0 <= kept <=
+/// latents. Throws Error (not_finite, option) otherwise.
+double truncation_error(const Eigen::Ref<const Eigen::VectorXd>& spectrum, Index kept);
+
+/// T6b, query-weighted basis: latents z = (k - mean) A U / sqrt(lambda), A = C^(1/2), C = E[u u^T] of the
+/// queries as the keys' frame sees them. For u independent of the error,
+///
+///     E[(u.(k - k'))^2] = sum_j lambda_j e_j,    e_j = E[(z_j - z_j')^2],
+///
+/// in squared (unscaled) scores: a latent that is not kept has e_j = 1. With C = I it is E|k - k'|^2. Exact;
+/// a ridge added to C adds the same multiple of E|k - k'|^2. spectrum (lambda) and errors >= 0, one a latent.
+/// Throws Error (shape, not_finite, option) otherwise.
+double expected_score_error(const Eigen::Ref<const Eigen::VectorXd>& spectrum,
+                            const Eigen::Ref<const Eigen::VectorXd>& errors);
+
+/// T7, deterministic bound of SVDq (arXiv 2502.15304). `cell` grids over the intervals of length ranges(j) =
+/// max - min of latent j, L = (K - mean) U, over `tokens` tokens:
+///
+///     |K - K'|_F^2 <= tokens * sum_{bits_j > 0} (ranges(j) / 2^(bits_j + 1))^2
+///                     + sum_{bits_j = 0} squared_singular_values(j).
+///
+/// Reached where every latent lies at the edge of a cell. One grid a latent; where grids cover fewer tokens,
+/// it holds for the sum over them. bits 0 or more, all else >= 0, one of each a latent. Throws Error (shape,
+/// not_finite, option) otherwise.
+double svdq_error_bound(const Eigen::Ref<const Eigen::VectorXd>& ranges, std::span<const int> bits,
+                        const Eigen::Ref<const Eigen::VectorXd>& squared_singular_values, Index tokens);
+
+/// T8, what SVDq gains over per-channel quantization at the same mean bits (arXiv 2502.15304 says "x0.1 or
+/// even lower"). Latent variances lambda(t) = lambda_0 e^(-decay t), t in [0, 1], errors lambda 4^-b (high
+/// rate), and real widths of least error: the ratio of the errors is that of the geometric to the arithmetic
+/// mean of the variances,
+///
+///     (decay / 2) / sinh(decay / 2);
+///
+/// 1 at a decay of 0, .1000 at 9. decay finite, else Error (not_finite).
+double svdq_gain(double decay);
+
+/// T8 at low rate: equal groups of latents, each of rho = e^(-decay / groups) times the energy of the one
+/// before, group g with widths[g] bits. The share of the trace that is lost,
+///
+///     sum_g e_g f(widths[g]),    e_g = (1 - rho) rho^g / (1 - rho^groups),
+///
+/// f = error_by_width: mean squared error of a latent of variance 1 at 0, 1, 2, ... bits, f(0) = 1 (for the
+/// library's grids: latent_grid_error). Divided by f(b) of the mean width it is the ratio that svdq_gain
+/// bounds. 0 <= rho <= 1, at least one group, widths within the table, table >= 0. Throws Error (shape,
+/// not_finite, option) otherwise.
+double svdq_grouped_error(double rho, std::span<const int> widths, std::span<const double> error_by_width);
+
+/// T8: the decay of a measured spectrum, minus the slope of the least squares line through log(spectrum_j)
+/// over t_j = (j + 1/2) / latents. At least two latents, all > 0. Throws Error (shape, not_finite, option)
+/// otherwise.
+double fitted_decay(const Eigen::Ref<const Eigen::VectorXd>& spectrum);
+
+/// T9, reverse water-filling (Shannon; Cover and Thomas, theorem 10.3.3).
+struct WaterFilling {
+    double distortion = 0;  ///< sum over latents, in the spectrum's units
+    double level = 0;       ///< theta: what no latent's error exceeds
+};
+
+/// T9: normal latents of the variances `spectrum` (any order) cannot be coded, by any means, in a mean of
+/// `mean_bits` bits a latent with a summed mean squared error below
+///
+///     distortion = sum_j min(theta, spectrum_j),    mean_bits = mean_j max(0, 1/2 log2(spectrum_j / theta)).
+///
+/// No schedule of scalar quantizers reaches it at low rate, as f(b) > 4^-b. spectrum >= 0, at least one
+/// latent, mean_bits >= 0. Throws Error (shape, not_finite, option) otherwise.
+WaterFilling reverse_water_filling(const Eigen::Ref<const Eigen::VectorXd>& spectrum, double mean_bits);
+
+/// T10: mean bits of equal groups of these widths (>= 0, at least one); 2 for SVDq's (8,4,2,1,1,0,0,0), 1.25
+/// for its (4,4,2,0,0,0,0,0). Throws Error (shape, option) otherwise.
+double schedule_rate(std::span<const int> widths);
+
+/// T10: how many times smaller keys are than in fp16, by nominal bits and with a share `key_fraction` of the
+/// tokens kept: 16 / bits / key_fraction. 409.6 at 1.25 bits and 1/32: the "410x" of arXiv 2502.15304. bits >
+/// 0, 0 < key_fraction <= 1. Throws Error (not_finite, option) otherwise.
+double key_compression(double bits, double key_fraction);
+
+/// T10: what an element of a key really takes, in bits, where `kept` of `channels` latents have a width, the
+/// schedule's mean is `bits`, one fp16 basis (kept vectors of `channels` numbers) serves `tokens` tokens, and
+/// every `grid_group` tokens of a latent have an fp16 step and lower:
+///
+///     bits + 16 kept / tokens + (kept / channels) 32 / grid_group.
+///
+/// Padding of planes comes on top. 0 <= kept <= channels, the other counts >= 1, bits >= 0. Throws Error
+/// (not_finite, option) otherwise.
+double latent_true_rate(double bits, Index kept, Index channels, Index tokens, Index grid_group);
+
 // Implementation.
 
 namespace detail {
@@ -136,6 +232,15 @@ inline void require_number(double value, const char* what) {
 inline void require_not_negative(double value, const char* what) {
     require_number(value, what);
     require(value >= 0, ErrorCode::option, what, ": ", value, ", expected 0 or more");
+}
+
+inline void require_not_negative(const Eigen::Ref<const Eigen::VectorXd>& values, const char* what) {
+    for (const double value : values) require_not_negative(value, what);
+}
+
+inline void require_same_size(Index latents, Index size, const char* what) {
+    require(size == latents, ErrorCode::shape, what, ": ", size, " entries for ", latents,
+            " latents, expected one for each");
 }
 
 inline void require_positive(double value, const char* what) {
@@ -281,6 +386,130 @@ inline bool greedy_is_exact(const Eigen::Ref<const MatrixD>& errors, const Eigen
         }
     }
     return true;
+}
+
+inline double truncation_error(const Eigen::Ref<const Eigen::VectorXd>& spectrum, Index kept) {
+    detail::require_not_negative(spectrum, "spectrum");
+    require(kept >= 0 && kept <= spectrum.size(), ErrorCode::option, "kept: ", kept, ", expected 0 to ",
+            spectrum.size());
+    for (Index j = 1; j < spectrum.size(); ++j)
+        require(spectrum[j] <= spectrum[j - 1], ErrorCode::option, "spectrum: ", spectrum[j], " at ", j,
+                " after ", spectrum[j - 1], ", expected descending numbers");
+    return spectrum.tail(spectrum.size() - kept).sum();
+}
+
+inline double expected_score_error(const Eigen::Ref<const Eigen::VectorXd>& spectrum,
+                                   const Eigen::Ref<const Eigen::VectorXd>& errors) {
+    detail::require_same_size(spectrum.size(), errors.size(), "errors");
+    detail::require_not_negative(spectrum, "spectrum");
+    detail::require_not_negative(errors, "errors");
+    return spectrum.dot(errors);
+}
+
+inline double svdq_error_bound(const Eigen::Ref<const Eigen::VectorXd>& ranges, std::span<const int> bits,
+                               const Eigen::Ref<const Eigen::VectorXd>& squared_singular_values,
+                               Index tokens) {
+    detail::require_same_size(squared_singular_values.size(), ranges.size(), "ranges");
+    detail::require_same_size(squared_singular_values.size(), static_cast<Index>(bits.size()), "bits");
+    detail::require_not_negative(ranges, "ranges");
+    detail::require_not_negative(squared_singular_values, "squared_singular_values");
+    require(tokens >= 0, ErrorCode::option, "tokens: ", tokens, ", expected 0 or more");
+    double bound = 0;
+    for (Index j = 0; j < ranges.size(); ++j) {
+        const int width = bits[static_cast<std::size_t>(j)];
+        detail::require_bits(width, 0);
+        const double half_step = std::ldexp(ranges[j], -width - 1);
+        bound += width > 0 ? static_cast<double>(tokens) * half_step * half_step : squared_singular_values[j];
+    }
+    return bound;
+}
+
+inline double svdq_gain(double decay) {
+    detail::require_number(decay, "decay");
+    const double x = std::abs(decay);
+    // As x e^(-x/2) / (1 - e^-x), which neither overflows nor cancels.
+    return x == 0 ? 1 : x * std::exp(-x / 2) / -std::expm1(-x);
+}
+
+inline double svdq_grouped_error(double rho, std::span<const int> widths,
+                                 std::span<const double> error_by_width) {
+    detail::require_not_negative(rho, "rho");
+    require(rho <= 1, ErrorCode::option, "rho: ", rho, ", expected 0 to 1");
+    require(!widths.empty(), ErrorCode::shape, "widths: no groups, expected at least one");
+    double energy = 1, all = 0, error = 0;
+    for (const int width : widths) {
+        detail::require_bits(width, 0);
+        require(static_cast<std::size_t>(width) < error_by_width.size(), ErrorCode::option, "bits: ", width,
+                ", expected below the ", error_by_width.size(), " widths of the table");
+        const double of_width = error_by_width[static_cast<std::size_t>(width)];
+        detail::require_not_negative(of_width, "error_by_width");
+        error += energy * of_width;
+        all += energy;
+        energy *= rho;
+    }
+    return error / all;
+}
+
+inline double fitted_decay(const Eigen::Ref<const Eigen::VectorXd>& spectrum) {
+    const Index latents = spectrum.size();
+    require(latents >= 2, ErrorCode::shape, "spectrum: ", latents, " latents, expected at least 2");
+    double product = 0, square = 0;
+    for (Index j = 0; j < latents; ++j) {
+        detail::require_positive(spectrum[j], "spectrum");
+        const double t = (static_cast<double>(j) + 0.5) / static_cast<double>(latents) - 0.5;  // mean 0
+        product += t * std::log(spectrum[j]);
+        square += t * t;
+    }
+    return -product / square;
+}
+
+inline WaterFilling reverse_water_filling(const Eigen::Ref<const Eigen::VectorXd>& spectrum,
+                                          double mean_bits) {
+    detail::require_not_negative(spectrum, "spectrum");
+    detail::require_not_negative(mean_bits, "mean_bits");
+    require(spectrum.size() > 0, ErrorCode::shape, "spectrum: no latents, expected at least one");
+    if (spectrum.maxCoeff() == 0) return {};
+    const auto latents = static_cast<double>(spectrum.size());
+    const auto rate = [&](double log2_level) {
+        double sum = 0;
+        for (const double variance : spectrum) sum += std::max(0.0, 0.5 * (std::log2(variance) - log2_level));
+        return sum / latents;
+    };
+    // At the upper end no latent gets a bit, at the lower one the largest alone has all that there are.
+    double above = std::log2(spectrum.maxCoeff()), below = above - 2 * mean_bits * latents;
+    for (int halvings = 0; halvings < 200; ++halvings) {
+        const double middle = 0.5 * (above + below);
+        (rate(middle) > mean_bits ? below : above) = middle;
+    }
+    const double level = std::exp2(above);
+    return {spectrum.cwiseMin(level).sum(), level};
+}
+
+inline double schedule_rate(std::span<const int> widths) {
+    require(!widths.empty(), ErrorCode::shape, "widths: no groups, expected at least one");
+    double sum = 0;
+    for (const int width : widths) {
+        detail::require_bits(width, 0);
+        sum += width;
+    }
+    return sum / static_cast<double>(widths.size());
+}
+
+inline double key_compression(double bits, double key_fraction) {
+    detail::require_positive(bits, "bits");
+    detail::require_positive(key_fraction, "key_fraction");
+    require(key_fraction <= 1, ErrorCode::option, "key_fraction: ", key_fraction, ", expected at most 1");
+    return 16 / bits / key_fraction;
+}
+
+inline double latent_true_rate(double bits, Index kept, Index channels, Index tokens, Index grid_group) {
+    detail::require_not_negative(bits, "bits");
+    require(channels >= 1 && tokens >= 1 && grid_group >= 1, ErrorCode::option, "channels: ", channels,
+            ", tokens: ", tokens, ", grid_group: ", grid_group, ", expected 1 or more");
+    require(kept >= 0 && kept <= channels, ErrorCode::option, "kept: ", kept, ", expected 0 to ", channels);
+    const auto latents = static_cast<double>(kept);
+    return bits + 16 * latents / static_cast<double>(tokens) +
+           latents / static_cast<double>(channels) * 32 / static_cast<double>(grid_group);
 }
 
 }  // namespace kvplane::theory
