@@ -48,11 +48,6 @@ struct Method {
     bool rotate_values = false;
 };
 
-/// min_max wastes a quarter of the range at 2 bits, where cell is the better fit.
-inline Scheme scheme_for(int bits) {
-    return bits <= 2 ? Scheme::cell : Scheme::min_max;
-}
-
 inline std::vector<Method> methods() {
     const auto by_channel = [](const Matrix& m, Index heads, int bits) {
         return per_channel(m, {.bits = bits, .scheme = scheme_for(bits), .heads = heads});

@@ -2,7 +2,7 @@
 # Sets up, builds and runs an example: the quickstart on the tensors that ship with kvplane, or
 #   run.sh quickstart|synthetic [ARGUMENTS]
 #   run.sh engine "PROMPT" [OPTIONS of generate]     fetches a small model and lets it answer
-#   run.sh evaluate|dump [OPTIONS]                   the same with the engine's other programs
+#   run.sh evaluate|dump|calibrate [OPTIONS]         the same with the engine's other programs
 set -euo pipefail
 folder=$PWD
 cd "$(dirname "$0")/.."
@@ -14,11 +14,11 @@ example=${1:-quickstart}
 options=()
 case $example in
     quickstart|synthetic) program=$example path=$example ;;
-    engine|evaluate|dump)
+    engine|evaluate|dump|calibrate)
         program=${example/engine/generate} path=engine/$program
         options=(--model "$(bash examples/engine/fetch.sh)")
         [ "$example" = engine ] && options+=(--chat) ;;
-    *) echo "run.sh: no example '$example'; expected quickstart, synthetic, engine, evaluate or dump" >&2; exit 2 ;;
+    *) echo "run.sh: no example '$example'; expected quickstart, synthetic, engine, evaluate, dump or calibrate" >&2; exit 2 ;;
 esac
 cmake --preset release >/dev/null
 cmake --build --preset release --target "$program" >&2

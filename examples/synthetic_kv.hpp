@@ -12,6 +12,7 @@
 #include <random>
 
 #include "kvplane/matrix.hpp"
+#include "kvplane/transform/rope.hpp"
 
 namespace kvplane_examples {
 
@@ -64,19 +65,6 @@ class Generator {
     std::normal_distribution<double> normal_;
 };
 
-/// Rotary embedding of interleaved pairs (2i, 2i + 1), angle position * base^(-2i / head_dim).
-inline void embed_positions(Matrix& rows, Index head_dim, Index first_position, double base) {
-    if (base <= 0.0) return;
-    for (Index t = 0; t < rows.rows(); ++t)
-        for (Index c = 0; c + 1 < rows.cols(); c += 2) {
-            const double exponent = -static_cast<double>(c % head_dim) / static_cast<double>(head_dim);
-            const double angle = static_cast<double>(first_position + t) * std::pow(base, exponent);
-            const double a = rows(t, c), b = rows(t, c + 1);
-            rows(t, c) = static_cast<float>(a * std::cos(angle) - b * std::sin(angle));
-            rows(t, c + 1) = static_cast<float>(a * std::sin(angle) + b * std::cos(angle));
-        }
-}
-
 }  // namespace detail
 
 inline SyntheticLayer synthetic_layer(const SyntheticOptions& options) {
@@ -121,8 +109,13 @@ inline SyntheticLayer synthetic_layer(const SyntheticOptions& options) {
         }
     }
     layer.keys = layer.keys_before_rope;
-    detail::embed_positions(layer.keys, dim, 0, options.rope_base);
-    detail::embed_positions(layer.queries, dim, options.tokens - options.queries, options.rope_base);
+    if (options.rope_base > 0.0) {
+        kvplane::RopeSettings settings;
+        settings.base = options.rope_base;
+        const kvplane::RotaryEmbedding rope(dim, settings);
+        rope.rotate(layer.keys, 0);
+        rope.rotate(layer.queries, options.tokens - options.queries);
+    }
     return layer;
 }
 

@@ -30,9 +30,14 @@ constexpr const char* usage =
     "  --first-token N     of the text (0)\n"
     "  --context N         tokens of one window (2048)\n"
     "  --windows N         consecutive windows (1)\n"
-    "  --recipes A,B,C     fp16, block32:4[:rotated], kivi:4, key_favored:4:2, standard, compact, each with\n"
-    "                      settings after '+' (see kvplane/recipes.hpp); "
-    "allocated:norms|weights|measured:BITS\n"
+    "  --recipes A,B,C     fp16, block32:4[:rotated], kivi:4, key_favored:4:2, standard, compact, "
+    "svdq:1.25,\n"
+    "                      latent:3:3, weighted:3:3, each with settings after '+' (see "
+    "kvplane/recipes.hpp);\n"
+    "                      allocated:norms|weights|measured:BITS; svdq:1.25@keys=1/32: a share of the keys\n"
+    "  --basis FILE        statistics from calibrate, for recipes with latents; without it every cache fits "
+    "a\n"
+    "                      basis to the first 512 tokens of its own\n"
     "  --calibration FILE  text that `allocated` recipes look at (its first 1024 tokens)\n"
     "  --json              one JSON object on stdout and nothing else\n"
     "  --csv FILE          the figures as a table for plotting\n"
@@ -153,7 +158,7 @@ void run_window(const Model& model, std::span<const TokenId> tokens, std::vector
 
 Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, Index first_token, Index context,
                     Index windows, const std::vector<std::string>& names,
-                    const std::vector<std::vector<kvplane::CacheRecipe>>& recipes) {
+                    const std::vector<CachePlan>& plans) {
     Evaluation all;
     for (const std::string& name : names) all.recipes.emplace_back(name);
     kvplane::TilePool pool;
@@ -162,7 +167,7 @@ Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, Index 
                      static_cast<long>(windows));
         LayerCaches plain = model.exact_caches();
         std::vector<LayerCaches> caches;
-        for (const auto& recipe : recipes) caches.push_back(kvplane_caches(model.config(), recipe, pool));
+        for (const CachePlan& plan : plans) caches.push_back(kvplane_caches(model.config(), plan, pool));
         run_window(model, {text.data() + first_token + window * context, static_cast<std::size_t>(context)},
                    caches, plain, all);
     }
@@ -228,11 +233,13 @@ void run(const CommandLine& options) {
         calibration = tokenizer.encode(read_text(options.text("--calibration")));
         calibration.resize(std::min<std::size_t>(calibration.size(), 1024));
     }
-    LayerRecipes layer_recipes(model, calibration);
-    std::vector<std::vector<kvplane::CacheRecipe>> recipes;
-    for (const std::string& name : names) recipes.push_back(layer_recipes.parse(name));
+    std::optional<kvplane::Calibration> basis;
+    if (options.has("--basis")) basis = kvplane::load_calibration(options.text("--basis"), model.name());
+    LayerRecipes layer_recipes(model, calibration, std::move(basis));
+    std::vector<CachePlan> plans;
+    for (const std::string& name : names) plans.push_back(layer_recipes.parse(name));
 
-    const Evaluation all = evaluate(model, text, first, context, windows, names, recipes);
+    const Evaluation all = evaluate(model, text, first, context, windows, names, plans);
     if (options.has("--csv")) write_csv(options.text("--csv"), all);
     if (options.has("--json"))
         std::printf("%s\n", to_json(all).dump().c_str());
@@ -246,7 +253,7 @@ int main(int count, char** arguments) {
     try {
         const CommandLine options(count, arguments,
                                   {"--model", "--text", "--recipes", "--first-token", "--context",
-                                   "--windows", "--calibration", "--csv", "--threads"},
+                                   "--windows", "--calibration", "--basis", "--csv", "--threads"},
                                   {"--json", "--help"});
         if (options.has("--help")) return std::printf("%s", usage), 0;
         run(options);

@@ -8,6 +8,7 @@
 
 #include "engine/command_line.hpp"
 #include "engine/kvplane_cache.hpp"
+#include "engine/layer_recipes.hpp"
 #include "engine/model.hpp"
 #include "engine/tokenizer.hpp"
 
@@ -20,7 +21,10 @@ constexpr const char* usage =
     "\n"
     "Continues PROMPT, streaming the text to stdout; figures go to stderr.\n"
     "  --recipe NAME       how keys and values are stored (standard; fp16, block32:4[:rotated], kivi:4,\n"
-    "                      key_favored:4:2, standard, compact; `exact` is plain fp32)\n"
+    "                      key_favored:4:2, standard, compact, svdq:1.25, latent:3:3; `exact` is plain\n"
+    "                      fp32)\n"
+    "  --basis FILE        statistics from calibrate, for recipes with latents; without it the cache fits a\n"
+    "                      basis to the first 512 tokens of its own\n"
     "  --length N          tokens to generate at most (200)\n"
     "  --temperature T     0: always the likeliest token (0); above: sample\n"
     "  --seed N            of sampling (1)\n"
@@ -43,11 +47,17 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+CachePlan plan_of(const Model& model, const std::string& name, const CommandLine& options) {
+    std::optional<kvplane::Calibration> basis;
+    if (options.has("--basis")) basis = kvplane::load_calibration(options.text("--basis"), model.name());
+    return LayerRecipes(model, {}, std::move(basis)).parse(name);
+}
+
 void run(const CommandLine& options) {
     kvplane::require(options.rest().size() == 1, ErrorCode::option, options.rest().size(),
                      " prompts, expected one (in quotes)");
     const std::string name = options.text("--recipe", "standard");
-    const auto recipe = name == "exact" ? kvplane::CacheRecipe{} : kvplane::recipes::parse(name);
+
     const double temperature = options.real("--temperature", 0.0);
     Threads threads(static_cast<int>(options.number("--threads", 0)));
     const Model model(Gguf::open(options.required("--model")), threads);
@@ -60,8 +70,9 @@ void run(const CommandLine& options) {
                                          model.config().context - static_cast<Index>(tokens.size()));
 
     kvplane::TilePool pool;
-    LayerCaches caches =
-        name == "exact" ? model.exact_caches() : kvplane_caches(model.config(), {{recipe}}, pool);
+    LayerCaches caches = name == "exact"
+                             ? model.exact_caches()
+                             : kvplane_caches(model.config(), plan_of(model, name, options), pool);
     auto start = std::chrono::steady_clock::now();
     Matrix logits = model.forward(tokens, caches, Logits::last);
     const double prefill = seconds_since(start);
@@ -93,9 +104,10 @@ void run(const CommandLine& options) {
 
 int main(int count, char** arguments) {
     try {
-        const CommandLine options(count, arguments,
-                                  {"--model", "--recipe", "--length", "--temperature", "--seed", "--threads"},
-                                  {"--chat", "--help"});
+        const CommandLine options(
+            count, arguments,
+            {"--model", "--recipe", "--basis", "--length", "--temperature", "--seed", "--threads"},
+            {"--chat", "--help"});
         if (options.has("--help")) return std::printf("%s", usage), 0;
         run(options);
     } catch (const std::exception& error) {

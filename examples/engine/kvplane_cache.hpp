@@ -16,35 +16,53 @@ namespace engine {
 /// One layer's kvplane cache behind the engine's interface.
 class KvplaneCache final : public LayerCache {
   public:
-    KvplaneCache(const kvplane::CacheConfiguration& configuration, kvplane::TilePool& pool)
-        : cache_(configuration, pool) {}
+    /// parameters: what attention does beyond the model's own, as leaving keys out.
+    KvplaneCache(const kvplane::CacheConfiguration& configuration, kvplane::TilePool& pool,
+                 const kvplane::AttentionParameters& parameters = {})
+        : cache_(configuration, pool), parameters_(parameters) {}
 
-    void append(const Matrix& keys, const Matrix& values) override { cache_.append(keys, values); }
+    void append(const Matrix& keys, const Matrix& values, const Matrix& queries) override {
+        cache_.append(keys, values, queries);
+    }
     void attend(const Matrix& queries, Matrix& out) const override {
         const auto& c = cache_.configuration();
         out.resize(queries.rows(), c.query_heads * c.value_head_dim);
-        cache_.attend(queries, out);
+        cache_.attend(queries, out, parameters_);
     }
     Index tokens() const override { return cache_.tokens(); }
     const kvplane::KvCache& cache() const noexcept { return cache_; }
 
   private:
     kvplane::KvCache cache_;
+    kvplane::AttentionParameters parameters_;
 };
 
-/// A sequence: one cache a layer, with one recipe for all layers or one for each.
-inline LayerCaches kvplane_caches(const ModelConfig& model, std::span<const kvplane::CacheRecipe> recipes,
-                                  kvplane::TilePool& pool) {
-    kvplane::require(recipes.size() == 1 || static_cast<Index>(recipes.size()) == model.layers,
-                     ErrorCode::shape, recipes.size(), " recipes for a model of ", model.layers, " layers");
+/// How the caches of a model store and read.
+struct CachePlan {
+    std::vector<kvplane::CacheRecipe> recipes;  ///< one for all layers, or one for each
+    /// Bases of latents by layer; empty: none, or each cache fits its own.
+    std::vector<std::shared_ptr<const kvplane::LatentKeys>> latents = {};
+    kvplane::AttentionParameters read = {};
+};
+
+/// A sequence: one cache a layer. Throws Error (shape) for a plan of another number of layers.
+inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& plan, kvplane::TilePool& pool) {
+    const auto fits = [&](std::size_t layers) { return static_cast<Index>(layers) == model.layers; };
+    kvplane::require(plan.recipes.size() == 1 || fits(plan.recipes.size()), ErrorCode::shape,
+                     plan.recipes.size(), " recipes for a model of ", model.layers, " layers");
+    kvplane::require(plan.latents.empty() || fits(plan.latents.size()), ErrorCode::shape, plan.latents.size(),
+                     " bases for a model of ", model.layers, " layers");
     LayerCaches caches;
     for (Index layer = 0; layer < model.layers; ++layer) {
         kvplane::CacheConfiguration configuration;
         configuration.kv_heads = model.kv_heads;
         configuration.query_heads = model.query_heads;
         configuration.key_head_dim = configuration.value_head_dim = model.head_dim;
-        configuration.recipe = recipes[recipes.size() == 1 ? 0 : static_cast<std::size_t>(layer)];
-        caches.push_back(std::make_unique<KvplaneCache>(configuration, pool));
+        const auto at = static_cast<std::size_t>(layer);
+        configuration.recipe = plan.recipes[plan.recipes.size() == 1 ? 0 : at];
+        configuration.rope = model.rope();
+        if (!plan.latents.empty()) configuration.latent_keys = plan.latents[at];
+        caches.push_back(std::make_unique<KvplaneCache>(configuration, pool, plan.read));
     }
     return caches;
 }

@@ -22,8 +22,9 @@ class LayerCache {
   public:
     virtual ~LayerCache() = default;
 
-    /// Adds tokens at the end: keys after RoPE and values, both tokens x (kv_heads * head_dim).
-    virtual void append(const Matrix& keys, const Matrix& values) = 0;
+    /// Adds tokens at the end: keys after RoPE and values, both tokens x (kv_heads * head_dim). Their
+    /// queries, tokens x (query_heads * head_dim) after RoPE, are for caches that adapt to them.
+    virtual void append(const Matrix& keys, const Matrix& values, const Matrix& queries) = 0;
 
     /// Attention of the last `queries.rows()` tokens appended, each over itself and all tokens before it:
     /// out = softmax(q K^T / sqrt(head_dim)) V. `queries` after RoPE and `out` are tokens x (query_heads *
@@ -51,7 +52,7 @@ class ExactCache final : public LayerCache {
                          " key/value heads of ", head_dim, " channels do not fit together");
     }
 
-    void append(const Matrix& keys, const Matrix& values) override;
+    void append(const Matrix& keys, const Matrix& values, const Matrix& queries) override;
     void attend(const Matrix& queries, Matrix& out) const override;
     Index tokens() const override { return tokens_; }
 
@@ -77,7 +78,7 @@ inline void ExactCache::reserve(Index tokens) {
         for (Matrix& head : *heads) head.conservativeResize(capacity, head_dim_);
 }
 
-inline void ExactCache::append(const Matrix& keys, const Matrix& values) {
+inline void ExactCache::append(const Matrix& keys, const Matrix& values, const Matrix&) {
     const auto kv_heads = static_cast<Index>(keys_.size());
     kvplane::require(
         keys.cols() == kv_heads * head_dim_ && values.cols() == keys.cols() && values.rows() == keys.rows(),

@@ -5,13 +5,20 @@
 //   norms      |K|_F and |V|_F of a calibration text's cache, and 4^-b (the published rule)
 //   weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)
 //   measured   the error of every width on the calibration text's cache, values rotated
+//
+// and to any recipe with latents `@keys=FRACTION`, as in svdq:1.25@keys=1/32: the share of keys that take
+// part.
 #pragma once
 
+#include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "engine/kvplane_cache.hpp"
 #include "engine/model.hpp"
 #include "kvplane/allocate/key_favored.hpp"
+#include "kvplane/io/latent_file.hpp"
 #include "kvplane/recipes.hpp"
 #include "kvplane/transform/hadamard.hpp"
 
@@ -20,12 +27,41 @@ namespace engine {
 class LayerRecipes {
   public:
     /// `calibration`: tokens whose cache `allocated` recipes look at; may be empty where none is asked for.
-    LayerRecipes(const Model& model, std::vector<TokenId> calibration)
-        : model_(model), calibration_(std::move(calibration)) {}
+    /// `basis`: statistics that bases of latents are fitted to; none: every cache fits its own. Throws Error
+    /// (mismatch) for statistics of another model.
+    LayerRecipes(const Model& model, std::vector<TokenId> calibration,
+                 std::optional<kvplane::Calibration> basis = std::nullopt)
+        : model_(model), calibration_(std::move(calibration)), basis_(std::move(basis)) {
+        if (!basis_) return;
+        const ModelConfig& config = model.config();
+        const kvplane::LatentStatistics& first = basis_->layers.front();
+        kvplane::require(static_cast<Index>(basis_->layers.size()) == config.layers &&
+                             first.kv_heads() == config.kv_heads &&
+                             first.query_heads() == config.query_heads &&
+                             first.head_dim() == config.head_dim && basis_->rope == config.rope(),
+                         ErrorCode::mismatch, "the basis file is for a model of ", basis_->layers.size(),
+                         " layers, ", first.query_heads(), " query heads over ", first.kv_heads(), " of ",
+                         first.head_dim(), " channels, or of another RoPE; expected ", config.layers, ", ",
+                         config.query_heads, ", ", config.kv_heads, ", ", config.head_dim);
+    }
 
-    /// One recipe, or one a layer. Throws Error (option).
-    std::vector<kvplane::CacheRecipe> parse(const std::string& text) {
-        if (!text.starts_with("allocated:")) return {kvplane::recipes::parse(text)};
+    /// Throws Error (option).
+    CachePlan parse(const std::string& text) {
+        const std::size_t at = text.find('@');
+        CachePlan plan = stored(text.substr(0, at));
+        if (at != std::string::npos) read(text, text.substr(at + 1), plan);
+        return plan;
+    }
+
+  private:
+    CachePlan stored(const std::string& text) {
+        if (!text.starts_with("allocated:")) {
+            CachePlan plan{{kvplane::recipes::parse(text)}};
+            if (plan.recipes[0].latents && basis_)
+                plan.latents =
+                    kvplane::fit_latent_keys(basis_->layers, basis_->rope, *plan.recipes[0].latents);
+            return plan;
+        }
         const std::size_t colon = text.find(':', 10);
         kvplane::require(colon != std::string::npos, ErrorCode::option, "recipe '", text,
                          "', expected allocated:SOURCE:BITS");
@@ -34,10 +70,23 @@ class LayerRecipes {
         const double bits = std::strtod(text.c_str() + colon + 1, &end);
         kvplane::require(*end == '\0' && bits > 0.0, ErrorCode::option, "recipe '", text, "': '",
                          text.substr(colon + 1), "', expected a mean number of bits");
-        return kvplane::recipes::key_favored(allocate(text, source, bits));
+        return {kvplane::recipes::key_favored(allocate(text, source, bits))};
     }
 
-  private:
+    static void read(const std::string& text, const std::string& policy, CachePlan& plan) {
+        kvplane::require(policy.starts_with("keys="), ErrorCode::option, "recipe '", text, "': '", policy,
+                         "', expected keys=FRACTION");
+        const std::string share = policy.substr(5);
+        char* end = nullptr;
+        double fraction = std::strtod(share.c_str(), &end);
+        if (*end == '/') fraction /= std::strtod(end + 1, &end);
+        kvplane::require(!share.empty() && *end == '\0' && fraction > 0.0 && fraction <= 1.0,
+                         ErrorCode::option, "recipe '", text, "': '", share,
+                         "', expected a fraction as 1/32");
+        kvplane::require(plan.recipes[0].latents.has_value(), ErrorCode::option, "recipe '", text,
+                         "' has no latents to choose keys by");
+        plan.read.key_fraction = fraction;
+    }
     kvplane::KeyFavoredAllocation allocate(const std::string& text, const std::string& source, double bits) {
         kvplane::KeyFavoredOptions options;
         options.key_groups = {kvplane::tile_tokens};
@@ -97,6 +146,7 @@ class LayerRecipes {
     const Model& model_;
     std::vector<TokenId> calibration_;
     std::vector<kvplane::LayerProfile> profiles_;
+    std::optional<kvplane::Calibration> basis_;
 };
 
 }  // namespace engine

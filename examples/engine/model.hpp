@@ -30,6 +30,7 @@
 #include "engine/layer_cache.hpp"
 #include "engine/threads.hpp"
 #include "engine/tokenizer.hpp"
+#include "kvplane/transform/rope.hpp"
 
 namespace engine {
 
@@ -39,6 +40,12 @@ struct ModelConfig {
     Index context;  ///< positions the model was trained for
     float rms_epsilon;
     double rope_base;  ///< pair i of a head turns by position * rope_base^(-2i / head_dim)
+
+    kvplane::RopeSettings rope() const {
+        kvplane::RopeSettings settings;  // pairs (2i, 2i + 1), as GGUF stores llama models
+        settings.base = rope_base;
+        return settings;
+    }
 };
 
 /// What one layer computed for the tokens of one call; keys, values tokens x (kv_heads * head_dim), queries
@@ -62,6 +69,11 @@ class Model {
 
     const ModelConfig& config() const noexcept { return config_; }
     const Gguf& file() const noexcept { return file_; }
+    /// What the file calls itself.
+    std::string name() const {
+        const Value* name = file_.find_value("general.name");
+        return name ? std::string(name->text()) : "unnamed";
+    }
     Threads& threads() const noexcept { return *threads_; }
 
     /// A sequence whose cache is plain fp32.
@@ -133,25 +145,6 @@ inline Matrix rms_norm(const Matrix& rows, const Tensor& weight, float epsilon) 
         result.row(i) = rows.row(i).cwiseProduct(scale) / std::sqrt(mean_square + epsilon);
     }
     return result;
-}
-
-/// Turns the channels (2i, 2i + 1) of every head by position * base^(-2i / head_dim). Row r is at position
-/// `first + r`. Angles are computed in double: at position 8000 an fp32 angle would be off by 5e-4.
-inline void apply_rope(Matrix& rows, Index head_dim, Index first, double base) {
-    for (Index pair = 0; pair < head_dim / 2; ++pair) {
-        const double frequency =
-            std::pow(base, -2.0 * static_cast<double>(pair) / static_cast<double>(head_dim));
-        for (Index r = 0; r < rows.rows(); ++r) {
-            const double angle = static_cast<double>(first + r) * frequency;
-            const auto cosine = static_cast<float>(std::cos(angle)),
-                       sine = static_cast<float>(std::sin(angle));
-            for (Index channel = 2 * pair; channel < rows.cols(); channel += head_dim) {
-                const float even = rows(r, channel), odd = rows(r, channel + 1);
-                rows(r, channel) = even * cosine - odd * sine;
-                rows(r, channel + 1) = even * sine + odd * cosine;
-            }
-        }
-    }
 }
 
 }  // namespace detail
@@ -288,11 +281,12 @@ inline void Model::attention(Index layer, Matrix& hidden, LayerCache& cache, con
 
     Matrix queries_before_rope, keys_before_rope;
     if (observer) queries_before_rope = queries, keys_before_rope = keys;
-    detail::apply_rope(queries, config_.head_dim, first, config_.rope_base);
-    detail::apply_rope(keys, config_.head_dim, first, config_.rope_base);
+    const kvplane::RotaryEmbedding rope(config_.head_dim, config_.rope());
+    rope.rotate(queries, first);
+    rope.rotate(keys, first);
     if (observer) observer({layer, first, keys_before_rope, keys, values, queries_before_rope, queries});
 
-    cache.append(keys, values);
+    cache.append(keys, values, queries);
     Matrix attended, output;
     cache.attend(queries, attended);
     multiply(attended, {{weights.attention_output, &output}});

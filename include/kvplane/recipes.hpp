@@ -3,13 +3,20 @@
 //   fp16                      two bytes a number
 //   block32:BITS[:rotated]    symmetric blocks of 32 channels (4 or 8 bits), every token at once: what common
 //                             engines do; the baseline
-//   kivi:BITS[:GROUP]         keys by channel, values by token, one width (arXiv 2402.02750 in kvplane's
-//   tiles) key_favored:KEY:VALUE     more bits for keys (arXiv 2502.15075), values rotated, sinks and recent
-//   tokens standard, compact         the defaults; see their comments
+//   kivi:BITS[:GROUP]         keys by channel, values by token, one width (arXiv 2402.02750)
+//   key_favored:KEY:VALUE     more bits for keys (arXiv 2502.15075), values rotated, sinks and recent tokens
+//   standard, compact         the defaults without calibration; see their comments
+//   svdq:SCHEDULE[:VALUE]     keys before RoPE in the SVD basis of all heads (arXiv 2502.15304); SCHEDULE 2,
+//                             1.25 or the widths of equal groups, 8-4-2-1-1-0-0-0; values fp16, or VALUE bits
+//   latent:KEY:VALUE          keys in the query-weighted basis of the tile frame, KEY bits (a real number) in
+//                             the best schedule; values rotated
+//   weighted:KEY:VALUE        the same without a basis: widths by channel, from the queries' second moment
 //
 // A name may go on with settings, each after a '+': sinks=N, recent=N, recent_bits=8|16, key_scheme=,
 // value_scheme=cell|min_max|symmetric, key_clip, value_clip (intervals of least squared error), rotate_keys=,
-// rotate_values=0|1, key_group=32|64|128 (tokens), value_group=N (channels; 0: the whole head).
+// rotate_values=0|1, key_group=32|64|128 (tokens), value_group=N (channels; 0: the whole head); of latents
+// frame=before_rope|after_rope|tile, query_weighted=, heads_together=, layers_together=0|1, context=N,
+// fit_tokens=N (tokens).
 #pragma once
 
 #include <charconv>
@@ -23,12 +30,6 @@
 #include "kvplane/error.hpp"
 
 namespace kvplane::recipes {
-
-/// min_max reproduces the extremes and is the better fit from 3 bits on; at 1 and 2 bits it spends so much of
-/// the range on them that exact cells are.
-constexpr Scheme scheme_for(int bits) noexcept {
-    return bits <= 2 ? Scheme::cell : Scheme::min_max;
-}
 
 /// Keys: one grid for each channel of `group_tokens` tokens.
 inline SideRecipe by_channel(int bits, Index group_tokens = 128) {
@@ -98,6 +99,45 @@ inline std::vector<CacheRecipe> key_favored(const KeyFavoredAllocation& allocati
     return layers;
 }
 
+/// SVDq (arXiv 2502.15304): keys before RoPE, all heads concatenated, in the basis of their SVD; widths of equal
+/// groups of latents. The basis is given, or that of the prompt's own keys: call KvCache::fit_basis at its end,
+/// or let the cache do it after 512 tokens. The paper leaves values alone.
+inline CacheRecipe svdq(std::vector<int> groups, int value_bits = 16) {
+    CacheRecipe recipe;
+    recipe.name = "svdq";
+    recipe.latents = LatentRecipe{};
+    recipe.latents->basis.frame = KeyFrame::before_rope;
+    recipe.latents->basis.query_weighted = false;
+    recipe.latents->basis.heads_together = recipe.latents->own_heads_together = true;
+    recipe.latents->groups = std::move(groups);
+    recipe.values = by_token(value_bits, value_bits != 16);
+    return recipe;
+}
+
+/// Keys in the query-weighted basis of the tile frame, `key_bits` in the best schedule; values rotated. A basis
+/// that is given covers all heads together, one of the cache's own each head, for its bytes count.
+inline CacheRecipe latent(double key_bits, int value_bits) {
+    CacheRecipe recipe;
+    recipe.name = "latent";
+    recipe.latents = LatentRecipe{};
+    recipe.latents->basis.heads_together = true;
+    recipe.latents->bits = key_bits;
+    recipe.values = by_token(value_bits, value_bits != 16);
+    return recipe;
+}
+
+/// Its cheap sibling: the latents are the channels themselves, so there is no matrix to store or to multiply by.
+inline CacheRecipe weighted(double key_bits, int value_bits) {
+    CacheRecipe recipe = latent(key_bits, value_bits);
+    recipe.name = "weighted";
+    recipe.latents->basis.directions = LatentDirections::channels;
+    recipe.latents->basis.frame = KeyFrame::after_rope;
+    recipe.latents->basis.heads_together = false;
+    // Variances by channel say too little about the rounding within a tile to compare layers by.
+    recipe.latents->layers_together = false;
+    return recipe;
+}
+
 namespace detail {
 
 inline std::vector<std::string_view> split(std::string_view text, char separator) {
@@ -116,6 +156,31 @@ inline int number(std::string_view recipe, std::string_view text) {
     require(error == std::errc() && end == text.data() + text.size(), ErrorCode::option, "recipe '", recipe,
             "': '", text, "', expected a number");
     return value;
+}
+
+inline double real(std::string_view recipe, std::string_view text) {
+    double value = 0.0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    require(error == std::errc() && end == text.data() + text.size(), ErrorCode::option, "recipe '", recipe,
+            "': '", text, "', expected a number");
+    return value;
+}
+
+inline std::vector<int> groups(std::string_view recipe, std::string_view text) {
+    if (text == "2") return {8, 4, 2, 1, 1, 0, 0, 0};
+    if (text == "1.25") return {4, 4, 2, 0, 0, 0, 0, 0};
+    std::vector<int> widths;
+    for (const std::string_view width : split(text, '-')) widths.push_back(number(recipe, width));
+    require(widths.size() >= 2, ErrorCode::option, "recipe '", recipe, "': schedule '", text,
+            "', expected 2, 1.25 or widths, 8-4-2-1-1-0-0-0");
+    return widths;
+}
+
+inline KeyFrame frame(std::string_view recipe, std::string_view text) {
+    for (const KeyFrame frame : {KeyFrame::before_rope, KeyFrame::after_rope, KeyFrame::tile})
+        if (text == kvplane::name(frame)) return frame;
+    fail(ErrorCode::option, "recipe '", recipe, "': frame '", text,
+         "', expected before_rope, after_rope or tile");
 }
 
 inline Scheme scheme(std::string_view recipe, std::string_view text) {
@@ -162,9 +227,33 @@ inline CacheRecipe named(std::string_view text, std::string_view name) {
     if (is("kivi", 1, 2))
         return kivi(number(text, parts[1]), parts.size() == 3 ? number(text, parts[2]) : 128);
     if (is("key_favored", 2, 2)) return key_favored(number(text, parts[1]), number(text, parts[2]));
+    if (is("svdq", 1, 2))
+        return svdq(groups(text, parts[1]), parts.size() == 3 ? number(text, parts[2]) : 16);
+    if (is("latent", 2, 2)) return latent(real(text, parts[1]), number(text, parts[2]));
+    if (is("weighted", 2, 2)) return weighted(real(text, parts[1]), number(text, parts[2]));
     fail(ErrorCode::option, "recipe '", text,
-         "': expected fp16, block32:BITS[:rotated], kivi:BITS[:GROUP], key_favored:KEY:VALUE, standard or "
-         "compact");
+         "': expected fp16, block32:BITS[:rotated], kivi:BITS[:GROUP], key_favored:KEY:VALUE, standard, compact, "
+         "svdq:SCHEDULE[:VALUE], latent:KEY:VALUE or weighted:KEY:VALUE");
+}
+
+/// A setting of latents; false: it is none.
+inline bool set_latents(LatentRecipe& latents, std::string_view text, std::string_view key,
+                        std::string_view value) {
+    if (key == "frame")
+        latents.basis.frame = frame(text, value);
+    else if (key == "query_weighted")
+        latents.basis.query_weighted = number(text, value) != 0;
+    else if (key == "heads_together")
+        latents.basis.heads_together = latents.own_heads_together = number(text, value) != 0;
+    else if (key == "layers_together")
+        latents.layers_together = number(text, value) != 0;
+    else if (key == "context")
+        latents.basis.context = number(text, value);
+    else if (key == "fit_tokens")
+        latents.fit_tokens = number(text, value);
+    else
+        return false;
+    return true;
 }
 
 inline void set(CacheRecipe& recipe, std::string_view text, std::string_view setting) {
@@ -195,7 +284,7 @@ inline void set(CacheRecipe& recipe, std::string_view text, std::string_view set
         recipe.keys.rule.group = number(text, value);
     else if (key == "value_group")
         recipe.values.rule.group = number(text, value) ? number(text, value) : whole_head;
-    else
+    else if (!recipe.latents || !set_latents(*recipe.latents, text, key, value))
         fail(ErrorCode::option, "recipe '", text, "': unknown setting '", key, "'");
 }
 
@@ -209,6 +298,9 @@ inline CacheRecipe parse(std::string_view text) {
     recipe.name = text;
     CacheConfiguration check;
     check.recipe = recipe;
+    // Whether groups divide the latents depends on the model.
+    if (recipe.latents && !recipe.latents->groups.empty())
+        check.key_head_dim = static_cast<Index>(recipe.latents->groups.size());
     kvplane::detail::require_configuration(check);
     return recipe;
 }

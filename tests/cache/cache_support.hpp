@@ -21,7 +21,23 @@ inline CacheConfiguration configuration(const std::string& recipe, Index kv_head
     made.key_head_dim = key_dim;
     made.value_head_dim = value_dim;
     made.recipe = recipes::parse(recipe);
+    made.rope = RopeSettings{};
     return made;
+}
+
+/// Appends as the recipe wants it: with queries where the cache fits its own basis to them.
+template <class K, class V>
+void append(KvCache& cache, const K& keys, const V& values) {
+    if (!cache.needs_queries()) return cache.append(keys, values);
+    // Queries that follow from the keys, so that they do not depend on how tokens come.
+    const CacheConfiguration& c = cache.configuration();
+    const Matrix k = to_matrix<float>(keys);
+    Matrix queries(k.rows(), c.query_heads * c.key_head_dim);
+    for (Index head = 0; head < c.query_heads; ++head)
+        queries.middleCols(head * c.key_head_dim, c.key_head_dim) =
+            k.middleCols(head / c.group() * c.key_head_dim, c.key_head_dim).rowwise().reverse() *
+            (1.0f + 0.1f * static_cast<float>(head));
+    cache.append(keys, values, queries);
 }
 
 /// Every way of storing that the cache has: the named recipes and what changes the path through the code.
@@ -37,7 +53,12 @@ inline const std::vector<std::string>& recipe_names() {
                                                 "key_favored:7:6+recent_bits=8+sinks=17+value_group=16",
                                                 "key_favored:4:4+key_clip=1+value_clip=1",
                                                 "standard",
-                                                "compact"};
+                                                "compact",
+                                                "svdq:2+fit_tokens=140",
+                                                "svdq:8-4-2-0:3+rotate_keys=1+recent_bits=8+fit_tokens=128",
+                                                "latent:3:3+fit_tokens=130+context=100000",
+                                                "latent:2:4+frame=after_rope+heads_together=1+fit_tokens=200",
+                                                "weighted:3:16+fit_tokens=150+recent=0"};
     return names;
 }
 

@@ -114,7 +114,7 @@ TEST_P(CacheOfRecipe, RandomOperationsAgainstANaiveCache) {
                 case 3: {
                     const Index count = up_to(3) == 0 ? up_to(300) : up_to(40);
                     const Matrix k = keys(count), v = values(count);
-                    cache.append(k, v);
+                    append(cache, k, v);
                     naive.append(k, v);
                     break;
                 }
@@ -138,9 +138,9 @@ TEST_P(CacheOfRecipe, RandomOperationsAgainstANaiveCache) {
                     // The fork goes its own way; the cache must not notice.
                     KvCache fork = cache.fork();
                     const std::vector<std::byte> before = to_bytes(cache);
-                    fork.append(keys(70), values(70));
+                    append(fork, keys(70), values(70));
                     if (naive.dropped == 0) fork.truncate(fork.tokens() / 2);
-                    fork.append(keys(3), values(3));
+                    append(fork, keys(3), values(3));
                     ASSERT_EQ(to_bytes(cache), before);
                     break;
                 }
@@ -167,7 +167,7 @@ TEST_P(CacheOfRecipe, AttentionEqualsTheReferenceOverWhatIsStored) {
     KvCache cache(configuration(), pool_);
     const auto& c = cache.configuration();
     for (const Index more : {1, 2, 30, 100, 300}) {
-        cache.append(keys(more), values(more));
+        append(cache, keys(more), values(more));
         const Matrix slopes_of = Matrix::Constant(1, c.query_heads, 0.01f);
         const Matrix bias =
             normal_matrix(random_, c.query_heads * std::min<Index>(cache.tokens(), 3), cache.tokens());
@@ -192,11 +192,11 @@ TEST_P(CacheOfRecipe, BytesDoNotDependOnHowTokensCame) {
     const Matrix k = keys(700), v = values(700);
     KvCache at_once(configuration(), pool_), one_by_one(configuration(), pool_),
         chunks(configuration(), pool_);
-    at_once.append(k, v);
-    for (Index t = 0; t < 700; ++t) one_by_one.append(k.row(t), v.row(t));
+    append(at_once, k, v);
+    for (Index t = 0; t < 700; ++t) append(one_by_one, k.row(t), v.row(t));
     for (Index t = 0, size; t < 700; t += size) {
         size = std::min<Index>(1 + t % 61, 700 - t);
-        chunks.append(k.middleRows(t, size), v.middleRows(t, size));
+        append(chunks, k.middleRows(t, size), v.middleRows(t, size));
     }
     EXPECT_EQ(to_bytes(at_once), to_bytes(one_by_one));
     EXPECT_EQ(to_bytes(at_once), to_bytes(chunks));
@@ -229,13 +229,13 @@ TEST_P(CacheOfRecipe, PredictedBytesAreTheBytes) {
     KvCache cache(configuration(), pool_);
     for (Index tokens = 0; tokens < 500; tokens += 7) {
         EXPECT_EQ(cache.bytes(), KvCache::predicted_bytes(configuration(), tokens)) << tokens;
-        cache.append(keys(7), values(7));
+        append(cache, keys(7), values(7));
     }
 }
 
 TEST_P(CacheOfRecipe, AForkCopiesNothing) {
     KvCache cache(configuration(), pool_);
-    cache.append(keys(600), values(600));
+    append(cache, keys(600), values(600));
     const Index pages = pool_.pages() - pool_.unused_pages();
     const KvCache fork = cache.fork();
     EXPECT_EQ(pool_.pages() - pool_.unused_pages(), pages);
@@ -246,7 +246,7 @@ TEST_P(CacheOfRecipe, AForkCopiesNothing) {
 TEST_P(CacheOfRecipe, PagesGoBackToThePool) {
     {
         KvCache cache(configuration(), pool_);
-        cache.append(keys(600), values(600));
+        append(cache, keys(600), values(600));
         cache.drop_before(500);
         cache.truncate(520);
         const KvCache fork = cache.fork();
@@ -261,17 +261,17 @@ TEST_P(CacheOfRecipe, PagesGoBackToThePool) {
 
 TEST_P(CacheOfRecipe, BadInputChangesNothing) {
     KvCache cache(configuration(), pool_);
-    cache.append(keys(150), values(150));
+    append(cache, keys(150), values(150));
     const std::vector<std::byte> before = to_bytes(cache);
     const Matrix k = keys(40), v = values(40);
     Matrix bad = v;
     bad(33, 5) = std::numeric_limits<float>::quiet_NaN();
-    EXPECT_NE(refusal(ErrorCode::not_finite, [&] { cache.append(k, bad); }).find("token 33"),
+    EXPECT_NE(refusal(ErrorCode::not_finite, [&] { append(cache, k, bad); }).find("token 33"),
               std::string::npos);
     bad(33, 5) = 7e4f;
-    refusal(ErrorCode::beyond_fp16, [&] { cache.append(k, bad); });
-    refusal(ErrorCode::shape, [&] { cache.append(k, v.topRows(39)); });
-    refusal(ErrorCode::shape, [&] { cache.append(v, k); });
+    refusal(ErrorCode::beyond_fp16, [&] { append(cache, k, bad); });
+    refusal(ErrorCode::shape, [&] { append(cache, k, v.topRows(39)); });
+    refusal(ErrorCode::shape, [&] { append(cache, v, k); });
     Matrix out(1, cache.configuration().query_heads * cache.configuration().value_head_dim);
     refusal(ErrorCode::shape, [&] { cache.attend(v, out); });
     refusal(ErrorCode::shape, [&] { cache.attend(queries(2), out); });
@@ -302,7 +302,7 @@ TEST_P(CacheOfRecipe, AFailedAllocationLosesNothing) {
     FailingMemory memory;
     TilePool pool(&memory);
     KvCache cache(configuration(), pool);
-    cache.append(keys(170), values(170));
+    append(cache, keys(170), values(170));
     const KvCache fork = cache.fork();  // so that the append must copy a page as well
     const std::vector<std::byte> before = to_bytes(cache);
     const Matrix k = keys(300), v = values(300);
@@ -311,7 +311,7 @@ TEST_P(CacheOfRecipe, AFailedAllocationLosesNothing) {
         pool.trim();
         memory.left = refused;
         try {
-            cache.append(k, v);
+            append(cache, k, v);
             break;
         } catch (const Error& error) {
             ASSERT_EQ(error.code(), ErrorCode::out_of_memory) << error.what();
@@ -328,7 +328,7 @@ TEST_P(CacheOfRecipe, AFailedAllocationLosesNothing) {
 
 TEST_P(CacheOfRecipe, ThreadsSharePoolAndReadTogether) {
     KvCache cache(configuration(), pool_);
-    cache.append(keys(300), values(300));
+    append(cache, keys(300), values(300));
     const Matrix q = queries(3), expected = attend(cache, q), k = keys(200), v = values(200);
     std::vector<std::thread> threads;
     std::vector<int> equal(4, 0);
@@ -336,7 +336,7 @@ TEST_P(CacheOfRecipe, ThreadsSharePoolAndReadTogether) {
         threads.emplace_back([&, i, fork = cache.fork()]() mutable {
             for (int round = 0; round < 3; ++round) {
                 equal[static_cast<std::size_t>(i)] += attend(cache, q) == expected;
-                fork.append(k, v);
+                append(fork, k, v);
                 fork.truncate(250 + 10 * i);
             }
         });
@@ -358,7 +358,7 @@ TEST(Cache, DroppedTokensAreNotSeen) {
     const Matrix k = normal_matrix(random, 600, 64), q = normal_matrix(random, 1, 128);
     Matrix v = normal_matrix(random, 600, 96);
     v.middleRows(4, 296).setConstant(1000.0f);  // would dominate any output that sees one of them
-    cache.append(k, v);
+    append(cache, k, v);
     const Index bytes = cache.bytes();
     cache.drop_before(300);
     EXPECT_LT(attend(cache, q).cwiseAbs().maxCoeff(), 10.0f);
@@ -376,7 +376,7 @@ TEST(Cache, AQueryThatSeesNothingGetsZeros) {
     KvCache cache(configuration("fp16"), pool);
     Matrix out = Matrix::Constant(0, 192, 1.0f);
     cache.attend(Matrix(0, 128), out);
-    cache.append(normal_matrix(random, 5, 64), normal_matrix(random, 5, 96));
+    append(cache, normal_matrix(random, 5, 64), normal_matrix(random, 5, 96));
     const Matrix bias = Matrix::Constant(1, 5, -std::numeric_limits<float>::infinity());
     EXPECT_EQ(attend(cache, normal_matrix(random, 1, 128), {.bias = &bias}), Matrix::Zero(1, 192));
 }
@@ -386,11 +386,11 @@ TEST(Cache, AHugeSpreadIsRefusedWhenItComesNotWhenItsTileIsMade) {
     KvCache cache(configuration("key_favored:1:1+key_scheme=min_max+value_scheme=min_max"), pool);
     Matrix k = Matrix::Zero(300, 64);
     k(10, 3) = 60000.0f;
-    EXPECT_NE(refusal(ErrorCode::beyond_fp16, [&] { cache.append(k, Matrix::Zero(300, 96)); }).find("32000"),
+    EXPECT_NE(refusal(ErrorCode::beyond_fp16, [&] { append(cache, k, Matrix::Zero(300, 96)); }).find("32000"),
               std::string::npos);
     k(10, 3) = 32000.0f;
     k(11, 3) = -32000.0f;
-    cache.append(k, Matrix::Zero(300, 96));
+    append(cache, k, Matrix::Zero(300, 96));
     EXPECT_EQ(cache.packed_tokens(), 256);
 }
 

@@ -17,7 +17,7 @@ using namespace kvplane_test;
 KvCache filled(const CacheConfiguration& c, TilePool& pool, Index tokens) {
     std::mt19937_64 random(7);
     KvCache cache(c, pool);
-    cache.append(normal_matrix(random, tokens, c.kv_heads * c.key_head_dim),
+    append(cache, normal_matrix(random, tokens, c.kv_heads * c.key_head_dim),
                  normal_matrix(random, tokens, c.kv_heads * c.value_head_dim));
     return cache;
 }

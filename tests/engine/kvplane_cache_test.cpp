@@ -32,9 +32,9 @@ class OnSmallModel : public testing::Test {
     }
     Matrix logits(LayerCaches caches) const { return model_.forward(tokens(200), caches, Logits::all); }
     double error(const std::string& recipe) {
-        const std::vector<kvplane::CacheRecipe> recipes = LayerRecipes(model_, tokens(200)).parse(recipe);
+        const CachePlan plan = LayerRecipes(model_, tokens(200)).parse(recipe);
         const Matrix exact = logits(model_.exact_caches());
-        return (logits(kvplane_caches(model_.config(), recipes, pool_)) - exact).norm() / exact.norm();
+        return (logits(kvplane_caches(model_.config(), plan, pool_)) - exact).norm() / exact.norm();
     }
 
     Bytes bytes_;
@@ -54,7 +54,7 @@ TEST_F(OnSmallModel, MoreBitsMakeLessError) {
 TEST_F(OnSmallModel, AllocationsByLayerRun) {
     for (const char* recipe : {"allocated:norms:4.5", "allocated:weights:4.5", "allocated:measured:4.5"}) {
         const auto recipes = LayerRecipes(model_, tokens(200)).parse(recipe);
-        EXPECT_EQ(static_cast<Index>(recipes.size()), model_.config().layers);
+        EXPECT_EQ(static_cast<Index>(recipes.recipes.size()), model_.config().layers);
         EXPECT_LT(error(recipe), 0.5);
     }
     EXPECT_NE(refusal(ErrorCode::option, [&] { LayerRecipes(model_, {}).parse("allocated:norms:4"); })
@@ -67,7 +67,7 @@ TEST_F(OnSmallModel, AllocationsByLayerRun) {
 
 TEST_F(OnSmallModel, RefusesAWrongNumberOfRecipes) {
     const std::vector<kvplane::CacheRecipe> two(2 + static_cast<std::size_t>(model_.config().layers));
-    refusal(ErrorCode::shape, [&] { kvplane_caches(model_.config(), two, pool_); });
+    refusal(ErrorCode::shape, [&] { kvplane_caches(model_.config(), {two}, pool_); });
 }
 
 TEST_F(OnSmallModel, SizesAreOfAllLayers) {

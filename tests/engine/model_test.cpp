@@ -304,7 +304,7 @@ TEST(ExactCache, AttendsLikePlainLoopsInDouble) {
         engine::ExactCache cache(query_heads, kv_heads, head_dim, threads);
         for (const Index count : {1, 3, 32, 33, 64, 66}) {
             const Index first = cache.tokens();
-            cache.append(keys.middleRows(first, count), values.middleRows(first, count));
+            cache.append(keys.middleRows(first, count), values.middleRows(first, count), {});
             const Index seen = cache.tokens();
             for (const Index rows : {Index{1}, count}) {
                 const Matrix queries = 3 * Matrix::Random(rows, query_heads * head_dim);
@@ -318,8 +318,8 @@ TEST(ExactCache, AttendsLikePlainLoopsInDouble) {
         }
         Matrix out;
         const Matrix too_many = Matrix::Zero(201, query_heads * head_dim);
-        refusal(ErrorCode::shape, [&] { cache.append(keys.leftCols(1), values); });
-        refusal(ErrorCode::shape, [&] { cache.append(keys.topRows(2), values.topRows(1)); });
+        refusal(ErrorCode::shape, [&] { cache.append(keys.leftCols(1), values, {}); });
+        refusal(ErrorCode::shape, [&] { cache.append(keys.topRows(2), values.topRows(1), {}); });
         refusal(ErrorCode::shape, [&] { cache.attend(Matrix::Zero(1, 1), out); });
         refusal(ErrorCode::shape, [&] { cache.attend(too_many, out); });
         EXPECT_EQ(cache.tokens(), 199);
@@ -333,7 +333,7 @@ TEST(ExactCache, LargeScoresDoNotOverflow) {
     Matrix keys(3, 2), values(3, 2), out;
     keys << 1000, 0, -1000, 0, 0, 0;
     values << 1, 2, 3, 4, 5, 6;
-    cache.append(keys, values);
+    cache.append(keys, values, {});
     cache.attend(Matrix::Constant(1, 2, 100), out);
     EXPECT_EQ(out(0, 0), 1);
     EXPECT_EQ(out(0, 1), 2);

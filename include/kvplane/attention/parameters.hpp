@@ -25,6 +25,10 @@ struct AttentionParameters {
     /// Added to scores: query_tokens x keys for all heads, or (query_heads * query_tokens) x keys, head by
     /// head; -infinity masks. nullptr: none.
     const Matrix* bias = nullptr;
+    /// The share of the tokens in tiles whose keys take part, for each query: those of the largest scores by
+    /// the leading latents. Sinks and recent tokens always do. Below 1 for recipes with latents alone.
+    double key_fraction = 1.0;
+    Index selection_latents = 0;  ///< how many latents of a part choose; 0: a quarter of the part's channels
 };
 
 namespace detail {
@@ -36,6 +40,10 @@ inline void require_parameters(const AttentionParameters& parameters, Index quer
             ", expected a positive number, or 0 for 1 / sqrt(head_dim)");
     require(std::isfinite(parameters.softcap) && parameters.softcap >= 0.0, ErrorCode::option,
             "attention: a softcap of ", parameters.softcap, ", expected a positive number, or 0 for none");
+    require(
+        parameters.key_fraction > 0.0 && parameters.key_fraction <= 1.0 && parameters.selection_latents >= 0,
+        ErrorCode::option, "attention: a key_fraction of ", parameters.key_fraction, " chosen by ",
+        parameters.selection_latents, " latents, expected above 0 and at most 1, and 0 or more");
     require(parameters.sliding_window >= 0 && parameters.sinks >= 0, ErrorCode::option,
             "attention: a sliding window of ", parameters.sliding_window, " with ", parameters.sinks,
             " sinks, expected neither below 0");

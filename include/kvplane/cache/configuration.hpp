@@ -2,12 +2,18 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
+#include "kvplane/cache/latent_keys.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/block.hpp"
 #include "kvplane/storage/tile.hpp"
+#include "kvplane/transform/latent_basis.hpp"
+#include "kvplane/transform/rope.hpp"
 
 namespace kvplane {
 
@@ -20,6 +26,26 @@ struct SideRecipe {
     bool operator==(const SideRecipe&) const = default;
 };
 
+/// Keys in latents instead of channels. The basis is part of the model (CacheConfiguration::latent_keys), or
+/// the cache fits one to the first tokens of its own sequence.
+struct LatentRecipe {
+    BasisSettings basis;
+    /// Widths of equal groups of latents, as SVDq gives them; empty: the best widths for `bits`.
+    std::vector<int> groups;
+    /// What keys may take where widths are chosen: as much as grids by channel of so many bits, which is a
+    /// quarter of a bit more, for 128 tokens share a grid of 32 bits. A basis of the cache's own is counted
+    /// in, spread over basis.context tokens.
+    double bits = 3.0;
+    /// Widths of given bases are chosen over all layers together, not for each at the same budget.
+    bool layers_together = true;
+    /// A basis of the cache's own covers all heads (basis.heads_together says so of one that is given). Its
+    /// bytes count, and are as many times more as there are heads.
+    bool own_heads_together = false;
+    Index fit_tokens = 512;  ///< tokens after the sinks that a basis of the cache's own is fitted to
+
+    bool operator==(const LatentRecipe&) const = default;
+};
+
 /// How a cache stores tokens. recipes.hpp has the named ones.
 ///
 /// The first `sink_tokens` stay fp16 for ever, outside every grid: models attend to them from everywhere, and
@@ -28,6 +54,8 @@ struct SideRecipe {
 struct CacheRecipe {
     std::string name = "fp16";
     SideRecipe keys, values;
+    /// Keys of tiles in latents: `keys` then says no more than whether tokens outside tiles are rotated.
+    std::optional<LatentRecipe> latents = std::nullopt;
     Index sink_tokens = 4;
     Index recent_tokens = 32;
     int recent_bits = 16;  ///< 16: fp16; 8: symmetric grids, one a head and token
@@ -46,7 +74,14 @@ struct CacheConfiguration {
     Index value_head_dim = 64;
     CacheRecipe recipe;
     std::uint64_t rotation_seed = 0;
+    /// The model's rotary embedding, which latents are turned with; none: the model has none. Other recipes
+    /// do not look at it.
+    std::optional<RopeSettings> rope = std::nullopt;
+    /// For a recipe with latents, the basis and widths of this layer; nullptr: the cache fits its own.
+    std::shared_ptr<const LatentKeys> latent_keys = nullptr;
 
+    /// Whether the cache fits its own basis.
+    bool fits_basis() const noexcept { return recipe.latents && !latent_keys; }
     Index group() const noexcept { return query_heads / kv_heads; }
     /// Numbers that one token adds to the layer.
     Index elements_per_token() const noexcept { return kv_heads * (key_head_dim + value_head_dim); }
@@ -68,7 +103,49 @@ inline void require_side(const SideRecipe& side, const char* which, bool every_t
     }
 }
 
-/// Throws Error (option) for what a cache cannot do.
+/// Throws Error (mismatch) for latents of another model, layer or recipe.
+inline void require_latents(const CacheConfiguration& c) {
+    const std::optional<LatentRecipe>& recipe = c.recipe.latents;
+    if (!c.latent_keys) return;
+    require(recipe.has_value(), ErrorCode::mismatch, "cache: a basis of latents is given, but recipe '",
+            c.recipe.name, "' keeps keys in channels");
+    const LatentKeys& latent = *c.latent_keys;
+    require(latent.kv_heads() == c.kv_heads && latent.query_heads() == c.query_heads &&
+                latent.head_dim() == c.key_head_dim,
+            ErrorCode::mismatch, "cache: a basis for ", latent.query_heads(), " query heads over ",
+            latent.kv_heads(), " key heads of ", latent.head_dim(), " channels, expected ", c.query_heads,
+            " over ", c.kv_heads, " of ", c.key_head_dim);
+    require(latent.frame() == recipe->basis.frame, ErrorCode::mismatch, "cache: a basis in the frame ",
+            name(latent.frame()), ", expected ", name(recipe->basis.frame));
+    require(latent.rope() == c.rope, ErrorCode::mismatch,
+            "cache: the basis was fitted to keys with another rotary embedding than the configuration's");
+    require(latent.settings().heads_together == recipe->basis.heads_together &&
+                latent.settings().query_weighted == recipe->basis.query_weighted &&
+                latent.settings().directions == recipe->basis.directions,
+            ErrorCode::mismatch, "cache: the basis is of another kind than recipe '", c.recipe.name,
+            "' asks for");
+}
+
+inline void require_latent_recipe(const CacheConfiguration& c) {
+    if (!c.recipe.latents) return;
+    const LatentRecipe& latents = *c.recipe.latents;
+    require(!c.recipe.every_token, ErrorCode::option,
+            "cache: latents need whole tiles, so a recipe that quantizes every token cannot have them");
+    require(std::isfinite(latents.bits) && latents.bits >= 0.0 && latents.bits <= 8.0, ErrorCode::option,
+            "cache: ", latents.bits, " bits for latents, expected 0 to 8");
+    require(latents.fit_tokens >= 2 && latents.fit_tokens <= Index{1} << 30, ErrorCode::option,
+            "cache: a basis fitted to ", latents.fit_tokens, " tokens, expected at least 2");
+    require(latents.basis.tile_tokens == tile_tokens && latents.basis.context >= 1, ErrorCode::option,
+            "cache: a basis for tiles of ", latents.basis.tile_tokens, " tokens and a context of ",
+            latents.basis.context, ", expected tiles of ", tile_tokens, " and a context of at least 1");
+    const bool together = c.latent_keys ? latents.basis.heads_together : latents.own_heads_together;
+    const Index part = together ? c.kv_heads * c.key_head_dim : c.key_head_dim;
+    if (!latents.groups.empty())  // throws where they do not fit
+        (void)grouped_schedule(Eigen::VectorXd::Zero(part), latents.groups);
+    if (c.rope) RotaryEmbedding(c.key_head_dim, *c.rope);
+}
+
+/// Throws Error (option; for latents also shape, mismatch) for what a cache cannot do.
 inline void require_configuration(const CacheConfiguration& c) {
     require(c.kv_heads >= 1 && c.query_heads >= c.kv_heads && c.query_heads % c.kv_heads == 0,
             ErrorCode::option, "cache: ", c.query_heads, " query heads over ", c.kv_heads,
@@ -86,16 +163,120 @@ inline void require_configuration(const CacheConfiguration& c) {
             recipe.sink_tokens, " and ", recipe.recent_tokens);
     require_side(recipe.keys, "cache keys", recipe.every_token);
     require_side(recipe.values, "cache values", recipe.every_token);
+    require_latent_recipe(c);
+    require_latents(c);
 }
 
 }  // namespace detail
 
-/// The tile formats of a configuration. Throws Error (option).
-inline TileFormat key_format(const CacheConfiguration& c) {
-    return {TileSide::keys, c.key_head_dim, c.recipe.keys.bits, c.recipe.keys.rule};
+/// Where the tiles of all heads stand in a page: those of keys, one for each head or part of latents, and
+/// those of values.
+struct TileLayout {
+    std::shared_ptr<const LatentKeys> latent;  ///< nullptr: keys in channels
+    std::vector<TileFormat> keys;              ///< one for all heads, or one for each part
+    TileFormat values;
+    std::vector<Index> key_at, value_at;  ///< by part or head, by head
+    Index bytes = 0;
+
+    const TileFormat& key_format(Index part) const {
+        return keys[keys.size() == 1 ? 0 : static_cast<std::size_t>(part)];
+    }
+};
+
+/// The layout of a configuration whose latents, if it has any, are known. Throws Error (option).
+inline TileLayout tile_layout(const CacheConfiguration& c,
+                              std::shared_ptr<const LatentKeys> latent = nullptr) {
+    TileLayout layout{std::move(latent),
+                      {},
+                      {TileSide::values, c.value_head_dim, c.recipe.values.bits, c.recipe.values.rule},
+                      {},
+                      {},
+                      0};
+    const Index parts = layout.latent ? layout.latent->parts() : c.kv_heads;
+    if (layout.latent)
+        for (Index p = 0; p < parts; ++p) layout.keys.push_back(layout.latent->format(p));
+    else
+        layout.keys.emplace_back(TileSide::keys, c.key_head_dim, c.recipe.keys.bits, c.recipe.keys.rule);
+    const auto take = [&](std::vector<Index>& to, Index bytes) {
+        to.push_back(layout.bytes);
+        layout.bytes += bytes;
+    };
+    for (Index head = 0; head < c.kv_heads; ++head) {
+        if (head < parts) take(layout.key_at, layout.key_format(head).bytes());
+        take(layout.value_at, layout.values.bytes());
+    }
+    return layout;
 }
-inline TileFormat value_format(const CacheConfiguration& c) {
-    return {TileSide::values, c.value_head_dim, c.recipe.values.bits, c.recipe.values.rule};
+
+namespace detail {
+
+/// The same schedule with no bits for what the statistics do not determine.
+inline void limit_to_rank(LatentSchedule& schedule, Index rank) {
+    const Index channels = schedule.channels();
+    Index left = rank;
+    std::vector<ChannelSegment> segments;
+    for (const ChannelSegment& segment : schedule.segments) {
+        const Index kept = segment.bits > 0 ? std::min(left, segment.channels) : 0;
+        if (kept > 0) segments.push_back({kept, segment.bits});
+        left -= kept;
+    }
+    schedule.segments = segments;
+    if (schedule.channels() < channels) schedule.segments.push_back({channels - schedule.channels(), 0});
+}
+
+}  // namespace detail
+
+/// Basis and widths of one layer from its statistics, as the recipe asks. context_tokens: over how many
+/// tokens the basis' bytes are spread; 0: they do not count, as where the basis is part of the model. Throws
+/// Error (shape, option) as fit_latent_basis, grouped_schedule and best_schedules do.
+inline std::shared_ptr<const LatentKeys> fit_latent_keys(const LatentStatistics& statistics,
+                                                         const std::optional<RopeSettings>& rope,
+                                                         const LatentRecipe& recipe,
+                                                         Index context_tokens = 0);
+
+/// The same for all layers of a model.
+inline std::vector<std::shared_ptr<const LatentKeys>> fit_latent_keys(
+    std::span<const LatentStatistics> layers, const std::optional<RopeSettings>& rope,
+    const LatentRecipe& recipe, Index context_tokens = 0, bool cut = false) {
+    std::vector<LatentBasis> bases;
+    std::vector<Eigen::VectorXd> spectra;
+    ScheduleSettings settings;
+    for (const LatentStatistics& layer : layers) {
+        bases.push_back(fit_latent_basis(layer, rope ? &*rope : nullptr, recipe.basis));
+        for (const LatentBasis::Part& part : bases.back().parts()) spectra.push_back(part.spectrum);
+    }
+    if (bases.empty()) return {};
+    const double tiles = static_cast<double>(context_tokens) / static_cast<double>(tile_tokens);
+    if (context_tokens > 0)
+        settings.basis_bytes_per_latent = static_cast<double>(bases[0].bytes_per_latent()) / tiles;
+    std::vector<LatentSchedule> schedules;
+    const std::size_t parts = bases[0].parts().size();
+    if (recipe.groups.empty()) {
+        const std::size_t together = recipe.layers_together ? spectra.size() : parts;
+        for (std::size_t first = 0; first < spectra.size(); first += together)
+            for (LatentSchedule& schedule :
+                 best_schedules(std::span(spectra).subspan(first, together), recipe.bits + 0.25, settings))
+                schedules.push_back(std::move(schedule));
+    } else {
+        for (const Eigen::VectorXd& spectrum : spectra)
+            schedules.push_back(grouped_schedule(spectrum, recipe.groups, settings));
+    }
+    std::vector<std::shared_ptr<const LatentKeys>> fitted;
+    // A run may end beyond the rank by less than a step; a cache of its own must take what keys it gets.
+    if (recipe.groups.empty() || cut)
+        for (std::size_t i = 0; i < schedules.size(); ++i)
+            detail::limit_to_rank(schedules[i], bases[i / parts].parts()[i % parts].rank);
+    for (std::size_t layer = 0; layer < bases.size(); ++layer)
+        fitted.push_back(std::make_shared<const LatentKeys>(
+            bases[layer], std::span(schedules).subspan(layer * parts, parts)));
+    return fitted;
+}
+
+inline std::shared_ptr<const LatentKeys> fit_latent_keys(const LatentStatistics& statistics,
+                                                         const std::optional<RopeSettings>& rope,
+                                                         const LatentRecipe& recipe, Index context_tokens,
+                                                         bool cut) {
+    return fit_latent_keys({&statistics, 1}, rope, recipe, context_tokens, cut).front();
 }
 
 }  // namespace kvplane

@@ -14,6 +14,10 @@
 // the same bytes. (A truncation inside a tile does not: the tile keeps its first tokens and a new one
 // begins.)
 //
+// A recipe with latents and no basis given fits its own to the first tokens after the sinks (recipe.latents->
+// fit_tokens): until then these wait where recent tokens do, in recent_bits, and are counted so. What it sees
+// of queries is what append() is given with their tokens, taken-back tokens included.
+//
 // An append is all or nothing: everything that can fail happens before the cache changes. const calls on one
 // cache may run at the same time; others need the cache to themselves. Several caches may share a pool from
 // several threads.
@@ -28,6 +32,7 @@
 
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/cache/configuration.hpp"
+#include "kvplane/cache/latent_keys.hpp"
 #include "kvplane/cache/tile_pool.hpp"
 #include "kvplane/cache/token_rows.hpp"
 #include "kvplane/error.hpp"
@@ -56,10 +61,13 @@ class KvCache {
     KvCache(const CacheConfiguration& configuration, TilePool& pool)
         : configuration_((detail::require_configuration(configuration), configuration)),
           pool_(&pool),
-          key_format_(key_format(configuration)),
-          value_format_(value_format(configuration)),
           key_rotation_(configuration.key_head_dim, configuration.rotation_seed),
-          value_rotation_(configuration.value_head_dim, configuration.rotation_seed + 1) {}
+          value_rotation_(configuration.value_head_dim, configuration.rotation_seed + 1) {
+        if (!configuration.fits_basis())
+            layout_ =
+                std::make_shared<const TileLayout>(tile_layout(configuration, configuration.latent_keys));
+        clear();
+    }
 
     KvCache(KvCache&&) noexcept = default;
     KvCache& operator=(KvCache&&) noexcept = default;
@@ -80,9 +88,45 @@ class KvCache {
     /// of float, Eigen::half or Eigen::bfloat16; matrices, views and expressions, or rank-3 tensors (heads,
     /// tokens, head_dim). Keys are as attention takes them, after RoPE. Throws Error (shape; not_finite and
     /// beyond_fp16 with the position; out_of_memory) and then has changed nothing.
+    ///
+    /// queries: those of the same tokens, tokens x (query_heads * key_head_dim), after RoPE. They are looked
+    /// at only while needs_queries(); without them append() then throws Error (option).
     template <class K, class V>
     void append(const K& keys, const V& values) {
-        append_rows(input_heads(keys, configuration_.kv_heads), input_heads(values, configuration_.kv_heads));
+        require(
+            !needs_queries(), ErrorCode::option, "append: recipe '", recipe().name,
+            "' fits its basis to the sequence's own queries; expected append(keys, values, queries), or a "
+            "basis in the configuration");
+        append_rows(input_heads(keys, configuration_.kv_heads), input_heads(values, configuration_.kv_heads),
+                    Matrix());
+    }
+    template <class K, class V, class Q>
+    void append(const K& keys, const V& values, const Q& queries) {
+        const auto k = input_heads(keys, configuration_.kv_heads);
+        Matrix seen;
+        if (needs_queries()) {
+            const auto q = input_heads(queries, configuration_.query_heads);
+            require_input(q, "queries", configuration_.query_heads, configuration_.key_head_dim);
+            require(q.tokens() == k.tokens(), ErrorCode::shape, "append: ", k.tokens(), " keys and ",
+                    q.tokens(), " queries, expected as many of each");
+            seen = to_matrix_of(q);
+        }
+        append_rows(k, input_heads(values, configuration_.kv_heads), std::move(seen));
+    }
+
+    /// Whether append() needs queries: while the cache has yet to fit a query-weighted basis of its own.
+    bool needs_queries() const noexcept {
+        return !state_.layout && recipe().latents && recipe().latents->basis.query_weighted;
+    }
+    /// Fits the cache's own basis now, to all tokens that wait, as SVDq does at the end of a prompt; and
+    /// makes the tiles that are then due. Throws Error: option (the recipe fits no basis, or has done so),
+    /// shape (fewer than two tokens wait; fewer independent keys than latents that are to have bits),
+    /// out_of_memory.
+    void fit_basis();
+    /// The basis that tiles are stored in; nullptr where keys are stored in channels, and before it is
+    /// fitted.
+    const LatentKeys* latent_keys() const noexcept {
+        return state_.layout ? state_.layout->latent.get() : nullptr;
     }
 
     /// Attention of the last tokens of the sequence, causal among themselves. queries: query_tokens x
@@ -94,6 +138,7 @@ class KvCache {
         const auto rows = input_heads(queries, configuration_.query_heads);
         require_queries(rows.heads(), rows.tokens(), rows.head_dim(), output.rows(), output.cols());
         detail::require_parameters(parameters, configuration_.query_heads, rows.tokens(), tokens());
+        require_sparse(parameters);
         if (rows.tokens() == 0) return;
         output = attend_rows(to_matrix_of(rows), parameters).template cast<typename Derived::Scalar>();
     }
@@ -113,13 +158,21 @@ class KvCache {
     void drop_before(Index token);
 
     /// Back to no tokens.
-    void clear() noexcept { state_ = {}; }
+    void clear() noexcept {
+        state_ = {};
+        state_.layout = layout_;
+    }
 
-    /// Memory of all pages, headers and unused room included. A page shared by forks counts in each.
+    /// Memory of all pages, headers and unused room included, and of a basis of the cache's own or what it
+    /// has seen for one. A page shared by forks counts in each. A basis that was given is part of the model.
     Index bytes() const noexcept {
         Index sum = state_.sinks ? page_bytes(state_.sinks.bytes()) : 0;
         for (const Tile& tile : state_.tiles) sum += page_bytes(tile.page.bytes());
         for (const PageReference& page : state_.window) sum += page_bytes(page.bytes());
+        if (configuration_.fits_basis() && latent_keys()) sum += latent_keys()->bytes();
+        if (state_.queries)
+            for (const SecondMoments& head : *state_.queries)
+                sum += 8 * (1 + head.channels() + head.channels() * head.channels());
         return sum;
     }
     /// 8 bytes() / elements of all tokens; 0 without tokens.
@@ -128,10 +181,23 @@ class KvCache {
         return elements == 0 ? 0.0 : 8.0 * static_cast<double>(bytes()) / static_cast<double>(elements);
     }
     /// What bytes() will be with that many tokens, appended and never truncated or dropped. Throws Error
-    /// (option, index).
+    /// (option, index; option also where the cache fits its own basis, for the widths follow from that).
     static Index predicted_bytes(const CacheConfiguration& configuration, Index tokens);
 
     CacheErrorBound error_bound() const;
+
+    /// The tokens of tiles that take part for each query with parameters.key_fraction: query head by query
+    /// head, query_tokens each. For tests and inspection. Throws Error as attend().
+    template <class Q>
+    std::vector<std::vector<Index>> selected_keys(const Q& queries,
+                                                  const AttentionParameters& parameters) const {
+        const auto rows = input_heads(queries, configuration_.query_heads);
+        require_queries(rows.heads(), rows.tokens(), rows.head_dim(), rows.tokens(),
+                        configuration_.query_heads * configuration_.value_head_dim);
+        detail::require_parameters(parameters, configuration_.query_heads, rows.tokens(), tokens());
+        require_sparse(parameters);
+        return selected(to_matrix_of(rows), parameters);
+    }
 
     /// The stored tokens [first, first + count) as attention sees them, in the frame of the input: tokens x
     /// (kv_heads * head_dim). For tests and inspection; slow. Throws Error (index).
@@ -146,7 +212,11 @@ class KvCache {
         Index first;   ///< position of its first token
         Index tokens;  ///< fewer than 128 after a truncation, or while it fills
     };
+    using QueryMoments = std::vector<SecondMoments>;  ///< by key head
     struct State {
+        /// Of tiles; nullptr until the cache has fitted its basis.
+        std::shared_ptr<const TileLayout> layout;
+        std::shared_ptr<const QueryMoments> queries;  ///< before RoPE, while needed
         Index tokens = 0;
         Index dropped = 0;
         Index window_first = 0;  ///< position of the first token after the tiles
@@ -173,12 +243,7 @@ class KvCache {
     static Index page_bytes(Index bytes) noexcept { return bytes + PageReference::header_bytes; }
     const CacheRecipe& recipe() const noexcept { return configuration_.recipe; }
     Index sinks() const noexcept { return std::min(recipe().sink_tokens, state_.tokens); }
-    Index tile_bytes() const noexcept {
-        return configuration_.kv_heads * (key_format_.bytes() + value_format_.bytes());
-    }
-    Index tile_offset(int side, Index head) const noexcept {
-        return head * (key_format_.bytes() + value_format_.bytes()) + (side == 0 ? 0 : key_format_.bytes());
-    }
+    Index tile_bytes() const noexcept { return state_.layout ? state_.layout->bytes : 0; }
     Index dim(int side) const noexcept {
         return side == 0 ? configuration_.key_head_dim : configuration_.value_head_dim;
     }
@@ -187,23 +252,43 @@ class KvCache {
     /// Half of fp16's range where anything is quantized, so that no grid can ever leave fp16 later, when its
     /// tile is made and an append could no longer be refused.
     float largest_magnitude() const noexcept {
-        const bool exact =
-            recipe().keys.bits == 16 && recipe().values.bits == 16 && recipe().recent_bits == 16;
+        const bool exact = recipe().keys.bits == 16 && recipe().values.bits == 16 &&
+                           recipe().recent_bits == 16 && !recipe().latents;
         return exact ? fp16_max : 32000.0f;
     }
 
     template <CacheScalar K, CacheScalar V>
-    void append_rows(const HeadRows<K>& keys, const HeadRows<V>& values);
+    void append_rows(const HeadRows<K>& keys, const HeadRows<V>& values, Matrix queries);
     template <CacheScalar Scalar>
-    void require_input(const HeadRows<Scalar>& rows, const char* argument, Index dim) const;
+    void require_input(const HeadRows<Scalar>& rows, const char* argument, Index heads, Index dim) const;
     void require_queries(Index heads, Index query_tokens, Index head_dim, Index out_rows,
                          Index out_cols) const;
     void require_magnitude(const Matrix& rows, const char* argument, Index first) const;
 
     class Appender;
-    struct Block;
+    void commit(Addition& added);
     class Reader;
-    Matrix attend_rows(Matrix queries, const AttentionParameters& parameters) const;
+    struct Queries;
+    struct Selection;
+    Matrix attend_rows(const Matrix& given, const AttentionParameters& parameters) const;
+    Selection select(Reader& reader, const Queries& queries, const AttentionParameters& parameters) const;
+    Index packed_in_tiles() const noexcept {
+        Index sum = 0;
+        for (const Tile& tile : state_.tiles) sum += tile.tokens;
+        return sum;
+    }
+    /// How many leading latents of a part choose tokens.
+    Index selection_latents(const AttentionParameters& parameters) const noexcept {
+        if (parameters.selection_latents > 0) return parameters.selection_latents;
+        const LatentKeys* const keys = latent_keys();
+        return keys ? std::max<Index>(1, keys->part_channels() / 4) : 1;
+    }
+    void require_sparse(const AttentionParameters& parameters) const {
+        require(parameters.key_fraction >= 1.0 || recipe().latents, ErrorCode::option, "attend: recipe '",
+                recipe().name, "' has no latents to choose keys by; expected a key_fraction of 1");
+    }
+    std::vector<std::vector<Index>> selected(const Matrix& given,
+                                             const AttentionParameters& parameters) const;
     Matrix stored(int side, Index first, Index count) const;
 
     template <CacheScalar Scalar>
@@ -216,7 +301,7 @@ class KvCache {
 
     CacheConfiguration configuration_;
     TilePool* pool_;
-    TileFormat key_format_, value_format_;
+    std::shared_ptr<const TileLayout> layout_;  ///< nullptr: it follows from a basis of the cache's own
     Hadamard key_rotation_, value_rotation_;
     State state_;
 };
@@ -224,10 +309,10 @@ class KvCache {
 // Appending ------------------------------------------------------------------------------------------------
 
 template <CacheScalar Scalar>
-void KvCache::require_input(const HeadRows<Scalar>& rows, const char* argument, Index dim) const {
-    require(rows.heads() == configuration_.kv_heads && rows.head_dim() == dim, ErrorCode::shape,
-            "append: ", argument, " of ", rows.heads(), " heads of ", rows.head_dim(), " channels, expected ",
-            configuration_.kv_heads, " of ", dim);
+void KvCache::require_input(const HeadRows<Scalar>& rows, const char* argument, Index heads,
+                            Index dim) const {
+    require(rows.heads() == heads && rows.head_dim() == dim, ErrorCode::shape, "append: ", argument, " of ",
+            rows.heads(), " heads of ", rows.head_dim(), " channels, expected ", heads, " of ", dim);
     require_storable(rows, argument);
 }
 
@@ -251,6 +336,8 @@ class KvCache::Appender {
         next.window_first = cache.state_.window_first;
         next.sinks = cache.state_.sinks;
         next.window = cache.state_.window;
+        next.layout = cache.state_.layout;
+        next.queries = cache.state_.queries;
         for (int side = 0; side < 2; ++side) {
             next.largest[side] = cache.state_.largest[side];
             next.excess[side] = cache.state_.excess[side];
@@ -258,8 +345,8 @@ class KvCache::Appender {
         if (!cache.state_.tiles.empty()) added_.last_tokens = cache.state_.tiles.back().tokens;
     }
 
-    /// Tokens of one piece, already in the stored frame.
-    void add(const Matrix& keys, const Matrix& values) {
+    /// Tokens of one piece, already in the stored frame; queries before RoPE, where they are needed.
+    void add(const Matrix& keys, const Matrix& values, const Matrix& queries) {
         note_largest(keys, 0);
         note_largest(values, 1);
         for (Index done = 0; done < keys.rows();) {
@@ -269,8 +356,28 @@ class KvCache::Appender {
             else if (added_.next.tokens < cache_.recipe().sink_tokens)
                 done += fill_sinks(keys, values, done, left);
             else
-                done += fill_window(keys, values, done, left);
+                done += fill_window(keys, values, queries, done, left);
         }
+    }
+
+    /// Fits the basis to `count` tokens of the window, and makes the tiles that are due.
+    void fit(Index count, bool by_request) {
+        State& next = added_.next;
+        const CacheConfiguration& c = cache_.configuration_;
+        LatentRecipe recipe = *c.recipe.latents;
+        recipe.basis.heads_together = recipe.own_heads_together;
+        const RotaryEmbedding rope =
+            c.rope ? RotaryEmbedding(c.key_head_dim, *c.rope) : RotaryEmbedding::none(c.key_head_dim);
+        SecondMoments keys(c.kv_heads * c.key_head_dim);
+        keys.add(rope.before({window_keys(count), next.window_first}).rows, "keys");
+        const QueryMoments none(static_cast<std::size_t>(c.kv_heads), SecondMoments(c.key_head_dim));
+        const LatentStatistics statistics(c.query_heads, std::move(keys),
+                                          next.queries ? *next.queries : none);
+        // By request, a schedule that asks for more latents than there are is refused; otherwise it is cut.
+        next.layout = std::make_shared<const TileLayout>(
+            tile_layout(c, fit_latent_keys(statistics, c.rope, recipe, recipe.basis.context, !by_request)));
+        next.queries.reset();
+        while (next.tokens >= next.window_first + tile_tokens + c.recipe.recent_tokens) make_tile();
     }
 
     Addition& result() noexcept { return added_; }
@@ -299,8 +406,9 @@ class KvCache::Appender {
         if (!cache_.state_.tiles.empty()) own += cache_.state_.tiles.back().page == page;
         return page.references() > own;
     }
+    const TileLayout& layout() const noexcept { return *added_.next.layout; }
     TileCoder& coder(int side) {
-        if (!coders_[side]) coders_[side].emplace(side == 0 ? cache_.key_format_ : cache_.value_format_);
+        if (!coders_[side]) coders_[side].emplace(side == 0 ? layout().keys[0] : layout().values);
         return *coders_[side];
     }
 
@@ -314,7 +422,8 @@ class KvCache::Appender {
         return count;
     }
 
-    Index fill_window(const Matrix& keys, const Matrix& values, Index first, Index count) {
+    Index fill_window(const Matrix& keys, const Matrix& values, const Matrix& queries, Index first,
+                      Index count) {
         State& next = added_.next;
         const Index at = next.tokens - next.window_first, row = at % window_page_tokens;
         const auto page = static_cast<std::size_t>(at / window_page_tokens);
@@ -325,30 +434,78 @@ class KvCache::Appender {
         count = std::min(count, window_page_tokens - row);
         // Not beyond the token at which the oldest tile is due, so that what is stored does not depend on how
         // the tokens came.
-        const Index due = next.window_first + tile_tokens + cache_.recipe().recent_tokens;
+        const Index waiting = next.layout ? tile_tokens : cache_.recipe().latents->fit_tokens;
+        const Index due = next.window_first + waiting + cache_.recipe().recent_tokens;
         if (next.tokens < due) count = std::min(count, due - next.tokens);
         window_rows_.write(keys, values, first, count, row, next.window[page].data());
+        if (!next.layout && queries.rows() > 0) note_queries(queries.middleRows(first, count));
         next.tokens += count;
-        if (next.tokens >= due) make_tile();
+        if (next.tokens >= due) {
+            if (next.layout)
+                make_tile();
+            else
+                fit(waiting, false);
+        }
         return count;
+    }
+
+    /// Token by token, for sums in another order would give other bytes.
+    void note_queries(const Matrix& queries) {
+        const CacheConfiguration& c = cache_.configuration_;
+        if (!queries_) {
+            queries_ = added_.next.queries
+                           ? std::make_shared<QueryMoments>(*added_.next.queries)
+                           : std::make_shared<QueryMoments>(static_cast<std::size_t>(c.kv_heads),
+                                                            SecondMoments(c.key_head_dim));
+            added_.next.queries = queries_;
+        }
+        for (Index t = 0; t < queries.rows(); ++t)
+            for (Index head = 0; head < c.query_heads; ++head)
+                (*queries_)[static_cast<std::size_t>(head / c.group())].add(
+                    queries.block(t, head * c.key_head_dim, 1, c.key_head_dim));
+    }
+
+    /// The oldest `count` keys of the window as attention takes them, tokens x (kv_heads * key_head_dim).
+    Matrix window_keys(Index count) {
+        const Index dim = cache_.dim(0), heads = cache_.configuration_.kv_heads;
+        Matrix keys(count, heads * dim);
+        for (Index head = 0; head < heads; ++head)
+            read_window(0, head, count, keys.data() + head * dim, keys.cols());
+        if (cache_.recipe().keys.rotate) cache_.key_rotation_.rotate_back(keys);
+        return keys;
+    }
+    void read_window(int side, Index head, Index count, float* to, Index stride) const {
+        for (Index t = 0; t < count; t += window_page_tokens)
+            window_rows_.read(added_.next.window[static_cast<std::size_t>(t / window_page_tokens)].data(),
+                              side, head, 0, std::min(window_page_tokens, count - t), to + t * stride,
+                              stride);
     }
 
     /// The oldest 128 recent tokens become a tile.
     void make_tile() {
         State& next = added_.next;
-        PageReference page = cache_.pool_->page(cache_.tile_bytes());
-        for (int side = 0; side < 2; ++side) {
-            gathered_.resize(tile_tokens, cache_.dim(side));
-            for (Index head = 0; head < cache_.configuration_.kv_heads; ++head) {
-                for (Index t = 0; t < tile_tokens; t += window_page_tokens)
-                    window_rows_.read(next.window[static_cast<std::size_t>(t / window_page_tokens)].data(),
-                                      side, head, 0, window_page_tokens,
-                                      gathered_.data() + t * cache_.dim(side), cache_.dim(side));
-                coder(side).encode(head_rows(gathered_), side == 0 ? "keys" : "values", 0, 0, tile_tokens, 0,
-                                   page.data() + cache_.tile_offset(side, head));
-                next.excess[side] = std::max(next.excess[side], coder(side).excess().largest);
-            }
+        const Index heads = cache_.configuration_.kv_heads;
+        PageReference page = cache_.pool_->page(layout().bytes);
+        const auto encode = [&](int side, Index head, Index at) {
+            const Index dim = cache_.dim(side);
+            gathered_.resize(tile_tokens, dim);
+            read_window(side, head, tile_tokens, gathered_.data(), dim);
+            coder(side).encode(head_rows(gathered_), side == 0 ? "keys" : "values", 0, 0, tile_tokens, 0,
+                               page.data() + at);
+            next.excess[side] = std::max(next.excess[side], coder(side).excess().largest);
+        };
+        if (layout().latent) {
+            if (!latents_) latents_.emplace(layout().latent);
+            std::vector<std::byte*> tiles;
+            for (const Index at : layout().key_at) tiles.push_back(page.data() + at);
+            const double off = latents_->encode({window_keys(tile_tokens), next.window_first}, tiles);
+            next.excess[0] = std::max(next.excess[0], off);
+        } else {
+            for (Index head = 0; head < heads; ++head)
+                encode(0, head, layout().key_at[static_cast<std::size_t>(head)]);
         }
+        for (Index head = 0; head < heads; ++head)
+            encode(1, head, layout().value_at[static_cast<std::size_t>(head)]);
         added_.tiles.push_back({std::move(page), next.window_first, tile_tokens});
         next.window.erase(next.window.begin(), next.window.begin() + tile_tokens / window_page_tokens);
         next.window_first += tile_tokens;
@@ -362,7 +519,7 @@ class KvCache::Appender {
                         : added_.tiles.empty() ? nullptr
                                                : &added_.tiles.back().tokens;
         if (!tokens || *tokens == tile_tokens) {
-            added_.tiles.push_back({cache_.pool_->page(cache_.tile_bytes()), next.tokens, 0});
+            added_.tiles.push_back({cache_.pool_->page(layout().bytes), next.tokens, 0});
             tokens = &added_.tiles.back().tokens;
         } else if (old && !added_.last_page) {
             added_.last_page = writable(cache_.state_.tiles.back().page);
@@ -371,9 +528,10 @@ class KvCache::Appender {
         count = std::min(count, tile_tokens - *tokens);
         for (int side = 0; side < 2; ++side)
             for (Index head = 0; head < cache_.configuration_.kv_heads; ++head)
-                coder(side).encode(head_rows(side == 0 ? keys : values, cache_.configuration_.kv_heads),
-                                   side == 0 ? "keys" : "values", head, first, count, *tokens,
-                                   page + cache_.tile_offset(side, head));
+                coder(side).encode(
+                    head_rows(side == 0 ? keys : values, cache_.configuration_.kv_heads),
+                    side == 0 ? "keys" : "values", head, first, count, *tokens,
+                    page + (side == 0 ? layout().key_at : layout().value_at)[static_cast<std::size_t>(head)]);
         *tokens += count;
         next.tokens += count;
         next.window_first = next.tokens;
@@ -382,18 +540,22 @@ class KvCache::Appender {
 
     const KvCache& cache_;
     std::optional<TileCoder> coders_[2];  ///< made when a tile is
+    std::optional<LatentCoder> latents_;
+    std::shared_ptr<QueryMoments> queries_;  ///< this addition's own copy
     TokenRows sink_rows_, window_rows_;
     Matrix gathered_;
     Addition added_;
 };
 
 template <CacheScalar K, CacheScalar V>
-void KvCache::append_rows(const HeadRows<K>& keys, const HeadRows<V>& values) {
-    require_input(keys, "keys", configuration_.key_head_dim);
-    require_input(values, "values", configuration_.value_head_dim);
+void KvCache::append_rows(const HeadRows<K>& keys, const HeadRows<V>& values, Matrix queries) {
+    require_input(keys, "keys", configuration_.kv_heads, configuration_.key_head_dim);
+    require_input(values, "values", configuration_.kv_heads, configuration_.value_head_dim);
     require(keys.tokens() == values.tokens(), ErrorCode::shape, "append: ", keys.tokens(), " keys and ",
             values.tokens(), " values, expected as many of each");
     if (keys.tokens() == 0) return;
+    if (queries.rows() > 0 && configuration_.rope)
+        RotaryEmbedding(configuration_.key_head_dim, *configuration_.rope).rotate_back(queries, tokens());
     Appender appender(*this);
     for (Index first = 0; first < keys.tokens(); first += tile_tokens) {
         const Index count = std::min(tile_tokens, keys.tokens() - first);
@@ -403,9 +565,12 @@ void KvCache::append_rows(const HeadRows<K>& keys, const HeadRows<V>& values) {
         if (recipe().values.rotate) value_rotation_.rotate(v);
         require_magnitude(k, "keys", first);
         require_magnitude(v, "values", first);
-        appender.add(k, v);
+        appender.add(k, v, queries.rows() > 0 ? Matrix(queries.middleRows(first, count)) : queries);
     }
-    Addition& added = appender.result();
+    commit(appender.result());
+}
+
+inline void KvCache::commit(Addition& added) {
     state_.tiles.reserve(state_.tiles.size() + added.tiles.size());
     // Nothing below can fail.
     if (added.last_page) state_.tiles.back().page = std::move(added.last_page);
@@ -413,6 +578,17 @@ void KvCache::append_rows(const HeadRows<K>& keys, const HeadRows<V>& values) {
     for (Tile& tile : added.tiles) state_.tiles.push_back(std::move(tile));
     std::swap(added.next.tiles, state_.tiles);
     state_ = std::move(added.next);
+}
+
+inline void KvCache::fit_basis() {
+    require(configuration_.fits_basis() && !state_.layout, ErrorCode::option, "fit_basis: recipe '",
+            recipe().name, "' ", configuration_.fits_basis() ? "has its basis" : "fits no basis of its own");
+    const Index waiting = tokens() - state_.window_first;
+    require(waiting >= 2, ErrorCode::shape, "fit_basis: ", waiting,
+            " tokens after the sinks, expected at least 2");
+    Appender appender(*this);
+    appender.fit(waiting, true);
+    commit(appender.result());
 }
 
 // Forgetting -----------------------------------------------------------------------------------------------
@@ -452,7 +628,9 @@ inline Index KvCache::predicted_bytes(const CacheConfiguration& c, Index tokens)
     detail::require_configuration(c);
     require(tokens >= 0, ErrorCode::index, "predicted_bytes: ", tokens, " tokens, expected 0 or more");
     const CacheRecipe& recipe = c.recipe;
-    const Index tile = page_bytes(c.kv_heads * (key_format(c).bytes() + value_format(c).bytes()));
+    require(!c.fits_basis(), ErrorCode::option, "predicted_bytes: recipe '", recipe.name,
+            "' fits its own basis, from which the widths of its latents follow; expected one that is given");
+    const Index tile = page_bytes(tile_layout(c, c.latent_keys).bytes);
     if (recipe.every_token) return (tokens + tile_tokens - 1) / tile_tokens * tile;
     if (tokens == 0) return 0;
     const Index sinks = recipe.sink_tokens > 0 ? page_bytes(TokenRows(c, recipe.sink_tokens, 16).bytes()) : 0;
@@ -465,65 +643,131 @@ inline Index KvCache::predicted_bytes(const CacheConfiguration& c, Index tokens)
 
 // Reading --------------------------------------------------------------------------------------------------
 
-/// Consecutive tokens of one head, decoded.
-struct KvCache::Block {
-    Index first, count;
-    const float* rows;  ///< count x dim
-};
-
-/// Decodes one head, run by run: sinks, tiles, recent tokens.
+/// Decodes, run by run: sinks, tiles, recent tokens.
 class KvCache::Reader {
   public:
-    explicit Reader(const KvCache& cache)
-        : cache_(cache),
-          keys_(cache.key_format_),
-          values_(cache.value_format_),
-          sink_rows_(cache.sink_rows()),
-          window_rows_(cache.window_rows()) {}
+    /// Consecutive tokens; those of a tile, or not.
+    struct Run {
+        Index first, count;
+        const Tile* tile;
+    };
 
-    /// Runs that hold tokens which are still kept.
-    Index runs() const noexcept {
-        const State& state = cache_.state_;
-        return static_cast<Index>(state.tiles.size()) + (cache_.sinks() > 0) + !state.window.empty();
+    explicit Reader(const KvCache& cache)
+        : cache_(cache), sink_rows_(cache.sink_rows()), window_rows_(cache.window_rows()) {
+        const State& state = cache.state_;
+        if (cache.sinks() > 0) runs_.push_back({0, cache.sinks(), nullptr});
+        for (const Tile& tile : state.tiles) runs_.push_back({tile.first, tile.tokens, &tile});
+        if (!state.window.empty())
+            runs_.push_back({state.window_first, state.tokens - state.window_first, nullptr});
+        if (state.tiles.empty()) return;
+        values_.emplace(state.layout->values);
+        if (state.layout->latent)
+            latents_.emplace(state.layout->latent);
+        else
+            keys_.emplace(state.layout->keys[0]);
     }
 
-    /// Run `run` of one side and head, into `rows` (resized).
-    Block read(Index run, int side, Index head, std::vector<float>& rows) {
-        const State& state = cache_.state_;
+    /// Runs that hold tokens which are still kept.
+    const std::vector<Run>& runs() const noexcept { return runs_; }
+
+    /// One side (0 keys, 1 values) and head of a run, in the frame of its rows: count x dim. Not for keys in
+    /// latents.
+    const Matrix& rows(const Run& run, int side, Index head) {
         const Index dim = cache_.dim(side);
-        if (cache_.sinks() > 0 && run-- == 0) {
-            rows.resize(static_cast<std::size_t>(cache_.sinks() * dim));
-            sink_rows_.read(state.sinks.data(), side, head, 0, cache_.sinks(), rows.data(), dim);
-            return {0, cache_.sinks(), rows.data()};
+        decoded_.resize(run.count, dim);
+        if (run.tile) {
+            (side == 0 ? *keys_ : *values_).decode(tile(run, side, head), run.count, decoded_.data(), dim);
+        } else if (run.first < cache_.sinks()) {
+            sink_rows_.read(cache_.state_.sinks.data(), side, head, 0, run.count, decoded_.data(), dim);
+        } else {
+            for (Index t = 0; t < run.count; t += window_page_tokens)
+                window_rows_.read(
+                    cache_.state_.window[static_cast<std::size_t>(t / window_page_tokens)].data(), side, head,
+                    0, std::min(window_page_tokens, run.count - t), decoded_.data() + t * dim, dim);
         }
-        if (run < static_cast<Index>(state.tiles.size())) {
-            const Tile& tile = state.tiles[static_cast<std::size_t>(run)];
-            rows.resize(static_cast<std::size_t>(tile_tokens * dim));
-            (side == 0 ? keys_ : values_)
-                .decode(tile.page.data() + cache_.tile_offset(side, head), tile.tokens, rows.data(), dim);
-            return {tile.first, tile.tokens, rows.data()};
+        return decoded_;
+    }
+
+    bool in_latents(const Run& run) const noexcept { return run.tile && latents_; }
+    /// Keys of one head of a run in the frame of the input; of latents the first `most` count.
+    Matrix input_keys(const Run& run, Index head, Index most) {
+        if (in_latents(run))
+            return latents_->reconstruct(head, latent_tile(run, head), run.count, run.first, most);
+        Matrix keys = rows(run, 0, head);
+        if (cache_.recipe().keys.rotate) cache_.key_rotation_.rotate_back(keys);
+        return keys;
+    }
+
+    /// q.k of the queries of all heads and the keys of a run. Rows: query head by query head, query_tokens
+    /// each. `plain` as the caller gave them; `rotated` as keys in channels are. Of latents the first `most`
+    /// count.
+    void scores(const Run& run, const Matrix& plain, const Matrix& rotated, Index most, Matrix& scores) {
+        const Index heads = cache_.configuration_.kv_heads, block = plain.rows() / heads;
+        scores.resize(plain.rows(), run.count);
+        if (!in_latents(run)) {
+            for (Index head = 0; head < heads; ++head)
+                scores.middleRows(head * block, block).noalias() =
+                    rotated.middleRows(head * block, block) * rows(run, 0, head).transpose();
+            return;
         }
-        const Index count = state.tokens - state.window_first;
-        rows.resize(static_cast<std::size_t>(count * dim));
-        for (Index t = 0; t < count; t += window_page_tokens)
-            window_rows_.read(state.window[static_cast<std::size_t>(t / window_page_tokens)].data(), side,
-                              head, 0, std::min(window_page_tokens, count - t), rows.data() + t * dim, dim);
-        return {state.window_first, count, rows.data()};
+        const LatentKeys& keys = *cache_.state_.layout->latent;
+        if (keys.frame() == KeyFrame::before_rope) {
+            for (Index head = 0; head < heads; ++head)
+                scores.middleRows(head * block, block).noalias() =
+                    plain.middleRows(head * block, block) * input_keys(run, head, most).transpose();
+            return;
+        }
+        projected_scores(run, keys, plain, most, scores);
     }
 
     double tile_error_bound(const Tile& tile, int side) {
+        const Run run{tile.first, tile.tokens, &tile};
+        if (side == 0 && latents_) return 0.0;  // measured when it was made
         double bound = 0.0;
         for (Index head = 0; head < cache_.configuration_.kv_heads; ++head)
             bound = std::max(
-                bound, (side == 0 ? keys_ : values_)
-                           .error_bound(tile.page.data() + cache_.tile_offset(side, head), tile.tokens));
+                bound, (side == 0 ? *keys_ : *values_).error_bound(this->tile(run, side, head), tile.tokens));
         return bound;
     }
 
   private:
+    const std::byte* tile(const Run& run, int side, Index head) const {
+        const TileLayout& layout = *cache_.state_.layout;
+        return run.tile->page.data() +
+               (side == 0 ? layout.key_at : layout.value_at)[static_cast<std::size_t>(head)];
+    }
+    const std::byte* latent_tile(const Run& run, Index head) const {
+        return tile(run, 0, cache_.state_.layout->latent->part_of_head(head));
+    }
+
+    /// The queries are turned and projected, once for the tile; no key is rebuilt. (Keys before RoPE have an
+    /// angle each, so these are: the slow path that SVDq's authors name.)
+    void projected_scores(const Run& run, const LatentKeys& keys, const Matrix& plain, Index most,
+                          Matrix& scores) {
+        const Index heads = cache_.configuration_.kv_heads, block = plain.rows() / heads, dim = cache_.dim(0);
+        turned_ = plain;
+        if (keys.frame() == KeyFrame::tile) keys.embedding().turn(turned_, -run.first);
+
+        const Matrix* latents = nullptr;
+        for (Index head = 0; head < heads; ++head) {
+            const Index part = keys.part_of_head(head), at = keys.head_offset(head);
+            if (!latents || keys.parts() > 1)
+                latents = &latents_->latents(part, latent_tile(run, head), run.count);
+            const Index kept = std::min(most, latents->cols());
+            const auto queries = turned_.middleRows(head * block, block);
+            projected_.noalias() = queries * latents_->decode_matrix(part).block(at, 0, dim, kept);
+            auto to = scores.middleRows(head * block, block);
+            to.noalias() = projected_ * latents->leftCols(kept).transpose();
+            to.colwise() += queries * keys.part(part).mean.segment(at, dim).transpose();
+        }
+    }
+
     const KvCache& cache_;
-    TileCoder keys_, values_;
+    std::vector<Run> runs_;
+    std::optional<TileCoder> keys_, values_;
+    std::optional<LatentCoder> latents_;
     TokenRows sink_rows_, window_rows_;
+    Matrix decoded_, turned_, projected_;
 };
 
 inline void KvCache::require_queries(Index heads, Index query_tokens, Index head_dim, Index out_rows,
@@ -539,67 +783,149 @@ inline void KvCache::require_queries(Index heads, Index query_tokens, Index head
         " x ", configuration_.query_heads * configuration_.value_head_dim);
 }
 
-/// Online softmax over runs; the query tokens of all heads that share a key/value head go together.
-inline Matrix KvCache::attend_rows(Matrix queries, const AttentionParameters& parameters) const {
-    const Index query_tokens = queries.rows(), group = configuration_.group();
-    const Index key_dim = dim(0), value_dim = dim(1), rows = group * query_tokens;
-    if (recipe().keys.rotate) key_rotation_.rotate(queries);
-    Matrix output(query_tokens, configuration_.query_heads * value_dim);
-    Reader reader(*this);
-    std::vector<float> key_rows, value_rows;
-    const Index first_position = tokens() - query_tokens, hidden_from = recipe().sink_tokens,
-                hidden_to = state_.dropped;
-    constexpr float none = -std::numeric_limits<float>::infinity();
-
-    for (Index kv_head = 0; kv_head < configuration_.kv_heads; ++kv_head) {
-        Matrix stacked(rows, key_dim);
-        for (Index g = 0; g < group; ++g)
-            stacked.middleRows(g * query_tokens, query_tokens) =
-                queries.middleCols((kv_head * group + g) * key_dim, key_dim);
-        Eigen::VectorXf largest = Eigen::VectorXf::Constant(rows, none), sum = Eigen::VectorXf::Zero(rows);
-        Matrix weighted = Matrix::Zero(rows, value_dim), scores;
-
-        for (Index run = 0; run < reader.runs(); ++run) {
-            const Block keys = reader.read(run, 0, kv_head, key_rows);
-            if (keys.first >= hidden_from && keys.first + keys.count <= hidden_to) continue;
-            scores.noalias() = stacked * Eigen::Map<const Matrix>(keys.rows, keys.count, key_dim).transpose();
-            for (Index r = 0; r < rows; ++r) {
-                const Index query = r % query_tokens, position = first_position + query;
-                const detail::ScoreRule<float> rule(parameters, kv_head * group + r / query_tokens,
-                                                    query_tokens, key_dim);
-                auto row = scores.row(r);
-                const bool all_seen = keys.first + keys.count - 1 <= position &&
-                                      (keys.first >= hidden_to || keys.first < hidden_from);
-                if (rule.plain() && all_seen) {
-                    row *= rule.scale();
-                } else {
-                    for (Index t = 0; t < keys.count; ++t) {
-                        const Index key = keys.first + t;
-                        row[t] =
-                            key >= hidden_from && key < hidden_to ? none : rule(row[t], query, position, key);
-                    }
-                }
-                const float top = std::max(largest[r], row.maxCoeff());
-                if (top == none) {
-                    row.setZero();
-                    continue;
-                }
-                const float rescale = std::exp(largest[r] - top);
-                row = (row.array() - top).exp().matrix();
-                sum[r] = sum[r] * rescale + row.sum();
-                weighted.row(r) *= rescale;
-                largest[r] = top;
-            }
-            const Block values = reader.read(run, 1, kv_head, value_rows);
-            weighted.noalias() += scores * Eigen::Map<const Matrix>(values.rows, values.count, value_dim);
+/// Queries of all heads below each other, query_tokens each, as given and as keys in channels are stored; and
+/// what becomes of their scores.
+struct KvCache::Queries {
+    Queries(const KvCache& cache, const Matrix& given, const AttentionParameters& parameters)
+        : tokens(given.rows()), first_position(cache.tokens() - tokens) {
+        const CacheConfiguration& c = cache.configuration_;
+        plain.resize(c.query_heads * tokens, c.key_head_dim);
+        for (Index head = 0; head < c.query_heads; ++head) {
+            plain.middleRows(head * tokens, tokens) = given.middleCols(head * c.key_head_dim, c.key_head_dim);
+            rules.emplace_back(parameters, head, tokens, c.key_head_dim);
         }
-        for (Index r = 0; r < rows; ++r)
-            output.row(r % query_tokens)
-                .segment((kv_head * group + r / query_tokens) * value_dim, value_dim) =
-                weighted.row(r) * (sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f);
+        rotated = plain;
+        if (c.recipe.keys.rotate) cache.key_rotation_.rotate(rotated);
     }
+
+    Index rows() const noexcept { return plain.rows(); }
+    Index position(Index row) const noexcept { return first_position + row % tokens; }
+
+    Index tokens, first_position;
+    Matrix plain, rotated;
+    std::vector<detail::ScoreRule<float>> rules;  ///< by head
+
+    /// From q.k of a run to what the softmax takes; hidden tokens get -infinity.
+    void apply(const Reader::Run& run, Index hidden_from, Index hidden_to, Matrix& scores) const {
+        constexpr float none = -std::numeric_limits<float>::infinity();
+        for (Index r = 0; r < rows(); ++r) {
+            const detail::ScoreRule<float>& rule = rules[static_cast<std::size_t>(r / tokens)];
+            auto row = scores.row(r);
+            const bool all_seen = run.first + run.count - 1 <= position(r) &&
+                                  (run.first >= hidden_to || run.first < hidden_from);
+            if (rule.plain() && all_seen) {
+                row *= rule.scale();
+                continue;
+            }
+            for (Index t = 0; t < run.count; ++t) {
+                const Index key = run.first + t;
+                row[t] =
+                    key >= hidden_from && key < hidden_to ? none : rule(row[t], r % tokens, position(r), key);
+            }
+        }
+    }
+};
+
+/// For every row the least approximate score that a token of a tile needs to take part; and the approximate
+/// scores, rows x tokens in tiles.
+struct KvCache::Selection {
+    Eigen::VectorXf least;
+    Matrix scores;
+};
+
+inline KvCache::Selection KvCache::select(Reader& reader, const Queries& queries,
+                                          const AttentionParameters& parameters) const {
+    Selection selection{Eigen::VectorXf(queries.rows()), Matrix(queries.rows(), packed_in_tiles())};
+    const Index latents = selection_latents(parameters);
+    Matrix scores;
+    Index at = 0;
+    for (const Reader::Run& run : reader.runs()) {
+        if (!run.tile) continue;
+        reader.scores(run, queries.plain, queries.rotated, latents, scores);
+        queries.apply(run, recipe().sink_tokens, state_.dropped, scores);
+        selection.scores.middleCols(at, run.count) = scores;
+        at += run.count;
+    }
+    const auto kept = static_cast<Index>(std::ceil(parameters.key_fraction * static_cast<double>(at)));
+    std::vector<float> sorted(static_cast<std::size_t>(at));
+    for (Index r = 0; r < queries.rows() && at > 0; ++r) {
+        std::copy_n(selection.scores.row(r).data(), at, sorted.begin());
+        const auto place = sorted.begin() + std::clamp<Index>(kept - 1, 0, at - 1);
+        std::nth_element(sorted.begin(), place, sorted.end(), std::greater<>());
+        selection.least[r] = *place;
+    }
+    return selection;
+}
+
+/// Online softmax over runs, all heads and query tokens together.
+inline Matrix KvCache::attend_rows(const Matrix& given, const AttentionParameters& parameters) const {
+    const Queries queries(*this, given, parameters);
+    const Index value_dim = dim(1), rows = queries.rows(), block = rows / configuration_.kv_heads;
+    const Index hidden_from = recipe().sink_tokens, hidden_to = state_.dropped;
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    Reader reader(*this);
+    Selection selection;
+    const bool sparse = parameters.key_fraction < 1.0;
+    if (sparse) selection = select(reader, queries, parameters);
+    Eigen::VectorXf largest = Eigen::VectorXf::Constant(rows, none), sum = Eigen::VectorXf::Zero(rows);
+    Matrix weighted = Matrix::Zero(rows, value_dim), scores;
+
+    Index packed = 0;
+    for (const Reader::Run& run : reader.runs()) {
+        const Index at = std::exchange(packed, run.tile ? packed + run.count : packed);
+        if (run.first >= hidden_from && run.first + run.count <= hidden_to) continue;
+        if (sparse && run.tile &&
+            (selection.scores.middleCols(at, run.count).rowwise().maxCoeff().array() <
+             selection.least.array())
+                .all())
+            continue;
+        reader.scores(run, queries.plain, queries.rotated, dim(0) * configuration_.kv_heads, scores);
+        queries.apply(run, hidden_from, hidden_to, scores);
+        if (sparse && run.tile)
+            for (Index r = 0; r < rows; ++r)
+                for (Index t = 0; t < run.count; ++t)
+                    if (selection.scores(r, at + t) < selection.least[r]) scores(r, t) = none;
+        for (Index r = 0; r < rows; ++r) {
+            auto row = scores.row(r);
+            const float top = std::max(largest[r], row.maxCoeff());
+            if (top == none) {
+                row.setZero();
+                continue;
+            }
+            const float rescale = std::exp(largest[r] - top);
+            row = (row.array() - top).exp().matrix();
+            sum[r] = sum[r] * rescale + row.sum();
+            weighted.row(r) *= rescale;
+            largest[r] = top;
+        }
+        for (Index head = 0; head < configuration_.kv_heads; ++head)
+            weighted.middleRows(head * block, block).noalias() +=
+                scores.middleRows(head * block, block) * reader.rows(run, 1, head);
+    }
+    Matrix output(queries.tokens, configuration_.query_heads * value_dim);
+    for (Index r = 0; r < rows; ++r)
+        output.row(r % queries.tokens).segment(r / queries.tokens * value_dim, value_dim) =
+            weighted.row(r) * (sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f);
     if (recipe().values.rotate) value_rotation_.rotate_back(output);
     return output;
+}
+
+inline std::vector<std::vector<Index>> KvCache::selected(const Matrix& given,
+                                                         const AttentionParameters& parameters) const {
+    const Queries queries(*this, given, parameters);
+    Reader reader(*this);
+    const Selection selection = select(reader, queries, parameters);
+    std::vector<std::vector<Index>> all(static_cast<std::size_t>(queries.rows()));
+    Index at = 0;
+    for (const Reader::Run& run : reader.runs()) {
+        if (!run.tile) continue;
+        for (Index r = 0; r < queries.rows(); ++r)
+            for (Index t = 0; t < run.count; ++t)
+                if (selection.scores(r, at + t) >= selection.least[r])
+                    all[static_cast<std::size_t>(r)].push_back(run.first + t);
+        at += run.count;
+    }
+    return all;
 }
 
 inline Matrix KvCache::stored(int side, Index first, Index count) const {
@@ -611,18 +937,15 @@ inline Matrix KvCache::stored(int side, Index first, Index count) const {
     Matrix all(count, configuration_.kv_heads * dim(side));
     if (count == 0) return all;
     Reader reader(*this);
-    std::vector<float> rows;
     for (Index head = 0; head < configuration_.kv_heads; ++head)
-        for (Index run = 0; run < reader.runs(); ++run) {
-            const Block block = reader.read(run, side, head, rows);
-            const Index from = std::max(first, block.first),
-                        to = std::min(first + count, block.first + block.count);
+        for (const Reader::Run& run : reader.runs()) {
+            const Index from = std::max(first, run.first),
+                        to = std::min(first + count, run.first + run.count);
             if (from >= to) continue;
             all.block(from - first, head * dim(side), to - from, dim(side)) =
-                Eigen::Map<const Matrix>(block.rows, block.count, dim(side))
-                    .middleRows(from - block.first, to - from);
+                (side == 0 ? reader.input_keys(run, head, all.cols()) : reader.rows(run, 1, head))
+                    .middleRows(from - run.first, to - from);
         }
-    if (side == 0 && recipe().keys.rotate) key_rotation_.rotate_back(all);
     if (side == 1 && recipe().values.rotate) value_rotation_.rotate_back(all);
     return all;
 }

@@ -7,6 +7,8 @@
 //   tile_tokens  I64 [tiles]               tokens in each
 //   recent       U8  [pages, page bytes]   pages of tokens that are not in a tile yet
 //   extremes     F64 [4]                   largest magnitude of keys and values, clipped excess of each
+//   latent.*                               a basis that the cache fitted (io/latent_file.hpp: parts.P.*)
+//   queries.*    F64                       moments of queries, where it has yet to do so
 // Metadata: kvplane.format (the version of all this), kvplane.configuration (JSON), kvplane.tokens,
 // kvplane.dropped, kvplane.window_first, kvplane.checksum (FNV-1a over all of it).
 #pragma once
@@ -22,6 +24,7 @@
 
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/error.hpp"
+#include "kvplane/io/latent_file.hpp"
 #include "kvplane/io/safetensors.hpp"
 
 namespace kvplane {
@@ -44,7 +47,62 @@ KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& c
 
 namespace detail {
 
-inline constexpr const char* cache_format_version = "1";
+inline constexpr const char* cache_format_version = "2";
+
+/// FNV-1a, eight bytes at a time.
+class Checksum {
+  public:
+    void add(std::span<const std::byte> bytes) noexcept {
+        add_word(bytes.size());
+        std::size_t at = 0;
+        for (; at + 8 <= bytes.size(); at += 8) add_word(load_u64(bytes.data() + at));
+        std::uint64_t rest = 0;
+        if (at < bytes.size()) std::memcpy(&rest, bytes.data() + at, bytes.size() - at);
+        add_word(rest);
+    }
+    void add_word(std::uint64_t word) noexcept {
+        state_ = (state_ ^ word) * 0x100000001B3ull;
+        state_ ^= state_ >> 29;  // a plain product would never move high bits of a word down
+    }
+    std::string text() const { return std::to_string(state_); }
+
+  private:
+    std::uint64_t state_ = 0xCBF29CE484222325ull;
+};
+
+/// A number that stands for a basis in a configuration.
+inline std::string checksum(const LatentKeys& keys) {
+    Checksum sum;
+    for (Index p = 0; p < keys.parts(); ++p) {
+        const LatentKeys::Part& part = keys.part(p);
+        for (const ChannelSegment& segment : part.segments) {
+            sum.add_word(static_cast<std::uint64_t>(segment.channels));
+            sum.add_word(static_cast<std::uint64_t>(segment.bits));
+        }
+        const auto add = [&](const auto& numbers) {
+            sum.add(std::as_bytes(std::span(numbers.data(), static_cast<std::size_t>(numbers.size()))));
+        };
+        add(part.mean);
+        add(part.encode_scale);
+        add(part.decode_scale);
+        add(part.decode);
+        add(part.encode);
+        add(part.channels);
+    }
+    return sum.text();
+}
+
+inline nlohmann::json latents_json(const CacheConfiguration& c) {
+    if (!c.recipe.latents) return nullptr;
+    const LatentRecipe& latents = *c.recipe.latents;
+    return {{"basis", basis_json(latents.basis)},
+            {"rope", rope_json(c.rope)},
+            {"groups", latents.groups},
+            {"bits", latents.bits},
+            {"own_heads_together", latents.own_heads_together},
+            {"fit_tokens", latents.fit_tokens},
+            {"given", c.latent_keys ? nlohmann::json(checksum(*c.latent_keys)) : nlohmann::json(nullptr)}};
+}
 
 inline nlohmann::json side_json(const SideRecipe& side) {
     return {{"bits", side.bits},
@@ -67,7 +125,8 @@ inline std::string configuration_json(const CacheConfiguration& c) {
                               {"sink_tokens", c.recipe.sink_tokens},
                               {"recent_tokens", c.recipe.recent_tokens},
                               {"recent_bits", c.recipe.recent_bits},
-                              {"every_token", c.recipe.every_token}};
+                              {"every_token", c.recipe.every_token},
+                              {"latents", latents_json(c)}};
     return json.dump();
 }
 
@@ -78,6 +137,8 @@ struct CacheContent {
     std::vector<std::byte> sinks, tiles, recent;
     std::vector<std::int64_t> tile_first, tile_tokens;
     std::array<double, 4> extremes{};
+    std::shared_ptr<const LatentKeys> basis;  ///< the cache's own
+    std::vector<SecondMoments> queries;       ///< while it has none
 
     static CacheContent of(const KvCache& cache);
     KvCache restore(const CacheConfiguration& configuration, TilePool& pool, const std::string& source) const;
@@ -106,29 +167,10 @@ inline CacheContent CacheContent::of(const KvCache& cache) {
         content.tile_tokens.push_back(tile.tokens);
     }
     for (const PageReference& page : state.window) append_page(content.recent, page);
+    if (cache.configuration().fits_basis() && state.layout) content.basis = state.layout->latent;
+    if (state.queries) content.queries = *state.queries;
     return content;
 }
-
-/// FNV-1a, eight bytes at a time.
-class Checksum {
-  public:
-    void add(std::span<const std::byte> bytes) noexcept {
-        add_word(bytes.size());
-        std::size_t at = 0;
-        for (; at + 8 <= bytes.size(); at += 8) add_word(load_u64(bytes.data() + at));
-        std::uint64_t rest = 0;
-        if (at < bytes.size()) std::memcpy(&rest, bytes.data() + at, bytes.size() - at);
-        add_word(rest);
-    }
-    void add_word(std::uint64_t word) noexcept {
-        state_ = (state_ ^ word) * 0x100000001B3ull;
-        state_ ^= state_ >> 29;  // a plain product would never move high bits of a word down
-    }
-    std::string text() const { return std::to_string(state_); }
-
-  private:
-    std::uint64_t state_ = 0xCBF29CE484222325ull;
-};
 
 inline std::string CacheContent::checksum() const {
     Checksum sum;
@@ -141,6 +183,17 @@ inline std::string CacheContent::checksum() const {
     sum.add(std::as_bytes(std::span(tile_first)));
     sum.add(std::as_bytes(std::span(tile_tokens)));
     sum.add(std::as_bytes(std::span(extremes)));
+    if (basis) {
+        const std::string basis_sum = kvplane::detail::checksum(*basis);
+        sum.add(std::as_bytes(std::span(basis_sum)));
+    }
+    for (const SecondMoments& head : queries) {
+        const MatrixD& scatter = head.scatter();
+        const double count = head.count();
+        sum.add(std::as_bytes(std::span(&count, 1)));
+        sum.add(std::as_bytes(std::span(head.mean().data(), static_cast<std::size_t>(head.mean().size()))));
+        sum.add(std::as_bytes(std::span(scatter.data(), static_cast<std::size_t>(scatter.size()))));
+    }
     return sum.text();
 }
 
@@ -150,6 +203,8 @@ inline void CacheContent::require_consistent(const KvCache& cache, const std::st
         require(holds, ErrorCode::format, source, ": ", what...);
     };
     const CacheRecipe& recipe = cache.recipe();
+    expect(queries.empty() || cache.needs_queries(), "moments of queries in a cache that needs none");
+    expect(cache.state_.layout || tile_first.empty(), "tiles, but no basis to read them with");
     constexpr Index most = Index{1} << 40;
     expect(tokens >= 0 && tokens < most && dropped >= 0 && dropped <= tokens && window_first >= 0 &&
                window_first <= tokens,
@@ -187,6 +242,8 @@ inline void CacheContent::require_consistent(const KvCache& cache, const std::st
 inline KvCache CacheContent::restore(const CacheConfiguration& configuration_wanted, TilePool& pool,
                                      const std::string& source) const {
     KvCache cache(configuration_wanted, pool);
+    if (basis)
+        cache.state_.layout = std::make_shared<const TileLayout>(tile_layout(configuration_wanted, basis));
     require_consistent(cache, source);
     const auto page_of = [&](const std::vector<std::byte>& from, Index bytes, std::size_t index) {
         PageReference page = pool.page(bytes);
@@ -195,6 +252,7 @@ inline KvCache CacheContent::restore(const CacheConfiguration& configuration_wan
         return page;
     };
     auto& state = cache.state_;
+    if (!queries.empty()) state.queries = std::make_shared<const std::vector<SecondMoments>>(queries);
     state.tokens = tokens;
     state.dropped = dropped;
     state.window_first = window_first;
@@ -223,6 +281,8 @@ inline SafetensorsWriter cache_writer(const KvCache& cache) {
     writer.add("tile_first", {tiles}, DType::int64, std::as_bytes(std::span(content.tile_first)));
     writer.add("tile_tokens", {tiles}, DType::int64, std::as_bytes(std::span(content.tile_tokens)));
     writer.add("extremes", {4}, DType::float64, std::as_bytes(std::span(content.extremes)));
+    if (content.basis) add_latent_keys(writer, "latent.", *content.basis);
+    if (!content.queries.empty()) add_queries(writer, "queries.", content.queries);
     writer.metadata("kvplane.format", cache_format_version);
     writer.metadata("kvplane.configuration", content.configuration);
     writer.metadata("kvplane.tokens", std::to_string(content.tokens));
@@ -259,12 +319,24 @@ class CacheFile {
         require(extremes.size() == 4, ErrorCode::format, source_, ": extremes: ", extremes.size(),
                 " numbers, expected 4");
         std::copy(extremes.begin(), extremes.end(), content.extremes.begin());
+        read_latents(configuration, content);
         require(text("kvplane.checksum") == content.checksum(), ErrorCode::format, source_,
                 ": the checksum does not match: the content was altered");
         return content.restore(configuration, pool, source_);
     }
 
   private:
+    void read_latents(const CacheConfiguration& c, CacheContent& content) const {
+        if (!c.fits_basis()) return;
+        const LatentFile file(file_, source_);
+        LatentRecipe recipe = *c.recipe.latents;
+        recipe.basis.heads_together = recipe.own_heads_together;
+        if (file.contains("latent.parts.0.mean"))
+            content.basis = read_latent_keys(file, "latent.", recipe.basis, c.kv_heads, c.query_heads,
+                                             c.key_head_dim, c.rope);
+        else if (file.contains("queries.count"))
+            content.queries = read_queries(file, "queries.", c.kv_heads, c.key_head_dim);
+    }
     const std::string& text(const char* key) const {
         const auto found = file_.metadata().find(key);
         require(found != file_.metadata().end(), ErrorCode::format, source_, ": no metadata '", key,

@@ -46,6 +46,12 @@ constexpr const char* name(Scheme scheme) noexcept {
     return "unknown";
 }
 
+/// The better fit at a width where nothing may be clipped: min_max reproduces the extremes, which at 1 and 2 bits
+/// spends so much of the range on them that exact cells are better.
+constexpr Scheme scheme_for(int bits) noexcept {
+    return bits <= 2 ? Scheme::cell : Scheme::min_max;
+}
+
 /// The largest finite fp16 magnitude; inputs beyond it are refused.
 inline constexpr float fp16_max = 65504.0f;
 

@@ -1,0 +1,200 @@
+// kvplane/transform/rope.hpp: rotary embedding (arXiv 2104.09864), its inverse, and the frames of keys.
+//
+// Channels in pairs; pair i of a head at position p turns by the angle p f_i. Engines hand over keys after
+// that. Three frames, between which a key goes by rotations that depend on positions alone, so without loss:
+//
+//   before_rope   k: as the projection gave it
+//   after_rope    R(p) k: what attention multiplies with a query
+//   tile          R(p - m0) k, m0 the position of the first token of the key's tile: slow pairs look
+//                 as before RoPE, and no key is turned at a read, as q.k' = (R(-m0) q).(R(-m0) k')
+//                 exactly (T6)
+//
+// Keys carry their frame in their type (FramedKeys), so that they cannot be mixed. Angles are computed in
+// double: at position 8000 an fp32 angle would be off by 5e-4.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "kvplane/error.hpp"
+#include "kvplane/matrix.hpp"
+
+namespace kvplane {
+
+/// Which channels make a pair: (2i, 2i + 1), as GGUF stores llama models; or (i, i + dims / 2), as most
+/// Python implementations do.
+enum class RopeLayout : std::uint8_t { interleaved, halves };
+
+constexpr const char* name(RopeLayout layout) noexcept {
+    return layout == RopeLayout::interleaved ? "interleaved" : "halves";
+}
+
+/// The rotary embedding of a model.
+struct RopeSettings {
+    RopeLayout layout = RopeLayout::interleaved;
+    /// Channels of a head that turn, the first ones; even. 0: as many as frequencies say, or all.
+    Index dims = 0;
+    double base = 10000.0;  ///< f_i = base^(-2 i / dims)
+    /// Radians a position, one a pair: for scaled positions (linear, NTK, YaRN, Llama 3). Empty: from base.
+    std::vector<double> frequencies = {};
+
+    bool operator==(const RopeSettings&) const = default;
+};
+
+enum class KeyFrame : std::uint8_t { before_rope, after_rope, tile };
+
+constexpr const char* name(KeyFrame frame) noexcept {
+    switch (frame) {
+        case KeyFrame::before_rope:
+            return "before_rope";
+        case KeyFrame::after_rope:
+            return "after_rope";
+        case KeyFrame::tile:
+            return "tile";
+    }
+    return "unknown";
+}
+
+/// Keys of consecutive tokens, tokens x (kv_heads * head_dim), in one frame. first_position: of rows.row(0);
+/// in the frame of a tile also what all of them are turned back by.
+template <KeyFrame frame_>
+struct FramedKeys {
+    static constexpr KeyFrame frame = frame_;
+    Matrix rows;
+    Index first_position = 0;
+};
+
+class RotaryEmbedding {
+  public:
+    /// Two channels that turn together, or one alone (second = -1) that is left over where an odd number of
+    /// channels does not turn. Every channel of a head is in exactly one; frequency 0: it does not turn.
+    struct Pair {
+        Index first, second;
+        double frequency;
+    };
+
+    /// For heads of head_dim channels. Throws Error (option): dims odd or beyond head_dim, a base not above
+    /// 0, frequencies not finite or not dims / 2 of them.
+    explicit RotaryEmbedding(Index head_dim, const RopeSettings& settings = {});
+    /// For a model without: all frames are the same.
+    static RotaryEmbedding none(Index head_dim) {
+        RotaryEmbedding still;
+        still.head_dim_ = head_dim;
+        still.leave(0);
+        return still;
+    }
+
+    Index head_dim() const noexcept { return head_dim_; }
+    const std::vector<Pair>& pairs() const noexcept { return pairs_; }
+
+    /// Turns in place the rows of tokens x (heads * head_dim); row i stands at position first + i. Throws
+    /// Error (shape) where columns do not divide by head_dim.
+    template <class Derived>
+    void rotate(Eigen::MatrixBase<Derived>& rows, Index first_position) const {
+        turn_rows(rows, first_position, 1, 1.0);
+    }
+    /// The inverse of rotate().
+    template <class Derived>
+    void rotate_back(Eigen::MatrixBase<Derived>& rows, Index first_position) const {
+        turn_rows(rows, first_position, 1, -1.0);
+    }
+    /// Turns every row by the same number of positions, forward or back (negative).
+    template <class Derived>
+    void turn(Eigen::MatrixBase<Derived>& rows, Index positions) const {
+        turn_rows(rows, positions, 0, 1.0);
+    }
+
+    FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::before_rope> keys) const {
+        rotate(keys.rows, keys.first_position);
+        return {std::move(keys.rows), keys.first_position};
+    }
+    FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::tile> keys) const {
+        turn(keys.rows, keys.first_position);
+        return {std::move(keys.rows), keys.first_position};
+    }
+    FramedKeys<KeyFrame::before_rope> before(FramedKeys<KeyFrame::after_rope> keys) const {
+        rotate_back(keys.rows, keys.first_position);
+        return {std::move(keys.rows), keys.first_position};
+    }
+    /// The keys of one tile, all of them.
+    FramedKeys<KeyFrame::tile> to_tile(FramedKeys<KeyFrame::after_rope> keys) const {
+        turn(keys.rows, -keys.first_position);
+        return {std::move(keys.rows), keys.first_position};
+    }
+    FramedKeys<KeyFrame::tile> to_tile(FramedKeys<KeyFrame::before_rope> keys) const {
+        rotate(keys.rows, 0);
+        return {std::move(keys.rows), keys.first_position};
+    }
+
+  private:
+    RotaryEmbedding() = default;
+    /// The channels from `first` on do not turn.
+    void leave(Index first) {
+        for (Index c = first; c < head_dim_; c += 2)
+            pairs_.push_back({c, c + 1 < head_dim_ ? c + 1 : -1, 0.0});
+    }
+    /// Row i turns by sign (first + i stride) positions.
+    template <class Derived>
+    void turn_rows(Eigen::MatrixBase<Derived>& rows, Index first, Index stride, double sign) const;
+
+    Index head_dim_ = 0;
+    std::vector<Pair> pairs_;
+};
+
+// Implementation -------------------------------------------------------------------------------------------
+
+inline RotaryEmbedding::RotaryEmbedding(Index head_dim, const RopeSettings& settings) : head_dim_(head_dim) {
+    const Index listed = 2 * static_cast<Index>(settings.frequencies.size());
+    const Index dims = settings.dims != 0 ? settings.dims : listed != 0 ? listed : head_dim;
+    require(head_dim >= 1 && dims >= 0 && dims <= head_dim && dims % 2 == 0, ErrorCode::option,
+            "RoPE: ", dims, " channels of a head of ", head_dim, " turn, expected an even number of them");
+    require(std::isfinite(settings.base) && settings.base > 0.0, ErrorCode::option, "RoPE: a base of ",
+            settings.base, ", expected a number above 0");
+    const auto count = static_cast<std::size_t>(dims / 2);
+    require(settings.frequencies.empty() || settings.frequencies.size() == count, ErrorCode::option,
+            "RoPE: ", settings.frequencies.size(), " frequencies, expected ", count,
+            ", one for each pair of ", dims, " channels");
+    for (Index i = 0; i < dims / 2; ++i) {
+        const double frequency =
+            settings.frequencies.empty()
+                ? std::pow(settings.base, -2.0 * static_cast<double>(i) / static_cast<double>(dims))
+                : settings.frequencies[static_cast<std::size_t>(i)];
+        require(std::isfinite(frequency), ErrorCode::option, "RoPE: the frequency of pair ", i, " is ",
+                frequency, ", expected a finite number");
+        if (settings.layout == RopeLayout::interleaved)
+            pairs_.push_back({2 * i, 2 * i + 1, frequency});
+        else
+            pairs_.push_back({i, i + dims / 2, frequency});
+    }
+    leave(dims);
+}
+
+template <class Derived>
+void RotaryEmbedding::turn_rows(Eigen::MatrixBase<Derived>& rows, Index first, Index stride,
+                                double sign) const {
+    using Scalar = typename Derived::Scalar;
+    require(rows.cols() % head_dim_ == 0, ErrorCode::shape, "RoPE: rows of ", rows.cols(),
+            " channels, expected a multiple of ", head_dim_);
+    std::vector<std::pair<Scalar, Scalar>> angles(pairs_.size());
+    for (Index r = 0; r < rows.rows(); ++r) {
+        if (r == 0 || stride != 0)
+            for (std::size_t i = 0; i < pairs_.size(); ++i) {
+                const double angle = sign * static_cast<double>(first + r * stride) * pairs_[i].frequency;
+                angles[i] = {static_cast<Scalar>(std::cos(angle)), static_cast<Scalar>(std::sin(angle))};
+            }
+        for (Index head = 0; head < rows.cols(); head += head_dim_)
+            for (std::size_t i = 0; i < pairs_.size(); ++i) {
+                if (pairs_[i].frequency == 0.0) continue;
+                const auto [cosine, sine] = angles[i];
+                Scalar& x = rows(r, head + pairs_[i].first);
+                Scalar& y = rows(r, head + pairs_[i].second);
+                const Scalar turned = x * cosine - y * sine;
+                y = x * sine + y * cosine;
+                x = turned;
+            }
+    }
+}
+
+}  // namespace kvplane
