@@ -17,6 +17,7 @@
 #include "engine/layer_recipes.hpp"
 #include "engine/model.hpp"
 #include "engine/tokenizer.hpp"
+#include "plot.hpp"
 
 namespace {
 
@@ -41,6 +42,10 @@ constexpr const char* usage =
     "  --calibration FILE  text that `allocated` recipes look at (its first 1024 tokens)\n"
     "  --json              one JSON object on stdout and nothing else\n"
     "  --csv FILE          the figures as a table for plotting\n"
+    "  --plot DIR          writes DIR/evaluate.csv and, where gnuplot is installed, DIR/evaluate.svg: KL "
+    "over "
+    "true\n"
+    "                      bits, a point for every recipe\n"
     "  --threads N         0: one a core (0)\n"
     "\n"
     "true bits: bits an element of the cache takes at the end of the context, grids, sinks and recent "
@@ -214,6 +219,27 @@ void write_csv(const std::string& path, const Evaluation& all) {
     kvplane::require(file.good(), ErrorCode::io, path, ": cannot be written");
 }
 
+/// A point for every recipe; those of one method, a recipe's name before its numbers and settings, make a
+/// series.
+kvplane_examples::Plot to_plot(const Evaluation& all) {
+    kvplane_examples::Plot plot{"evaluate",
+                                "Divergence of predictions from those of an exact cache",
+                                "true bits of an element of the cache",
+                                "mean KL divergence (nats)",
+                                {}};
+    for (const Result& r : all.recipes) {
+        const std::string method = r.recipe.substr(0, r.recipe.find_first_of(":+@"));
+        auto series = std::find_if(plot.series.begin(), plot.series.end(),
+                                   [&](const auto& other) { return other.name == method; });
+        if (series == plot.series.end()) series = plot.series.insert(series, {method, {}});
+        series->points.push_back({r.size.bits_per_element, r.mean_divergence(), r.recipe});
+    }
+    for (auto& series : plot.series)
+        std::stable_sort(series.points.begin(), series.points.end(),
+                         [](const auto& a, const auto& b) { return a.x < b.x; });
+    return plot;
+}
+
 void run(const CommandLine& options) {
     const std::vector<std::string> names = options.list("--recipes");
     Threads threads(static_cast<int>(options.number("--threads", 0)));
@@ -241,6 +267,7 @@ void run(const CommandLine& options) {
 
     const Evaluation all = evaluate(model, text, first, context, windows, names, plans);
     if (options.has("--csv")) write_csv(options.text("--csv"), all);
+    if (options.has("--plot")) kvplane_examples::write_plot(options.text("--plot"), to_plot(all));
     if (options.has("--json"))
         std::printf("%s\n", to_json(all).dump().c_str());
     else
@@ -253,7 +280,7 @@ int main(int count, char** arguments) {
     try {
         const CommandLine options(count, arguments,
                                   {"--model", "--text", "--recipes", "--first-token", "--context",
-                                   "--windows", "--calibration", "--basis", "--csv", "--threads"},
+                                   "--windows", "--calibration", "--basis", "--csv", "--plot", "--threads"},
                                   {"--json", "--help"});
         if (options.has("--help")) return std::printf("%s", usage), 0;
         run(options);

@@ -226,15 +226,11 @@ inline void limit_to_rank(LatentSchedule& schedule, Index rank) {
 
 }  // namespace detail
 
-/// Basis and widths of one layer from its statistics, as the recipe asks. context_tokens: over how many
-/// tokens the basis' bytes are spread; 0: they do not count, as where the basis is part of the model. Throws
-/// Error (shape, option) as fit_latent_basis, grouped_schedule and best_schedules do.
-inline std::shared_ptr<const LatentKeys> fit_latent_keys(const LatentStatistics& statistics,
-                                                         const std::optional<RopeSettings>& rope,
-                                                         const LatentRecipe& recipe,
-                                                         Index context_tokens = 0);
-
-/// The same for all layers of a model.
+/// Bases and widths of all layers of a model from their statistics, as the recipe asks. context_tokens: over
+/// how many tokens the basis' bytes are spread; 0: they do not count, as where the basis is part of the
+/// model. cut: latents that the statistics do not determine get no bits, where a schedule by groups that asks
+/// for them is refused else. Throws Error (shape, option) as fit_latent_basis, grouped_schedule and
+/// best_schedules do.
 inline std::vector<std::shared_ptr<const LatentKeys>> fit_latent_keys(
     std::span<const LatentStatistics> layers, const std::optional<RopeSettings>& rope,
     const LatentRecipe& recipe, Index context_tokens = 0, bool cut = false) {
@@ -272,10 +268,11 @@ inline std::vector<std::shared_ptr<const LatentKeys>> fit_latent_keys(
     return fitted;
 }
 
+/// Those of one layer.
 inline std::shared_ptr<const LatentKeys> fit_latent_keys(const LatentStatistics& statistics,
                                                          const std::optional<RopeSettings>& rope,
-                                                         const LatentRecipe& recipe, Index context_tokens,
-                                                         bool cut) {
+                                                         const LatentRecipe& recipe, Index context_tokens = 0,
+                                                         bool cut = false) {
     return fit_latent_keys({&statistics, 1}, rope, recipe, context_tokens, cut).front();
 }
 

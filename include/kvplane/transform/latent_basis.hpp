@@ -20,6 +20,8 @@
 #include <algorithm>
 #include <cmath>
 #include <complex>
+#include <cstdint>
+#include <functional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -108,7 +110,7 @@ struct BasisSettings {
     bool heads_together = false;
     LatentDirections directions = LatentDirections::eigenvectors;
     Index tile_tokens = 128;  ///< in the frame of a tile, how far its keys are turned
-    Index context = 1024;     ///< how far queries look back, and, after RoPE, how far keys are turned
+    Index context = 4096;     ///< how far queries look back, and, after RoPE, how far keys are turned
 
     bool operator==(const BasisSettings&) const = default;
 };

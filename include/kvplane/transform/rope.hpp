@@ -80,6 +80,8 @@ class RotaryEmbedding {
     explicit RotaryEmbedding(Index head_dim, const RopeSettings& settings = {});
     /// For a model without: all frames are the same.
     static RotaryEmbedding none(Index head_dim) {
+        require(head_dim >= 1, ErrorCode::option, "RoPE: a head of ", head_dim,
+                " channels, expected at least 1");
         RotaryEmbedding still;
         still.head_dim_ = head_dim;
         still.leave(0);
