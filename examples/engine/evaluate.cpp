@@ -1,8 +1,8 @@
 // examples/engine/evaluate.cpp: what each recipe does to a model's predictions.
 //
-// Every window of the text is one context. The model runs over it 32 tokens at a time: with a plain fp32
-// cache, then with every recipe, whose predictions are compared with it from token 256 on. A tile may so be
-// quantized up to 31 tokens earlier than in decoding one by one.
+// Every window of the text is one context. The model runs over it 32 tokens at a time (--chunk): with a plain
+// fp32 cache, then with every recipe, whose predictions are compared with it from token 256 on. A tile may so
+// be quantized up to 31 tokens earlier than in decoding one by one.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -31,6 +31,7 @@ constexpr const char* usage =
     "  --first-token N     of the text (0)\n"
     "  --context N         tokens of one window (2048)\n"
     "  --windows N         consecutive windows (1)\n"
+    "  --chunk N           tokens that the model runs over at a time (32); up to 8 attend on packed bits\n"
     "  --recipes A,B,C     fp16, block32:4[:rotated], kivi:4, key_favored:4:2, standard, compact, "
     "svdq:1.25,\n"
     "                      latent:3:3, weighted:3:3, each with settings after '+' (see "
@@ -54,7 +55,7 @@ constexpr const char* usage =
     "both\n"
     "think the same token likeliest. Progress goes to stderr.\n";
 
-constexpr Index first_compared = 256, chunk = 32;
+constexpr Index first_compared = 256;
 
 /// Sums over the compared predictions of one recipe.
 struct Result {
@@ -139,8 +140,8 @@ struct Evaluation {
     std::vector<Result> recipes;
 };
 
-void run_window(const Model& model, std::span<const TokenId> tokens, std::vector<LayerCaches>& caches,
-                LayerCaches& plain, Evaluation& all) {
+void run_window(const Model& model, std::span<const TokenId> tokens, std::size_t chunk,
+                std::vector<LayerCaches>& caches, LayerCaches& plain, Evaluation& all) {
     for (std::size_t first = 0; first < tokens.size(); first += chunk) {
         const std::size_t count = std::min<std::size_t>(chunk, tokens.size() - first);
         const auto now = tokens.subspan(first, count);
@@ -162,7 +163,7 @@ void run_window(const Model& model, std::span<const TokenId> tokens, std::vector
 }
 
 Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, Index first_token, Index context,
-                    Index windows, const std::vector<std::string>& names,
+                    Index windows, Index chunk, const std::vector<std::string>& names,
                     const std::vector<CachePlan>& plans) {
     Evaluation all;
     for (const std::string& name : names) all.recipes.emplace_back(name);
@@ -174,7 +175,7 @@ Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, Index 
         std::vector<LayerCaches> caches;
         for (const CachePlan& plan : plans) caches.push_back(kvplane_caches(model.config(), plan, pool));
         run_window(model, {text.data() + first_token + window * context, static_cast<std::size_t>(context)},
-                   caches, plain, all);
+                   static_cast<std::size_t>(chunk), caches, plain, all);
     }
     return all;
 }
@@ -265,7 +266,8 @@ void run(const CommandLine& options) {
     std::vector<CachePlan> plans;
     for (const std::string& name : names) plans.push_back(layer_recipes.parse(name));
 
-    const Evaluation all = evaluate(model, text, first, context, windows, names, plans);
+    const Evaluation all =
+        evaluate(model, text, first, context, windows, options.number("--chunk", 32, 1), names, plans);
     if (options.has("--csv")) write_csv(options.text("--csv"), all);
     if (options.has("--plot")) kvplane_examples::write_plot(options.text("--plot"), to_plot(all));
     if (options.has("--json"))
@@ -278,10 +280,11 @@ void run(const CommandLine& options) {
 
 int main(int count, char** arguments) {
     try {
-        const CommandLine options(count, arguments,
-                                  {"--model", "--text", "--recipes", "--first-token", "--context",
-                                   "--windows", "--calibration", "--basis", "--csv", "--plot", "--threads"},
-                                  {"--json", "--help"});
+        const CommandLine options(
+            count, arguments,
+            {"--model", "--text", "--recipes", "--first-token", "--context", "--windows", "--chunk",
+             "--calibration", "--basis", "--csv", "--plot", "--threads"},
+            {"--json", "--help"});
         if (options.has("--help")) return std::printf("%s", usage), 0;
         run(options);
     } catch (const std::exception& error) {

@@ -76,8 +76,10 @@ TEST_P(LatentCache, GivenBasisServesNewTokensAndAttentionIsThatOfWhatIsStored) {
     const Sequence s(c, 700, seed());
     KvCache cache(c, pool_);
     cache.append(s.keys, s.values);  // no queries needed
-    const Matrix q = s.queries.bottomRows(3);
+    const Matrix q = s.queries.bottomRows(9);  // more than the fused path takes
     const Matrix output = attend(cache, q);
+    const Matrix fused = attend(cache, q.bottomRows(3));
+    EXPECT_LT((fused - output.bottomRows(3)).norm() / std::sqrt(static_cast<float>(fused.size())), 0.03f);
     EXPECT_LT((output.cast<double>() - exact(c, cache.stored_keys(0, 700), cache.stored_values(0, 700), q))
                   .cwiseAbs()
                   .maxCoeff(),

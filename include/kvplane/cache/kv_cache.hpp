@@ -30,6 +30,8 @@
 #include <utility>
 #include <vector>
 
+#include "kvplane/attention/decode.hpp"
+#include "kvplane/attention/executor.hpp"
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/cache/latent_keys.hpp"
@@ -47,6 +49,27 @@ class KvCache;
 namespace detail {
 struct CacheContent;
 }
+
+/// Memory that attention works in, and who runs it. Kept from call to call, so that a call of a shape that
+/// was seen before allocates nothing. One call at a time.
+class AttentionWorkspace {
+  public:
+    /// executor: nullptr for the calling thread alone; must outlive the workspace.
+    explicit AttentionWorkspace(Executor* executor = nullptr) : executor_(executor) {}
+
+  private:
+    friend class KvCache;
+    Executor& executor() noexcept { return executor_ ? *executor_ : static_cast<Executor&>(serial_); }
+
+    Executor* executor_;
+    SerialExecutor serial_;
+    std::vector<FusedScratch> scratch_;  ///< by worker
+    /// Query rows, head by head: as given, and as keys in channels are stored; those whose scores are only
+    /// scaled already are.
+    std::vector<float> plain_, rotated_;
+    std::vector<detail::ScoreRule<float>> rules_;  ///< by query head
+    std::vector<float> largest_, sum_, output_;    ///< by part of the sequence, and row
+};
 
 /// Bounds of |x - x'| over all stored elements, in the frame in which they are stored (rotated, where the
 /// recipe rotates). A row of d channels is off by at most sqrt(d) times that in norm, in any frame.
@@ -132,14 +155,29 @@ class KvCache {
     /// Attention of the last tokens of the sequence, causal among themselves. queries: query_tokens x
     /// (query_heads * key_head_dim), or a tensor; output: query_tokens x (query_heads * value_head_dim), of
     /// any float type and layout. Throws Error (shape, option) before it writes anything.
+    ///
+    /// Up to 8 query tokens go the fused way (attention/decode.hpp), which reads the packed bits as they are
+    /// and allocates nothing in a workspace that has seen the shape before; more, and recipes that it cannot
+    /// read (fp16, keys by token, latents before RoPE, a key_fraction), go by decoded tiles and matrix
+    /// products. Without a workspace the calling thread's own is used.
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output,
                 const AttentionParameters& parameters = {}) const {
+        thread_local AttentionWorkspace workspace;
+        attend(queries, output, parameters, workspace);
+    }
+    template <class Q, class Derived>
+    void attend(const Q& queries, Eigen::MatrixBase<Derived>& output, const AttentionParameters& parameters,
+                AttentionWorkspace& workspace) const {
         const auto rows = input_heads(queries, configuration_.query_heads);
         require_queries(rows.heads(), rows.tokens(), rows.head_dim(), output.rows(), output.cols());
         detail::require_parameters(parameters, configuration_.query_heads, rows.tokens(), tokens());
         require_sparse(parameters);
         if (rows.tokens() == 0) return;
+        if (fuses(rows.tokens(), parameters)) {
+            attend_fused(rows, output, parameters, workspace);
+            return;
+        }
         output = attend_rows(to_matrix_of(rows), parameters).template cast<typename Derived::Scalar>();
     }
     template <class Q, class Derived>
@@ -268,6 +306,21 @@ class KvCache {
     class Appender;
     void commit(Addition& added);
     class Reader;
+    /// Query tokens that the fused path takes at once.
+    static constexpr Index fused_query_tokens = 8;
+    /// Whether the fused path reads all that is stored.
+    bool fuses(Index query_tokens, const AttentionParameters& parameters) const noexcept {
+        if (query_tokens > fused_query_tokens || parameters.key_fraction < 1.0) return false;
+        if (state_.tiles.empty()) return true;
+        const TileLayout& layout = *state_.layout;
+        return fused_values(layout.values) &&
+               (layout.latent ? layout.latent->frame() != KeyFrame::before_rope : fused_keys(layout.keys[0]));
+    }
+    class Fused;
+    template <CacheScalar Scalar, class Derived>
+    void attend_fused(const HeadRows<Scalar>& queries, Eigen::MatrixBase<Derived>& output,
+                      const AttentionParameters& parameters, AttentionWorkspace& workspace) const;
+
     struct Queries;
     struct Selection;
     Matrix attend_rows(const Matrix& given, const AttentionParameters& parameters) const;
@@ -908,6 +961,276 @@ inline Matrix KvCache::attend_rows(const Matrix& given, const AttentionParameter
             weighted.row(r) * (sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f);
     if (recipe().values.rotate) value_rotation_.rotate_back(output);
     return output;
+}
+
+/// The fused path: chunks of tiles and heads, in any order and thread, each into a part of its own; then the
+/// parts are merged in the order of the sequence.
+class KvCache::Fused {
+  public:
+    Fused(const KvCache& cache, Index query_tokens, AttentionWorkspace& workspace)
+        : cache_(cache),
+          work_(workspace),
+          isa_(current_isa()),
+          query_tokens_(query_tokens),
+          heads_(cache.configuration_.kv_heads),
+          block_(cache.configuration_.group() * query_tokens),
+          rows_(heads_ * block_),
+          key_dim_(cache.dim(0)),
+          value_dim_(cache.dim(1)),
+          stride_(padded_channels(value_dim_)),
+          first_position_(cache.tokens() - query_tokens),
+          chunks_((static_cast<Index>(cache.state_.tiles.size()) + chunk_tiles - 1) / chunk_tiles),
+          sink_rows_(cache.sink_rows()),
+          window_rows_(cache.window_rows()) {
+        const TileLayout* const layout = cache.state_.layout.get();
+        together_ = layout && layout->latent && layout->latent->parts() == 1 && heads_ > 1;
+        const Index widest = std::max({key_dim_ * (together_ ? heads_ : 1), stride_, tile_tokens});
+        work_.scratch_.resize(static_cast<std::size_t>(work_.executor().workers()));
+        for (FusedScratch& scratch : work_.scratch_) scratch.reserve(widest);
+        const auto parts = static_cast<std::size_t>((chunks_ + 1) * rows_);
+        work_.plain_.resize(static_cast<std::size_t>(rows_ * key_dim_));
+        work_.rotated_.resize(work_.plain_.size());
+        work_.largest_.resize(parts);
+        work_.sum_.resize(parts);
+        work_.output_.resize(parts * static_cast<std::size_t>(stride_));
+        work_.rules_.reserve(static_cast<std::size_t>(cache.configuration_.query_heads));
+        work_.rules_.clear();
+    }
+
+    template <CacheScalar Scalar>
+    void take(const HeadRows<Scalar>& queries, const AttentionParameters& parameters) noexcept {
+        for (Index head = 0; head < queries.heads(); ++head) {
+            work_.rules_.emplace_back(parameters, head, query_tokens_, key_dim_);
+            const float scale = work_.rules_.back().plain() ? work_.rules_.back().scale() : 1.0f;
+            for (Index i = 0; i < query_tokens_; ++i) {
+                float* const row = work_.plain_.data() + (head * query_tokens_ + i) * key_dim_;
+                for (Index c = 0; c < key_dim_; ++c)
+                    row[c] = scale * static_cast<float>(*queries.at(head, i, c));
+            }
+        }
+        std::copy(work_.plain_.begin(), work_.plain_.end(), work_.rotated_.begin());
+        if (cache_.recipe().keys.rotate)
+            for (Index r = 0; r < rows_; ++r)
+                cache_.key_rotation_.rotate(work_.rotated_.data() + r * key_dim_);
+    }
+
+    void run() noexcept {
+        const Index tile_items = chunks_ * (together_ ? 1 : heads_);
+        work_.executor().run(
+            tile_items + heads_,
+            [](void* self, Index item, Index worker) { static_cast<Fused*>(self)->process(item, worker); },
+            this);
+        for (Index chunk = 1; chunk <= chunks_; ++chunk)
+            for (Index r = 0; r < rows_; ++r) merge_partial(part(0), part(chunk), r);
+    }
+
+    /// The output of query head `head`, token i; in the frame of the input.
+    const float* output(Index head, Index i) noexcept {
+        const Index row = head * query_tokens_ + i;
+        float* const values = work_.output_.data() + row * stride_;
+        const float sum = work_.sum_[static_cast<std::size_t>(row)];
+        for (Index c = 0; c < value_dim_; ++c) values[c] = sum > 0.0f ? values[c] / sum : 0.0f;
+        if (cache_.recipe().values.rotate) cache_.value_rotation_.rotate_back(values);
+        return values;
+    }
+
+  private:
+    static constexpr Index chunk_tiles = 16;
+    static constexpr float none = -std::numeric_limits<float>::infinity();
+
+    PartialAttention part(Index chunk, Index row = 0) noexcept {
+        const Index at = chunk * rows_ + row;
+        return {work_.largest_.data() + at, work_.sum_.data() + at, work_.output_.data() + at * stride_,
+                stride_};
+    }
+
+    void process(Index item, Index worker) noexcept {
+        FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
+        const Index across = together_ ? 1 : heads_, tile_items = chunks_ * across;
+        const bool tiles = item < tile_items;
+        const Index chunk = tiles ? item / across : chunks_;
+        const Index head = !tiles ? item - tile_items : together_ ? 0 : item % heads_;
+        const Index heads = tiles && together_ ? heads_ : 1;
+        for (Index r = head * block_; r < (head + heads) * block_; ++r) {
+            const PartialAttention p = part(chunk, r);
+            *p.largest = none;
+            *p.sum = 0.0f;
+            std::fill_n(p.output, stride_, 0.0f);
+        }
+        if (!tiles) return token_rows(head, chunk, scratch);
+        const auto& all = cache_.state_.tiles;
+        const Index begin = chunk * chunk_tiles,
+                    end = std::min(begin + chunk_tiles, static_cast<Index>(all.size()));
+        Index turned_to = -1;
+        for (Index t = begin; t < end; ++t) {
+            const Tile& tile = all[static_cast<std::size_t>(t)];
+            const Tile& next = all[static_cast<std::size_t>(std::min(t + 1, end - 1))];
+            if (tile.first >= cache_.recipe().sink_tokens &&
+                tile.first + tile.tokens <= cache_.state_.dropped)
+                continue;
+            if (cache_.state_.layout->latent) turn_to(tile.first, turned_to, scratch);
+            for (Index h = head; h < head + heads; ++h)
+                for (Index row = h * block_; row < (h + 1) * block_; row += fused_rows)
+                    tile_rows(tile, next, h, row, std::min(fused_rows, (h + 1) * block_ - row), chunk,
+                              scratch);
+        }
+    }
+
+    void tile_rows(const Tile& tile, const Tile& next, Index head, Index row, Index rows, Index chunk,
+                   FusedScratch& scratch) noexcept {
+        const TileLayout& layout = *cache_.state_.layout;
+        const Index key_part = layout.latent ? layout.latent->part_of_head(head) : head;
+        const Index key_at = layout.key_at[static_cast<std::size_t>(key_part)],
+                    value_at = layout.value_at[static_cast<std::size_t>(head)];
+        float offsets[fused_rows] = {};
+        const float* queries = work_.rotated_.data() + row * key_dim_;
+        Index stride = key_dim_;
+        if (layout.latent) {
+            project(*layout.latent, head, row, rows, offsets, scratch);
+            queries = scratch.projected();
+            stride = scratch.depth();
+        }
+        fused_scores(isa_, layout.key_format(key_part), tile.page.data() + key_at, next.page.data() + key_at,
+                     queries, stride, rows, offsets, scratch, scratch.scores());
+        apply(row, rows, tile.first, tile.tokens, tile_tokens, scratch.scores());
+        const PartialAttention to = part(chunk, row);
+        fused_softmax(isa_, scratch.scores(), tile_tokens, rows, to);
+        fused_output(isa_, layout.values, tile.page.data() + value_at, next.page.data() + value_at,
+                     scratch.scores(), rows, scratch, to.output, stride_);
+    }
+
+    /// From q.k (already scaled where that is all) to what the softmax takes; padding is not seen.
+    void apply(Index row, Index rows, Index first, Index count, Index padded, float* scores) const noexcept {
+        const Index hidden_from = cache_.recipe().sink_tokens, hidden_to = cache_.state_.dropped;
+        for (Index r = 0; r < rows; ++r, scores += tile_tokens) {
+            const Index query = (row + r) % query_tokens_, position = first_position_ + query;
+            const auto& rule = work_.rules_[static_cast<std::size_t>((row + r) / query_tokens_)];
+            std::fill(scores + count, scores + padded, none);
+            if (rule.plain() && first + count - 1 <= position && (first >= hidden_to || first < hidden_from))
+                continue;
+            for (Index t = 0; t < count; ++t) {
+                const Index key = first + t;
+                if ((key >= hidden_from && key < hidden_to) || !rule.sees(position, key))
+                    scores[t] = none;
+                else if (!rule.plain())
+                    scores[t] = rule(scores[t], query, position, key);
+            }
+        }
+    }
+
+    /// Cosine and sine, by pair, of the turn back by `position`: exact, or from the tile before.
+    void turn_to(Index position, Index& turned_to, FusedScratch& scratch) const noexcept {
+        const LatentKeys& keys = *cache_.state_.layout->latent;
+        if (keys.frame() != KeyFrame::tile) return;
+        float* turn = scratch.turns();
+        const bool next = turned_to >= 0 && position == turned_to + tile_tokens;
+        for (const RotaryEmbedding::Pair& pair : keys.embedding().pairs()) {
+            if (next) {
+                const float cosine = turn[0] * turn[2] - turn[1] * turn[3];
+                turn[1] = turn[0] * turn[3] + turn[1] * turn[2];
+                turn[0] = cosine;
+            } else {
+                const double angle = -static_cast<double>(position) * pair.frequency,
+                             step = -static_cast<double>(tile_tokens) * pair.frequency;
+                turn[0] = static_cast<float>(std::cos(angle));
+                turn[1] = static_cast<float>(std::sin(angle));
+                turn[2] = static_cast<float>(std::cos(step));
+                turn[3] = static_cast<float>(std::sin(step));
+            }
+            turn += 4;
+        }
+        turned_to = position;
+    }
+
+    /// The queries of some rows as the latents of a tile see them; offsets: what the mean adds to their
+    /// scores.
+    void project(const LatentKeys& keys, Index head, Index row, Index rows, float* offsets,
+                 FusedScratch& scratch) const noexcept {
+        const LatentKeys::Part& part = keys.part(keys.part_of_head(head));
+        const Index at = keys.head_offset(head), kept = part.kept(), depth = scratch.depth();
+        for (Index r = 0; r < rows; ++r) {
+            const float* const query = work_.plain_.data() + (row + r) * key_dim_;
+            float* const turned = scratch.turned() + r * depth;
+            std::copy_n(query, key_dim_, turned);
+            if (keys.frame() == KeyFrame::tile) {
+                const float* turn = scratch.turns();
+                for (const RotaryEmbedding::Pair& pair : keys.embedding().pairs()) {
+                    if (pair.second >= 0) {
+                        turned[pair.first] = query[pair.first] * turn[0] - query[pair.second] * turn[1];
+                        turned[pair.second] = query[pair.first] * turn[1] + query[pair.second] * turn[0];
+                    }
+                    turn += 4;
+                }
+            }
+            for (Index c = 0; c < key_dim_; ++c) offsets[r] += turned[c] * part.mean[at + c];
+        }
+        if (keys.settings().directions == LatentDirections::eigenvectors) {
+            detail::project(isa_, scratch.turned(), depth, rows, part.decode.data() + at * kept, key_dim_,
+                            kept, part.decode_scale.data(), scratch.projected(), depth);
+            return;
+        }
+        for (Index r = 0; r < rows; ++r)
+            for (Index j = 0; j < kept; ++j) {
+                const Index c = static_cast<Index>(part.channels[static_cast<std::size_t>(j)]) - at;
+                scratch.projected()[r * depth + j] =
+                    c >= 0 && c < key_dim_ ? scratch.turned()[r * depth + c] * part.decode_scale[j] : 0.0f;
+            }
+    }
+
+    /// Sinks and recent tokens of one head.
+    void token_rows(Index head, Index chunk, FusedScratch& scratch) noexcept {
+        constexpr Index most = FusedScratch::token_rows;
+        static_assert(most == window_page_tokens);
+        const State& state = cache_.state_;
+        for (Index t = 0; t < cache_.sinks(); t += most)
+            some_rows(sink_rows_, state.sinks.data(), t, t, std::min(most, cache_.sinks() - t), head, chunk,
+                      scratch);
+        const Index recent = state.tokens - state.window_first;
+        for (Index t = 0; t < recent; t += most)
+            some_rows(window_rows_, state.window[static_cast<std::size_t>(t / most)].data(), 0,
+                      state.window_first + t, std::min(most, recent - t), head, chunk, scratch);
+    }
+    void some_rows(const TokenRows& store, const std::byte* page, Index at, Index first, Index count,
+                   Index head, Index chunk, FusedScratch& scratch) noexcept {
+        if (first >= cache_.recipe().sink_tokens && first + count <= cache_.state_.dropped) return;
+        const Index padded = (count + unit_lanes - 1) / unit_lanes * unit_lanes;
+        for (Index row = head * block_; row < (head + 1) * block_; row += fused_rows) {
+            const Index rows = std::min(fused_rows, (head + 1) * block_ - row);
+            store.read(page, 0, head, at, count, scratch.rows(), key_dim_);
+            for (Index r = 0; r < rows; ++r)
+                detail::row_scores(isa_, work_.rotated_.data() + (row + r) * key_dim_, scratch.rows(),
+                                   key_dim_, count, key_dim_, scratch.scores() + r * tile_tokens);
+            apply(row, rows, first, count, padded, scratch.scores());
+            const PartialAttention to = part(chunk, row);
+            fused_softmax(isa_, scratch.scores(), padded, rows, to);
+            store.read(page, 1, head, at, count, scratch.rows(), value_dim_);
+            for (Index r = 0; r < rows; ++r)
+                detail::add_rows(isa_, scratch.scores() + r * tile_tokens, scratch.rows(), value_dim_, count,
+                                 value_dim_, to.output + r * stride_);
+        }
+    }
+
+    const KvCache& cache_;
+    AttentionWorkspace& work_;
+    Isa isa_;
+    Index query_tokens_, heads_, block_, rows_, key_dim_, value_dim_, stride_, first_position_, chunks_;
+    bool together_ = false;  ///< all heads read the same tiles of keys, so they go together
+    TokenRows sink_rows_, window_rows_;
+};
+
+template <CacheScalar Scalar, class Derived>
+void KvCache::attend_fused(const HeadRows<Scalar>& queries, Eigen::MatrixBase<Derived>& output,
+                           const AttentionParameters& parameters, AttentionWorkspace& workspace) const {
+    Fused fused(*this, queries.tokens(), workspace);
+    fused.take(queries, parameters);
+    fused.run();
+    const Index dim = configuration_.value_head_dim;
+    for (Index head = 0; head < configuration_.query_heads; ++head)
+        for (Index i = 0; i < queries.tokens(); ++i) {
+            const float* const values = fused.output(head, i);
+            for (Index c = 0; c < dim; ++c)
+                output(i, head * dim + c) = static_cast<typename Derived::Scalar>(values[c]);
+        }
 }
 
 inline std::vector<std::vector<Index>> KvCache::selected(const Matrix& given,

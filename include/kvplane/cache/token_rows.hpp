@@ -44,10 +44,9 @@ class TokenRows {
               Index stride) const {
         const Index dim = dim_[side];
         if (bits_ == 16) {
-            using Rows = Eigen::Map<const RowMajorMatrix<Eigen::half>>;
             const auto* from = reinterpret_cast<const Eigen::half*>(page) + row(side, head, at);
-            Eigen::Map<Matrix, 0, Eigen::OuterStride<>>(out, count, dim, Eigen::OuterStride<>(stride)) =
-                Rows(from, count, dim).cast<float>();
+            const Isa isa = current_isa();
+            for (Index t = 0; t < count; ++t) widen_row(isa, from + t * dim, dim, out + t * stride);
             return;
         }
         const auto* codes = reinterpret_cast<const std::uint8_t*>(page) + row(side, head, at);

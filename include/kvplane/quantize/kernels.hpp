@@ -501,4 +501,17 @@ inline void decode_rows(Isa isa, const std::uint8_t* codes, Index code_stride, I
     });
 }
 
+/// fp16 to float.
+inline void widen_row(Isa isa, const Eigen::half* from, Index count, float* to) noexcept {
+    run_on(isa, [&](auto lanes) KVPLANE_BODY {
+        Index i = 0;
+        for (; i + lanes <= count; i += lanes) {
+            detail::quantize::Floats<lanes> wide;
+            detail::quantize::widen<lanes>(wide, from + i);
+            detail::quantize::store(to + i, wide);
+        }
+        for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
+    });
+}
+
 }  // namespace kvplane

@@ -1,0 +1,27 @@
+// kvplane/attention/dispatch.hpp: which integer kernels attention uses.
+//
+// They follow the instruction set of isa.hpp, which can be listed, forced by force_isa() and by KVPLANE_ISA.
+#pragma once
+
+#include "kvplane/attention/kernels/avx2.hpp"
+#include "kvplane/attention/kernels/avx512.hpp"
+#include "kvplane/attention/kernels/scalar.hpp"
+#include "kvplane/isa.hpp"
+
+namespace kvplane::detail {
+
+/// The kernels of an instruction set that this machine has.
+inline const PlaneDot& plane_dot_of(Isa isa) noexcept {
+    switch (isa) {
+#if defined(KVPLANE_X86)
+        case Isa::avx512:
+            return avx512::plane_dots;
+        case Isa::avx2:
+            return avx2::plane_dots;
+#endif
+        default:
+            return scalar::plane_dots;
+    }
+}
+
+}  // namespace kvplane::detail

@@ -1,0 +1,70 @@
+// kvplane/attention/kernels/scalar.hpp: integer sums over planes, in plain C++: the definition.
+//
+// A plane is a list of 64-byte units of 16 lanes x 4 bytes, a byte holding 8 / width fields
+// (storage/tile.hpp). A block is as many consecutive units as cover the depth of the dot product: of keys 16
+// tokens and all channels, of values 16 channels and 128 tokens. For each block, row (a query head and token)
+// and lane,
+//
+//   sum += 2^shift sum over units u, fields i, bytes j of field_i(byte(u, lane, j)) factor[(u fields + i) 4 +
+//   j]
+//
+// with unsigned fields and signed 8-bit factors in -127 .. 127 (a low part may be -128). Sums are 32 bits: a
+// field of 4 bits and a depth of 2^17 stay below 2^28, and shifts of at most 4 below 2^32 / 2.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kvplane/matrix.hpp"
+
+namespace kvplane::detail {
+
+/// One call: `blocks` blocks of `units` units each, for `rows` rows. Row r's factors begin at factors + r
+/// factor_stride; sums are [block][row][16 lanes] and are added to. Each unit read prefetches the one at the
+/// same place of `ahead`.
+struct PlaneDotCall {
+    const std::byte* plane;
+    const std::byte* ahead;
+    Index blocks, units;
+    const std::int8_t* factors;
+    Index factor_stride, rows;
+    int shift;
+    std::int32_t* sums;
+};
+
+/// The sums of a call, by width of the plane: 1, 2 and 4.
+struct PlaneDot {
+    void (*of_width[3])(const PlaneDotCall&) noexcept;
+
+    void operator()(int width, const PlaneDotCall& call) const noexcept {
+        of_width[width == 4 ? 2 : width - 1](call);
+    }
+};
+
+namespace scalar {
+
+template <int width>
+void plane_dot(const PlaneDotCall& call) noexcept {
+    constexpr int fields = 8 / width, mask = (1 << width) - 1;
+    for (Index block = 0; block < call.blocks; ++block) {
+        const std::byte* const units = call.plane + block * call.units * 64;
+        for (Index row = 0; row < call.rows; ++row) {
+            const std::int8_t* const factors = call.factors + row * call.factor_stride;
+            std::int32_t sums[16] = {};
+            for (Index u = 0; u < call.units; ++u)
+                for (int i = 0; i < fields; ++i)
+                    for (int lane = 0; lane < 16; ++lane)
+                        for (int j = 0; j < 4; ++j)
+                            sums[lane] +=
+                                (std::to_integer<int>(units[u * 64 + lane * 4 + j]) >> (i * width) & mask) *
+                                factors[(u * fields + i) * 4 + j];
+            for (int lane = 0; lane < 16; ++lane)
+                call.sums[(block * call.rows + row) * 16 + lane] += sums[lane] * (1 << call.shift);
+        }
+    }
+}
+
+inline constexpr PlaneDot plane_dots{{plane_dot<1>, plane_dot<2>, plane_dot<4>}};
+
+}  // namespace scalar
+}  // namespace kvplane::detail
