@@ -4,10 +4,15 @@
 
 #include "kvplane/allocate/bit_allocation.hpp"
 #include "kvplane/allocate/key_favored.hpp"
+#include "kvplane/allocate/latent_schedule.hpp"
+#include "kvplane/attention/decode.hpp"
+#include "kvplane/attention/dispatch.hpp"
+#include "kvplane/attention/executor.hpp"
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/attention/reference.hpp"
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/cache/latent_keys.hpp"
 #include "kvplane/cache/tile_pool.hpp"
 #include "kvplane/cache/token_rows.hpp"
 #include "kvplane/error.hpp"
@@ -23,8 +28,11 @@
 #include "kvplane/storage/tile.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "kvplane/transform/hadamard.hpp"
+#include "kvplane/transform/latent_basis.hpp"
+#include "kvplane/transform/rope.hpp"
 #include "kvplane/version.hpp"
 #if __has_include(<nlohmann/json.hpp>)
 #include "kvplane/cache/serialize.hpp"
+#include "kvplane/io/latent_file.hpp"
 #include "kvplane/io/safetensors.hpp"
 #endif

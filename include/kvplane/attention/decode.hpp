@@ -13,7 +13,7 @@
 // summed in integers (kernels/). Where codes have more than 4 bits, factors have 16 bits in two parts: both
 // meet the first plane, the high one alone the planes below it, whose codes weigh a sixteenth or less. A
 // factor is so off by at most its largest / 254, or / 65000 on the first plane and / 254 of a sixteenth
-// (T14).
+// (T14), and a sum by that times the codes' distances from their middle.
 //
 // Everything here is noexcept, allocates nothing, and gives the same integers on every instruction set.
 #pragma once
@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "kvplane/attention/dispatch.hpp"
@@ -57,9 +58,40 @@ struct Factors {
     std::int8_t* low;  ///< nullptr: one part
 };
 
+struct TwoLanes {
+    float a, b;
+};
+/// The halves of a vector, combined, down to one lane: what is associative only.
+template <int Lanes, class V, class Combine, std::size_t... Place>
+KVPLANE_INLINE auto halves(const V& x, const Combine& combine, std::index_sequence<Place...>) {
+    using Half = Vector<float, Lanes / 2>;
+    const Half low = __builtin_shufflevector(x, x, Place...),
+               high = __builtin_shufflevector(x, x, (Place + Lanes / 2)...);
+    Half both;
+    combine(both, low, high);
+    if constexpr (Lanes == 4)
+        return TwoLanes{both[0], both[1]};
+    else
+        return halves<Lanes / 2>(both, combine, std::make_index_sequence<Lanes / 4>{});
+}
+template <int Lanes>
+KVPLANE_INLINE float sum_lanes(const Floats<Lanes>& x) {
+    const auto [a, b] = halves<Lanes>(
+        x, [](auto& to, const auto& l, const auto& h) KVPLANE_BODY { to = l + h; },
+        std::make_index_sequence<Lanes / 2>{});
+    return a + b;
+}
+template <int Lanes>
+KVPLANE_INLINE float max_lanes(const Floats<Lanes>& x) {
+    const auto [a, b] = halves<Lanes>(
+        x, [](auto& to, const auto& l, const auto& h) KVPLANE_BODY { to = l < h ? h : l; },
+        std::make_index_sequence<Lanes / 2>{});
+    return a < b ? b : a;
+}
+
 /// Sums of rounded factors, and of their low parts.
 struct FactorSums {
-    std::int64_t whole, low;
+    float whole, low;
 };
 /// round(x scale) to int8, or to 16 bits in two parts, high 256 + low. |x scale| at most 127 or 32512.
 template <int Lanes>
@@ -81,24 +113,9 @@ KVPLANE_INLINE void round_factors(const float* from, Index count, float scale, s
         quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(high + i), top & 0xFF);
         quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(low + i), rest & 0xFF);
     }
-    sums = {0, 0};
-    for (int i = 0; i < Lanes; ++i) {
-        sums.whole += all[i];
-        sums.low += lows[i];
-    }
-}
-
-template <int Lanes>
-KVPLANE_INLINE float sum_lanes(const Floats<Lanes>& x) {
-    float sum = 0.0f;
-    for (int i = 0; i < Lanes; ++i) sum += x[i];
-    return sum;
-}
-template <int Lanes>
-KVPLANE_INLINE float max_lanes(const Floats<Lanes>& x) {
-    float largest = x[0];
-    for (int i = 1; i < Lanes; ++i) largest = x[i] > largest ? x[i] : largest;
-    return largest;
+    // Below 2^24 for depths up to 512, and then off by less than the rounding of the sums that they correct.
+    sums = {sum_lanes<Lanes>(__builtin_convertvector(all, Floats<Lanes>)),
+            sum_lanes<Lanes>(__builtin_convertvector(lows, Floats<Lanes>))};
 }
 
 /// folded = x step; the largest |folded|, the sum of folded, and the sum of x (lower + step / 2), or, without
@@ -314,6 +331,11 @@ class FusedScratch {
 
 namespace detail {
 
+/// What a segment's decoder adds to a code where there is no lower: -(2^(bits - 1)).
+inline float symmetric_middle(int bits) noexcept {
+    return -0.5f * power_of_two(bits);
+}
+
 /// The factors of several rows and the sums of their products with the planes of one segment, and of one run
 /// of blocks of it.
 class FusedSums {
@@ -321,24 +343,33 @@ class FusedSums {
     FusedSums(FusedScratch& scratch, Index rows, bool two_parts) noexcept
         : scratch_(scratch), rows_(rows), two_parts_(two_parts) {}
 
-    /// Row r's factors from scratch.folded(), the first `count` of them. Returns what to add to every sum:
-    /// the base, and what rounding did to the part of the codes that all have in common, their middle; so
-    /// that a rounded factor errs by a code's distance from the middle only.
-    float factors(Isa isa, const TileFormat::Placed& segment, Index row, Index count,
-                  const fused::Fold& fold) noexcept {
-        const float most = two_parts_ ? 32512.0f : 127.0f;
-        const float worth = fold.largest > 0.0f ? fold.largest / most : 0.0f,
-                    scale = fold.largest > 0.0f ? most / fold.largest : 0.0f;
-        worth_[static_cast<std::size_t>(row)] = worth;
-        fused::FactorSums rounded{};
+    /// The factors of all rows: x[r * stride + i] step[i] for i below `count`, rounded; up to `depth` they
+    /// are 0. base gets what to add to every sum of a row: that of x lower, and what rounding did to the part
+    /// of the codes that all have in common, their middle; so that a rounded factor errs by a code's distance
+    /// from the middle only.
+    void factors(Isa isa, const TileFormat::Placed& segment, const float* x, Index stride,
+                 const Eigen::half* step, const Eigen::half* lower, Index count, Index depth,
+                 float* base) noexcept {
+        const float most = two_parts_ ? 32512.0f : 127.0f,
+                    middle = 0.5f * (power_of_two(segment.bits) - 1.0f),
+                    middle_below = 0.5f * (power_of_two(segment.split.shift(0)) - 1.0f),
+                    symmetric = symmetric_middle(segment.bits);
+        float* const folded = scratch_.folded();
+        std::fill(folded + count, folded + depth, 0.0f);
         run_on(isa, [&](auto lanes) KVPLANE_BODY {
-            fused::round_factors<lanes>(scratch_.folded(), count, scale, scratch_.high(row),
-                                        two_parts_ ? scratch_.low(row) : nullptr, rounded);
+            for (Index r = 0; r < rows_; ++r) {
+                fused::Fold fold{};
+                fused::fold<lanes>(x + r * stride, step, lower, symmetric, count, folded, fold);
+                const float worth = fold.largest > 0.0f ? fold.largest / most : 0.0f,
+                            scale = fold.largest > 0.0f ? most / fold.largest : 0.0f;
+                worth_[static_cast<std::size_t>(r)] = worth;
+                fused::FactorSums rounded{};
+                fused::round_factors<lanes>(folded, depth, scale, scratch_.high(r),
+                                            two_parts_ ? scratch_.low(r) : nullptr, rounded);
+                base[r] = fold.base + middle * (fold.sum - worth * rounded.whole) +
+                          middle_below * worth * rounded.low;
+            }
         });
-        const float middle = 0.5f * (power_of_two(segment.bits) - 1.0f),
-                    middle_below = 0.5f * (power_of_two(segment.split.shift(0)) - 1.0f);
-        return fold.base + middle * (fold.sum - worth * static_cast<float>(rounded.whole)) +
-               middle_below * worth * static_cast<float>(rounded.low);
     }
 
     /// Sums of `blocks` blocks from `first_block` on, over planes of `width`s whose blocks have
@@ -365,14 +396,19 @@ class FusedSums {
         }
     }
 
-    /// Adds row r's sums of block b, 16 lanes, to `to`.
-    void add(Isa isa, Index block, Index row, float base, float* to) noexcept {
-        const Index at = (block * rows_ + row) * unit_lanes;
+    /// to[r * row_stride + b * 16 ...] += the sums of row r and block b, and base[r].
+    void add(Isa isa, Index blocks, const float* base, float* to, Index row_stride) noexcept {
         // The high part counts 256 of the units that the scale is in.
-        const float worth = worth_[static_cast<std::size_t>(row)] * (two_parts_ ? 256.0f : 1.0f);
+        const float unit = two_parts_ ? 256.0f : 1.0f;
+        const std::int32_t *high = scratch_.high_sums(), *low = two_parts_ ? scratch_.low_sums() : nullptr;
         run_on(isa, [&](auto lanes) KVPLANE_BODY {
-            fused::add_sums<lanes>(scratch_.high_sums() + at, two_parts_ ? scratch_.low_sums() + at : nullptr,
-                                   worth, base, unit_lanes, to);
+            for (Index b = 0; b < blocks; ++b)
+                for (Index r = 0; r < rows_; ++r) {
+                    const Index at = (b * rows_ + r) * unit_lanes;
+                    fused::add_sums<lanes>(high + at, low ? low + at : nullptr,
+                                           worth_[static_cast<std::size_t>(r)] * unit, base[r], unit_lanes,
+                                           to + r * row_stride + b * unit_lanes);
+                }
         });
     }
 
@@ -382,20 +418,6 @@ class FusedSums {
     bool two_parts_;
     std::array<float, fused_rows> worth_{};
 };
-
-/// What a segment's decoder adds to a code where there is no lower: -(2^(bits - 1)).
-inline float symmetric_middle(int bits) noexcept {
-    return -0.5f * power_of_two(bits);
-}
-
-inline fused::Fold fold_factors(Isa isa, const float* x, const Eigen::half* step, const Eigen::half* lower,
-                                int bits, Index count, float* folded) noexcept {
-    fused::Fold result{};
-    run_on(isa, [&](auto lanes) KVPLANE_BODY {
-        fused::fold<lanes>(x, step, lower, symmetric_middle(bits), count, folded, result);
-    });
-    return result;
-}
 
 inline void row_scores(Isa isa, const float* query, const float* rows, Index stride, Index tokens,
                        Index channels, float* scores) noexcept {
@@ -457,23 +479,15 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
         const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
         const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
         detail::FusedSums sums(scratch, rows, segment.bits > 4);
-        std::fill(scratch.folded() + channels, scratch.folded() + depth, 0.0f);
         for (Index g = 0; g * group < tile_tokens; ++g) {
             std::array<float, fused_rows> base{};
-            for (Index r = 0; r < rows; ++r) {
-                const detail::fused::Fold fold = detail::fold_factors(
-                    isa, queries + r * stride + segment.first_channel, step + g * channels,
-                    symmetric ? nullptr : lower + g * channels, segment.bits, channels, scratch.folded());
-                base[static_cast<std::size_t>(r)] = sums.factors(isa, segment, r, depth, fold);
-            }
+            sums.factors(isa, segment, queries + segment.first_channel, stride, step + g * channels,
+                         symmetric ? nullptr : lower + g * channels, channels, depth, base.data());
             sums.sum(isa, segment, tile, ahead, g * blocks, blocks, [&](int width) {
                 const Index unit = TileFormat::unit_depth(width);
                 return (channels + unit - 1) / unit;
             });
-            for (Index b = 0; b < blocks; ++b)
-                for (Index r = 0; r < rows; ++r)
-                    sums.add(isa, b, r, base[static_cast<std::size_t>(r)],
-                             scores + r * tile_tokens + (g * blocks + b) * unit_lanes);
+            sums.add(isa, blocks, base.data(), scores + g * group, tile_tokens);
         }
     }
 }
@@ -492,18 +506,11 @@ inline void fused_output(Isa isa, const TileFormat& format, const std::byte* til
     for (Index first = 0, g = 0; first < segment.channels; first += run, ++g) {
         const Index blocks = (std::min(run, segment.channels - first) + unit_lanes - 1) / unit_lanes;
         std::array<float, fused_rows> base{};
-        for (Index r = 0; r < rows; ++r) {
-            const detail::fused::Fold fold = detail::fold_factors(
-                isa, weights + r * tile_tokens, step + g * tile_tokens,
-                symmetric ? nullptr : lower + g * tile_tokens, segment.bits, tile_tokens, scratch.folded());
-            base[static_cast<std::size_t>(r)] = sums.factors(isa, segment, r, tile_tokens, fold);
-        }
+        sums.factors(isa, segment, weights, tile_tokens, step + g * tile_tokens,
+                     symmetric ? nullptr : lower + g * tile_tokens, tile_tokens, tile_tokens, base.data());
         sums.sum(isa, segment, tile, ahead, first / unit_lanes, blocks,
                  [](int width) { return tile_tokens / TileFormat::unit_depth(width); });
-        for (Index b = 0; b < blocks; ++b)
-            for (Index r = 0; r < rows; ++r)
-                sums.add(isa, b, r, base[static_cast<std::size_t>(r)],
-                         output + r * stride + first + b * unit_lanes);
+        sums.add(isa, blocks, base.data(), output + first, stride);
     }
 }
 
@@ -521,13 +528,13 @@ struct PartialAttention {
 inline void fused_softmax(Isa isa, float* scores, Index count, Index rows,
                           const PartialAttention& partial) noexcept {
     constexpr float none = -std::numeric_limits<float>::infinity();
-    for (Index r = 0; r < rows; ++r) {
-        float* const row = scores + r * tile_tokens;
-        run_on(isa, [&](auto lanes) KVPLANE_BODY {
+    run_on(isa, [&](auto lanes) KVPLANE_BODY {
+        for (Index r = 0; r < rows; ++r) {
+            float* const row = scores + r * tile_tokens;
             const float top = std::max(partial.largest[r], detail::fused::largest_of<lanes>(row, count));
             if (top == none) {
                 std::fill_n(row, count, 0.0f);
-                return;
+                continue;
             }
             const float sum = detail::fused::weigh<lanes>(row, top, count);
             if (top > partial.largest[r]) {
@@ -537,8 +544,8 @@ inline void fused_softmax(Isa isa, float* scores, Index count, Index rows,
                 partial.largest[r] = top;
             }
             partial.sum[r] += sum;
-        });
-    }
+        }
+    });
 }
 
 /// Adds another contribution of one row.

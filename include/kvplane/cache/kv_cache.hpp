@@ -370,8 +370,8 @@ void KvCache::require_input(const HeadRows<Scalar>& rows, const char* argument, 
 }
 
 inline void KvCache::require_magnitude(const Matrix& rows, const char* argument, Index first) const {
+    if (rows.size() == 0 || rows.cwiseAbs().maxCoeff() <= largest_magnitude()) return;
     Index token = 0, channel = 0;
-    if (rows.size() == 0) return;
     const float largest = rows.cwiseAbs().maxCoeff(&token, &channel);
     require(largest <= largest_magnitude(), ErrorCode::beyond_fp16, "append: ", argument, ": token ",
             first + token, ", channel ", channel, " has the magnitude ", largest,

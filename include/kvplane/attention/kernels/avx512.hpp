@@ -33,7 +33,7 @@ KVPLANE_TARGET_AVX512 inline void dot_block(const PlaneDotCall& call, const std:
     }
     for (Index u = 0; u < call.units; ++u) {
         const __m512i unit = _mm512_loadu_si512(units + u * 64);
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + u * 64), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + u * 64), _MM_HINT_T1);
 #pragma GCC unroll 8
         for (int i = 0; i < fields; ++i) {
             const __m512i field = (__m512i)((Shorts)unit >> static_cast<std::uint16_t>(i * width)) & mask;

@@ -1,0 +1,145 @@
+// bench/attention_bench.cpp: decode attention on packed bits against the bandwidth of memory.
+//
+//   Decode/RECIPE/TOKENS/QUERY_HEADS/KV_HEADS/HEAD_DIM/threads:T   one query token over a cache of so many
+//
+// Counters: `bytes` of the cache, `bytes_per_second`, `bandwidth_share` = that over the read bandwidth that
+// this run measures with as many threads; `fp16_floor_ratio` = time over what reading an fp16 cache at that
+// bandwidth takes. Several caches take turns, 256 MiB together, so that all of it comes from memory. Usage:
+// attention_bench [--all] [benchmark's own options]; --all: every length and shape, not only the main ones.
+#include <benchmark/benchmark.h>
+
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <string>
+
+#include "bandwidth.hpp"
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/recipes.hpp"
+
+namespace {
+
+using namespace kvplane;
+
+struct Shape {
+    Index tokens, query_heads, kv_heads, head_dim;
+};
+
+Matrix random_rows(Index rows, Index cols, std::uint64_t seed) {
+    std::mt19937_64 generator(seed);
+    std::normal_distribution<float> normal;
+    return Matrix::NullaryExpr(rows, cols, [&] { return normal(generator); });
+}
+
+CacheConfiguration configuration(const std::string& recipe, const Shape& shape) {
+    CacheConfiguration c;
+    c.kv_heads = shape.kv_heads;
+    c.query_heads = shape.query_heads;
+    c.key_head_dim = c.value_head_dim = shape.head_dim;
+    c.recipe = recipes::parse(recipe);
+    c.rope = RopeSettings{};
+    if (!c.recipe.latents) return c;
+    const Index channels = shape.kv_heads * shape.head_dim;
+    Matrix keys = random_rows(2048, channels, 7);
+    for (Index j = 0; j < channels; ++j)
+        keys.col(j) *=
+            std::exp(-3.0f * static_cast<float>(j % shape.head_dim) / static_cast<float>(shape.head_dim));
+    LatentStatistics statistics(c.kv_heads, c.query_heads, c.key_head_dim);
+    statistics.add_keys({keys, 0});
+    statistics.add_queries(random_rows(256, c.query_heads * c.key_head_dim, 8));
+    c.latent_keys = fit_latent_keys(statistics, c.rope, *c.recipe.latents);
+    return c;
+}
+
+std::string name_of(const std::string& recipe, const Shape& shape) {
+    std::ostringstream name;
+    name << recipe << '/' << shape.tokens << '/' << shape.query_heads << '/' << shape.kv_heads << '/'
+         << shape.head_dim;
+    return name.str();
+}
+
+struct Caches {
+    TilePool pool;
+    std::vector<KvCache> caches;
+};
+
+/// The caches of one case; made when it is asked for, and kept while it is.
+Caches& caches_of(const std::string& recipe, const Shape& shape) {
+    static std::string key;
+    static std::unique_ptr<Caches> made;
+    const std::string wanted = name_of(recipe, shape);
+    if (key == wanted) return *made;
+    made = std::make_unique<Caches>();
+    const CacheConfiguration c = configuration(recipe, shape);
+    const Index piece = std::min<Index>(shape.tokens, 2048), channels = shape.kv_heads * shape.head_dim;
+    const Matrix keys = random_rows(piece, channels, 1), values = random_rows(piece, channels, 2);
+    do {
+        KvCache& cache = made->caches.emplace_back(c, made->pool);
+        for (Index t = 0; t < shape.tokens; t += piece) cache.append(keys, values);
+    } while (made->caches[0].bytes() * static_cast<Index>(made->caches.size()) < (Index{256} << 20));
+    key = wanted;
+    return *made;
+}
+
+void decode(benchmark::State& state, const std::string& recipe, const Shape& shape, int threads) {
+    Caches& all = caches_of(recipe, shape);
+    ThreadExecutor executor(threads);
+    AttentionWorkspace workspace(&executor);
+    const Matrix queries = random_rows(1, shape.query_heads * shape.head_dim, 3);
+    Matrix output(1, shape.query_heads * shape.head_dim);
+    std::size_t next = 0;
+    for (auto _ : state) {
+        all.caches[next].attend(queries, output, {}, workspace);
+        benchmark::DoNotOptimize(output.data());
+        next = (next + 1) % all.caches.size();
+    }
+    const auto bytes = static_cast<double>(all.caches[0].bytes());
+    const double bandwidth = kvplane_bench::read_bandwidth(threads),
+                 runs = static_cast<double>(state.iterations());
+    const double fp16 = 4.0 * static_cast<double>(shape.tokens * shape.kv_heads * shape.head_dim);
+    state.counters["bytes"] = bytes;
+    state.SetBytesProcessed(static_cast<std::int64_t>(bytes * runs));
+    state.counters["bandwidth_share"] =
+        benchmark::Counter(bytes * runs / bandwidth, benchmark::Counter::kIsRate);
+    state.counters["fp16_floor_ratio"] = benchmark::Counter(
+        fp16 / bandwidth * runs, benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
+}
+
+void add(const std::string& recipe, const Shape& shape) {
+    for (const int threads : {1, 2}) {
+        const std::string name = "Decode/" + name_of(recipe, shape) + "/threads:" + std::to_string(threads);
+        benchmark::RegisterBenchmark(name.c_str(),
+                                     [=](benchmark::State& state) { decode(state, recipe, shape, threads); })
+            ->UseRealTime()
+            ->Unit(benchmark::kMicrosecond);
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    bool all = false;
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+        if (std::strcmp(arguments[i], "--all") == 0)
+            all = true;
+        else
+            arguments[kept++] = arguments[i];
+    }
+    for (const char* recipe :
+         {"key_favored:8:8", "key_favored:4:4", "key_favored:4:2", "key_favored:3:3", "key_favored:2:2",
+          "standard", "latent:3:3+heads_together=0", "latent:2:2+heads_together=0"}) {
+        add(recipe, {32768, 32, 8, 128});
+        if (!all) continue;
+        for (const Index tokens : {512, 4096, 131072}) add(recipe, {tokens, 32, 8, 128});
+        for (const Index tokens : {512, 4096, 32768}) {
+            add(recipe, {tokens, 32, 32, 128});
+            add(recipe, {tokens, 9, 3, 64});
+        }
+    }
+    benchmark::Initialize(&kept, arguments);
+    if (benchmark::ReportUnrecognizedArguments(kept, arguments)) return 1;
+    benchmark::RunSpecifiedBenchmarks();
+}
