@@ -58,6 +58,7 @@ void run(const CommandLine& options) {
                      " prompts, expected one (in quotes)");
     const std::string name = options.text("--recipe", "standard");
 
+    if (name != "exact") (void)kvplane::recipes::parse(name.substr(0, name.find('@')));
     const double temperature = options.real("--temperature", 0.0);
     Threads threads(static_cast<int>(options.number("--threads", 0)));
     const Model model(Gguf::open(options.required("--model")), threads);

@@ -143,6 +143,41 @@ TEST(Programs, DumpWritesWhatTheQuickstartReads) {
     std::filesystem::remove(path);
 }
 
+TEST(Programs, CalibrateWritesWhatEvaluateReads) {
+    KVPLANE_NEEDS_MODEL();
+    const auto folder = std::filesystem::temp_directory_path() /
+                        ("kvplane_calibrate_" + std::to_string(std::random_device{}()));
+    std::filesystem::create_directory(folder);
+    const std::string at = folder.string() + "/", text = " --text " KVPLANE_EXAMPLE_DATA "/jargon_file.txt",
+                      model = " --model " + model_path();
+    for (const char* part : {"a --first-token 0", "b --first-token 600"})
+        output_of(programs + "/calibrate --tokens 600" + model + text + " --out " + at + part +
+                  " 2>/dev/null");
+    output_of(programs + "/calibrate --merge " + at + "a," + at + "b --out " + at +
+              "both --recipe latent:3:3 --bases " + at + "bases 2>/dev/null");
+    EXPECT_EQ(kvplane::load_calibration(at + "both").layers[7].keys().count(), 2.0 * (600 - 4));
+    EXPECT_EQ(kvplane::load_latent_keys(at + "bases").size(), 30u);
+    const auto json = nlohmann::json::parse(
+        output_of(programs + "/evaluate --json --context 640 --basis " + at + "both" + model +
+                  " --recipes key_favored:3:16,latent:3:16,svdq:2,latent:3:16@keys=1/8 "
+                  "--text " KVPLANE_EXAMPLE_DATA "/northanger_abbey.txt 2>/dev/null"));
+    const auto kl = [&](std::size_t i) { return json.at("recipes")[i].at("kl_mean").get<double>(); };
+    EXPECT_LT(3.0 * kl(1), kl(0)) << "three bits in latents against three by channel";
+    EXPECT_LT(kl(2), kl(0)) << "SVDq's two bits against three by channel";
+    EXPECT_GT(kl(3), kl(1)) << "an eighth of the keys";
+    const auto complaint = [](const std::string& arguments) {
+        return output_of(programs + arguments + " 2>&1 >/dev/null", 1);
+    };
+    EXPECT_NE(complaint("/evaluate --recipes latent:3:3 --basis " + at + "bases" + model + text)
+                  .find("latent statistics"),
+              std::string::npos);
+    EXPECT_NE(complaint("/calibrate --tokens 10000000 --out " + at + "c" + model + text).find("of a text of"),
+              std::string::npos);
+    EXPECT_NE(complaint("/calibrate --merge " + at + "none --out " + at + "c").find("none"),
+              std::string::npos);
+    std::filesystem::remove_all(folder);
+}
+
 TEST(Programs, BadCommandLinesAreRefused) {
     const auto complaint = [](const std::string& arguments) {
         return output_of(programs + arguments + " 2>&1 >/dev/null", 1);
@@ -154,7 +189,7 @@ TEST(Programs, BadCommandLinesAreRefused) {
     EXPECT_NE(complaint("/generate --recipe kivi:99 hello").find("99 bits"), std::string::npos);
     EXPECT_NE(complaint("/generate one two").find("2 prompts"), std::string::npos);
     EXPECT_NE(complaint("/dump --tokens many --model /none").find("/none"), std::string::npos);
-    for (const char* program : {"/generate", "/evaluate", "/dump"})
+    for (const char* program : {"/generate", "/evaluate", "/dump", "/calibrate"})
         EXPECT_NE(output_of(programs + program + " --help").find("usage:"), std::string::npos);
 }
 
