@@ -75,7 +75,7 @@ TEST_P(LatentCache, GivenBasisServesNewTokensAndAttentionIsThatOfWhatIsStored) {
     const CacheConfiguration c = given(GetParam());
     const Sequence s(c, 700, seed());
     KvCache cache(c, pool_);
-    cache.append(s.keys, s.values);  // no queries needed
+    cache.append(s.keys, s.values);            // no queries needed
     const Matrix q = s.queries.bottomRows(9);  // more than the fused path takes
     const Matrix output = attend(cache, q);
     const Matrix fused = attend(cache, q.bottomRows(3));
@@ -103,6 +103,7 @@ TEST_P(LatentCache, FitsItsOwnBasisWhenTheTokensAreThere) {
         EXPECT_NE(refusal(ErrorCode::option, [&] { cache.append(s.keys, s.values); }).find("queries"),
                   std::string::npos);
         refusal(ErrorCode::shape, [&] { cache.append(s.keys, s.values, s.queries.topRows(3)); });
+        cache.append(Matrix(0, s.keys.cols()), Matrix(0, s.values.cols()), Matrix(0, s.queries.cols()));
     }
     refusal(ErrorCode::option, [&] { KvCache::predicted_bytes(c, 100); });
     const Index due = 4 + 300 + c.recipe.recent_tokens;

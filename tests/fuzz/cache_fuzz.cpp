@@ -10,12 +10,16 @@ using namespace kvplane;
 
 namespace {
 
-CacheConfiguration configuration(bool every_token) {
+CacheConfiguration configuration(int kind) {
+    static const char* const recipes[] = {"block32:4", "key_favored:2:1+sinks=2+recent=0",
+                                          "latent:2:1+sinks=2+recent=0+fit_tokens=64+context=100000",
+                                          "weighted:2:1+sinks=2+recent=0+fit_tokens=300"};
     CacheConfiguration c;
     c.kv_heads = 1;
     c.query_heads = 2;
     c.key_head_dim = c.value_head_dim = 16;
-    c.recipe = recipes::parse(every_token ? "block32:4" : "key_favored:2:1+sinks=2+recent=0");
+    c.recipe = recipes::parse(recipes[kind % 4]);
+    c.rope = RopeSettings{};
     return c;
 }
 
@@ -23,7 +27,7 @@ void use(KvCache& cache) {
     const Index tokens = std::min<Index>(cache.tokens(), 2);
     Matrix output(tokens, 32);
     cache.attend(Matrix::Ones(tokens, 32), output);
-    cache.append(Matrix::Ones(40, 16), Matrix::Ones(40, 16));
+    cache.append(Matrix::Ones(40, 16), Matrix::Ones(40, 16), Matrix::Ones(40, 32));
     (void)cache.error_bound();
     cache.truncate(cache.tokens() - 1);
     (void)to_bytes(cache);
@@ -34,11 +38,10 @@ void use(KvCache& cache) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     if (size < 2) return 0;
     TilePool pool;
-    const bool every_token = data[0] & 1;
-    const CacheConfiguration c = configuration(every_token);
+    const CacheConfiguration c = configuration(data[0]);
     KvCache cache(c, pool);
     const Index tokens = data[1] * 2;
-    cache.append(Matrix::Random(tokens, 16), Matrix::Random(tokens, 16));
+    cache.append(Matrix::Random(tokens, 16), Matrix::Random(tokens, 16), Matrix::Random(tokens, 32));
     // Numbers of the file, replaced by what the fuzzer says.
     detail::CacheContent content = detail::CacheContent::of(cache);
     std::size_t at = 2;

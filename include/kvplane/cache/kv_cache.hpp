@@ -347,6 +347,7 @@ class KvCache {
     template <CacheScalar Scalar>
     static Matrix to_matrix_of(const HeadRows<Scalar>& rows) {
         Matrix matrix(rows.tokens(), rows.channels());
+        if (matrix.size() == 0) return matrix;
         for (Index h = 0; h < rows.heads(); ++h)
             matrix.middleCols(h * rows.head_dim(), rows.head_dim()) = rows.head(h).template cast<float>();
         return matrix;
