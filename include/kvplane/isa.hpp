@@ -18,6 +18,11 @@
 #define KVPLANE_TARGET_AVX512 \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#define KVPLANE_NEON 1
+#define KVPLANE_TARGET_NEON __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 /// For the bodies that one source shares between instruction sets: they take the target of their caller.
 #define KVPLANE_INLINE __attribute__((always_inline)) inline
 /// The same for a lambda: [&](auto lanes) KVPLANE_BODY { ... }
@@ -28,8 +33,8 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "kvplane's storage form
 namespace kvplane {
 
 /// Instruction sets, ascending. `scalar` is what the program was compiled for (SSE2 or Advanced SIMD at
-/// least).
-enum class Isa : int { scalar, avx2, avx512 };
+/// least), `neon` the same with the dot product of Armv8.2.
+enum class Isa : int { scalar, neon, avx2, avx512 };
 
 struct IsaDescription {
     Isa isa;
@@ -37,8 +42,9 @@ struct IsaDescription {
     std::string_view features;  ///< what the processor must have
 };
 
-inline constexpr std::array<IsaDescription, 3> all_isas{{
+inline constexpr std::array<IsaDescription, 4> all_isas{{
     {Isa::scalar, "scalar", "none"},
+    {Isa::neon, "neon", "ASIMDDP"},
     {Isa::avx2, "avx2", "AVX2 FMA F16C"},
     {Isa::avx512, "avx512", "AVX512F AVX512BW AVX512DQ AVX512VL AVX512_VNNI"},
 }};
@@ -54,6 +60,10 @@ inline bool is_supported(Isa isa) noexcept {
     switch (isa) {
         case Isa::scalar:
             return true;
+#if defined(KVPLANE_NEON)
+        case Isa::neon:
+            return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#endif
 #if defined(KVPLANE_X86)
         case Isa::avx2:
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -83,7 +93,7 @@ inline Isa isa_named(std::string_view wanted) {
                 ": this machine lacks it (needs ", description.features, ")");
         return description.isa;
     }
-    fail(ErrorCode::option, "instruction set '", wanted, "': expected scalar, avx2 or avx512");
+    fail(ErrorCode::option, "instruction set '", wanted, "': expected scalar, neon, avx2 or avx512");
 }
 
 namespace detail {

@@ -5,6 +5,7 @@
 
 #include "kvplane/attention/kernels/avx2.hpp"
 #include "kvplane/attention/kernels/avx512.hpp"
+#include "kvplane/attention/kernels/neon.hpp"
 #include "kvplane/attention/kernels/scalar.hpp"
 #include "kvplane/isa.hpp"
 
@@ -13,6 +14,10 @@ namespace kvplane::detail {
 /// The kernels of an instruction set that this machine has.
 inline const PlaneDot& plane_dot_of(Isa isa) noexcept {
     switch (isa) {
+#if defined(KVPLANE_NEON)
+        case Isa::neon:
+            return neon::plane_dots;
+#endif
 #if defined(KVPLANE_X86)
         case Isa::avx512:
             return avx512::plane_dots;
