@@ -42,7 +42,8 @@ TEST(PlaneDot, EveryInstructionSetEqualsTheDefinition) {
                     for (std::byte& byte : plane) byte = static_cast<std::byte>(extreme ? 255 : random());
                     std::vector<std::int8_t> factors(static_cast<std::size_t>(rows * stride));
                     for (std::int8_t& factor : factors)
-                        factor = static_cast<std::int8_t>(extreme ? (random() % 2 ? -128 : 127) : random());
+                        factor = extreme ? (random() % 2 ? std::int8_t{-128} : std::int8_t{127})
+                                         : static_cast<std::int8_t>(random());
                     if (extreme) std::fill_n(factors.begin(), stride, std::int8_t{-128});
                     for_each_isa([&](Isa isa) {
                         std::vector<std::int32_t> sums(static_cast<std::size_t>(blocks * rows * 16), 5);

@@ -276,7 +276,7 @@ TEST(LatentBytes, AreTheTrueRate) {
     cache.append(s.keys, s.values);
     const double values = 2.0 * static_cast<double>(tokens * d), headers = 8.0 * 64.0;
     const double extra = 4.0 * d + 8.0 * kept;
-    const double rate = theory::latent_true_rate(2.5, kept, d, static_cast<double>(tokens), 128.0) / 8.0 *
+    const double rate = theory::latent_true_rate(2.5, kept, d, tokens, 128) / 8.0 *
                         static_cast<double>(tokens * d);
     EXPECT_DOUBLE_EQ(static_cast<double>(cache.bytes()), values + headers + extra + rate);
 }

@@ -22,6 +22,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <span>
 #include <utility>
@@ -124,32 +125,44 @@ struct Fold {
     float largest, sum, base;
 };
 template <int Lanes>
-KVPLANE_INLINE void fold(const float* x, const Eigen::half* step, const Eigen::half* lower, float middle,
-                         Index count, float* folded, Fold& result) {
-    Floats<Lanes> largest{}, base{}, sum{};
-    Index i = 0;
-    for (; i + Lanes <= count; i += Lanes) {
+struct FoldSums {
+    Floats<Lanes> largest{}, sum{}, base{};
+
+    KVPLANE_INLINE void take(const float* x, const Eigen::half* step, const Eigen::half* lower,
+                             float* folded) {
         Floats<Lanes> value, s, l;
-        load(value, x + i);
-        widen<Lanes>(s, step + i);
+        load(value, x);
+        widen<Lanes>(s, step);
         const Floats<Lanes> product = value * s;
         if (lower) {
-            widen<Lanes>(l, lower + i);
+            widen<Lanes>(l, lower);
             base += value * l;
         }
         sum += product;
-        store(folded + i, product);
+        store(folded, product);
         const auto magnitude = (Floats<Lanes>)((Ints<Lanes>)product & 0x7FFFFFFF);
         largest = largest < magnitude ? magnitude : largest;
     }
-    result = {max_lanes<Lanes>(largest), sum_lanes<Lanes>(sum), sum_lanes<Lanes>(base)};
-    for (; i < count; ++i) {
-        const float product = x[i] * static_cast<float>(step[i]);
-        folded[i] = product;
-        result.largest = std::max(result.largest, std::abs(product));
-        result.sum += product;
-        if (lower) result.base += x[i] * static_cast<float>(lower[i]);
+};
+/// folded has room for whole vectors; beyond `count` it gets 0.
+template <int Lanes>
+KVPLANE_INLINE void fold(const float* x, const Eigen::half* step, const Eigen::half* lower, float middle,
+                         Index count, float* folded, Fold& result) {
+    FoldSums<Lanes> sums;
+    Index i = 0;
+    for (; i + Lanes <= count; i += Lanes)
+        sums.take(x + i, step + i, lower ? lower + i : nullptr, folded + i);
+    if (i < count) {
+        float rest_x[Lanes] = {};
+        std::uint16_t rest_step[Lanes] = {}, rest_lower[Lanes] = {};
+        const auto rest = static_cast<std::size_t>(count - i);
+        std::memcpy(rest_x, x + i, rest * sizeof(float));
+        std::memcpy(rest_step, step + i, rest * sizeof(Eigen::half));
+        if (lower) std::memcpy(rest_lower, lower + i, rest * sizeof(Eigen::half));
+        sums.take(rest_x, reinterpret_cast<const Eigen::half*>(rest_step),
+                  lower ? reinterpret_cast<const Eigen::half*>(rest_lower) : nullptr, folded + i);
     }
+    result = {max_lanes<Lanes>(sums.largest), sum_lanes<Lanes>(sums.sum), sum_lanes<Lanes>(sums.base)};
     result.base += result.sum * (lower ? 0.5f : middle);
 }
 
@@ -260,19 +273,39 @@ KVPLANE_INLINE void add_rows(const float* weights, const float* rows, Index stri
 
 /// projected[r][j] = scale[j] sum over c of queries[r][c] columns[c][j], for j below `kept`; columns are
 /// fp16, `kept` to a row.
+template <int Lanes, int rows, int strips>
+KVPLANE_INLINE void project_strips(const float* queries, Index query_stride, const Eigen::half* columns,
+                                   Index channels, Index kept, const float* scale, float* projected,
+                                   Index projected_stride) {
+    Floats<Lanes> sums[rows][strips]{};
+    for (Index c = 0; c < channels; ++c) {
+        Floats<Lanes> column[strips];
+        for (int s = 0; s < strips; ++s) widen<Lanes>(column[s], columns + c * kept + s * Lanes);
+        for (int r = 0; r < rows; ++r)
+            for (int s = 0; s < strips; ++s) sums[r][s] += column[s] * queries[r * query_stride + c];
+    }
+    for (int s = 0; s < strips; ++s) {
+        Floats<Lanes> by;
+        load(by, scale + s * Lanes);
+        for (int r = 0; r < rows; ++r) store(projected + r * projected_stride + s * Lanes, sums[r][s] * by);
+    }
+}
 template <int Lanes, int rows>
 KVPLANE_INLINE void project_rows(const float* queries, Index query_stride, const Eigen::half* columns,
                                  Index channels, Index kept, const float* scale, float* projected,
                                  Index projected_stride) {
     Index j = 0;
-    for (; j + Lanes <= kept; j += Lanes) {
-        Floats<Lanes> sums[rows]{}, column, s;
-        for (Index c = 0; c < channels; ++c) {
-            widen<Lanes>(column, columns + c * kept + j);
-            for (int r = 0; r < rows; ++r) sums[r] += column * queries[r * query_stride + c];
-        }
-        load(s, scale + j);
-        for (int r = 0; r < rows; ++r) store(projected + r * projected_stride + j, sums[r] * s);
+    for (; j + 3 * Lanes <= kept; j += 3 * Lanes)
+        project_strips<Lanes, rows, 3>(queries, query_stride, columns + j, channels, kept, scale + j,
+                                       projected + j, projected_stride);
+    for (; j + Lanes <= kept; j += Lanes)
+        project_strips<Lanes, rows, 1>(queries, query_stride, columns + j, channels, kept, scale + j,
+                                       projected + j, projected_stride);
+    if (j < kept && kept >= Lanes) {  // the last whole vector, some of it again
+        j = kept - Lanes;
+        project_strips<Lanes, rows, 1>(queries, query_stride, columns + j, channels, kept, scale + j,
+                                       projected + j, projected_stride);
+        return;
     }
     for (; j < kept; ++j)
         for (int r = 0; r < rows; ++r) {
