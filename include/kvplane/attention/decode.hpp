@@ -53,12 +53,6 @@ constexpr Index padded_depth(Index count) noexcept {
     return (count + 31) / 32 * 32;
 }
 
-/// Factors of one row in int8, and what an integer sum of them is worth.
-struct Factors {
-    std::int8_t* high;
-    std::int8_t* low;  ///< nullptr: one part
-};
-
 struct TwoLanes {
     float a, b;
 };

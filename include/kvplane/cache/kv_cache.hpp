@@ -209,8 +209,7 @@ class KvCache {
         for (const PageReference& page : state_.window) sum += page_bytes(page.bytes());
         if (configuration_.fits_basis() && latent_keys()) sum += latent_keys()->bytes();
         if (state_.queries)
-            for (const SecondMoments& head : *state_.queries)
-                sum += 8 * (1 + head.channels() + head.channels() * head.channels());
+            for (const SecondMoments& head : *state_.queries) sum += head.bytes();
         return sum;
     }
     /// 8 bytes() / elements of all tokens; 0 without tokens.

@@ -49,6 +49,9 @@ class SecondMoments {
     /// The same, divided by the count.
     MatrixD covariance() const { return count_ > 0.0 ? MatrixD(scatter_ / count_) : scatter_; }
 
+    /// Memory of the numbers.
+    Index bytes() const noexcept { return 8 * (1 + mean_.size() + scatter_.size()); }
+
     /// Rows x channels. Throws Error (shape; not_finite with the position).
     template <class Derived>
     void add(const Eigen::MatrixBase<Derived>& rows, std::string_view argument = "rows");
@@ -86,12 +89,7 @@ class LatentStatistics {
     void merge(const LatentStatistics& other);
 
     /// Memory of all of it.
-    Index bytes() const noexcept {
-        const auto of = [](const SecondMoments& m) {
-            return 8 * (1 + m.channels() + m.channels() * m.channels());
-        };
-        return of(keys_) + kv_heads() * of(queries_[0]);
-    }
+    Index bytes() const noexcept { return keys_.bytes() + kv_heads() * queries_[0].bytes(); }
 
   private:
     Index query_heads_;
