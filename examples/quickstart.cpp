@@ -3,17 +3,19 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <set>
 #include <string>
 #include <vector>
 
+#include "dump_file.hpp"
 #include "kvplane/io/safetensors.hpp"
 #include "quantizer_report.hpp"
 
 namespace {
 
 using namespace kvplane;
+using kvplane_examples::layers_in;
 using kvplane_examples::LayerTensors;
+using kvplane_examples::load;
 
 constexpr const char* usage =
     "usage: quickstart [FILE] [--json] [--help]\n"
@@ -29,29 +31,6 @@ constexpr const char* usage =
     "Northanger Abbey, which ship with kvplane.\n"
     "\n"
     "  --json   one JSON object {\"rows\": [...], \"allocation\": [...]} and nothing else\n";
-
-/// The layers of which a file has keys, ascending.
-std::set<int> layers_in(const SafetensorsFile& file) {
-    std::set<int> layers;
-    for (const std::string& name : file.names()) {
-        int layer = 0, used = 0;
-        if (std::sscanf(name.c_str(), "layers.%d.keys%n", &layer, &used) == 1 &&
-            used == static_cast<int>(name.size()))
-            layers.insert(layer);
-    }
-    return layers;
-}
-
-/// [tokens, heads, head_dim] checked and flattened to tokens x (heads * head_dim).
-Matrix load(const SafetensorsFile& file, const std::string& name, Index& heads) {
-    const auto& shape = file.info(name).shape;
-    require(shape.size() == 3, ErrorCode::shape, name, ": rank ", shape.size(),
-            ", expected [tokens, heads, head_dim]");
-    require(shape[0] >= 1 && shape[1] >= 1 && shape[2] >= 1, ErrorCode::shape, name, ": [", shape[0], ", ",
-            shape[1], ", ", shape[2], "], expected at least one token, head and channel");
-    heads = shape[1];
-    return file.to_float_matrix(name);
-}
 
 LayerTensors load_layer(const SafetensorsFile& file, int layer) {
     const std::string prefix = "layers." + std::to_string(layer) + ".";
@@ -73,9 +52,7 @@ LayerTensors load_layer(const SafetensorsFile& file, int layer) {
 }
 
 void run(std::vector<std::filesystem::path> files, bool json) {
-    if (files.empty())
-        files = {std::filesystem::path(KVPLANE_EXAMPLE_DATA) / "smollm2_layers_0_8.safetensors",
-                 std::filesystem::path(KVPLANE_EXAMPLE_DATA) / "smollm2_layers_16_24.safetensors"};
+    if (files.empty()) files = kvplane_examples::shipped_files();
     std::vector<LayerTensors> layers;
     for (const auto& path : files) {
         const SafetensorsFile file = SafetensorsFile::open(path);

@@ -9,10 +9,10 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
+#include "dump_file.hpp"
 #include "kvplane/allocate/bit_allocation.hpp"
 #include "kvplane/attention/reference.hpp"
 #include "kvplane/cache/kv_cache.hpp"
@@ -87,16 +87,9 @@ std::optional<Number> metadata_number(const SafetensorsFile& file, const std::st
 }
 
 /// The layers of which a file has all that is needed, ascending; says on stderr which ones it lacks.
-std::vector<int> layers_in(const SafetensorsFile& file) {
-    std::set<int> layers;
-    for (const std::string& name : file.names()) {
-        int layer = 0, used = 0;
-        if (std::sscanf(name.c_str(), "layers.%d.keys%n", &layer, &used) == 1 &&
-            used == static_cast<int>(name.size()))
-            layers.insert(layer);
-    }
+std::vector<int> complete_layers(const SafetensorsFile& file) {
     std::vector<int> complete;
-    for (const int layer : layers) {
+    for (const int layer : kvplane_examples::layers_in(file)) {
         const std::string prefix = "layers." + std::to_string(layer) + ".";
         if (file.contains(prefix + "values") && file.contains(prefix + "queries"))
             complete.push_back(layer);
@@ -106,15 +99,9 @@ std::vector<int> layers_in(const SafetensorsFile& file) {
     return complete;
 }
 
-/// [tokens, heads, head_dim] checked and flattened to tokens x (heads * head_dim).
+/// The tensor, all of it finite.
 Matrix load(const SafetensorsFile& file, const std::string& name, Index& heads) {
-    const auto& shape = file.info(name).shape;
-    require(shape.size() == 3, ErrorCode::shape, name, ": rank ", shape.size(),
-            ", expected [tokens, heads, head_dim]");
-    require(shape[0] >= 1 && shape[1] >= 1 && shape[2] >= 1, ErrorCode::shape, name, ": [", shape[0], ", ",
-            shape[1], ", ", shape[2], "], expected at least one token, head and channel");
-    heads = shape[1];
-    Matrix rows = file.to_float_matrix(name);
+    Matrix rows = kvplane_examples::load(file, name, heads);
     require(rows.allFinite(), ErrorCode::not_finite, name, ": not all values are finite");
     return rows;
 }
@@ -558,13 +545,11 @@ kvplane_examples::Plot to_plot(const std::vector<LayerReport>& layers) {
 
 void run(const Options& options) {
     std::vector<std::filesystem::path> files = options.files;
-    if (files.empty())
-        files = {std::filesystem::path(KVPLANE_EXAMPLE_DATA) / "smollm2_layers_0_8.safetensors",
-                 std::filesystem::path(KVPLANE_EXAMPLE_DATA) / "smollm2_layers_16_24.safetensors"};
+    if (files.empty()) files = kvplane_examples::shipped_files();
     std::vector<Layer> layers;
     for (const auto& path : files) {
         const SafetensorsFile file = SafetensorsFile::open(path);
-        for (const int layer : layers_in(file)) layers.push_back(load_layer(file, layer, options));
+        for (const int layer : complete_layers(file)) layers.push_back(load_layer(file, layer, options));
     }
     require(!layers.empty(), ErrorCode::index, files.front().string(),
             ": no layer has layers.L.keys, .values and .queries, expected at least one");

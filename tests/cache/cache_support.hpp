@@ -69,6 +69,14 @@ inline Matrix normal_matrix(std::mt19937_64& random, Index rows, Index cols, flo
     return matrix;
 }
 
+inline Matrix attend(const KvCache& cache, const Matrix& queries,
+                     const AttentionParameters& parameters = {}) {
+    const auto& c = cache.configuration();
+    Matrix output(queries.rows(), c.query_heads * c.value_head_dim);
+    cache.attend(queries, output, parameters);
+    return output;
+}
+
 /// All tokens in fp32, and which of them are still kept.
 struct NaiveCache {
     Matrix keys, values;

@@ -33,13 +33,6 @@ class CacheOfRecipe : public testing::TestWithParam<std::string> {
     TilePool pool_;
 };
 
-Matrix attend(const KvCache& cache, const Matrix& queries, const AttentionParameters& parameters = {}) {
-    const auto& c = cache.configuration();
-    Matrix output(queries.rows(), c.query_heads * c.value_head_dim);
-    cache.attend(queries, output, parameters);
-    return output;
-}
-
 /// Everything the cache stores is within the bound that it states, and not suspiciously far below it.
 void expect_within_bounds(const KvCache& cache, const NaiveCache& naive) {
     const auto& c = cache.configuration();

@@ -51,13 +51,6 @@ CacheConfiguration given(const std::string& recipe) {
     return c;
 }
 
-Matrix attend(const KvCache& cache, const Matrix& queries, const AttentionParameters& parameters = {}) {
-    const auto& c = cache.configuration();
-    Matrix output(queries.rows(), c.query_heads * c.value_head_dim);
-    cache.attend(queries, output, parameters);
-    return output;
-}
-
 MatrixD exact(const CacheConfiguration& c, const Matrix& keys, const Matrix& values, const Matrix& queries) {
     return reference_attention(keys, values, queries, c.query_heads, c.kv_heads);
 }
@@ -276,8 +269,8 @@ TEST(LatentBytes, AreTheTrueRate) {
     cache.append(s.keys, s.values);
     const double values = 2.0 * static_cast<double>(tokens * d), headers = 8.0 * 64.0;
     const double extra = 4.0 * d + 8.0 * kept;
-    const double rate = theory::latent_true_rate(2.5, kept, d, tokens, 128) / 8.0 *
-                        static_cast<double>(tokens * d);
+    const double rate =
+        theory::latent_true_rate(2.5, kept, d, tokens, 128) / 8.0 * static_cast<double>(tokens * d);
     EXPECT_DOUBLE_EQ(static_cast<double>(cache.bytes()), values + headers + extra + rate);
 }
 

@@ -18,7 +18,7 @@ KvCache filled(const CacheConfiguration& c, TilePool& pool, Index tokens) {
     std::mt19937_64 random(7);
     KvCache cache(c, pool);
     append(cache, normal_matrix(random, tokens, c.kv_heads * c.key_head_dim),
-                 normal_matrix(random, tokens, c.kv_heads * c.value_head_dim));
+           normal_matrix(random, tokens, c.kv_heads * c.value_head_dim));
     return cache;
 }
 

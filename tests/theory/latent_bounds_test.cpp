@@ -18,6 +18,7 @@
 #include "kvplane/quantize/scalar.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "kvplane/transform/latent_basis.hpp"
+#include "real_layers.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
@@ -35,33 +36,14 @@ using kvplane::Quantized;
 using kvplane::Scheme;
 using kvplane_test::normal_matrix;
 using kvplane_test::Random;
+using kvplane_test::real_layers;
+using kvplane_test::RealLayer;
 using kvplane_test::refusal;
 using BeforeRope = FramedKeys<KeyFrame::before_rope>;
 namespace theory = kvplane::theory;
 
 constexpr std::array<int, 8> two_bits{8, 4, 2, 1, 1, 0, 0, 0};  // arXiv 2502.15304
 constexpr std::array<int, 8> one_and_a_quarter{4, 4, 2, 0, 0, 0, 0, 0};
-
-/// Keys before RoPE of one layer of SmolLM2-135M on real text: 1024 tokens, 3 heads of 64 channels.
-struct RealLayer {
-    int layer;
-    Matrix keys;
-};
-const std::vector<RealLayer>& real_layers() {
-    static const std::vector<RealLayer> layers = [] {
-        std::vector<RealLayer> read;
-        for (const auto& [file_name, in_file] :
-             {std::pair{"/smollm2_layers_0_8.safetensors", std::vector<int>{0, 8}},
-              std::pair{"/smollm2_layers_16_24.safetensors", std::vector<int>{16, 24}}}) {
-            const auto file = kvplane::SafetensorsFile::open(std::string(KVPLANE_EXAMPLE_DATA) + file_name);
-            for (const int layer : in_file)
-                read.push_back(
-                    {layer, file.to_float_matrix("layers." + std::to_string(layer) + ".keys_before_rope")});
-        }
-        return read;
-    }();
-    return layers;
-}
 
 /// SVDq's basis of keys: C = I, before RoPE, all heads together.
 LatentBasis svdq_basis(const Matrix& keys) {
@@ -142,7 +124,7 @@ Matrix synthetic_keys(const Eigen::VectorXd& spectrum, Index tokens, Random& ran
 TEST(T6, TruncationIsEckartYoung) {
     Random random(kvplane_test::seed());
     std::vector<Matrix> inputs{synthetic_keys(decaying(48, 5.0), 400, random), normal_matrix(20, 48, random)};
-    for (const RealLayer& real : real_layers()) inputs.push_back(real.keys);
+    for (const RealLayer& real : real_layers()) inputs.push_back(real.keys_before_rope);
     for (const Matrix& keys : inputs) {
         const auto tokens = static_cast<double>(keys.rows());
         const Index channels = keys.cols();
@@ -299,7 +281,7 @@ TEST(T7, BoundsTheErrorOfSvdq) {
     outliers.col(3) *= 100.0f;
     outliers.row(17) *= 30.0f;
     inputs.push_back(outliers);
-    for (const RealLayer& real : real_layers()) inputs.push_back(real.keys);
+    for (const RealLayer& real : real_layers()) inputs.push_back(real.keys_before_rope);
     for (const Matrix& keys : inputs)
         for (const auto& widths :
              {two_bits, one_and_a_quarter, {8, 8, 8, 8, 8, 8, 8, 8}, {1, 1, 1, 1, 1, 1, 1, 1}, {}}) {
@@ -467,16 +449,19 @@ TEST(T8, OnARealModel) {
     std::cout << std::setprecision(3);
     for (const RealLayer& real : real_layers()) {
         SCOPED_TRACE(testing::Message() << "layer " << real.layer);
-        const LatentBasis basis = svdq_basis(real.keys);
+        const LatentBasis basis = svdq_basis(real.keys_before_rope);
         const Eigen::VectorXd& spectrum = basis.parts()[0].spectrum;
-        const double decay = theory::fitted_decay(spectrum), tokens = static_cast<double>(real.keys.rows());
+        const double decay = theory::fitted_decay(spectrum),
+                     tokens = static_cast<double>(real.keys_before_rope.rows());
         const double energy = tokens * spectrum.sum();
-        const Matrix latents = latents_of(basis, real.keys);
+        const Matrix latents = latents_of(basis, real.keys_before_rope);
         const auto error = [&](std::span<const int> widths) {
-            return squared_distance(real.keys, keys_of(basis, quantized(latents, spread(widths, 192))));
+            return squared_distance(real.keys_before_rope,
+                                    keys_of(basis, quantized(latents, spread(widths, 192))));
         };
         const double plain = squared_distance(
-            real.keys, kvplane::per_channel(real.keys, {.bits = 2, .scheme = Scheme::cell}).dequantize());
+            real.keys_before_rope,
+            kvplane::per_channel(real.keys_before_rope, {.bits = 2, .scheme = Scheme::cell}).dequantize());
         const std::vector<int> best_two = best_grouped(spectrum, 16), best_less = best_grouped(spectrum, 10);
         const double limit_two = tokens * theory::reverse_water_filling(spectrum, 2.0).distortion;
         const double limit_less = tokens * theory::reverse_water_filling(spectrum, 1.25).distortion;

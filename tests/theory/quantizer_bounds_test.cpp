@@ -9,6 +9,7 @@
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/quantize/scalar.hpp"
 #include "kvplane/theory/bounds.hpp"
+#include "real_layers.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
@@ -24,6 +25,8 @@ using kvplane::Scheme;
 using kvplane_test::difficult_matrices;
 using kvplane_test::normal_matrix;
 using kvplane_test::Random;
+using kvplane_test::real_layers;
+using kvplane_test::RealLayer;
 using kvplane_test::refusal;
 using kvplane_test::uniform_matrix;
 namespace theory = kvplane::theory;
@@ -32,31 +35,6 @@ constexpr Scheme all_schemes[] = {Scheme::cell, Scheme::min_max, Scheme::symmetr
 
 int least_bits(Scheme scheme) {
     return scheme == Scheme::symmetric ? 2 : 1;
-}
-
-/// Keys and values of one layer of SmolLM2-135M on real text: 1024 tokens, 3 heads of 64 channels.
-struct RealLayer {
-    int layer;
-    Matrix keys, keys_before_rope, values;
-};
-
-const std::vector<RealLayer>& real_layers() {
-    static const std::vector<RealLayer> layers = [] {
-        std::vector<RealLayer> read;
-        for (const auto& [file_name, in_file] :
-             {std::pair{"/smollm2_layers_0_8.safetensors", std::vector<int>{0, 8}},
-              std::pair{"/smollm2_layers_16_24.safetensors", std::vector<int>{16, 24}}}) {
-            const auto file = kvplane::SafetensorsFile::open(std::string(KVPLANE_EXAMPLE_DATA) + file_name);
-            for (const int layer : in_file) {
-                const std::string prefix = std::string("layers.") + std::to_string(layer);
-                read.push_back({layer, file.to_float_matrix(prefix + ".keys"),
-                                file.to_float_matrix(prefix + ".keys_before_rope"),
-                                file.to_float_matrix(prefix + ".values")});
-            }
-        }
-        return read;
-    }();
-    return layers;
 }
 
 double theory_step(Scheme scheme, double min, double max, int bits) {

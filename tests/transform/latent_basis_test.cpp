@@ -14,6 +14,7 @@
 #include "kvplane/quantize/scalar.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "kvplane/transform/latent_basis.hpp"
+#include "real_layers.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
@@ -641,30 +642,24 @@ TEST(LatentDrift, IsSmallOnTheSameAndLargeOnOtherKeys) {
 constexpr Index context = 256;
 const RopeSettings model_rope{.base = 100000.0};
 
-/// One layer of SmolLM2-135M: 3 key heads, 9 query heads, 64 channels.
-struct RealLayer {
+/// A shipped layer before RoPE, 9 query heads, and its statistics.
+struct CalibratedLayer {
     int layer;
     Matrix keys_before_rope;     // 1024 tokens from position 0
     Matrix queries_before_rope;  // 64 tokens from position 960
     LatentStatistics statistics;
 };
-const std::vector<RealLayer>& real_layers() {
-    static const std::vector<RealLayer> layers = [] {
-        std::vector<RealLayer> read;
+const std::vector<CalibratedLayer>& calibrated_layers() {
+    static const std::vector<CalibratedLayer> layers = [] {
+        std::vector<CalibratedLayer> made;
         const RotaryEmbedding rope(64, model_rope);
-        for (const auto& [file_name, in_file] :
-             {std::pair{"/smollm2_layers_0_8.safetensors", std::vector<int>{0, 8}},
-              std::pair{"/smollm2_layers_16_24.safetensors", std::vector<int>{16, 24}}}) {
-            const auto file = kvplane::SafetensorsFile::open(std::string(KVPLANE_EXAMPLE_DATA) + file_name);
-            for (const int layer : in_file) {
-                const std::string prefix = std::string("layers.") + std::to_string(layer);
-                Matrix queries = file.to_float_matrix(prefix + ".queries");
-                rope.rotate_back(queries, 960);
-                const Matrix keys = file.to_float_matrix(prefix + ".keys_before_rope");
-                read.push_back({layer, keys, queries, statistics_of(keys, queries, 3, 9)});
-            }
+        for (const kvplane_test::RealLayer& real : kvplane_test::real_layers()) {
+            Matrix queries = real.queries;
+            rope.rotate_back(queries, 960);
+            made.push_back({real.layer, real.keys_before_rope, queries,
+                            statistics_of(real.keys_before_rope, queries, 3, 9)});
         }
-        return read;
+        return made;
     }();
     return layers;
 }
@@ -687,7 +682,7 @@ Matrix quantized(const Matrix& latents, const std::vector<kvplane::ChannelSegmen
 }
 
 /// Queries of a key head as keys see them: each of the query heads that share it, at every distance.
-Matrix seen_queries(const RealLayer& real, Index head) {
+Matrix seen_queries(const CalibratedLayer& real, Index head) {
     const RotaryEmbedding rope(64, model_rope);
     Matrix of_head(3 * 64, 64);
     for (Index h = 0; h < 3; ++h)
@@ -734,7 +729,7 @@ Outcome outcome(const Matrix& keys, const LatentBasis& basis, Index head, const 
 /// Score errors of queries of the moment C, independent of the keys' errors, are what the spectrum says; and
 /// at one schedule the query-weighted basis beats the KLT, which beats the channels.
 TEST(T6b, PredictsScoreErrorsOfARealModel) {
-    for (const RealLayer& real : real_layers()) {
+    for (const CalibratedLayer& real : calibrated_layers()) {
         const auto fit = [&](bool weighted, LatentDirections directions) {
             return kvplane::fit_latent_basis(real.statistics, &model_rope,
                                              {.frame = KeyFrame::before_rope,
@@ -769,7 +764,7 @@ TEST(T6b, PredictsScoreErrorsOfARealModel) {
 
 /// The same in the frame of a tile.
 TEST(T6b, PredictsScoreErrorsInTheTileFrame) {
-    const RealLayer& real = real_layers()[1];
+    const CalibratedLayer& real = calibrated_layers()[1];
     const RotaryEmbedding rope(64, model_rope);
     Matrix keys = real.keys_before_rope;
     for (Index at = 0; at < keys.rows(); at += 128) {
