@@ -13,8 +13,10 @@
 #include "kvplane/error.hpp"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #define KVPLANE_X86 1
 #define KVPLANE_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define KVPLANE_TARGET_AVX2_VNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
 #define KVPLANE_TARGET_AVX512 \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #endif
@@ -34,7 +36,7 @@ namespace kvplane {
 
 /// Instruction sets, ascending. `scalar` is what the program was compiled for (SSE2 or Advanced SIMD at
 /// least), `neon` the same with the dot product of Armv8.2.
-enum class Isa : int { scalar, neon, avx2, avx512 };
+enum class Isa : int { scalar, neon, avx2, avx2_vnni, avx512 };
 
 struct IsaDescription {
     Isa isa;
@@ -42,10 +44,11 @@ struct IsaDescription {
     std::string_view features;  ///< what the processor must have
 };
 
-inline constexpr std::array<IsaDescription, 4> all_isas{{
+inline constexpr std::array<IsaDescription, 5> all_isas{{
     {Isa::scalar, "scalar", "none"},
     {Isa::neon, "neon", "ASIMDDP"},
     {Isa::avx2, "avx2", "AVX2 FMA F16C"},
+    {Isa::avx2_vnni, "avx2_vnni", "AVX2 FMA F16C AVX_VNNI"},
     {Isa::avx512, "avx512", "AVX512F AVX512BW AVX512DQ AVX512VL AVX512_VNNI"},
 }};
 
@@ -54,6 +57,21 @@ inline std::string_view name(Isa isa) noexcept {
         if (description.isa == isa) return description.name;
     return "unknown";
 }
+
+#if defined(KVPLANE_X86)
+namespace detail {
+/// A bit of what cpuid says, for features that compilers have no name for. The operating system's part (that
+/// it keeps the registers) is the same as AVX2's.
+inline bool has_f16c() noexcept {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+inline bool has_avx_vnni() noexcept {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+}  // namespace detail
+#endif
 
 /// Whether this machine can run it.
 inline bool is_supported(Isa isa) noexcept {
@@ -66,7 +84,9 @@ inline bool is_supported(Isa isa) noexcept {
 #endif
 #if defined(KVPLANE_X86)
         case Isa::avx2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && detail::has_f16c();
+        case Isa::avx2_vnni:
+            return is_supported(Isa::avx2) && detail::has_avx_vnni();
         case Isa::avx512:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -93,7 +113,8 @@ inline Isa isa_named(std::string_view wanted) {
                 ": this machine lacks it (needs ", description.features, ")");
         return description.isa;
     }
-    fail(ErrorCode::option, "instruction set '", wanted, "': expected scalar, neon, avx2 or avx512");
+    fail(ErrorCode::option, "instruction set '", wanted,
+         "': expected scalar, neon, avx2, avx2_vnni or avx512");
 }
 
 namespace detail {
@@ -156,6 +177,7 @@ auto run_on(Isa isa, const Body& body) {
         case Isa::avx512:
             return detail::run_avx512(body);
         case Isa::avx2:
+        case Isa::avx2_vnni:
             return detail::run_avx2(body);
 #endif
         default:

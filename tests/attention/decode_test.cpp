@@ -3,63 +3,68 @@
 
 #include <gtest/gtest.h>
 
+#include "attention/plane_dot_support.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
 namespace {
 
 using namespace kvplane;
+using kvplane_test::expect_the_definition;
 using kvplane_test::for_each_isa;
 using kvplane_test::normal_matrix;
 using kvplane_test::Random;
-using Tile = std::vector<std::byte, Eigen::aligned_allocator<std::byte>>;
+using kvplane_test::random_factors;
+using kvplane_test::random_plane;
+using kvplane_test::Tile;
 
 // -- Integer sums ------------------------------------------------------------------------------------------
 
-/// Straight from the layout: lane l, byte j, field i.
-std::int32_t defined_sum(const Tile& plane, int width, Index units, Index block, int lane,
-                         const std::int8_t* factors) {
-    const int fields = 8 / width, mask = (1 << width) - 1;
-    std::int32_t sum = 0;
-    for (Index u = 0; u < units; ++u)
-        for (int i = 0; i < fields; ++i)
-            for (int j = 0; j < 4; ++j) {
-                const auto byte = std::to_integer<int>(
-                    plane[static_cast<std::size_t>((block * units + u) * 64 + lane * 4 + j)]);
-                sum += (byte >> (i * width) & mask) * factors[(u * fields + i) * 4 + j];
-            }
-    return sum;
-}
-
 TEST(PlaneDot, EveryInstructionSetEqualsTheDefinition) {
     Random random(kvplane_test::seed());
-    for (const int width : {1, 2, 4})
-        for (const Index units : {1, 2, 3, 4, 5, 7, 8, 9, 16, 33})
-            for (const Index rows : {1, 2, 3, 4, 5, 6, 7, 8})
-                for (const bool extreme : {false, true}) {
-                    const Index blocks = 3, stride = units * 32 / width + 32;
-                    Tile plane(static_cast<std::size_t>(blocks * units * 64));
-                    for (std::byte& byte : plane) byte = static_cast<std::byte>(extreme ? 255 : random());
-                    std::vector<std::int8_t> factors(static_cast<std::size_t>(rows * stride));
-                    for (std::int8_t& factor : factors)
-                        factor = extreme ? (random() % 2 ? std::int8_t{-128} : std::int8_t{127})
-                                         : static_cast<std::int8_t>(random());
-                    if (extreme) std::fill_n(factors.begin(), stride, std::int8_t{-128});
-                    for_each_isa([&](Isa isa) {
-                        std::vector<std::int32_t> sums(static_cast<std::size_t>(blocks * rows * 16), 5);
-                        detail::plane_dot_of(isa)(width, {plane.data(), plane.data(), blocks, units,
-                                                          factors.data(), stride, rows, 3, sums.data()});
-                        for (Index block = 0; block < blocks; ++block)
-                            for (Index row = 0; row < rows; ++row)
-                                for (int lane = 0; lane < 16; ++lane)
-                                    ASSERT_EQ(
-                                        sums[static_cast<std::size_t>((block * rows + row) * 16 + lane)],
-                                        5 + 8 * defined_sum(plane, width, units, block, lane,
-                                                            factors.data() + row * stride))
-                                        << "width " << width << ", " << units << " units, row " << row
-                                        << " of " << rows << ", lane " << lane;
-                    });
-                }
+    for_each_isa([&](Isa isa) {
+        EXPECT_EQ(detail::plane_dot_of(isa).name, name(isa));
+        expect_the_definition(detail::plane_dot_of(isa), random);
+    });
+}
+
+/// Two planes in one go give the sums of one after the other.
+TEST(PlaneDot, PairsOfPlanesEqualOneByOne) {
+    Random random(kvplane_test::seed());
+    for_each_isa([&](Isa isa) {
+        const detail::PlaneDot& dot = detail::plane_dot_of(isa);
+        for (const bool bytes : {true, false}) {
+            const auto pair = bytes ? dot.of_bytes : dot.of_three_bits;
+            if (!pair) continue;
+            for (const Index units : {1, 2, 3, 4, 5, 8, 16, 33})
+                for (Index rows = 1; rows <= 8; ++rows)
+                    for (const bool extreme : {false, true}) {
+                        const Index blocks = 3, low_rows = bytes ? rows : 0, sum_rows = rows + low_rows;
+                        const Index second_units = bytes ? units : (units + 1) / 2, stride = units * 16 + 32;
+                        const Tile first = random_plane(blocks * units, extreme, random),
+                                   second = random_plane(blocks * second_units, extreme, random);
+                        std::vector<std::int8_t> factors = random_factors(sum_rows, stride, extreme, random);
+                        // What a last unit of the second plane holds beyond the first's channels counts
+                        // nothing.
+                        for (Index row = 0; row < sum_rows; ++row)
+                            std::fill_n(factors.begin() + row * stride + units * (bytes ? 8 : 16), 32,
+                                        std::int8_t{0});
+                        const auto size = static_cast<std::size_t>(blocks * sum_rows * 16);
+                        std::vector<std::int32_t> sums(size, 5), expected(size, 5);
+                        pair({first.data(), second.data(), first.data(), second.data(), blocks, units,
+                              second_units, factors.data(), stride, rows, low_rows, bytes ? 4 : 1,
+                              sums.data(), sum_rows});
+                        detail::scalar::plane_dots(
+                            bytes ? 4 : 2, {first.data(), first.data(), blocks, units, factors.data(), stride,
+                                            sum_rows, bytes ? 4 : 1, expected.data(), sum_rows, false});
+                        detail::scalar::plane_dots(bytes ? 4 : 1, {second.data(), second.data(), blocks,
+                                                                   second_units, factors.data(), stride, rows,
+                                                                   0, expected.data(), sum_rows, true});
+                        ASSERT_EQ(sums, expected)
+                            << name(isa) << ", " << units << " units, " << rows << " rows";
+                    }
+        }
+    });
 }
 
 // -- Tiles -------------------------------------------------------------------------------------------------

@@ -47,171 +47,211 @@ using quantize::load;
 using quantize::store;
 using quantize::Vector;
 using quantize::widen;
+using quantize::Words;
 
 /// Channels or tokens that the factors of a row are padded to: the depth of the deepest unit.
 constexpr Index padded_depth(Index count) noexcept {
     return (count + 31) / 32 * 32;
 }
 
-struct TwoLanes {
-    float a, b;
-};
-/// The halves of a vector, combined, down to one lane: what is associative only.
-template <int Lanes, class V, class Combine, std::size_t... Place>
-KVPLANE_INLINE auto halves(const V& x, const Combine& combine, std::index_sequence<Place...>) {
-    using Half = Vector<float, Lanes / 2>;
-    const Half low = __builtin_shufflevector(x, x, Place...),
-               high = __builtin_shufflevector(x, x, (Place + Lanes / 2)...);
-    Half both;
-    combine(both, low, high);
-    if constexpr (Lanes == 4)
-        return TwoLanes{both[0], both[1]};
-    else
-        return halves<Lanes / 2>(both, combine, std::make_index_sequence<Lanes / 4>{});
+/// Two vectors of `from` rows each, Lanes / from lanes a row, to one of 2 from rows.
+template <int Lanes, int from, class Combine, std::size_t... Place>
+KVPLANE_INLINE void merge_rows(Floats<Lanes>& to, const Floats<Lanes>& a, const Floats<Lanes>& b,
+                               const Combine& combine, std::index_sequence<Place...>) {
+    constexpr int half = Lanes / from / 2;
+    // Of both, the lower half of every row, and the upper.
+    const Floats<Lanes> low = __builtin_shufflevector(a, b, (Place / half * 2 * half + Place % half)...),
+                        high =
+                            __builtin_shufflevector(a, b, (Place / half * 2 * half + Place % half + half)...);
+    combine(to, low, high);
 }
+template <int Lanes, int width, class Combine, std::size_t... Place>
+KVPLANE_INLINE void fold_lanes(Floats<Lanes>& x, const Combine& combine,
+                               std::index_sequence<Place...> places) {
+    if constexpr (width > 1) {
+        const Floats<Lanes> other = __builtin_shufflevector(x, x, (Place ^ (width / 2))...);
+        combine(x, x, other);
+        fold_lanes<Lanes, width / 2>(x, combine, places);
+    }
+}
+/// The lanes of each of 4 rows combined to one number.
+template <int Lanes, class Combine>
+KVPLANE_INLINE void reduce_rows(const Floats<Lanes>* rows, float* to, const Combine& combine) {
+    constexpr auto places = std::make_index_sequence<Lanes>{};
+    Floats<Lanes> first, second, all;
+    merge_rows<Lanes, 1>(first, rows[0], rows[1], combine, places);
+    merge_rows<Lanes, 1>(second, rows[2], rows[3], combine, places);
+    merge_rows<Lanes, 2>(all, first, second, combine, places);
+    fold_lanes<Lanes, Lanes / 4>(all, combine, places);
+    for (int r = 0; r < 4; ++r) to[r] = all[r * (Lanes / 4)];
+}
+inline constexpr auto plus = [](auto& to, const auto& a, const auto& b) KVPLANE_BODY { to = a + b; };
+inline constexpr auto larger = [](auto& to, const auto& a, const auto& b)
+                                   KVPLANE_BODY { to = a < b ? b : a; };
+
 template <int Lanes>
 KVPLANE_INLINE float sum_lanes(const Floats<Lanes>& x) {
-    const auto [a, b] = halves<Lanes>(
-        x, [](auto& to, const auto& l, const auto& h) KVPLANE_BODY { to = l + h; },
-        std::make_index_sequence<Lanes / 2>{});
-    return a + b;
-}
-template <int Lanes>
-KVPLANE_INLINE float max_lanes(const Floats<Lanes>& x) {
-    const auto [a, b] = halves<Lanes>(
-        x, [](auto& to, const auto& l, const auto& h) KVPLANE_BODY { to = l < h ? h : l; },
-        std::make_index_sequence<Lanes / 2>{});
-    return a < b ? b : a;
+    Floats<Lanes> all = x;
+    fold_lanes<Lanes, Lanes>(all, plus, std::make_index_sequence<Lanes>{});
+    return all[0];
 }
 
-/// Sums of rounded factors, and of their low parts.
-struct FactorSums {
-    float whole, low;
+/// Rows taken in step with each other, body(number of them, the first): 4 at a time, then what is left.
+template <class Body>
+KVPLANE_INLINE void by_rows(Index rows, const Body& body) {
+    Index row = 0;
+    for (; row + 4 <= rows; row += 4) body(LaneCount<4>{}, row);
+    if (rows - row == 3)
+        body(LaneCount<3>{}, row);
+    else if (rows - row == 2)
+        body(LaneCount<2>{}, row);
+    else if (rows - row == 1)
+        body(LaneCount<1>{}, row);
+}
+
+/// Factors of some rows: x step, rounded at a row's own scale.
+struct Factors {
+    const float* x;  ///< rows x count, `stride` apart
+    Index stride, count;
+    const Eigen::half *step, *lower;  ///< lower: nullptr on symmetric grids
+    float centre;                     ///< the middle of all codes in steps above lower, or above 0
+    float middle, middle_below;       ///< the middle code, of all planes and of those below the first
+    Index depth;                      ///< count in whole units; factors beyond count are 0
+    float* folded;                    ///< rows x depth
+    std::int8_t *high, *low;          ///< rows x factor_stride; low: nullptr for factors of one part
+    Index factor_stride;
+    float *worth, *base;  ///< of each row: what 1 in a rounded factor stands for; what to add to every sum
 };
-/// round(x scale) to int8, or to 16 bits in two parts, high 256 + low. |x scale| at most 127 or 32512.
-template <int Lanes>
-KVPLANE_INLINE void round_factors(const float* from, Index count, float scale, std::int8_t* high,
-                                  std::int8_t* low, FactorSums& sums) {
-    constexpr float magic = 12582912.0f;  // 1.5 2^23: adding it leaves the rounded integer in the low bits
-    Ints<Lanes> all{}, lows{};
-    for (Index i = 0; i < count; i += Lanes) {
-        Floats<Lanes> x;
-        load(x, from + i);
-        const Ints<Lanes> whole = (Ints<Lanes>)(x * scale + magic) - 0x4B400000;
-        all += whole;
-        if (!low) {
-            quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(high + i), whole & 0xFF);
-            continue;
-        }
-        const Ints<Lanes> top = (whole + 128) >> 8, rest = whole - top * 256;
-        lows += rest;
-        quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(high + i), top & 0xFF);
-        quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(low + i), rest & 0xFF);
-    }
-    // Below 2^24 for depths up to 512, and then off by less than the rounding of the sums that they correct.
-    sums = {sum_lanes<Lanes>(__builtin_convertvector(all, Floats<Lanes>)),
-            sum_lanes<Lanes>(__builtin_convertvector(lows, Floats<Lanes>))};
-}
 
-/// folded = x step; the largest |folded|, the sum of folded, and the sum of x (lower + step / 2), or, without
-/// `lower` (symmetric grids), of x step middle.
-struct Fold {
-    float largest, sum, base;
-};
-template <int Lanes>
-struct FoldSums {
-    Floats<Lanes> largest{}, sum{}, base{};
-
-    KVPLANE_INLINE void take(const float* x, const Eigen::half* step, const Eigen::half* lower,
-                             float* folded) {
-        Floats<Lanes> value, s, l;
-        load(value, x);
-        widen<Lanes>(s, step);
+template <int Lanes, int rows>
+KVPLANE_INLINE void fold_vector(const Factors& f, const float* x, Index stride, const Eigen::half* step,
+                                const Eigen::half* lower, float* folded, Floats<Lanes>* largest,
+                                Floats<Lanes>* base) {
+    Floats<Lanes> s, l{}, value;
+    widen<Lanes>(s, step);
+    if (lower) widen<Lanes>(l, lower);
+    const Floats<Lanes> centre = l + s * f.centre;
+    for (int r = 0; r < rows; ++r) {
+        load(value, x + r * stride);
+        base[r] += value * centre;
         const Floats<Lanes> product = value * s;
-        if (lower) {
-            widen<Lanes>(l, lower);
-            base += value * l;
-        }
-        sum += product;
-        store(folded, product);
+        store(folded + r * f.depth, product);
         const auto magnitude = (Floats<Lanes>)((Ints<Lanes>)product & 0x7FFFFFFF);
-        largest = largest < magnitude ? magnitude : largest;
+        largest[r] = largest[r] < magnitude ? magnitude : largest[r];
     }
-};
-/// folded has room for whole vectors; beyond `count` it gets 0.
-template <int Lanes>
-KVPLANE_INLINE void fold(const float* x, const Eigen::half* step, const Eigen::half* lower, float middle,
-                         Index count, float* folded, Fold& result) {
-    FoldSums<Lanes> sums;
+}
+
+template <int Lanes, int rows>
+KVPLANE_INLINE void factor_rows(const Factors& f) {
+    Floats<Lanes> largest[4]{}, base[4]{};
     Index i = 0;
-    for (; i + Lanes <= count; i += Lanes)
-        sums.take(x + i, step + i, lower ? lower + i : nullptr, folded + i);
-    if (i < count) {
-        float rest_x[Lanes] = {};
+    for (; i + Lanes <= f.count; i += Lanes)
+        fold_vector<Lanes, rows>(f, f.x + i, f.stride, f.step + i, f.lower ? f.lower + i : nullptr,
+                                 f.folded + i, largest, base);
+    if (i < f.count) {
+        float rest_x[rows * Lanes] = {};
         std::uint16_t rest_step[Lanes] = {}, rest_lower[Lanes] = {};
-        const auto rest = static_cast<std::size_t>(count - i);
-        std::memcpy(rest_x, x + i, rest * sizeof(float));
-        std::memcpy(rest_step, step + i, rest * sizeof(Eigen::half));
-        if (lower) std::memcpy(rest_lower, lower + i, rest * sizeof(Eigen::half));
-        sums.take(rest_x, reinterpret_cast<const Eigen::half*>(rest_step),
-                  lower ? reinterpret_cast<const Eigen::half*>(rest_lower) : nullptr, folded + i);
+        const auto rest = static_cast<std::size_t>(f.count - i);
+        for (int r = 0; r < rows; ++r)
+            std::memcpy(rest_x + r * Lanes, f.x + r * f.stride + i, rest * sizeof(float));
+        std::memcpy(rest_step, f.step + i, rest * sizeof(Eigen::half));
+        if (f.lower) std::memcpy(rest_lower, f.lower + i, rest * sizeof(Eigen::half));
+        fold_vector<Lanes, rows>(f, rest_x, Lanes, reinterpret_cast<const Eigen::half*>(rest_step),
+                                 f.lower ? reinterpret_cast<const Eigen::half*>(rest_lower) : nullptr,
+                                 f.folded + i, largest, base);
+        i += Lanes;
     }
-    result = {max_lanes<Lanes>(sums.largest), sum_lanes<Lanes>(sums.sum), sum_lanes<Lanes>(sums.base)};
-    result.base += result.sum * (lower ? 0.5f : middle);
-}
+    for (int r = 0; r < rows; ++r) std::fill(f.folded + r * f.depth + i, f.folded + (r + 1) * f.depth, 0.0f);
 
-/// to[i] += scale (high[i] + low[i] / 256).
-template <int Lanes>
-KVPLANE_INLINE void add_sums(const std::int32_t* high, const std::int32_t* low, float scale, float base,
-                             Index count, float* to) {
-    for (Index i = 0; i < count; i += Lanes) {
-        Ints<Lanes> h, l;
-        Floats<Lanes> x;
-        load(h, high + i);
-        load(x, to + i);
-        Floats<Lanes> sum = __builtin_convertvector(h, Floats<Lanes>);
-        if (low) {
-            load(l, low + i);
-            sum += __builtin_convertvector(l, Floats<Lanes>) * (1.0f / 256.0f);
+    float top[4], sum[4], whole[4], high_sum[4] = {};
+    reduce_rows<Lanes>(largest, top, larger);
+    reduce_rows<Lanes>(base, sum, plus);
+    const float most = f.low ? 32512.0f : 127.0f;
+    // 1.5 2^23: adding it leaves the rounded integer in the low bits.
+    constexpr float magic = 12582912.0f;
+    constexpr std::uint32_t magic_bits = 0x4B400000;
+    const auto vectors = static_cast<std::uint32_t>(f.depth / Lanes);
+    Floats<Lanes> wholes[4]{}, highs[4]{};
+    for (int r = 0; r < rows; ++r) {
+        const float scale = top[r] > 0.0f ? most / top[r] : 0.0f;
+        const float* const from = f.folded + r * f.depth;
+        std::int8_t *const high = f.high + r * f.factor_stride, *const low = f.low
+                                                                                 ? f.low + r * f.factor_stride
+                                                                                 : nullptr;
+        Words<Lanes> all{}, all_high{};
+        for (Index at = 0; at < f.depth; at += Lanes) {
+            Floats<Lanes> x;
+            load(x, from + at);
+            const auto bits = (Words<Lanes>)(x * scale + magic);
+            all += bits;
+            quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>((low ? low : high) + at),
+                                             (Ints<Lanes>)bits);
+            if (!low) continue;
+            // The low byte counts as signed, so the high part rounds.
+            const Words<Lanes> upper = (bits + 128) >> 8;
+            all_high += upper;
+            quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(high + at), (Ints<Lanes>)upper);
         }
-        store(to + i, x + sum * scale + base);
+        // Below 2^24 for depths up to 512, and then off by less than the rounding of the sums that they
+        // correct.
+        wholes[r] = __builtin_convertvector((Ints<Lanes>)(all - vectors * magic_bits), Floats<Lanes>);
+        if (low)
+            highs[r] =
+                __builtin_convertvector((Ints<Lanes>)(all_high - vectors * (magic_bits >> 8)), Floats<Lanes>);
+    }
+    reduce_rows<Lanes>(wholes, whole, plus);
+    if (f.low) reduce_rows<Lanes>(highs, high_sum, plus);
+    for (int r = 0; r < rows; ++r) {
+        f.worth[r] = top[r] > 0.0f ? top[r] / most : 0.0f;
+        f.base[r] = sum[r] - f.middle * f.worth[r] * whole[r];
+        if (f.low) f.base[r] += f.middle_below * f.worth[r] * (whole[r] - 256.0f * high_sum[r]);
     }
 }
 
-/// x = e^x for x <= 0, to 2e-7 relative; 0 below -87 (the last normal number), -infinity included.
+/// to[i] += scale sums[i] + base (or = that, if fresh), block by block of 16, where sums are high 256 + low.
+template <int Lanes, bool fresh>
+KVPLANE_INLINE void add_sums(const std::int32_t* high, const std::int32_t* low, Index block_stride,
+                             Index blocks, float scale, float base, float* to) {
+    const float high_scale = low ? 256.0f * scale : scale;
+    for (Index b = 0; b < blocks; ++b)
+        for (Index i = 0; i < unit_lanes; i += Lanes) {
+            Ints<Lanes> h, l;
+            Floats<Lanes> x;
+            load(h, high + b * block_stride + i);
+            Floats<Lanes> sum = __builtin_convertvector(h, Floats<Lanes>) * high_scale + base;
+            if (low) {
+                load(l, low + b * block_stride + i);
+                sum += __builtin_convertvector(l, Floats<Lanes>) * scale;
+            }
+            if (!fresh) {
+                load(x, to + b * unit_lanes + i);
+                sum += x;
+            }
+            store(to + b * unit_lanes + i, sum);
+        }
+}
+
+/// x = e^x for x <= 0, to 3e-7 relative; 0 below -87.7, where numbers cease to be normal, -infinity included.
 template <int Lanes>
 KVPLANE_INLINE void exponential(Floats<Lanes>& x) {
-    const Floats<Lanes> bounded = x < -87.0f ? Floats<Lanes>{} - 87.0f : x;
-    const Floats<Lanes> scaled = bounded * 1.44269504f + 12582912.0f;
-    const Floats<Lanes> whole = scaled - 12582912.0f;
-    // ln 2 in two parts, so that the remainder is exact.
-    const Floats<Lanes> r = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Floats<Lanes> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    const Ints<Lanes> power = ((Ints<Lanes>)scaled - 0x4B400000 + 127) << 23;
-    const Floats<Lanes> result = p * (Floats<Lanes>)power;
-    x = x < -87.0f ? Floats<Lanes>{} : result;
+    constexpr float log2_e = 1.44269504f, magic = 12582912.0f;
+    // -88 gives 2^-127, whose bits are 0.
+    const Floats<Lanes> bounded = x < -88.0f ? Floats<Lanes>{} - 88.0f : x;
+    const Floats<Lanes> scaled = bounded * log2_e + magic;
+    const Floats<Lanes> f = bounded * log2_e - (scaled - magic);
+    // 2^f for |f| <= 1/2, the polynomial of least relative error (7.5e-8).
+    Floats<Lanes> p = f * 1.327647217e-3f + 9.675541331e-3f;
+    p = p * f + 5.550713273e-2f;
+    p = p * f + 0.2402211972f;
+    p = p * f + 0.6931469671f;
+    p = p * f + 1.000000072f;
+    const Ints<Lanes> power = ((Ints<Lanes>)scaled - (0x4B400000 - 127)) << 23;
+    x = p * (Floats<Lanes>)power;
 }
 
-/// The largest of `count` scores.
+/// x = e^(x - largest); returns the sum, lane by lane.
 template <int Lanes>
-KVPLANE_INLINE float largest_of(const float* x, Index count) {
-    Floats<Lanes> largest, value;
-    load(largest, x);
-    for (Index i = Lanes; i < count; i += Lanes) {
-        load(value, x + i);
-        largest = largest < value ? value : largest;
-    }
-    return max_lanes<Lanes>(largest);
-}
-/// x = e^(x - largest); returns the sum.
-template <int Lanes>
-KVPLANE_INLINE float weigh(float* x, float largest, Index count) {
-    Floats<Lanes> sum{};
+KVPLANE_INLINE void weigh(float* x, float largest, Index count, Floats<Lanes>& sum) {
     for (Index i = 0; i < count; i += Lanes) {
         Floats<Lanes> value;
         load(value, x + i);
@@ -220,7 +260,6 @@ KVPLANE_INLINE float weigh(float* x, float largest, Index count) {
         sum += value;
         store(x + i, value);
     }
-    return sum_lanes<Lanes>(sum);
 }
 template <int Lanes>
 KVPLANE_INLINE void multiply(float* x, float by, Index count) {
@@ -228,6 +267,39 @@ KVPLANE_INLINE void multiply(float* x, float by, Index count) {
         Floats<Lanes> value;
         load(value, x + i);
         store(x + i, value * by);
+    }
+}
+
+/// See fused_softmax().
+template <int Lanes, int rows>
+KVPLANE_INLINE void softmax_rows(float* scores, Index count, float* largest, float* sum, float* output,
+                                 Index stride) {
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    Floats<Lanes> most[4]{}, sums[4]{}, value;
+    for (int r = 0; r < rows; ++r) load(most[r], scores + r * tile_tokens);
+    for (Index i = Lanes; i < count; i += Lanes)
+        for (int r = 0; r < rows; ++r) {
+            load(value, scores + r * tile_tokens + i);
+            most[r] = most[r] < value ? value : most[r];
+        }
+    float top[4], added[4];
+    reduce_rows<Lanes>(most, top, larger);
+    for (int r = 0; r < rows; ++r) {
+        top[r] = std::max(largest[r], top[r]);
+        if (top[r] == none)
+            std::fill_n(scores + r * tile_tokens, count, 0.0f);
+        else
+            weigh<Lanes>(scores + r * tile_tokens, top[r], count, sums[r]);
+    }
+    reduce_rows<Lanes>(sums, added, plus);
+    for (int r = 0; r < rows; ++r) {
+        if (top[r] > largest[r]) {
+            const float rescale = largest[r] == none ? 0.0f : std::exp(largest[r] - top[r]);
+            sum[r] *= rescale;
+            multiply<Lanes>(output + r * stride, rescale, stride);
+            largest[r] = top[r];
+        }
+        sum[r] += added[r];
     }
 }
 
@@ -321,12 +393,10 @@ class FusedScratch {
         if (depth <= depth_) return;
         depth_ = depth;
         const auto size = static_cast<std::size_t>(fused_rows * depth);
-        high_.resize(size);
-        low_.resize(size);
-        folded_.resize(static_cast<std::size_t>(depth));
+        factors_.resize(2 * size);
+        folded_.resize(4 * static_cast<std::size_t>(depth));
         // 16 lanes of every block of a tile: its tokens, or the channels of values.
-        high_sums_.resize(size);
-        low_sums_.resize(size);
+        sums_.resize(2 * size);
         scores_.resize(static_cast<std::size_t>(fused_rows * tile_tokens));
         rows_.resize(static_cast<std::size_t>(token_rows * depth));
         turned_.resize(size);
@@ -337,11 +407,11 @@ class FusedScratch {
     static constexpr Index token_rows = 32;
 
     Index depth() const noexcept { return depth_; }
-    std::int8_t* high(Index row) noexcept { return high_.data() + row * depth_; }
-    std::int8_t* low(Index row) noexcept { return low_.data() + row * depth_; }
-    float* folded() noexcept { return folded_.data(); }
-    std::int32_t* high_sums() noexcept { return high_sums_.data(); }
-    std::int32_t* low_sums() noexcept { return low_sums_.data(); }
+    std::int8_t* factors(Index row) noexcept {
+        return factors_.data() + row * depth_;
+    }                                                    ///< 2 fused_rows of them
+    float* folded() noexcept { return folded_.data(); }  ///< 4 x depth
+    std::int32_t* sums() noexcept { return sums_.data(); }
     float* scores() noexcept { return scores_.data(); }        ///< fused_rows x 128
     float* rows() noexcept { return rows_.data(); }            ///< token_rows x depth
     float* turned() noexcept { return turned_.data(); }        ///< fused_rows x depth
@@ -351,9 +421,9 @@ class FusedScratch {
 
   private:
     Index depth_ = 0;
-    std::vector<std::int8_t> high_, low_;
+    std::vector<std::int8_t> factors_;
     std::vector<float> folded_, scores_, rows_, turned_, projected_, turns_;
-    std::vector<std::int32_t> high_sums_, low_sums_;
+    std::vector<std::int32_t> sums_;
 };
 
 namespace detail {
@@ -364,87 +434,88 @@ inline float symmetric_middle(int bits) noexcept {
 }
 
 /// The factors of several rows and the sums of their products with the planes of one segment, and of one run
-/// of blocks of it.
+/// of blocks of it. Of factors in two parts the low ones are rows of their own, after all high ones.
 class FusedSums {
   public:
     FusedSums(FusedScratch& scratch, Index rows, bool two_parts) noexcept
         : scratch_(scratch), rows_(rows), two_parts_(two_parts) {}
 
     /// The factors of all rows: x[r * stride + i] step[i] for i below `count`, rounded; up to `depth` they
-    /// are 0. base gets what to add to every sum of a row: that of x lower, and what rounding did to the part
-    /// of the codes that all have in common, their middle; so that a rounded factor errs by a code's distance
-    /// from the middle only.
+    /// are 0. What rounding does to the part of the codes that all have in common, their middle, is added
+    /// back with what `lower` adds, so that a rounded factor errs by a code's distance from the middle only.
     void factors(Isa isa, const TileFormat::Placed& segment, const float* x, Index stride,
-                 const Eigen::half* step, const Eigen::half* lower, Index count, Index depth,
-                 float* base) noexcept {
-        const float most = two_parts_ ? 32512.0f : 127.0f,
-                    middle = 0.5f * (power_of_two(segment.bits) - 1.0f),
-                    middle_below = 0.5f * (power_of_two(segment.split.shift(0)) - 1.0f),
-                    symmetric = symmetric_middle(segment.bits);
-        float* const folded = scratch_.folded();
-        std::fill(folded + count, folded + depth, 0.0f);
+                 const Eigen::half* step, const Eigen::half* lower, Index count, Index depth) noexcept {
+        const float middle = 0.5f * (power_of_two(segment.bits) - 1.0f);
         run_on(isa, [&](auto lanes) KVPLANE_BODY {
-            for (Index r = 0; r < rows_; ++r) {
-                fused::Fold fold{};
-                fused::fold<lanes>(x + r * stride, step, lower, symmetric, count, folded, fold);
-                const float worth = fold.largest > 0.0f ? fold.largest / most : 0.0f,
-                            scale = fold.largest > 0.0f ? most / fold.largest : 0.0f;
-                worth_[static_cast<std::size_t>(r)] = worth;
-                fused::FactorSums rounded{};
-                fused::round_factors<lanes>(folded, depth, scale, scratch_.high(r),
-                                            two_parts_ ? scratch_.low(r) : nullptr, rounded);
-                base[r] = fold.base + middle * (fold.sum - worth * rounded.whole) +
-                          middle_below * worth * rounded.low;
-            }
+            fused::by_rows(rows_, [&](auto rows, Index first) KVPLANE_BODY {
+                fused::factor_rows<lanes, rows>(
+                    {x + first * stride, stride, count, step, lower,
+                     middle + (lower ? 0.5f : symmetric_middle(segment.bits)), middle,
+                     0.5f * (power_of_two(segment.split.shift(0)) - 1.0f), depth, scratch_.folded(),
+                     scratch_.factors(first), two_parts_ ? scratch_.factors(rows_ + first) : nullptr,
+                     scratch_.depth(), worth_.data() + first, base_.data() + first});
+            });
         });
     }
 
     /// Sums of `blocks` blocks from `first_block` on, over planes of `width`s whose blocks have
-    /// units_of(width).
+    /// units_of(width). Low parts meet the first plane alone.
     template <class UnitsOf>
     void sum(Isa isa, const TileFormat::Placed& segment, const std::byte* tile, const std::byte* ahead,
              Index first_block, Index blocks, const UnitsOf& units_of) noexcept {
         const PlaneDot& dot = plane_dot_of(isa);
-        const Index sums = blocks * rows_ * unit_lanes;
-        std::fill_n(scratch_.high_sums(), sums, 0);
-        if (two_parts_) std::fill_n(scratch_.low_sums(), sums, 0);
+        if (const auto pair = segment.bits == 8   ? dot.of_bytes
+                              : segment.bits == 3 ? dot.of_three_bits
+                                                  : nullptr) {
+            const Index units[2] = {units_of(segment.split[0]), units_of(segment.split[1])};
+            const Index at[2] = {segment.plane_at[0] + first_block * units[0] * unit_bytes,
+                                 segment.plane_at[1] + first_block * units[1] * unit_bytes};
+            pair({tile + at[0], tile + at[1], ahead + at[0], ahead + at[1], blocks, units[0], units[1],
+                  scratch_.factors(0), scratch_.depth(), rows_, sum_rows() - rows_, segment.split.shift(0),
+                  scratch_.sums(), sum_rows()});
+            return;
+        }
         for (int p = 0; p < segment.split.count; ++p) {
             const int width = segment.split[p];
             const Index units = units_of(width);
             const Index at = segment.plane_at[static_cast<std::size_t>(p)] + first_block * units * unit_bytes;
-            PlaneDotCall call{tile + at,           ahead + at,       blocks, units,
-                              scratch_.high(0),    scratch_.depth(), rows_,  segment.split.shift(p),
-                              scratch_.high_sums()};
-            dot(width, call);
-            if (!two_parts_ || p > 0) continue;
-            call.factors = scratch_.low(0);
-            call.sums = scratch_.low_sums();
-            dot(width, call);
+            dot(width,
+                {tile + at, ahead + at, blocks, units, scratch_.factors(0), scratch_.depth(),
+                 p == 0 ? sum_rows() : rows_, segment.split.shift(p), scratch_.sums(), sum_rows(), p > 0});
         }
     }
 
-    /// to[r * row_stride + b * 16 ...] += the sums of row r and block b, and base[r].
-    void add(Isa isa, Index blocks, const float* base, float* to, Index row_stride) noexcept {
-        // The high part counts 256 of the units that the scale is in.
-        const float unit = two_parts_ ? 256.0f : 1.0f;
-        const std::int32_t *high = scratch_.high_sums(), *low = two_parts_ ? scratch_.low_sums() : nullptr;
+    /// to[r * row_stride + b * 16 ...] += (or =, if fresh) what row r and block b come to, and more[r].
+    void add(Isa isa, Index blocks, bool fresh, const float* more, float* to, Index row_stride) noexcept {
+        const Index stride = sum_rows() * unit_lanes;
         run_on(isa, [&](auto lanes) KVPLANE_BODY {
-            for (Index b = 0; b < blocks; ++b)
-                for (Index r = 0; r < rows_; ++r) {
-                    const Index at = (b * rows_ + r) * unit_lanes;
-                    fused::add_sums<lanes>(high + at, low ? low + at : nullptr,
-                                           worth_[static_cast<std::size_t>(r)] * unit, base[r], unit_lanes,
-                                           to + r * row_stride + b * unit_lanes);
-                }
+            for (Index r = 0; r < rows_; ++r) {
+                const std::int32_t *const high = scratch_.sums() + r * unit_lanes,
+                                          *const low = two_parts_ ? high + rows_ * unit_lanes : nullptr;
+                const float worth = worth_[static_cast<std::size_t>(r)],
+                            base = base_[static_cast<std::size_t>(r)] + (more ? more[r] : 0.0f);
+                if (fresh)
+                    fused::add_sums<lanes, true>(high, low, stride, blocks, worth, base, to + r * row_stride);
+                else
+                    fused::add_sums<lanes, false>(high, low, stride, blocks, worth, base,
+                                                  to + r * row_stride);
+            }
         });
     }
 
   private:
+    Index sum_rows() const noexcept { return two_parts_ ? 2 * rows_ : rows_; }
+
     FusedScratch& scratch_;
     Index rows_;
     bool two_parts_;
-    std::array<float, fused_rows> worth_{};
+    std::array<float, fused_rows> worth_{}, base_{};
 };
+
+/// Grids of a tile that is read next; its planes are fetched unit by unit.
+inline void prefetch_grids(const TileFormat& format, const std::byte* ahead) noexcept {
+    for (Index at = 0; at < format.grid_bytes(); at += unit_bytes) __builtin_prefetch(ahead + at, 0, 2);
+}
 
 inline void row_scores(Isa isa, const float* query, const float* rows, Index stride, Index tokens,
                        Index channels, float* scores) noexcept {
@@ -497,8 +568,9 @@ inline bool fused_values(const TileFormat& format) noexcept {
 inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* tile, const std::byte* ahead,
                          const float* queries, Index stride, Index rows, const float* offsets,
                          FusedScratch& scratch, float* scores) noexcept {
-    for (Index r = 0; r < rows; ++r) std::fill_n(scores + r * tile_tokens, tile_tokens, offsets[r]);
     const Index group = format.rule().group, blocks = group / unit_lanes;
+    detail::prefetch_grids(format, ahead);
+    bool fresh = true;
     for (const TileFormat::Placed& segment : format.segments()) {
         if (segment.bits == 0) continue;
         const Index channels = segment.channels, depth = detail::fused::padded_depth(channels);
@@ -507,16 +579,18 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
         const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
         detail::FusedSums sums(scratch, rows, segment.bits > 4);
         for (Index g = 0; g * group < tile_tokens; ++g) {
-            std::array<float, fused_rows> base{};
             sums.factors(isa, segment, queries + segment.first_channel, stride, step + g * channels,
-                         symmetric ? nullptr : lower + g * channels, channels, depth, base.data());
+                         symmetric ? nullptr : lower + g * channels, channels, depth);
             sums.sum(isa, segment, tile, ahead, g * blocks, blocks, [&](int width) {
                 const Index unit = TileFormat::unit_depth(width);
                 return (channels + unit - 1) / unit;
             });
-            sums.add(isa, blocks, base.data(), scores + g * group, tile_tokens);
+            sums.add(isa, blocks, fresh, fresh ? offsets : nullptr, scores + g * group, tile_tokens);
         }
+        fresh = false;
     }
+    if (!fresh) return;
+    for (Index r = 0; r < rows; ++r) std::fill_n(scores + r * tile_tokens, tile_tokens, offsets[r]);
 }
 
 /// output[r * stride + c] += sum over t of weights[r * 128 + t] v'_tc of a tile of values, for channels
@@ -529,15 +603,15 @@ inline void fused_output(Isa isa, const TileFormat& format, const std::byte* til
     const bool symmetric = segment.scheme == Scheme::symmetric;
     const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
     const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
+    detail::prefetch_grids(format, ahead);
     detail::FusedSums sums(scratch, rows, segment.bits > 4);
     for (Index first = 0, g = 0; first < segment.channels; first += run, ++g) {
         const Index blocks = (std::min(run, segment.channels - first) + unit_lanes - 1) / unit_lanes;
-        std::array<float, fused_rows> base{};
         sums.factors(isa, segment, weights, tile_tokens, step + g * tile_tokens,
-                     symmetric ? nullptr : lower + g * tile_tokens, tile_tokens, tile_tokens, base.data());
+                     symmetric ? nullptr : lower + g * tile_tokens, tile_tokens, tile_tokens);
         sums.sum(isa, segment, tile, ahead, first / unit_lanes, blocks,
                  [](int width) { return tile_tokens / TileFormat::unit_depth(width); });
-        sums.add(isa, blocks, base.data(), output + first, stride);
+        sums.add(isa, blocks, false, nullptr, output + first, stride);
     }
 }
 
@@ -554,24 +628,12 @@ struct PartialAttention {
 /// what is there where a larger score has come. scores: rows, 128 apart.
 inline void fused_softmax(Isa isa, float* scores, Index count, Index rows,
                           const PartialAttention& partial) noexcept {
-    constexpr float none = -std::numeric_limits<float>::infinity();
     run_on(isa, [&](auto lanes) KVPLANE_BODY {
-        for (Index r = 0; r < rows; ++r) {
-            float* const row = scores + r * tile_tokens;
-            const float top = std::max(partial.largest[r], detail::fused::largest_of<lanes>(row, count));
-            if (top == none) {
-                std::fill_n(row, count, 0.0f);
-                continue;
-            }
-            const float sum = detail::fused::weigh<lanes>(row, top, count);
-            if (top > partial.largest[r]) {
-                const float rescale = partial.largest[r] == none ? 0.0f : std::exp(partial.largest[r] - top);
-                partial.sum[r] *= rescale;
-                detail::fused::multiply<lanes>(partial.output + r * partial.stride, rescale, partial.stride);
-                partial.largest[r] = top;
-            }
-            partial.sum[r] += sum;
-        }
+        detail::fused::by_rows(rows, [&](auto together, Index first) KVPLANE_BODY {
+            detail::fused::softmax_rows<lanes, together>(
+                scores + first * tile_tokens, count, partial.largest + first, partial.sum + first,
+                partial.output + first * partial.stride, partial.stride);
+        });
     });
 }
 

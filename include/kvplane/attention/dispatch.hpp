@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kvplane/attention/kernels/avx2.hpp"
+#include "kvplane/attention/kernels/avx2_vnni.hpp"
 #include "kvplane/attention/kernels/avx512.hpp"
 #include "kvplane/attention/kernels/neon.hpp"
 #include "kvplane/attention/kernels/scalar.hpp"
@@ -21,6 +22,8 @@ inline const PlaneDot& plane_dot_of(Isa isa) noexcept {
 #if defined(KVPLANE_X86)
         case Isa::avx512:
             return avx512::plane_dots;
+        case Isa::avx2_vnni:
+            return avx2_vnni::plane_dots;
         case Isa::avx2:
             return avx2::plane_dots;
 #endif

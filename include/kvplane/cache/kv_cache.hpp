@@ -1064,7 +1064,7 @@ class KvCache::Fused {
         Index turned_to = -1;
         for (Index t = begin; t < end; ++t) {
             const Tile& tile = all[static_cast<std::size_t>(t)];
-            const Tile& next = all[static_cast<std::size_t>(std::min(t + 1, end - 1))];
+            const Tile& next = t + 1 < end ? all[static_cast<std::size_t>(t + 1)] : first_of(item, t);
             if (tile.first >= cache_.recipe().sink_tokens &&
                 tile.first + tile.tokens <= cache_.state_.dropped)
                 continue;
@@ -1074,6 +1074,13 @@ class KvCache::Fused {
                     tile_rows(tile, next, h, row, std::min(fused_rows, (h + 1) * block_ - row), chunk,
                               scratch);
         }
+    }
+
+    /// The first tile of what this worker probably does after `item`; else tile `t` again.
+    const Tile& first_of(Index item, Index t) const noexcept {
+        const Index across = together_ ? 1 : heads_, next = item + work_.executor().workers();
+        const auto& all = cache_.state_.tiles;
+        return all[static_cast<std::size_t>(next < chunks_ * across ? next / across * chunk_tiles : t)];
     }
 
     void tile_rows(const Tile& tile, const Tile& next, Index head, Index row, Index rows, Index chunk,

@@ -95,7 +95,7 @@ KVPLANE_INLINE void widen(Floats<Lanes>& to, const float* from) {
     load(to, from);
 }
 
-/// Stores the low bytes of lanes that hold 0 to 255.
+/// Stores the low byte of every lane.
 template <int Lanes>
 KVPLANE_INLINE void store_low_bytes(std::uint8_t* to, const Ints<Lanes>& from) {
     if constexpr (Lanes == 8) {
@@ -104,7 +104,9 @@ KVPLANE_INLINE void store_low_bytes(std::uint8_t* to, const Ints<Lanes>& from) {
             __builtin_shufflevector(bytes, bytes, 0, 4, 8, 12, 16, 20, 24, 28);
         store(to, low);
     } else {
-        store(to, __builtin_convertvector(from, Vector<std::uint8_t, Lanes>));
+        // In two steps, for in one g++ 12 takes the lanes out one by one.
+        const auto halves = __builtin_convertvector((Words<Lanes>)from, Vector<std::uint16_t, Lanes>);
+        store(to, __builtin_convertvector(halves, Vector<std::uint8_t, Lanes>));
     }
 }
 

@@ -88,6 +88,7 @@ class TileFormat {
         for (const ChannelSegment& segment : segments) place(segment);
         for (Placed& placed : segments_) place_grids(placed);
         bytes_ = aligned(bytes_);
+        grid_bytes_ = bytes_;
         for (Placed& placed : segments_)
             for (int p = 0; p < placed.split.count; ++p) {
                 placed.plane_at[static_cast<std::size_t>(p)] = bytes_;
@@ -104,6 +105,8 @@ class TileFormat {
     const std::vector<Placed>& segments() const noexcept { return segments_; }
     /// Size of a tile, a multiple of 64; every tile takes it whole, however many tokens it holds.
     Index bytes() const noexcept { return bytes_; }
+    /// Bytes before the first plane: the grids of all segments.
+    Index grid_bytes() const noexcept { return grid_bytes_; }
     /// Whether several tokens share a grid, so that they must be encoded together.
     bool grids_span_tokens() const noexcept {
         return rule_.granularity == Granularity::per_channel &&
@@ -155,7 +158,7 @@ class TileFormat {
 
     TileSide side_;
     GridRule rule_;
-    Index channels_ = 0, bytes_ = 0;
+    Index channels_ = 0, bytes_ = 0, grid_bytes_ = 0;
     std::vector<Placed> segments_;
 };
 

@@ -1,8 +1,8 @@
 // kvplane/attention/kernels/avx512.hpp: integer sums over planes with AVX-512 VNNI.
 //
 // A unit is one register of 16 lanes, so a shift, a mask and one vpdpbusd a row sum 4 fields into 16 lanes.
-// Even and odd fields have accumulators of their own: a chain of vpdpbusd has a latency of 4 to 5 cycles.
-// Sums are exact.
+// Up to 4 rows have accumulators of their own for even and odd fields: a chain of vpdpbusd has a latency of 4
+// to 5 cycles. Sums are exact.
 #pragma once
 
 #include "kvplane/isa.hpp"
@@ -23,12 +23,12 @@ typedef std::int32_t Words __attribute__((vector_size(64)));
 template <int width, int rows>
 KVPLANE_TARGET_AVX512 inline void dot_block(const PlaneDotCall& call, const std::byte* units,
                                             const std::byte* ahead, Index row, std::int32_t* sums) noexcept {
-    constexpr int fields = 8 / width;
+    constexpr int fields = 8 / width, chains = rows <= 4 ? 2 : 1;
     const __m512i mask = _mm512_set1_epi8((1 << width) - 1);
-    __m512i even[rows], odd[rows];
+    __m512i lanes[rows][chains];
     const std::int8_t* factors[rows];
     for (int r = 0; r < rows; ++r) {
-        even[r] = odd[r] = _mm512_setzero_si512();
+        for (int chain = 0; chain < chains; ++chain) lanes[r][chain] = _mm512_setzero_si512();
         factors[r] = call.factors + (row + r) * call.factor_stride;
     }
     for (Index u = 0; u < call.units; ++u) {
@@ -41,36 +41,170 @@ KVPLANE_TARGET_AVX512 inline void dot_block(const PlaneDotCall& call, const std:
             for (int r = 0; r < rows; ++r) {
                 int four;
                 std::memcpy(&four, factors[r] + (u * fields + i) * 4, 4);
-                __m512i& to = i % 2 ? odd[r] : even[r];
+                __m512i& to = lanes[r][i % chains];
                 to = _mm512_dpbusd_epi32(to, field, _mm512_set1_epi32(four));
             }
         }
     }
+
     for (int r = 0; r < rows; ++r) {
         std::int32_t* const to = sums + (row + r) * 16;
-        const Words sum = (Words)even[r] + (Words)odd[r];
-        _mm512_storeu_si512(to, (__m512i)((Words)_mm512_loadu_si512(to) + (sum << call.shift)));
+        Words sum = (Words)lanes[r][0];
+        if (chains == 2) sum += (Words)lanes[r][chains - 1];
+        sum = sum << call.shift;
+        if (call.add) sum += (Words)_mm512_loadu_si512(to);
+        _mm512_storeu_si512(to, (__m512i)sum);
     }
 }
 
 template <int width>
 KVPLANE_TARGET_AVX512 inline void plane_dot(const PlaneDotCall& call) noexcept {
     for (Index block = 0; block < call.blocks; ++block) {
-        const Index at = block * call.units * 64;
-        std::int32_t* const sums = call.sums + block * call.rows * 16;
+        const std::byte *const units = call.plane + block * call.units * 64, *const ahead =
+                                                                                 call.ahead +
+                                                                                 block * call.units * 64;
+        std::int32_t* const sums = call.sums + block * call.sum_rows * 16;
         Index row = 0;
-        for (; row + 4 <= call.rows; row += 4)
-            dot_block<width, 4>(call, call.plane + at, call.ahead + at, row, sums);
-        if (call.rows - row == 3)
-            dot_block<width, 3>(call, call.plane + at, call.ahead + at, row, sums);
-        else if (call.rows - row == 2)
-            dot_block<width, 2>(call, call.plane + at, call.ahead + at, row, sums);
-        else if (call.rows - row == 1)
-            dot_block<width, 1>(call, call.plane + at, call.ahead + at, row, sums);
+        for (; row + 8 <= call.rows; row += 8) dot_block<width, 8>(call, units, ahead, row, sums);
+        switch (call.rows - row) {
+            case 7:
+                dot_block<width, 7>(call, units, ahead, row, sums);
+                break;
+            case 6:
+                dot_block<width, 6>(call, units, ahead, row, sums);
+                break;
+            case 5:
+                dot_block<width, 5>(call, units, ahead, row, sums);
+                break;
+            case 4:
+                dot_block<width, 4>(call, units, ahead, row, sums);
+                break;
+            case 3:
+                dot_block<width, 3>(call, units, ahead, row, sums);
+                break;
+            case 2:
+                dot_block<width, 2>(call, units, ahead, row, sums);
+                break;
+            case 1:
+                dot_block<width, 1>(call, units, ahead, row, sums);
+                break;
+        }
     }
 }
 
-inline constexpr PlaneDot plane_dots{{plane_dot<1>, plane_dot<2>, plane_dot<4>}};
+// Codes of two planes put together are as fast to multiply as those of one.
+
+/// Fields of `a` where the mask is set, of `b` elsewhere.
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i either(const __m512i& mask, const __m512i& a,
+                                                    const __m512i& b) noexcept {
+    return _mm512_ternarylogic_epi32(mask, a, b, 0xCA);
+}
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i shifted_right(const __m512i& x, int by) noexcept {
+    return (__m512i)((Shorts)x >> static_cast<std::uint16_t>(by));
+}
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i shifted_left(const __m512i& x, int by) noexcept {
+    return (__m512i)((Shorts)x << static_cast<std::uint16_t>(by));
+}
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i four_factors(const std::int8_t* from) noexcept {
+    int four;
+    std::memcpy(&four, from, 4);
+    return _mm512_set1_epi32(four);
+}
+
+/// Codes of 8 bits in planes {4, 4}, the first unsigned as it is.
+template <int rows>
+KVPLANE_TARGET_AVX512 inline void bytes_block(const PlanePairCall& call, Index block, Index row) noexcept {
+    const __m512i low_half = _mm512_set1_epi8(15);
+    const Index at = block * call.first_units * 64;
+    const std::int8_t *high[rows], *low[rows];
+    __m512i whole[rows], first[rows];
+    for (int r = 0; r < rows; ++r) {
+        whole[r] = first[r] = _mm512_setzero_si512();
+        high[r] = call.factors + (row + r) * call.factor_stride;
+        low[r] = high[r] + call.rows * call.factor_stride;
+    }
+    for (Index u = 0; u < call.first_units; ++u) {
+        const __m512i a = _mm512_loadu_si512(call.first + at + u * 64),
+                      b = _mm512_loadu_si512(call.second + at + u * 64);
+        _mm_prefetch(reinterpret_cast<const char*>(call.first_ahead + at + u * 64), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(call.second_ahead + at + u * 64), _MM_HINT_T1);
+        const __m512i a0 = _mm512_and_si512(a, low_half),
+                      a1 = _mm512_and_si512(shifted_right(a, 4), low_half);
+        const __m512i code0 = either(low_half, b, shifted_left(a, 4)),
+                      code1 = either(low_half, shifted_right(b, 4), a);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+            whole[r] = _mm512_dpbusd_epi32(whole[r], code0, four_factors(high[r] + u * 8));
+            first[r] = _mm512_dpbusd_epi32(first[r], a0, four_factors(low[r] + u * 8));
+            whole[r] = _mm512_dpbusd_epi32(whole[r], code1, four_factors(high[r] + u * 8 + 4));
+            first[r] = _mm512_dpbusd_epi32(first[r], a1, four_factors(low[r] + u * 8 + 4));
+        }
+    }
+    std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+    for (int r = 0; r < rows; ++r) {
+        _mm512_storeu_si512(sums + r * 16, whole[r]);
+        _mm512_storeu_si512(sums + (call.rows + r) * 16, (__m512i)((Words)first[r] << call.shift));
+    }
+}
+
+/// Codes of 3 bits in planes {2, 1}: a unit of the second covers two of the first.
+template <int rows>
+KVPLANE_TARGET_AVX512 inline void three_bits_block(const PlanePairCall& call, Index block,
+                                                   Index row) noexcept {
+    const __m512i one = _mm512_set1_epi8(1), seven = _mm512_set1_epi8(7);
+    const std::byte *const first = call.first + block * call.first_units * 64, *const first_ahead =
+                                                                                   call.first_ahead +
+                                                                                   block * call.first_units *
+                                                                                       64;
+    const Index second_at = block * call.second_units * 64;
+    const std::int8_t* factors[rows];
+    __m512i lanes[rows][2];
+    for (int r = 0; r < rows; ++r) {
+        lanes[r][0] = lanes[r][1] = _mm512_setzero_si512();
+        factors[r] = call.factors + (row + r) * call.factor_stride;
+    }
+    for (Index u = 0; u < call.first_units; ++u) {
+        const __m512i two = _mm512_loadu_si512(first + u * 64);
+        const std::byte* const below = call.second + second_at + u / 2 * 64;
+        const __m512i last = shifted_right(_mm512_loadu_si512(below), static_cast<int>(u % 2) * 4);
+        _mm_prefetch(reinterpret_cast<const char*>(first_ahead + u * 64), _MM_HINT_T1);
+        if (u % 2 == 0)
+            _mm_prefetch(reinterpret_cast<const char*>(call.second_ahead + second_at + u / 2 * 64),
+                         _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const __m512i upper = i == 0 ? shifted_left(two, 1) : shifted_right(two, 2 * i - 1);
+            const __m512i code = _mm512_and_si512(either(one, shifted_right(last, i), upper), seven);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r)
+                lanes[r][i % 2] =
+                    _mm512_dpbusd_epi32(lanes[r][i % 2], code, four_factors(factors[r] + (u * 4 + i) * 4));
+        }
+    }
+    std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+    for (int r = 0; r < rows; ++r)
+        _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)lanes[r][0] + (Words)lanes[r][1]));
+}
+
+KVPLANE_TARGET_AVX512 inline void bytes_dot(const PlanePairCall& call) noexcept {
+    for (Index block = 0; block < call.blocks; ++block) {
+        Index row = 0;
+        for (; row + 4 <= call.rows; row += 4) bytes_block<4>(call, block, row);
+        for (; row + 2 <= call.rows; row += 2) bytes_block<2>(call, block, row);
+        if (row < call.rows) bytes_block<1>(call, block, row);
+    }
+}
+KVPLANE_TARGET_AVX512 inline void three_bits_dot(const PlanePairCall& call) noexcept {
+    for (Index block = 0; block < call.blocks; ++block) {
+        Index row = 0;
+        for (; row + 4 <= call.rows; row += 4) three_bits_block<4>(call, block, row);
+        for (; row + 2 <= call.rows; row += 2) three_bits_block<2>(call, block, row);
+        if (row < call.rows) three_bits_block<1>(call, block, row);
+    }
+}
+
+inline constexpr PlaneDot plane_dots{
+    "avx512", {plane_dot<1>, plane_dot<2>, plane_dot<4>}, bytes_dot, three_bits_dot};
 
 }  // namespace kvplane::detail::avx512
 #endif

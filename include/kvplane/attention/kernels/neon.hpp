@@ -44,7 +44,8 @@ KVPLANE_TARGET_NEON inline void dot_block(const PlaneDotCall& call, const std::b
     for (int r = 0; r < rows; ++r)
         for (int quarter = 0; quarter < 4; ++quarter) {
             std::int32_t* const to = sums + (row + r) * 16 + quarter * 4;
-            vst1q_s32(to, vaddq_s32(vld1q_s32(to), vshlq_s32(lanes[r][quarter], vdupq_n_s32(call.shift))));
+            const int32x4_t sum = vshlq_s32(lanes[r][quarter], vdupq_n_s32(call.shift));
+            vst1q_s32(to, call.add ? vaddq_s32(vld1q_s32(to), sum) : sum);
         }
 }
 
@@ -52,7 +53,7 @@ template <int width>
 KVPLANE_TARGET_NEON inline void plane_dot(const PlaneDotCall& call) noexcept {
     for (Index block = 0; block < call.blocks; ++block) {
         const Index at = block * call.units * 64;
-        std::int32_t* const sums = call.sums + block * call.rows * 16;
+        std::int32_t* const sums = call.sums + block * call.sum_rows * 16;
         Index row = 0;
         for (; row + 4 <= call.rows; row += 4)
             dot_block<width, 4>(call, call.plane + at, call.ahead + at, row, sums);
@@ -60,7 +61,7 @@ KVPLANE_TARGET_NEON inline void plane_dot(const PlaneDotCall& call) noexcept {
     }
 }
 
-inline constexpr PlaneDot plane_dots{{plane_dot<1>, plane_dot<2>, plane_dot<4>}};
+inline constexpr PlaneDot plane_dots{"neon", {plane_dot<1>, plane_dot<2>, plane_dot<4>}};
 
 }  // namespace kvplane::detail::neon
 #endif

@@ -14,14 +14,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "kvplane/matrix.hpp"
 
 namespace kvplane::detail {
 
 /// One call: `blocks` blocks of `units` units each, for `rows` rows. Row r's factors begin at factors + r
-/// factor_stride; sums are [block][row][16 lanes] and are added to. Each unit read prefetches the one at the
-/// same place of `ahead`.
+/// factor_stride; sums are [block][sum_rows][16 lanes], of which the first `rows` are written, or added to.
+/// Each unit read prefetches the one at the same place of `ahead`.
 struct PlaneDotCall {
     const std::byte* plane;
     const std::byte* ahead;
@@ -30,11 +31,33 @@ struct PlaneDotCall {
     Index factor_stride, rows;
     int shift;
     std::int32_t* sums;
+    Index sum_rows;
+    bool add;
 };
 
-/// The sums of a call, by width of the plane: 1, 2 and 4.
+/// Two planes of the same codes together, the second as wide as the first or half as wide. Row r's factors
+/// meet whole codes; row rows + r's (`low_rows`: as many as rows, or none) the first plane alone, as in a
+/// call of shift `shift`.
+struct PlanePairCall {
+    const std::byte *first, *second;
+    const std::byte *first_ahead, *second_ahead;
+    Index blocks, first_units, second_units;
+    const std::int8_t* factors;
+    Index factor_stride, rows, low_rows;
+    int shift;
+    std::int32_t* sums;
+    Index sum_rows;
+};
+
+/// The kernels of an instruction set.
 struct PlaneDot {
+    std::string_view name;  ///< what isa.hpp calls the instruction set
+    /// By width of the plane: 1, 2 and 4.
     void (*of_width[3])(const PlaneDotCall&) noexcept;
+    /// Planes {4, 4} with low rows, and {2, 1} without; nullptr where plane by plane is as fast. A byte of 8
+    /// bits needs products of unsigned by signed bytes that do not saturate.
+    void (*of_bytes)(const PlanePairCall&) noexcept = nullptr;
+    void (*of_three_bits)(const PlanePairCall&) noexcept = nullptr;
 
     void operator()(int width, const PlaneDotCall& call) const noexcept {
         of_width[width == 4 ? 2 : width - 1](call);
@@ -58,13 +81,15 @@ void plane_dot(const PlaneDotCall& call) noexcept {
                             sums[lane] +=
                                 (std::to_integer<int>(units[u * 64 + lane * 4 + j]) >> (i * width) & mask) *
                                 factors[(u * fields + i) * 4 + j];
-            for (int lane = 0; lane < 16; ++lane)
-                call.sums[(block * call.rows + row) * 16 + lane] += sums[lane] * (1 << call.shift);
+            for (int lane = 0; lane < 16; ++lane) {
+                std::int32_t& to = call.sums[(block * call.sum_rows + row) * 16 + lane];
+                to = (call.add ? to : 0) + sums[lane] * (1 << call.shift);
+            }
         }
     }
 }
 
-inline constexpr PlaneDot plane_dots{{plane_dot<1>, plane_dot<2>, plane_dot<4>}};
+inline constexpr PlaneDot plane_dots{"scalar", {plane_dot<1>, plane_dot<2>, plane_dot<4>}};
 
 }  // namespace scalar
 }  // namespace kvplane::detail
