@@ -16,6 +16,7 @@
 #include <string>
 
 #include "bandwidth.hpp"
+#include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/recipes.hpp"
 
@@ -61,7 +62,8 @@ std::string name_of(const std::string& recipe, const Shape& shape) {
 }
 
 struct Caches {
-    TilePool pool;
+    HugePageResource memory;
+    TilePool pool{&memory};
     std::vector<KvCache> caches;
 };
 

@@ -11,6 +11,7 @@
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/attention/reference.hpp"
 #include "kvplane/cache/configuration.hpp"
+#include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cache/latent_keys.hpp"
 #include "kvplane/cache/tile_pool.hpp"

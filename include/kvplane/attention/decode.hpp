@@ -38,6 +38,8 @@ namespace kvplane {
 
 /// Query rows (heads that share a key head, times query tokens) that the fused path takes together.
 inline constexpr Index fused_rows = 8;
+/// Tiles whose queries are turned and projected together, so that a basis is read once for all.
+inline constexpr Index fused_tiles = 4;
 
 namespace detail::fused {
 
@@ -356,14 +358,17 @@ KVPLANE_INLINE void project_strips(const float* queries, Index query_stride, con
         for (int r = 0; r < rows; ++r) store(projected + r * projected_stride + s * Lanes, sums[r][s] * by);
     }
 }
-template <int Lanes, int rows>
+
+/// Rows in blocks, latents in strips of vectors: a column is widened once for all rows of a block.
+template <int Lanes, int rows, int strips>
 KVPLANE_INLINE void project_rows(const float* queries, Index query_stride, const Eigen::half* columns,
                                  Index channels, Index kept, const float* scale, float* projected,
                                  Index projected_stride) {
     Index j = 0;
-    for (; j + 3 * Lanes <= kept; j += 3 * Lanes)
-        project_strips<Lanes, rows, 3>(queries, query_stride, columns + j, channels, kept, scale + j,
-                                       projected + j, projected_stride);
+    if constexpr (strips > 1)
+        for (; j + strips * Lanes <= kept; j += strips * Lanes)
+            project_strips<Lanes, rows, strips>(queries, query_stride, columns + j, channels, kept, scale + j,
+                                                projected + j, projected_stride);
     for (; j + Lanes <= kept; j += Lanes)
         project_strips<Lanes, rows, 1>(queries, query_stride, columns + j, channels, kept, scale + j,
                                        projected + j, projected_stride);
@@ -382,6 +387,46 @@ KVPLANE_INLINE void project_rows(const float* queries, Index query_stride, const
         }
 }
 
+/// turned[c] = query[c] cosine[c] + partner[c] sine[c], partner[c] the query's other channel of c's pair;
+/// returns the sum of turned[c] mean[c].
+template <int Lanes>
+KVPLANE_INLINE float turn_row(const float* query, const float* partner, const float* cosine,
+                              const float* sine, const float* mean, Index channels, float* turned) {
+    Floats<Lanes> sum{};
+    Index c = 0;
+    for (; c + Lanes <= channels; c += Lanes) {
+        Floats<Lanes> q, p, cos, sin, m;
+        load(q, query + c);
+        load(p, partner + c);
+        load(cos, cosine + c);
+        load(sin, sine + c);
+        load(m, mean + c);
+        const Floats<Lanes> x = q * cos + p * sin;
+        store(turned + c, x);
+        sum += x * m;
+    }
+    float all = sum_lanes<Lanes>(sum);
+    for (; c < channels; ++c) {
+        turned[c] = query[c] * cosine[c] + partner[c] * sine[c];
+        all += turned[c] * mean[c];
+    }
+    return all;
+}
+/// The angles a step further: to cos(a + b), sin(a + b).
+template <int Lanes>
+KVPLANE_INLINE void step_turn(const float* cosine, const float* sine, const float* step_cosine,
+                              const float* step_sine, Index channels, float* to_cosine, float* to_sine) {
+    // Rows are padded to whole vectors.
+    for (Index c = 0; c < channels; c += Lanes) {
+        Floats<Lanes> cos, sin, step_cos, step_sin;
+        load(cos, cosine + c);
+        load(sin, sine + c);
+        load(step_cos, step_cosine + c);
+        load(step_sin, step_sine + c);
+        store(to_cosine + c, cos * step_cos - sin * step_sin);
+        store(to_sine + c, sin * step_cos + cos * step_sin);
+    }
+}
 }  // namespace detail::fused
 
 /// Memory of one thread for tiles of up to so many channels. Made once; reused by every call.
@@ -399,9 +444,9 @@ class FusedScratch {
         sums_.resize(2 * size);
         scores_.resize(static_cast<std::size_t>(fused_rows * tile_tokens));
         rows_.resize(static_cast<std::size_t>(token_rows * depth));
-        turned_.resize(size);
-        projected_.resize(size);
-        turns_.resize(static_cast<std::size_t>(4 * depth));
+        turned_.resize(fused_tiles * size);
+        projected_.resize(fused_tiles * size);
+        turns_.resize(static_cast<std::size_t>(2 * (fused_tiles + 1) * depth));
     }
     /// Unquantized tokens that are taken together.
     static constexpr Index token_rows = 32;
@@ -414,10 +459,11 @@ class FusedScratch {
     std::int32_t* sums() noexcept { return sums_.data(); }
     float* scores() noexcept { return scores_.data(); }        ///< fused_rows x 128
     float* rows() noexcept { return rows_.data(); }            ///< token_rows x depth
-    float* turned() noexcept { return turned_.data(); }        ///< fused_rows x depth
-    float* projected() noexcept { return projected_.data(); }  ///< fused_rows x depth
-    /// Four numbers a pair of channels: cosine and sine of a turn, and of the turn from tile to tile.
-    float* turns() noexcept { return turns_.data(); }
+    float* turned() noexcept { return turned_.data(); }        ///< fused_tiles x fused_rows x depth
+    float* projected() noexcept { return projected_.data(); }  ///< likewise
+    /// Cosines by channel of the turn to a tile, depth of them, then sines, signed as a pair's channels need
+    /// them; those of the turn from one tile to the next stand at fused_tiles.
+    float* turn(Index tile) noexcept { return turns_.data() + 2 * tile * depth_; }
 
   private:
     Index depth_ = 0;
@@ -535,12 +581,16 @@ inline void project(Isa isa, const float* queries, Index query_stride, Index row
                     Index channels, Index kept, const float* scale, float* projected, Index stride) noexcept {
     run_on(isa, [&](auto lanes) KVPLANE_BODY {
         Index r = 0;
-        for (; r + 4 <= rows; r += 4)
-            fused::project_rows<lanes, 4>(queries + r * query_stride, query_stride, columns, channels, kept,
-                                          scale, projected + r * stride, stride);
-        for (; r < rows; ++r)
-            fused::project_rows<lanes, 1>(queries + r * query_stride, query_stride, columns, channels, kept,
-                                          scale, projected + r * stride, stride);
+        const auto block = [&](auto count, auto strips) KVPLANE_BODY {
+            for (; r + count <= rows; r += count)
+                fused::project_rows<lanes, count, strips>(queries + r * query_stride, query_stride, columns,
+                                                          channels, kept, scale, projected + r * stride,
+                                                          stride);
+        };
+        // As many sums as there are registers for: 32 of 16 lanes, 16 of fewer.
+        if constexpr (lanes == 16) block(LaneCount<16>{}, LaneCount<1>{});
+        block(LaneCount<4>{}, LaneCount<3>{});
+        block(LaneCount<1>{}, LaneCount<3>{});
     });
 }
 

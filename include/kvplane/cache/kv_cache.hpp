@@ -64,9 +64,9 @@ class AttentionWorkspace {
     Executor* executor_;
     SerialExecutor serial_;
     std::vector<FusedScratch> scratch_;  ///< by worker
-    /// Query rows, head by head: as given, and as keys in channels are stored; those whose scores are only
-    /// scaled already are.
-    std::vector<float> plain_, rotated_;
+    /// Query rows, head by head, already scaled where scores are no more than that: as given, with the
+    /// channels of each pair exchanged, and as keys in channels are stored.
+    std::vector<float> plain_, partner_, rotated_;
     std::vector<detail::ScoreRule<float>> rules_;  ///< by query head
     std::vector<float> largest_, sum_, output_;    ///< by part of the sequence, and row
 };
@@ -990,6 +990,7 @@ class KvCache::Fused {
         const auto parts = static_cast<std::size_t>((chunks_ + 1) * rows_);
         work_.plain_.resize(static_cast<std::size_t>(rows_ * key_dim_));
         work_.rotated_.resize(work_.plain_.size());
+        work_.partner_.resize(layout && layout->latent ? work_.plain_.size() : 0);
         work_.largest_.resize(parts);
         work_.sum_.resize(parts);
         work_.output_.resize(parts * static_cast<std::size_t>(stride_));
@@ -1012,6 +1013,16 @@ class KvCache::Fused {
         if (cache_.recipe().keys.rotate)
             for (Index r = 0; r < rows_; ++r)
                 cache_.key_rotation_.rotate(work_.rotated_.data() + r * key_dim_);
+        if (work_.partner_.empty()) return;
+        for (Index r = 0; r < rows_; ++r) {
+            const float* const row = work_.plain_.data() + r * key_dim_;
+            float* const partner = work_.partner_.data() + r * key_dim_;
+            for (const RotaryEmbedding::Pair& pair : cache_.latent_keys()->embedding().pairs()) {
+                const Index second = pair.second >= 0 ? pair.second : pair.first;
+                partner[pair.first] = row[second];
+                partner[second] = row[pair.first];
+            }
+        }
     }
 
     void run() noexcept {
@@ -1061,21 +1072,24 @@ class KvCache::Fused {
         const auto& all = cache_.state_.tiles;
         const Index begin = chunk * chunk_tiles,
                     end = std::min(begin + chunk_tiles, static_cast<Index>(all.size()));
-        Index turned_to = -1;
-        for (Index t = begin; t < end; ++t) {
-            const Tile& tile = all[static_cast<std::size_t>(t)];
-            const Tile& next = t + 1 < end ? all[static_cast<std::size_t>(t + 1)] : first_of(item, t);
-            if (tile.first >= cache_.recipe().sink_tokens &&
-                tile.first + tile.tokens <= cache_.state_.dropped)
-                continue;
-            if (cache_.state_.layout->latent) turn_to(tile.first, turned_to, scratch);
+        // Latents go some tiles at a time, for the sake of the projection; others tile by tile.
+        const bool latent = cache_.state_.layout->latent != nullptr;
+        const Index step = latent ? fused_tiles : 1;
+        for (Index first = begin; first < end; first += step) {
+            const Index count = std::min(step, end - first);
+            if (latent) turn_to(first, count, first > begin, scratch);
             for (Index h = head; h < head + heads; ++h)
-                for (Index row = h * block_; row < (h + 1) * block_; row += fused_rows)
-                    tile_rows(tile, next, h, row, std::min(fused_rows, (h + 1) * block_ - row), chunk,
-                              scratch);
+                for (Index row = h * block_; row < (h + 1) * block_; row += fused_rows) {
+                    const Index rows = std::min(fused_rows, (h + 1) * block_ - row);
+                    std::array<float, fused_tiles * fused_rows> offsets{};
+                    if (latent) project(h, row, rows, count, offsets.data(), scratch);
+                    for (Index t = first; t < first + count; ++t)
+                        tile_rows(t, t + 1 < end ? all[static_cast<std::size_t>(t + 1)] : first_of(item, t),
+                                  h, row, rows, chunk, t - first, offsets.data() + (t - first) * rows,
+                                  scratch);
+                }
         }
     }
-
     /// The first tile of what this worker probably does after `item`; else tile `t` again.
     const Tile& first_of(Index item, Index t) const noexcept {
         const Index across = together_ ? 1 : heads_, next = item + work_.executor().workers();
@@ -1083,19 +1097,21 @@ class KvCache::Fused {
         return all[static_cast<std::size_t>(next < chunks_ * across ? next / across * chunk_tiles : t)];
     }
 
-    void tile_rows(const Tile& tile, const Tile& next, Index head, Index row, Index rows, Index chunk,
-                   FusedScratch& scratch) noexcept {
+    /// `place` among the tiles that were projected together.
+    void tile_rows(Index t, const Tile& next, Index head, Index row, Index rows, Index chunk, Index place,
+                   const float* offsets, FusedScratch& scratch) noexcept {
+        const Tile& tile = cache_.state_.tiles[static_cast<std::size_t>(t)];
+        if (tile.first >= cache_.recipe().sink_tokens && tile.first + tile.tokens <= cache_.state_.dropped)
+            return;
         const TileLayout& layout = *cache_.state_.layout;
         const Index key_part = layout.latent ? layout.latent->part_of_head(head) : head;
         const Index key_at = layout.key_at[static_cast<std::size_t>(key_part)],
                     value_at = layout.value_at[static_cast<std::size_t>(head)];
-        float offsets[fused_rows] = {};
         const float* queries = work_.rotated_.data() + row * key_dim_;
         Index stride = key_dim_;
         if (layout.latent) {
-            project(*layout.latent, head, row, rows, offsets, scratch);
-            queries = scratch.projected();
             stride = scratch.depth();
+            queries = scratch.projected() + place * rows * stride;
         }
         fused_scores(isa_, layout.key_format(key_part), tile.page.data() + key_at, next.page.data() + key_at,
                      queries, stride, rows, offsets, scratch, scratch.scores());
@@ -1125,58 +1141,65 @@ class KvCache::Fused {
         }
     }
 
-    /// Cosine and sine, by pair, of the turn back by `position`: exact, or from the tile before.
-    void turn_to(Index position, Index& turned_to, FusedScratch& scratch) const noexcept {
+    /// The turns back by the first positions of `count` tiles: exact for the first of a chunk, for others
+    /// from
+    /// the tile before where that is 128 tokens away.
+    void turn_to(Index first, Index count, bool go_on, FusedScratch& scratch) const noexcept {
         const LatentKeys& keys = *cache_.state_.layout->latent;
-        if (keys.frame() != KeyFrame::tile) return;
-        float* turn = scratch.turns();
-        const bool next = turned_to >= 0 && position == turned_to + tile_tokens;
-        for (const RotaryEmbedding::Pair& pair : keys.embedding().pairs()) {
-            if (next) {
-                const float cosine = turn[0] * turn[2] - turn[1] * turn[3];
-                turn[1] = turn[0] * turn[3] + turn[1] * turn[2];
-                turn[0] = cosine;
-            } else {
-                const double angle = -static_cast<double>(position) * pair.frequency,
-                             step = -static_cast<double>(tile_tokens) * pair.frequency;
-                turn[0] = static_cast<float>(std::cos(angle));
-                turn[1] = static_cast<float>(std::sin(angle));
-                turn[2] = static_cast<float>(std::cos(step));
-                turn[3] = static_cast<float>(std::sin(step));
+        const bool turns = keys.frame() == KeyFrame::tile;
+        const Index depth = scratch.depth();
+        const auto exact = [&](Index positions, float* cosine) {
+            for (const RotaryEmbedding::Pair& pair : keys.embedding().pairs()) {
+                const double angle = turns ? -static_cast<double>(positions) * pair.frequency : 0.0;
+                const auto sine = static_cast<float>(std::sin(angle));
+                cosine[pair.first] = static_cast<float>(std::cos(angle));
+                cosine[depth + pair.first] = -sine;
+                if (pair.second < 0) continue;
+                cosine[pair.second] = cosine[pair.first];
+                cosine[depth + pair.second] = sine;
             }
-            turn += 4;
+        };
+        if (!go_on) exact(tile_tokens, scratch.turn(fused_tiles));
+        const auto position = [&](Index t) { return cache_.state_.tiles[static_cast<std::size_t>(t)].first; };
+        for (Index i = 0; i < count; ++i) {
+            float* const to = scratch.turn(i);
+            if ((i == 0 && !go_on) || position(first + i) != position(first + i - 1) + tile_tokens) {
+                exact(position(first + i), to);
+                continue;
+            }
+            const float *const from = scratch.turn(i > 0 ? i - 1 : fused_tiles - 1), *const step =
+                                                                                         scratch.turn(
+                                                                                             fused_tiles);
+            run_on(isa_, [&](auto lanes) KVPLANE_BODY {
+                detail::fused::step_turn<lanes>(from, from + depth, step, step + depth, key_dim_, to,
+                                                to + depth);
+            });
         }
-        turned_to = position;
     }
 
-    /// The queries of some rows as the latents of a tile see them; offsets: what the mean adds to their
-    /// scores.
-    void project(const LatentKeys& keys, Index head, Index row, Index rows, float* offsets,
+    /// The queries of some rows as the latents of `count` tiles see them; offsets: what the mean adds to
+    /// their scores. Both tile by tile.
+    void project(Index head, Index row, Index rows, Index count, float* offsets,
                  FusedScratch& scratch) const noexcept {
+        const LatentKeys& keys = *cache_.state_.layout->latent;
         const LatentKeys::Part& part = keys.part(keys.part_of_head(head));
         const Index at = keys.head_offset(head), kept = part.kept(), depth = scratch.depth();
-        for (Index r = 0; r < rows; ++r) {
-            const float* const query = work_.plain_.data() + (row + r) * key_dim_;
-            float* const turned = scratch.turned() + r * depth;
-            std::copy_n(query, key_dim_, turned);
-            if (keys.frame() == KeyFrame::tile) {
-                const float* turn = scratch.turns();
-                for (const RotaryEmbedding::Pair& pair : keys.embedding().pairs()) {
-                    if (pair.second >= 0) {
-                        turned[pair.first] = query[pair.first] * turn[0] - query[pair.second] * turn[1];
-                        turned[pair.second] = query[pair.first] * turn[1] + query[pair.second] * turn[0];
-                    }
-                    turn += 4;
+        run_on(isa_, [&](auto lanes) KVPLANE_BODY {
+            for (Index i = 0; i < count; ++i)
+                for (Index r = 0; r < rows; ++r) {
+                    const Index from = (row + r) * key_dim_;
+                    const float* const turn = scratch.turn(i);
+                    offsets[i * rows + r] = detail::fused::turn_row<lanes>(
+                        work_.plain_.data() + from, work_.partner_.data() + from, turn, turn + depth,
+                        part.mean.data() + at, key_dim_, scratch.turned() + (i * rows + r) * depth);
                 }
-            }
-            for (Index c = 0; c < key_dim_; ++c) offsets[r] += turned[c] * part.mean[at + c];
-        }
+        });
         if (keys.settings().directions == LatentDirections::eigenvectors) {
-            detail::project(isa_, scratch.turned(), depth, rows, part.decode.data() + at * kept, key_dim_,
-                            kept, part.decode_scale.data(), scratch.projected(), depth);
+            detail::project(isa_, scratch.turned(), depth, count * rows, part.decode.data() + at * kept,
+                            key_dim_, kept, part.decode_scale.data(), scratch.projected(), depth);
             return;
         }
-        for (Index r = 0; r < rows; ++r)
+        for (Index r = 0; r < count * rows; ++r)
             for (Index j = 0; j < kept; ++j) {
                 const Index c = static_cast<Index>(part.channels[static_cast<std::size_t>(j)]) - at;
                 scratch.projected()[r * depth + j] =
