@@ -3,63 +3,28 @@
 //   Decode/RECIPE/TOKENS/QUERY_HEADS/KV_HEADS/HEAD_DIM/threads:T   one query token over a cache of so many
 //
 // Counters: `bytes` of the cache, `bytes_per_second`, `bandwidth_share` = that over the read bandwidth that
-// this run measures with as many threads; `fp16_floor_ratio` = time over what reading an fp16 cache at that
-// bandwidth takes. Several caches take turns, 256 MiB together, so that all of it comes from memory. Usage:
-// attention_bench [--all] [benchmark's own options]; --all: every length and shape, not only the main ones.
+// this run measures with as many threads, before and after each case; `fp16_floor_ratio` = time over what
+// reading an fp16 cache at that bandwidth takes. Several caches take turns, 256 MiB together, so that all of
+// it comes from memory. Usage: attention_bench [--all] [benchmark's own options]; --all: every length and
+// shape, not only the main ones.
 #include <benchmark/benchmark.h>
 
 #include <cstring>
-#include <map>
 #include <memory>
-#include <random>
-#include <sstream>
 #include <string>
 
 #include "bandwidth.hpp"
+#include "cases.hpp"
 #include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/cache/kv_cache.hpp"
-#include "kvplane/recipes.hpp"
 
 namespace {
 
 using namespace kvplane;
-
-struct Shape {
-    Index tokens, query_heads, kv_heads, head_dim;
-};
-
-Matrix random_rows(Index rows, Index cols, std::uint64_t seed) {
-    std::mt19937_64 generator(seed);
-    std::normal_distribution<float> normal;
-    return Matrix::NullaryExpr(rows, cols, [&] { return normal(generator); });
-}
-
-CacheConfiguration configuration(const std::string& recipe, const Shape& shape) {
-    CacheConfiguration c;
-    c.kv_heads = shape.kv_heads;
-    c.query_heads = shape.query_heads;
-    c.key_head_dim = c.value_head_dim = shape.head_dim;
-    c.recipe = recipes::parse(recipe);
-    c.rope = RopeSettings{};
-    if (!c.recipe.latents) return c;
-    const Index channels = shape.kv_heads * shape.head_dim;
-    Matrix keys = random_rows(2048, channels, 7);
-    for (Index j = 0; j < channels; ++j)
-        keys.col(j) *=
-            std::exp(-3.0f * static_cast<float>(j % shape.head_dim) / static_cast<float>(shape.head_dim));
-    LatentStatistics statistics(c.kv_heads, c.query_heads, c.key_head_dim);
-    statistics.add_keys({keys, 0});
-    statistics.add_queries(random_rows(256, c.query_heads * c.key_head_dim, 8));
-    c.latent_keys = fit_latent_keys(statistics, c.rope, *c.recipe.latents);
-    return c;
-}
-
-std::string name_of(const std::string& recipe, const Shape& shape) {
-    std::ostringstream name;
-    name << recipe << '/' << shape.tokens << '/' << shape.query_heads << '/' << shape.kv_heads << '/'
-         << shape.head_dim;
-    return name.str();
-}
+using kvplane_bench::configuration;
+using kvplane_bench::name_of;
+using kvplane_bench::random_rows;
+using kvplane_bench::Shape;
 
 struct Caches {
     HugePageResource memory;
@@ -92,13 +57,15 @@ void decode(benchmark::State& state, const std::string& recipe, const Shape& sha
     const Matrix queries = random_rows(1, shape.query_heads * shape.head_dim, 3);
     Matrix output(1, shape.query_heads * shape.head_dim);
     std::size_t next = 0;
+    const double before = kvplane_bench::read_bandwidth(threads);
     for (auto _ : state) {
         all.caches[next].attend(queries, output, {}, workspace);
         benchmark::DoNotOptimize(output.data());
         next = (next + 1) % all.caches.size();
     }
     const auto bytes = static_cast<double>(all.caches[0].bytes());
-    const double bandwidth = kvplane_bench::read_bandwidth(threads),
+    // Of what was there before and after: other work on the machine changes it from minute to minute.
+    const double bandwidth = 0.5 * (before + kvplane_bench::read_bandwidth(threads)),
                  runs = static_cast<double>(state.iterations());
     const double fp16 = 4.0 * static_cast<double>(shape.tokens * shape.kv_heads * shape.head_dim);
     state.counters["bytes"] = bytes;

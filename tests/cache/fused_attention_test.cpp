@@ -11,13 +11,15 @@
 
 namespace {
 std::atomic<long> allocations{0};
-}
+std::atomic<bool> out_of_memory{false};
+}  // namespace
 
 // Every allocation of this program. Not inlined, or g++ would see free() meet operator new.
 __attribute__((noinline)) void* operator new(std::size_t size) {
     ++allocations;
-    if (void* const memory = std::malloc(size ? size : 1)) return memory;
-    throw std::bad_alloc();
+    void* const memory = out_of_memory ? nullptr : std::malloc(size ? size : 1);
+    if (!memory) throw std::bad_alloc();
+    return memory;
 }
 __attribute__((noinline)) void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
     ++allocations;
@@ -41,6 +43,17 @@ class Backwards final : public Executor {
     Index workers() const noexcept override { return 3; }
     void run(Index items, Body body, void* context) noexcept override {
         for (Index item = items - 1; item >= 0; --item) body(context, item, item % 3);
+    }
+};
+
+/// While its bodies run, there is no memory.
+class Starving final : public Executor {
+  public:
+    Index workers() const noexcept override { return 2; }
+    void run(Index items, Body body, void* context) noexcept override {
+        out_of_memory = true;
+        for (Index item = 0; item < items; ++item) body(context, item, item % 2);
+        out_of_memory = false;
     }
 };
 
@@ -80,6 +93,66 @@ TEST(FusedAttention, DoesNotDependOnTheNumberOfThreads) {
             ASSERT_EQ(attend(cache, q, &backwards), serial) << recipe;
         }
     }
+}
+
+/// Prefill: blocks of query tokens and heads, of which the last is not full.
+TEST(BlockedAttention, DoesNotDependOnTheNumberOfThreads) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    for (const char* recipe :
+         {"fp16", "standard", "latent:3:3+fit_tokens=256", "latent:3:3+heads_together=1+fit_tokens=256",
+          "latent:3:3+frame=before_rope+fit_tokens=256"})
+        for (const double key_fraction : {1.0, 0.25}) {
+            const CacheConfiguration c = configuration(recipe);
+            if (key_fraction < 1.0 && !c.recipe.latents) continue;
+            KvCache cache(c, pool);
+            kvplane_test::append(cache, normal_matrix(random, 900, 64), normal_matrix(random, 900, 96));
+            const Matrix q = normal_matrix(random, 301, 128);
+            AttentionParameters parameters;
+            parameters.key_fraction = key_fraction;
+            Matrix serial(301, 4 * 48), other(301, 4 * 48);
+            AttentionWorkspace alone;
+            cache.attend(q, serial, parameters, alone);
+            // Token by token, each with the tokens after it taken back.
+            for (const Index tokens : {1, 100, 173}) {
+                KvCache shorter = cache.fork();
+                shorter.truncate(900 - 301 + tokens);
+                if (shorter.packed_tokens() % tile_tokens != 0 || key_fraction < 1.0) continue;
+                Matrix first(tokens, 4 * 48);
+                shorter.attend(q.topRows(tokens), first, parameters, alone);
+                EXPECT_LE((first - serial.topRows(tokens)).cwiseAbs().maxCoeff(), 2e-2f) << recipe;
+            }
+            for (const Index threads : {2, 5}) {
+                ThreadExecutor executor(threads);
+                AttentionWorkspace workspace(&executor);
+                cache.attend(q, other, parameters, workspace);
+                ASSERT_EQ(other, serial) << recipe;
+            }
+            Backwards backwards;
+            AttentionWorkspace workspace(&backwards);
+            cache.attend(q, other, parameters, workspace);
+            ASSERT_EQ(other, serial) << recipe;
+        }
+}
+
+/// Memory that ends in a worker ends the call, not the program.
+TEST(BlockedAttention, ReportsThatMemoryEnded) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache cache(configuration("standard"), pool);
+    kvplane_test::append(cache, normal_matrix(random, 900, 64), normal_matrix(random, 900, 96));
+    const Matrix q = normal_matrix(random, 200, 128);
+    Matrix output(200, 4 * 48);
+    Starving starving;
+    AttentionWorkspace workspace(&starving), alone;
+    EXPECT_THROW(cache.attend(q, output, {}, workspace), std::bad_alloc);
+    cache.attend(q, output, {}, alone);
+    // The fused path needs none: only its first call of a shape takes memory, outside the bodies.
+    Matrix starved(2, 4 * 48);
+    cache.attend(q.topRows(2), starved, {}, workspace);
+    Matrix two(2, 4 * 48);
+    cache.attend(q.topRows(2), two, {}, alone);
+    EXPECT_EQ(starved, two);
 }
 
 TEST(FusedAttention, AllocatesNothingOnceItHasSeenTheShape) {

@@ -307,6 +307,24 @@ TEST_P(CacheOfRecipe, BadInputChangesNothing) {
     EXPECT_EQ(to_bytes(cache), before);
 }
 
+/// What only the rotation makes too large, in a late piece of a long append, whose first pieces are good.
+TEST(KvCache, ARefusalAfterRotationChangesNothing) {
+    TilePool pool;
+    std::mt19937_64 random(seed());
+    KvCache cache(configuration("standard"), pool);
+    append(cache, normal_matrix(random, 150, 64), normal_matrix(random, 150, 96));
+    const std::vector<std::byte> before = to_bytes(cache);
+    const Matrix k = normal_matrix(random, 300, 64);
+    Matrix v = normal_matrix(random, 300, 96);
+    v.row(250).setConstant(31900.0f);
+    const std::string sentence = refusal(ErrorCode::beyond_fp16, [&] { append(cache, k, v); });
+    EXPECT_NE(sentence.find("values: token 250"), std::string::npos) << sentence;
+    EXPECT_EQ(to_bytes(cache), before);
+    v.row(250).setConstant(2000.0f);
+    append(cache, k, v);
+    EXPECT_EQ(cache.tokens(), 450);
+}
+
 /// Refuses the nth allocation.
 class FailingMemory : public std::pmr::memory_resource {
   public:

@@ -407,4 +407,60 @@ TEST(PaddedChannels, AreTheNextMultipleOf16) {
     }
 }
 
+// -- Rows --------------------------------------------------------------------------------------------------
+
+/// All fp16 numbers, the points halfway between neighbours, and what lies just beside these.
+TEST(NarrowRow, RoundsToNearestAndTiesToEven) {
+    std::vector<float> inputs;
+    for (std::uint32_t bits = 0; bits < 0x7C00; ++bits) {
+        const auto number = [](std::uint32_t b) {
+            return static_cast<float>(std::bit_cast<Eigen::half>(static_cast<std::uint16_t>(b)));
+        };
+        const float x = number(bits);
+        inputs.push_back(x);
+        if (bits + 1 == 0x7C00) break;
+        const float half_way = 0.5f * (x + number(bits + 1));
+        for (const float y : {half_way, std::nextafter(half_way, 0.0f), std::nextafter(half_way, 1e9f)})
+            inputs.push_back(y);
+    }
+    for (std::size_t i = inputs.size(); i-- > 0;) inputs.push_back(-inputs[i]);
+    for_each_isa([&](kvplane::Isa isa) {
+        std::vector<Eigen::half> outputs(inputs.size());
+        kvplane::narrow_row(isa, inputs.data(), static_cast<kvplane::Index>(inputs.size()), outputs.data());
+        for (std::size_t i = 0; i < inputs.size(); ++i)
+            ASSERT_EQ(static_cast<float>(outputs[i]), static_cast<float>(static_cast<Eigen::half>(inputs[i])))
+                << inputs[i];
+        std::vector<float> back(inputs.size());
+        kvplane::widen_row(isa, outputs.data(), static_cast<kvplane::Index>(outputs.size()), back.data());
+        for (std::size_t i = 0; i < back.size(); ++i) ASSERT_EQ(back[i], static_cast<float>(outputs[i]));
+    });
+}
+
+template <class Scalar>
+void expect_largest() {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    for_each_isa([&](kvplane::Isa isa) {
+        for (const std::size_t count : {0, 1, 3, 15, 16, 17, 31, 32, 33, 100})
+            for (std::size_t at = 0; at < std::max<std::size_t>(count, 1); ++at) {
+                std::vector<Scalar> x(count, Scalar(-1.5f));
+                const auto largest = [&] {
+                    return kvplane::largest_magnitude(isa, x.data(), static_cast<kvplane::Index>(count));
+                };
+                ASSERT_EQ(largest(), count ? 1.5f : 0.0f);
+                if (count == 0) continue;
+                x[at] = Scalar(-96.0f);
+                ASSERT_EQ(largest(), 96.0f);
+                x[at] = Scalar(-infinity);
+                ASSERT_EQ(largest(), infinity);
+                x[at] = Scalar(std::numeric_limits<float>::quiet_NaN());
+                ASSERT_TRUE(std::isnan(largest()));
+            }
+    });
+}
+TEST(LargestMagnitude, SeesEveryPlaceAndWhatIsNotFinite) {
+    expect_largest<float>();
+    expect_largest<Eigen::half>();
+    expect_largest<Eigen::bfloat16>();
+}
+
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <random>
 
+#include "test_inputs.hpp"
 #include "test_support.hpp"
 
 namespace {
@@ -101,6 +102,34 @@ TEST(Hadamard, RefusesWhatDoesNotFit) {
     Matrix x = Matrix::Zero(2, 100);
     const std::string sentence = kvplane_test::refusal(ErrorCode::shape, [&] { Hadamard(64).rotate(x); });
     EXPECT_NE(sentence.find("100 channels"), std::string::npos);
+}
+
+TEST(HadamardKernels, GiveTheSameBitsOnEveryInstructionSet) {
+    const kvplane::Isa before = kvplane::current_isa();
+    std::mt19937_64 random(kvplane_test::seed());
+    for (const kvplane::Index channels : {1, 2, 3, 8, 16, 48, 64, 80, 96, 128, 250, 256}) {
+        const kvplane::Hadamard hadamard(channels, 5);
+        const kvplane::Matrix input = kvplane_test::normal_matrix(3, 2 * channels, random);
+        kvplane::force_isa(kvplane::Isa::scalar);
+        kvplane::Matrix expected = input, back;
+        hadamard.rotate(expected);
+        back = expected;
+        hadamard.rotate_back(back);
+        EXPECT_LE((back - input).cwiseAbs().maxCoeff(), 1e-5f) << channels;
+        for (const kvplane::Isa isa : kvplane::supported_isas()) {
+            kvplane::force_isa(isa);
+            kvplane::Matrix rotated = input;
+            hadamard.rotate(rotated);
+            EXPECT_EQ(rotated, expected) << channels << " " << name(isa);
+            hadamard.rotate_back(rotated);
+            EXPECT_EQ(rotated, back) << channels << " " << name(isa);
+            // Column by column in memory, and a part of a larger matrix.
+            Eigen::MatrixXf columns = input;
+            hadamard.rotate(columns);
+            EXPECT_EQ(kvplane::Matrix(columns), expected);
+        }
+    }
+    kvplane::force_isa(before);
 }
 
 }  // namespace

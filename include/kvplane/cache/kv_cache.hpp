@@ -25,7 +25,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -130,6 +132,7 @@ class KvCache {
         if (needs_queries()) {
             const auto q = input_heads(queries, configuration_.query_heads);
             require_input(q, "queries", configuration_.query_heads, configuration_.key_head_dim);
+            require_storable(q, "queries");
             require(q.tokens() == k.tokens(), ErrorCode::shape, "append: ", k.tokens(), " keys and ",
                     q.tokens(), " queries, expected as many of each");
             seen = to_matrix_of(q);
@@ -158,8 +161,10 @@ class KvCache {
     ///
     /// Up to 8 query tokens go the fused way (attention/decode.hpp), which reads the packed bits as they are
     /// and allocates nothing in a workspace that has seen the shape before; more, and recipes that it cannot
-    /// read (fp16, keys by token, latents before RoPE, a key_fraction), go by decoded tiles and matrix
-    /// products. Without a workspace the calling thread's own is used.
+    /// read (fp16, keys by token, latents before RoPE, a key_fraction), go by blocks of query tokens, for
+    /// which a tile is decoded once, and matrix products, which take memory at every call (std::bad_alloc).
+    /// Either way the workspace's executor runs it, and results do not depend on how many workers it has.
+    /// Without a workspace the calling thread's own is used.
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output,
                 const AttentionParameters& parameters = {}) const {
@@ -178,7 +183,8 @@ class KvCache {
             attend_fused(rows, output, parameters, workspace);
             return;
         }
-        output = attend_rows(to_matrix_of(rows), parameters).template cast<typename Derived::Scalar>();
+        output = attend_rows(to_matrix_of(rows), parameters, workspace.executor())
+                     .template cast<typename Derived::Scalar>();
     }
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>&& output,
@@ -298,9 +304,10 @@ class KvCache {
     void append_rows(const HeadRows<K>& keys, const HeadRows<V>& values, Matrix queries);
     template <CacheScalar Scalar>
     void require_input(const HeadRows<Scalar>& rows, const char* argument, Index heads, Index dim) const;
+    template <CacheScalar Scalar>
+    void require_magnitudes(const HeadRows<Scalar>& rows, int side) const;
     void require_queries(Index heads, Index query_tokens, Index head_dim, Index out_rows,
                          Index out_cols) const;
-    void require_magnitude(const Matrix& rows, const char* argument, Index first) const;
 
     class Appender;
     void commit(Addition& added);
@@ -320,9 +327,11 @@ class KvCache {
     void attend_fused(const HeadRows<Scalar>& queries, Eigen::MatrixBase<Derived>& output,
                       const AttentionParameters& parameters, AttentionWorkspace& workspace) const;
 
+    struct QueryBlock;
     struct Queries;
     struct Selection;
-    Matrix attend_rows(const Matrix& given, const AttentionParameters& parameters) const;
+    class Blocked;
+    Matrix attend_rows(const Matrix& given, const AttentionParameters& parameters, Executor& executor) const;
     Selection select(Reader& reader, const Queries& queries, const AttentionParameters& parameters) const;
     Index packed_in_tiles() const noexcept {
         Index sum = 0;
@@ -343,12 +352,27 @@ class KvCache {
                                              const AttentionParameters& parameters) const;
     Matrix stored(int side, Index first, Index count) const;
 
+    /// Tokens x channels of all heads, as floats.
     template <CacheScalar Scalar>
-    static Matrix to_matrix_of(const HeadRows<Scalar>& rows) {
-        Matrix matrix(rows.tokens(), rows.channels());
-        if (matrix.size() == 0) return matrix;
+    static void to_matrix(const HeadRows<Scalar>& rows, Matrix& matrix) {
+        matrix.resize(rows.tokens(), rows.channels());
+        if (matrix.size() == 0) return;
+        if constexpr (std::is_same_v<Scalar, Eigen::half>)
+            if (rows.channel_stride() == 1) {
+                const Isa isa = current_isa();
+                for (Index t = 0; t < rows.tokens(); ++t)
+                    for (Index h = 0; h < rows.heads(); ++h)
+                        widen_row(isa, rows.at(h, t), rows.head_dim(),
+                                  matrix.data() + t * matrix.cols() + h * rows.head_dim());
+                return;
+            }
         for (Index h = 0; h < rows.heads(); ++h)
             matrix.middleCols(h * rows.head_dim(), rows.head_dim()) = rows.head(h).template cast<float>();
+    }
+    template <CacheScalar Scalar>
+    static Matrix to_matrix_of(const HeadRows<Scalar>& rows) {
+        Matrix matrix;
+        to_matrix(rows, matrix);
         return matrix;
     }
 
@@ -366,16 +390,27 @@ void KvCache::require_input(const HeadRows<Scalar>& rows, const char* argument, 
                             Index dim) const {
     require(rows.heads() == heads && rows.head_dim() == dim, ErrorCode::shape, "append: ", argument, " of ",
             rows.heads(), " heads of ", rows.head_dim(), " channels, expected ", heads, " of ", dim);
-    require_storable(rows, argument);
 }
 
-inline void KvCache::require_magnitude(const Matrix& rows, const char* argument, Index first) const {
-    if (rows.size() == 0 || rows.cwiseAbs().maxCoeff() <= largest_magnitude()) return;
-    Index token = 0, channel = 0;
-    const float largest = rows.cwiseAbs().maxCoeff(&token, &channel);
-    require(largest <= largest_magnitude(), ErrorCode::beyond_fp16, "append: ", argument, ": token ",
-            first + token, ", channel ", channel, " has the magnitude ", largest,
-            " (after rotation, where the recipe rotates); expected at most ", largest_magnitude());
+/// That every value can be stored, in the frame in which it is. Throws Error (not_finite, beyond_fp16).
+template <CacheScalar Scalar>
+void KvCache::require_magnitudes(const HeadRows<Scalar>& rows, int side) const {
+    const char* const argument = side == 0 ? "keys" : "values";
+    const bool rotates = side == 0 ? recipe().keys.rotate : recipe().values.rotate;
+    const float largest = kvplane::largest_magnitude(rows), most = largest_magnitude();
+    if (!(largest <= fp16_max)) require_storable(rows, argument);
+    // A rotation makes no element larger than its head's norm.
+    if (largest * (rotates ? std::sqrt(static_cast<float>(dim(side))) : 1.0f) <= most) return;
+    Matrix stored;
+    for (Index token = 0; token < rows.tokens(); ++token) {
+        to_matrix(rows.middle_tokens(token, 1), stored);
+        if (rotates) (side == 0 ? key_rotation_ : value_rotation_).rotate(stored);
+        Index channel = 0;
+        const float magnitude = stored.row(0).cwiseAbs().maxCoeff(&channel);
+        require(magnitude <= most, ErrorCode::beyond_fp16, "append: ", argument, ": token ", token,
+                ", channel ", channel, " has the magnitude ", magnitude,
+                " (after rotation, where the recipe rotates); expected at most ", most);
+    }
 }
 
 /// Builds what an append adds, piece by piece, without changing the cache.
@@ -398,10 +433,11 @@ class KvCache::Appender {
         if (!cache.state_.tiles.empty()) added_.last_tokens = cache.state_.tiles.back().tokens;
     }
 
-    /// Tokens of one piece, already in the stored frame; queries before RoPE, where they are needed.
-    void add(const Matrix& keys, const Matrix& values, const Matrix& queries) {
-        note_largest(keys, 0);
-        note_largest(values, 1);
+    /// Tokens of one piece, already in the stored frame, and their largest magnitudes by side; queries before
+    /// RoPE, where they are needed.
+    void add(const Matrix& keys, const Matrix& values, const Matrix& queries, const double (&largest)[2]) {
+        for (int side = 0; side < 2; ++side)
+            added_.next.largest[side] = std::max(added_.next.largest[side], largest[side]);
         for (Index done = 0; done < keys.rows();) {
             const Index left = keys.rows() - done;
             if (cache_.recipe().every_token)
@@ -436,12 +472,6 @@ class KvCache::Appender {
     Addition& result() noexcept { return added_; }
 
   private:
-    void note_largest(const Matrix& rows, int side) {
-        if (rows.size() == 0) return;
-        double& largest = added_.next.largest[side];
-        largest = std::max(largest, static_cast<double>(rows.cwiseAbs().maxCoeff()));
-    }
-
     /// A page that may be written: the given one, or a copy of it where others see it too.
     PageReference writable(const PageReference& page) {
         if (!others_see(page)) return page;
@@ -541,10 +571,22 @@ class KvCache::Appender {
         PageReference page = cache_.pool_->page(layout().bytes);
         const auto encode = [&](int side, Index head, Index at) {
             const Index dim = cache_.dim(side);
-            gathered_.resize(tile_tokens, dim);
-            read_window(side, head, tile_tokens, gathered_.data(), dim);
-            coder(side).encode(head_rows(gathered_), side == 0 ? "keys" : "values", 0, 0, tile_tokens, 0,
-                               page.data() + at);
+            const auto encode_rows = [&](const auto& rows) {
+                coder(side).encode(head_rows(rows), side == 0 ? "keys" : "values", 0, 0, tile_tokens, 0,
+                                   page.data() + at);
+            };
+            if (window_rows_.half()) {
+                halves_.resize(tile_tokens, dim);
+                for (Index p = 0; p < tile_tokens / window_page_tokens; ++p)
+                    std::copy_n(
+                        window_rows_.half_rows(next.window[static_cast<std::size_t>(p)].data(), side, head),
+                        window_page_tokens * dim, halves_.data() + p * window_page_tokens * dim);
+                encode_rows(halves_);
+            } else {
+                gathered_.resize(tile_tokens, dim);
+                read_window(side, head, tile_tokens, gathered_.data(), dim);
+                encode_rows(gathered_);
+            }
             next.excess[side] = std::max(next.excess[side], coder(side).excess().largest);
         };
         if (layout().latent) {
@@ -597,6 +639,7 @@ class KvCache::Appender {
     std::shared_ptr<QueryMoments> queries_;  ///< this addition's own copy
     TokenRows sink_rows_, window_rows_;
     Matrix gathered_;
+    RowMajorMatrix<Eigen::half> halves_;
     Addition added_;
 };
 
@@ -607,18 +650,24 @@ void KvCache::append_rows(const HeadRows<K>& keys, const HeadRows<V>& values, Ma
     require(keys.tokens() == values.tokens(), ErrorCode::shape, "append: ", keys.tokens(), " keys and ",
             values.tokens(), " values, expected as many of each");
     if (keys.tokens() == 0) return;
+    require_magnitudes(keys, 0);
+    require_magnitudes(values, 1);
     if (queries.rows() > 0 && configuration_.rope)
         RotaryEmbedding(configuration_.key_head_dim, *configuration_.rope).rotate_back(queries, tokens());
     Appender appender(*this);
-    for (Index first = 0; first < keys.tokens(); first += tile_tokens) {
-        const Index count = std::min(tile_tokens, keys.tokens() - first);
-        Matrix k = to_matrix_of(keys.middle_tokens(first, count));
-        Matrix v = to_matrix_of(values.middle_tokens(first, count));
+    // In pieces that stay in a core's cache from one step to the next.
+    const Isa isa = current_isa();
+    Matrix k, v;
+    for (Index first = 0; first < keys.tokens(); first += window_page_tokens) {
+        const Index count = std::min(window_page_tokens, keys.tokens() - first);
+        to_matrix(keys.middle_tokens(first, count), k);
+        to_matrix(values.middle_tokens(first, count), v);
+
         if (recipe().keys.rotate) key_rotation_.rotate(k);
         if (recipe().values.rotate) value_rotation_.rotate(v);
-        require_magnitude(k, "keys", first);
-        require_magnitude(v, "values", first);
-        appender.add(k, v, queries.rows() > 0 ? Matrix(queries.middleRows(first, count)) : queries);
+        const double largest[2] = {kvplane::largest_magnitude(isa, k.data(), k.size()),
+                                   kvplane::largest_magnitude(isa, v.data(), v.size())};
+        appender.add(k, v, queries.rows() > 0 ? Matrix(queries.middleRows(first, count)) : queries, largest);
     }
     commit(appender.result());
 }
@@ -751,27 +800,8 @@ class KvCache::Reader {
         return keys;
     }
 
-    /// q.k of the queries of all heads and the keys of a run. Rows: query head by query head, query_tokens
-    /// each. `plain` as the caller gave them; `rotated` as keys in channels are. Of latents the first `most`
-    /// count.
-    void scores(const Run& run, const Matrix& plain, const Matrix& rotated, Index most, Matrix& scores) {
-        const Index heads = cache_.configuration_.kv_heads, block = plain.rows() / heads;
-        scores.resize(plain.rows(), run.count);
-        if (!in_latents(run)) {
-            for (Index head = 0; head < heads; ++head)
-                scores.middleRows(head * block, block).noalias() =
-                    rotated.middleRows(head * block, block) * rows(run, 0, head).transpose();
-            return;
-        }
-        const LatentKeys& keys = *cache_.state_.layout->latent;
-        if (keys.frame() == KeyFrame::before_rope) {
-            for (Index head = 0; head < heads; ++head)
-                scores.middleRows(head * block, block).noalias() =
-                    plain.middleRows(head * block, block) * input_keys(run, head, most).transpose();
-            return;
-        }
-        projected_scores(run, keys, plain, most, scores);
-    }
+    /// q.k of queries and the keys of a run. Of latents the first `most` count.
+    void scores(const Run& run, const Queries& queries, Index most, Matrix& scores);
 
     double tile_error_bound(const Tile& tile, int side) {
         const Run run{tile.first, tile.tokens, &tile};
@@ -793,27 +823,8 @@ class KvCache::Reader {
         return tile(run, 0, cache_.state_.layout->latent->part_of_head(head));
     }
 
-    /// The queries are turned and projected, once for the tile; no key is rebuilt. (Keys before RoPE have an
-    /// angle each, so these are: the slow path that SVDq's authors name.)
-    void projected_scores(const Run& run, const LatentKeys& keys, const Matrix& plain, Index most,
-                          Matrix& scores) {
-        const Index heads = cache_.configuration_.kv_heads, block = plain.rows() / heads, dim = cache_.dim(0);
-        turned_ = plain;
-        if (keys.frame() == KeyFrame::tile) keys.embedding().turn(turned_, -run.first);
-
-        const Matrix* latents = nullptr;
-        for (Index head = 0; head < heads; ++head) {
-            const Index part = keys.part_of_head(head), at = keys.head_offset(head);
-            if (!latents || keys.parts() > 1)
-                latents = &latents_->latents(part, latent_tile(run, head), run.count);
-            const Index kept = std::min(most, latents->cols());
-            const auto queries = turned_.middleRows(head * block, block);
-            projected_.noalias() = queries * latents_->decode_matrix(part).block(at, 0, dim, kept);
-            auto to = scores.middleRows(head * block, block);
-            to.noalias() = projected_ * latents->leftCols(kept).transpose();
-            to.colwise() += queries * keys.part(part).mean.segment(at, dim).transpose();
-        }
-    }
+    void projected_scores(const Run& run, const LatentKeys& keys, const Queries& queries, Index most,
+                          Matrix& scores);
 
     const KvCache& cache_;
     std::vector<Run> runs_;
@@ -836,33 +847,49 @@ inline void KvCache::require_queries(Index heads, Index query_tokens, Index head
         " x ", configuration_.query_heads * configuration_.value_head_dim);
 }
 
-/// Queries of all heads below each other, query_tokens each, as given and as keys in channels are stored; and
-/// what becomes of their scores.
+/// Some of the queries: of the heads that share some key heads, and of some query tokens.
+struct KvCache::QueryBlock {
+    Index first_head, heads;  ///< of keys
+    Index first, tokens;
+};
+
+/// Queries of a block, query head by query head below each other, as given and as keys in channels are
+/// stored; and what becomes of their scores.
 struct KvCache::Queries {
-    Queries(const KvCache& cache, const Matrix& given, const AttentionParameters& parameters)
-        : tokens(given.rows()), first_position(cache.tokens() - tokens) {
+    /// given: all of them, query_tokens x (query_heads * key_head_dim).
+    Queries(const KvCache& cache, const Matrix& given, const AttentionParameters& parameters,
+            const QueryBlock& which)
+        : block(which), per_head(cache.configuration_.group() * which.tokens) {
         const CacheConfiguration& c = cache.configuration_;
-        plain.resize(c.query_heads * tokens, c.key_head_dim);
-        for (Index head = 0; head < c.query_heads; ++head) {
-            plain.middleRows(head * tokens, tokens) = given.middleCols(head * c.key_head_dim, c.key_head_dim);
-            rules.emplace_back(parameters, head, tokens, c.key_head_dim);
+        first_position = cache.tokens() - given.rows();
+        plain.resize(block.heads * per_head, c.key_head_dim);
+        for (Index h = 0; h < block.heads * c.group(); ++h) {
+            const Index head = block.first_head * c.group() + h;
+            plain.middleRows(h * block.tokens, block.tokens) =
+                given.block(block.first, head * c.key_head_dim, block.tokens, c.key_head_dim);
+            rules.emplace_back(parameters, head, given.rows(), c.key_head_dim);
         }
         rotated = plain;
         if (c.recipe.keys.rotate) cache.key_rotation_.rotate(rotated);
     }
 
     Index rows() const noexcept { return plain.rows(); }
-    Index position(Index row) const noexcept { return first_position + row % tokens; }
+    Index token(Index row) const noexcept { return block.first + row % block.tokens; }
+    Index position(Index row) const noexcept { return first_position + token(row); }
+    /// Of the last query token.
+    Index last_position() const noexcept { return first_position + block.first + block.tokens - 1; }
 
-    Index tokens, first_position;
+    QueryBlock block;
+    Index per_head;  ///< rows of one key head
+    Index first_position;
     Matrix plain, rotated;
-    std::vector<detail::ScoreRule<float>> rules;  ///< by head
+    std::vector<detail::ScoreRule<float>> rules;  ///< by query head of the block
 
     /// From q.k of a run to what the softmax takes; hidden tokens get -infinity.
     void apply(const Reader::Run& run, Index hidden_from, Index hidden_to, Matrix& scores) const {
         constexpr float none = -std::numeric_limits<float>::infinity();
         for (Index r = 0; r < rows(); ++r) {
-            const detail::ScoreRule<float>& rule = rules[static_cast<std::size_t>(r / tokens)];
+            const detail::ScoreRule<float>& rule = rules[static_cast<std::size_t>(r / block.tokens)];
             auto row = scores.row(r);
             const bool all_seen = run.first + run.count - 1 <= position(r) &&
                                   (run.first >= hidden_to || run.first < hidden_from);
@@ -873,11 +900,50 @@ struct KvCache::Queries {
             for (Index t = 0; t < run.count; ++t) {
                 const Index key = run.first + t;
                 row[t] =
-                    key >= hidden_from && key < hidden_to ? none : rule(row[t], r % tokens, position(r), key);
+                    key >= hidden_from && key < hidden_to ? none : rule(row[t], token(r), position(r), key);
             }
         }
     }
 };
+
+inline void KvCache::Reader::scores(const Run& run, const Queries& queries, Index most, Matrix& scores) {
+    const Index first_head = queries.block.first_head, per_head = queries.per_head;
+    scores.resize(queries.rows(), run.count);
+    const LatentKeys* const keys = in_latents(run) ? cache_.state_.layout->latent.get() : nullptr;
+    if (keys && keys->frame() != KeyFrame::before_rope)
+        return projected_scores(run, *keys, queries, most, scores);
+    for (Index h = 0; h < queries.block.heads; ++h) {
+        auto to = scores.middleRows(h * per_head, per_head);
+        if (keys)
+            to.noalias() = queries.plain.middleRows(h * per_head, per_head) *
+                           input_keys(run, first_head + h, most).transpose();
+        else
+            to.noalias() =
+                queries.rotated.middleRows(h * per_head, per_head) * rows(run, 0, first_head + h).transpose();
+    }
+}
+
+/// The queries are turned and projected, once for the tile; no key is rebuilt. (Keys before RoPE have an
+/// angle each, so these are: the slow path that SVDq's authors name.)
+inline void KvCache::Reader::projected_scores(const Run& run, const LatentKeys& keys, const Queries& queries,
+                                              Index most, Matrix& scores) {
+    const Index per_head = queries.per_head, dim = cache_.dim(0);
+    turned_ = queries.plain;
+    if (keys.frame() == KeyFrame::tile) keys.embedding().turn(turned_, -run.first);
+    const Matrix* latents = nullptr;
+    for (Index h = 0; h < queries.block.heads; ++h) {
+        const Index head = queries.block.first_head + h, part = keys.part_of_head(head),
+                    at = keys.head_offset(head);
+        if (!latents || keys.parts() > 1)
+            latents = &latents_->latents(part, latent_tile(run, head), run.count);
+        const Index kept = std::min(most, latents->cols());
+        const auto turned = turned_.middleRows(h * per_head, per_head);
+        projected_.noalias() = turned * latents_->decode_matrix(part).block(at, 0, dim, kept);
+        auto to = scores.middleRows(h * per_head, per_head);
+        to.noalias() = projected_ * latents->leftCols(kept).transpose();
+        to.colwise() += turned * keys.part(part).mean.segment(at, dim).transpose();
+    }
+}
 
 /// For every row the least approximate score that a token of a tile needs to take part; and the approximate
 /// scores, rows x tokens in tiles.
@@ -894,7 +960,7 @@ inline KvCache::Selection KvCache::select(Reader& reader, const Queries& queries
     Index at = 0;
     for (const Reader::Run& run : reader.runs()) {
         if (!run.tile) continue;
-        reader.scores(run, queries.plain, queries.rotated, latents, scores);
+        reader.scores(run, queries, latents, scores);
         queries.apply(run, recipe().sink_tokens, state_.dropped, scores);
         selection.scores.middleCols(at, run.count) = scores;
         at += run.count;
@@ -910,57 +976,128 @@ inline KvCache::Selection KvCache::select(Reader& reader, const Queries& queries
     return selection;
 }
 
-/// Online softmax over runs, all heads and query tokens together.
-inline Matrix KvCache::attend_rows(const Matrix& given, const AttentionParameters& parameters) const {
-    const Queries queries(*this, given, parameters);
-    const Index value_dim = dim(1), rows = queries.rows(), block = rows / configuration_.kv_heads;
-    const Index hidden_from = recipe().sink_tokens, hidden_to = state_.dropped;
-    constexpr float none = -std::numeric_limits<float>::infinity();
-    Reader reader(*this);
-    Selection selection;
-    const bool sparse = parameters.key_fraction < 1.0;
-    if (sparse) selection = select(reader, queries, parameters);
-    Eigen::VectorXf largest = Eigen::VectorXf::Constant(rows, none), sum = Eigen::VectorXf::Zero(rows);
-    Matrix weighted = Matrix::Zero(rows, value_dim), scores;
-
-    Index packed = 0;
-    for (const Reader::Run& run : reader.runs()) {
-        const Index at = std::exchange(packed, run.tile ? packed + run.count : packed);
-        if (run.first >= hidden_from && run.first + run.count <= hidden_to) continue;
-        if (sparse && run.tile &&
-            (selection.scores.middleCols(at, run.count).rowwise().maxCoeff().array() <
-             selection.least.array())
-                .all())
-            continue;
-        reader.scores(run, queries.plain, queries.rotated, dim(0) * configuration_.kv_heads, scores);
-        queries.apply(run, hidden_from, hidden_to, scores);
-        if (sparse && run.tile)
-            for (Index r = 0; r < rows; ++r)
-                for (Index t = 0; t < run.count; ++t)
-                    if (selection.scores(r, at + t) < selection.least[r]) scores(r, t) = none;
-        for (Index r = 0; r < rows; ++r) {
-            auto row = scores.row(r);
-            const float top = std::max(largest[r], row.maxCoeff());
-            if (top == none) {
-                row.setZero();
-                continue;
-            }
-            const float rescale = std::exp(largest[r] - top);
-            row = (row.array() - top).exp().matrix();
-            sum[r] = sum[r] * rescale + row.sum();
-            weighted.row(r) *= rescale;
-            largest[r] = top;
-        }
-        for (Index head = 0; head < configuration_.kv_heads; ++head)
-            weighted.middleRows(head * block, block).noalias() +=
-                scores.middleRows(head * block, block) * reader.rows(run, 1, head);
+/// The blocked path: heads and blocks of query tokens, each by itself, with an online softmax over runs.
+class KvCache::Blocked {
+  public:
+    Blocked(const KvCache& cache, const Matrix& queries, const AttentionParameters& parameters,
+            Executor& executor)
+        : cache_(cache),
+          queries_(queries),
+          parameters_(parameters),
+          output_(queries.rows(), cache.configuration_.query_heads * cache.dim(1)) {
+        const LatentKeys* const keys = cache.latent_keys();
+        // One part holds the latents of all heads, which so decode it together.
+        const Index heads = cache.configuration_.kv_heads, together = keys && keys->parts() == 1 ? heads : 1;
+        for (Index head = 0; head < heads; head += together)
+            for (Index first = 0; first < queries.rows(); first += block_tokens)
+                blocks_.push_back({head, together, first, std::min(block_tokens, queries.rows() - first)});
+        readers_.emplace_back(cache);
+        const Index workers = std::min(executor.workers(), static_cast<Index>(blocks_.size()));
+        while (static_cast<Index>(readers_.size()) < executor.workers() && workers > 1)
+            readers_.push_back(readers_.front());
     }
-    Matrix output(queries.tokens, configuration_.query_heads * value_dim);
-    for (Index r = 0; r < rows; ++r)
-        output.row(r % queries.tokens).segment(r / queries.tokens * value_dim, value_dim) =
-            weighted.row(r) * (sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f);
-    if (recipe().values.rotate) value_rotation_.rotate_back(output);
-    return output;
+
+    Matrix run(Executor& executor) {
+        const auto body = [](void* self, Index item, Index worker) {
+            static_cast<Blocked*>(self)->guarded(item, worker);
+        };
+        if (readers_.size() == 1) {
+            SerialExecutor alone;
+            alone.run(static_cast<Index>(blocks_.size()), body, this);
+        } else {
+            executor.run(static_cast<Index>(blocks_.size()), body, this);
+        }
+#if defined(__cpp_exceptions)
+        if (failure_) std::rethrow_exception(failure_);
+#endif
+        if (cache_.recipe().values.rotate) cache_.value_rotation_.rotate_back(output_);
+        return std::move(output_);
+    }
+
+  private:
+    /// Query tokens of a block: enough to make up for decoding, few enough to share out among threads.
+    static constexpr Index block_tokens = 128;
+
+    /// What fails here fails where memory ends; executors take no exceptions.
+    void guarded(Index item, Index worker) noexcept {
+#if defined(__cpp_exceptions)
+        try {
+            attend(blocks_[static_cast<std::size_t>(item)], readers_[static_cast<std::size_t>(worker)]);
+        } catch (...) {
+            const std::lock_guard lock(mutex_);
+            failure_ = std::current_exception();
+        }
+#else
+        attend(blocks_[static_cast<std::size_t>(item)], readers_[static_cast<std::size_t>(worker)]);
+#endif
+    }
+
+    void attend(const QueryBlock& block, Reader& reader) {
+        const Queries queries(cache_, queries_, parameters_, block);
+        const Index value_dim = cache_.dim(1), rows = queries.rows(), per_head = queries.per_head;
+        const Index hidden_from = cache_.recipe().sink_tokens, hidden_to = cache_.state_.dropped;
+        const Index all_latents = cache_.dim(0) * cache_.configuration_.kv_heads;
+        constexpr float none = -std::numeric_limits<float>::infinity();
+        Selection selection;
+        const bool sparse = parameters_.key_fraction < 1.0;
+        if (sparse) selection = cache_.select(reader, queries, parameters_);
+        Eigen::VectorXf largest = Eigen::VectorXf::Constant(rows, none), sum = Eigen::VectorXf::Zero(rows);
+        Matrix weighted = Matrix::Zero(rows, value_dim), scores;
+
+        Index packed = 0;
+        for (const Reader::Run& run : reader.runs()) {
+            const Index at = std::exchange(packed, run.tile ? packed + run.count : packed);
+            if (run.first > queries.last_position()) break;
+            if (run.first >= hidden_from && run.first + run.count <= hidden_to) continue;
+            if (sparse && run.tile &&
+                (selection.scores.middleCols(at, run.count).rowwise().maxCoeff().array() <
+                 selection.least.array())
+                    .all())
+                continue;
+            reader.scores(run, queries, all_latents, scores);
+            queries.apply(run, hidden_from, hidden_to, scores);
+            if (sparse && run.tile)
+                for (Index r = 0; r < rows; ++r)
+                    for (Index t = 0; t < run.count; ++t)
+                        if (selection.scores(r, at + t) < selection.least[r]) scores(r, t) = none;
+            for (Index r = 0; r < rows; ++r) {
+                auto row = scores.row(r);
+                const float top = std::max(largest[r], row.maxCoeff());
+                if (top == none) {
+                    row.setZero();
+                    continue;
+                }
+                const float rescale = std::exp(largest[r] - top);
+                row = (row.array() - top).exp().matrix();
+                sum[r] = sum[r] * rescale + row.sum();
+                weighted.row(r) *= rescale;
+                largest[r] = top;
+            }
+            for (Index h = 0; h < block.heads; ++h)
+                weighted.middleRows(h * per_head, per_head).noalias() +=
+                    scores.middleRows(h * per_head, per_head) * reader.rows(run, 1, block.first_head + h);
+        }
+        const Index first_head = block.first_head * cache_.configuration_.group();
+        for (Index r = 0; r < rows; ++r)
+            output_.row(queries.token(r)).segment((first_head + r / block.tokens) * value_dim, value_dim) =
+                weighted.row(r) * (sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f);
+    }
+
+    const KvCache& cache_;
+    const Matrix& queries_;
+    const AttentionParameters& parameters_;
+    Matrix output_;
+    std::vector<QueryBlock> blocks_;
+    std::vector<Reader> readers_;  ///< by worker
+#if defined(__cpp_exceptions)
+    std::mutex mutex_;
+    std::exception_ptr failure_;
+#endif
+};
+
+inline Matrix KvCache::attend_rows(const Matrix& given, const AttentionParameters& parameters,
+                                   Executor& executor) const {
+    return Blocked(*this, given, parameters, executor).run(executor);
 }
 
 /// The fused path: chunks of tiles and heads, in any order and thread, each into a part of its own; then the
@@ -1265,7 +1402,7 @@ void KvCache::attend_fused(const HeadRows<Scalar>& queries, Eigen::MatrixBase<De
 
 inline std::vector<std::vector<Index>> KvCache::selected(const Matrix& given,
                                                          const AttentionParameters& parameters) const {
-    const Queries queries(*this, given, parameters);
+    const Queries queries(*this, given, parameters, {0, configuration_.kv_heads, 0, given.rows()});
     Reader reader(*this);
     const Selection selection = select(reader, queries, parameters);
     std::vector<std::vector<Index>> all(static_cast<std::size_t>(queries.rows()));

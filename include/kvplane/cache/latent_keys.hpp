@@ -80,14 +80,17 @@ class LatentKeys {
     std::vector<TileFormat> formats_;
 };
 
-/// Encodes and decodes the tiles of one LatentKeys, in memory that is reused from tile to tile.
+/// Encodes and decodes the tiles of one LatentKeys, in memory that is reused from tile to tile. Copies share
+/// the widened basis.
 class LatentCoder {
   public:
     explicit LatentCoder(std::shared_ptr<const LatentKeys> keys) : keys_(std::move(keys)) {
+        std::vector<Matrix> decode;
         for (Index p = 0; p < keys_->parts(); ++p) {
             coders_.emplace_back(keys_->format(p));
-            decode_.push_back(keys_->decode_matrix(p));
+            decode.push_back(keys_->decode_matrix(p));
         }
+        decode_ = std::make_shared<const std::vector<Matrix>>(std::move(decode));
     }
 
     /// Encodes 128 keys after RoPE, tokens x (kv_heads * head_dim); the tile of part p begins at tiles[p].
@@ -102,7 +105,7 @@ class LatentCoder {
             coders_[static_cast<std::size_t>(p)].decode(tile, tokens, latents_.data(), latents_.cols());
         return latents_;
     }
-    const Matrix& decode_matrix(Index p) const { return decode_[static_cast<std::size_t>(p)]; }
+    const Matrix& decode_matrix(Index p) const { return (*decode_)[static_cast<std::size_t>(p)]; }
 
     /// The keys of one head after RoPE, tokens x head_dim, from the first `most` latents. `first`: position
     /// of the tile's first token.
@@ -113,7 +116,8 @@ class LatentCoder {
 
     std::shared_ptr<const LatentKeys> keys_;
     std::vector<TileCoder> coders_;
-    std::vector<Matrix> decode_, encode_;
+    std::shared_ptr<const std::vector<Matrix>> decode_;
+    std::vector<Matrix> encode_;
     Matrix latents_;
 };
 

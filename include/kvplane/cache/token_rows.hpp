@@ -28,6 +28,12 @@ class TokenRows {
         return bits_ == 16 ? 2 * rows : rows + 2 * 2 * capacity_ * kv_heads_;
     }
 
+    bool half() const noexcept { return bits_ == 16; }
+    /// The rows of one head and side (0 keys, 1 values), where they are fp16: capacity x dim.
+    const Eigen::half* half_rows(const std::byte* page, int side, Index head) const noexcept {
+        return reinterpret_cast<const Eigen::half*>(page) + row(side, head, 0);
+    }
+
     /// Stores tokens [first, first + count) of both matrices, tokens x (kv_heads * dim), from row `at` on.
     void write(const Matrix& keys, const Matrix& values, Index first, Index count, Index at,
                std::byte* page) {
@@ -73,8 +79,10 @@ class TokenRows {
     void write_half(const Matrix& rows, int side, Index head, Index first, Index count, Index at,
                     std::byte* page) {
         auto* to = reinterpret_cast<Eigen::half*>(page) + row(side, head, at);
-        Eigen::Map<RowMajorMatrix<Eigen::half>>(to, count, dim_[side]) =
-            rows.block(first, head * dim_[side], count, dim_[side]).cast<Eigen::half>();
+        const Isa isa = current_isa();
+        for (Index t = 0; t < count; ++t)
+            narrow_row(isa, rows.data() + (first + t) * rows.cols() + head * dim_[side], dim_[side],
+                       to + t * dim_[side]);
     }
     void write_bytes(const Matrix& rows, int side, Index head, Index first, Index count, Index at,
                      std::byte* page) {

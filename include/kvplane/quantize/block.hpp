@@ -284,21 +284,35 @@ class BlockQuantizer {
     std::vector<std::byte> source_;
 };
 
+/// The largest magnitude; not finite where one of the values is not.
+template <CacheScalar Scalar>
+float largest_magnitude(const HeadRows<Scalar>& rows) {
+    if (rows.tokens() == 0 || rows.channels() == 0) return 0.0f;
+    const Isa isa = current_isa();
+    const bool together = rows.channel_stride() == 1 && rows.head_stride() == rows.head_dim();
+    const Index pieces = together ? 1 : rows.heads(), length = rows.channels() / pieces;
+    float largest = 0.0f;
+    for (Index token = 0; token < rows.tokens(); ++token)
+        for (Index piece = 0; piece < pieces; ++piece) {
+            float magnitude = 0.0f;
+            if (rows.channel_stride() == 1)
+                magnitude = largest_magnitude(isa, rows.at(piece, token), length);
+            else
+                for (Index c = 0; c < length && magnitude <= fp16_max; ++c)
+                    magnitude = std::max(std::abs(static_cast<float>(*rows.at(piece, token, c))), magnitude);
+            if (!(magnitude <= fp16_max)) return magnitude;
+            largest = std::max(largest, magnitude);
+        }
+    return largest;
+}
+
 /// Refuses values that cannot be stored, naming the argument and the position: what a container calls on all
 /// of its input before it changes. Throws Error (not_finite, beyond_fp16).
 template <CacheScalar Scalar>
 void require_storable(const HeadRows<Scalar>& rows, std::string_view argument) {
     const Index channels = rows.head_dim();
     if (rows.tokens() == 0 || channels == 0) return;
-    bool good = true;
-    if (rows.channel_stride() == 1 && channels % kernel_channels == 0) {
-        std::vector<float> extremes(static_cast<std::size_t>(2 * channels));
-        for (Index head = 0; head < rows.heads() && good; ++head)
-            good =
-                column_extremes(current_isa(), {rows.at(head, 0), scalar_type<Scalar>, rows.token_stride()},
-                                rows.tokens(), channels, extremes.data(), extremes.data() + channels);
-        if (good) return;
-    }
+    if (largest_magnitude(rows) <= fp16_max) return;
     for (Index token = 0; token < rows.tokens(); ++token)
         for (Index head = 0; head < rows.heads(); ++head)
             for (Index c = 0; c < channels; ++c)

@@ -46,8 +46,8 @@ constexpr const char* name(Scheme scheme) noexcept {
     return "unknown";
 }
 
-/// The better fit at a width where nothing may be clipped: min_max reproduces the extremes, which at 1 and 2 bits
-/// spends so much of the range on them that exact cells are better.
+/// The better fit at a width where nothing may be clipped: min_max reproduces the extremes, which at 1 and 2
+/// bits spends so much of the range on them that exact cells are better.
 constexpr Scheme scheme_for(int bits) noexcept {
     return bits <= 2 ? Scheme::cell : Scheme::min_max;
 }

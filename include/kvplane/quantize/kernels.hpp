@@ -291,6 +291,19 @@ KVPLANE_INLINE void store_half(Eigen::half* to, const Floats<Lanes>& x) {
     store(to, __builtin_convertvector(bits, Vector<std::uint16_t, Lanes>));
 }
 
+/// fp16 bits of the nearest fp16 number, ties to even, of magnitudes that round to at most fp16_max.
+template <int Lanes>
+KVPLANE_INLINE void nearest_half_bits(const Floats<Lanes>& x, Words<Lanes>& bits) {
+    Floats<Lanes> magnitude;
+    Words<Lanes> sign;
+    split_sign<Lanes>(x, magnitude, sign);
+    const auto all = (Words<Lanes>)magnitude;
+    const Words<Lanes> normal = (all - (112u << 23) + 0xFFFu + (all >> 13 & 1u)) >> 13;
+    // A half's last place is 2^-24, which is also where fp16 numbers below 2^-14 end.
+    const Words<Lanes> subnormal = (Words<Lanes>)(magnitude + 0.5f) - 0x3F000000u;
+    bits = (magnitude < 0x1p-14f ? subnormal : normal) | sign >> 16;
+}
+
 /// grid.hpp's fit_grid, `Lanes` groups at a time, operation by operation.
 template <int Lanes>
 KVPLANE_INLINE void fit_lanes(Scheme scheme, int bits, const Floats<Lanes>& min, const Floats<Lanes>& max,
@@ -503,9 +516,53 @@ inline void decode_rows(Isa isa, const std::uint8_t* codes, Index code_stride, I
     });
 }
 
+/// float to fp16, to nearest; magnitudes at most fp16_max.
+inline void narrow_row(Isa isa, const float* from, Index count, Eigen::half* to) noexcept {
+    run_on(isa, [=](auto lanes) KVPLANE_BODY {
+        namespace quantize = detail::quantize;
+        Index i = 0;
+        for (; i + lanes <= count; i += lanes) {
+            quantize::Floats<lanes> wide;
+            quantize::Words<lanes> bits;
+            quantize::load(wide, from + i);
+            quantize::nearest_half_bits<lanes>(wide, bits);
+            quantize::store(to + i, __builtin_convertvector(bits, quantize::Vector<std::uint16_t, lanes>));
+        }
+        for (; i < count; ++i) to[i] = static_cast<Eigen::half>(from[i]);
+    });
+}
+
+/// The largest magnitude of `count` numbers, 0 of none; not finite where one of them is not.
+template <CacheScalar Scalar>
+float largest_magnitude(Isa isa, const Scalar* from, Index count) noexcept {
+    // As integers, for so infinity is above all numbers, and NaN above infinity.
+    using Bits = std::conditional_t<sizeof(Scalar) == 4, std::int32_t, std::int16_t>;
+    constexpr Bits magnitude = std::numeric_limits<Bits>::max();
+    return run_on(isa, [=](auto lanes) KVPLANE_BODY {
+        namespace quantize = detail::quantize;
+        constexpr int places = lanes * 4 / static_cast<int>(sizeof(Scalar));
+        quantize::Vector<Bits, places> largest{}, bits;
+        Index i = 0;
+        for (; i + places <= count; i += places) {
+            quantize::load(bits, from + i);
+            bits &= magnitude;
+            largest = largest < bits ? bits : largest;
+        }
+        Bits all = 0;
+        for (int place = 0; place < places; ++place) all = std::max<Bits>(all, largest[place]);
+        for (; i < count; ++i) {
+            Bits one;
+            std::memcpy(&one, from + i, sizeof one);
+            all = std::max<Bits>(all, static_cast<Bits>(one & magnitude));
+        }
+        Scalar result;
+        std::memcpy(static_cast<void*>(&result), &all, sizeof all);
+        return static_cast<float>(result);
+    });
+}
 /// fp16 to float.
 inline void widen_row(Isa isa, const Eigen::half* from, Index count, float* to) noexcept {
-    run_on(isa, [&](auto lanes) KVPLANE_BODY {
+    run_on(isa, [=](auto lanes) KVPLANE_BODY {
         Index i = 0;
         for (; i + lanes <= count; i += lanes) {
             detail::quantize::Floats<lanes> wide;

@@ -12,12 +12,86 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "kvplane/error.hpp"
+#include "kvplane/isa.hpp"
 #include "kvplane/matrix.hpp"
+#include "kvplane/quantize/kernels.hpp"
 
 namespace kvplane {
+namespace detail {
+
+/// (a, b) to (a + b, a - b), vector by vector.
+template <int Lanes>
+KVPLANE_INLINE void butterfly(float* a, float* b) {
+    quantize::Floats<Lanes> x, y;
+    quantize::load(x, a);
+    quantize::load(y, b);
+    quantize::store(a, x + y);
+    quantize::store(b, x - y);
+}
+template <int Lanes, int half, std::size_t... Lane>
+KVPLANE_INLINE void butterflies_of(quantize::Floats<Lanes>& x, std::index_sequence<Lane...> lanes) {
+    if constexpr (half < Lanes) {
+        const quantize::Floats<Lanes> other = __builtin_shufflevector(x, x, (Lane ^ half)...);
+        const quantize::Floats<Lanes> sign = {(Lane & half ? -1.0f : 1.0f)...};
+        x = other + x * sign;
+        butterflies_of<Lanes, 2 * half>(x, lanes);
+    }
+}
+/// x = (x D) H scale of `size` channels, a power of two, or x H scale D'. signs: of D or D', or nullptr.
+/// The same sums in the same order on every instruction set.
+template <int Lanes>
+KVPLANE_INLINE void hadamard(float* x, Index size, float scale, const float* signs_before,
+                             const float* signs_after) {
+    if (size < Lanes) {
+        for (Index i = 0; i < size && signs_before; ++i) x[i] *= signs_before[i];
+        for (Index half = 1; half < size; half *= 2)
+            for (Index block = 0; block < size; block += 2 * half)
+                for (Index i = block; i < block + half; ++i) {
+                    const float a = x[i], b = x[i + half];
+                    x[i] = a + b;
+                    x[i + half] = a - b;
+                }
+        for (Index i = 0; i < size; ++i) x[i] = x[i] * scale * (signs_after ? signs_after[i] : 1.0f);
+        return;
+    }
+    quantize::Floats<Lanes> value, sign;
+    for (Index i = 0; i < size; i += Lanes) {
+        quantize::load(value, x + i);
+        if (signs_before) {
+            quantize::load(sign, signs_before + i);
+            value *= sign;
+        }
+        butterflies_of<Lanes, 1>(value, std::make_index_sequence<Lanes>{});
+        quantize::store(x + i, value);
+    }
+    for (Index half = Lanes; half < size; half *= 2)
+        for (Index block = 0; block < size; block += 2 * half)
+            for (Index i = block; i < block + half; i += Lanes) butterfly<Lanes>(x + i, x + i + half);
+    for (Index i = 0; i < size; i += Lanes) {
+        quantize::load(value, x + i);
+        value *= scale;
+        if (signs_after) {
+            quantize::load(sign, signs_after + i);
+            value *= sign;
+        }
+        quantize::store(x + i, value);
+    }
+}
+/// Every block of the diagonal, of one head.
+template <int Lanes>
+KVPLANE_INLINE void hadamard_blocks(float* head, Index channels, const float* signs, bool back) {
+    for (Index first = 0, size; first < channels; first += size) {
+        size = 1;
+        while (2 * size <= channels - first) size *= 2;
+        hadamard<Lanes>(head + first, size, 1.0f / __builtin_sqrtf(static_cast<float>(size)),
+                        back ? nullptr : signs + first, back ? signs + first : nullptr);
+    }
+}
+}  // namespace detail
 
 class Hadamard {
   public:
@@ -31,23 +105,17 @@ class Hadamard {
     /// Rotates in place every row of tokens x (heads * channels), each head by itself. Throws Error (shape).
     template <class Derived>
     void rotate(Eigen::MatrixBase<Derived>& rows) const {
-        for_each_head(rows, [this](float* head) { rotate(head); });
+        transform(rows, false);
     }
     /// Undoes rotate(). Throws Error (shape).
     template <class Derived>
     void rotate_back(Eigen::MatrixBase<Derived>& rows) const {
-        for_each_head(rows, [this](float* head) { rotate_back(head); });
+        transform(rows, true);
     }
 
     /// One head of one token, in place.
-    void rotate(float* head) const noexcept {
-        for (std::size_t c = 0; c < signs_.size(); ++c) head[c] *= signs_[c];
-        transform(head);
-    }
-    void rotate_back(float* head) const noexcept {
-        transform(head);
-        for (std::size_t c = 0; c < signs_.size(); ++c) head[c] *= signs_[c];
-    }
+    void rotate(float* head) const noexcept { transform(head, 1, channels(), false); }
+    void rotate_back(float* head) const noexcept { transform(head, 1, channels(), true); }
 
   private:
     static std::size_t check(Index channels) {
@@ -62,39 +130,33 @@ class Hadamard {
         return z ^ z >> 31;
     }
 
-    /// Every block of the diagonal.
-    void transform(float* head) const noexcept {
-        const Index all = channels();
-        for (Index first = 0, size; first < all; first += size) {
-            size = 1;
-            while (2 * size <= all - first) size *= 2;
-            butterflies(head + first, size);
-        }
+    /// Every head of `count` rows of `cols` channels.
+    void transform(float* rows, Index count, Index cols, bool back) const noexcept {
+        const Index width = channels();
+        const float* const signs = signs_.data();
+        run_on(current_isa(), [=](auto lanes) KVPLANE_BODY {
+            for (Index i = 0; i < count * cols; i += width)
+                detail::hadamard_blocks<lanes>(rows + i, width, signs, back);
+        });
     }
-    static void butterflies(float* x, Index size) noexcept {
-        for (Index half = 1; half < size; half *= 2)
-            for (Index block = 0; block < size; block += 2 * half)
-                for (Index i = block; i < block + half; ++i) {
-                    const float a = x[i], b = x[i + half];
-                    x[i] = a + b;
-                    x[i + half] = a - b;
-                }
-        const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-        for (Index i = 0; i < size; ++i) x[i] *= scale;
-    }
-
-    template <class Derived, class Body>
-    void for_each_head(Eigen::MatrixBase<Derived>& rows, const Body& body) const {
+    template <class Derived>
+    void transform(Eigen::MatrixBase<Derived>& rows, bool back) const {
         static_assert(std::is_same_v<typename Derived::Scalar, float>, "Hadamard rotates floats");
         require(rows.cols() % channels() == 0, ErrorCode::shape, "Hadamard: rows of ", rows.cols(),
                 " channels, expected a multiple of ", channels());
-        RowMajorMatrix<float> head(1, channels());
-        for (Index t = 0; t < rows.rows(); ++t)
-            for (Index c = 0; c < rows.cols(); c += channels()) {
-                head = rows.block(t, c, 1, channels());
-                body(head.data());
-                rows.block(t, c, 1, channels()) = head;
+        if constexpr (detail::has_memory<Derived> && Derived::IsRowMajor)
+            if (rows.derived().innerStride() == 1) {
+                for (Index t = 0; t < rows.rows(); ++t)
+                    transform(rows.derived().data() + t * rows.derived().outerStride(), 1, rows.cols(), back);
+                return;
             }
+        std::vector<float> row(static_cast<std::size_t>(rows.cols()));
+        Eigen::Map<Eigen::RowVectorXf> view(row.data(), rows.cols());
+        for (Index t = 0; t < rows.rows(); ++t) {
+            view = rows.row(t);
+            transform(row.data(), 1, rows.cols(), back);
+            rows.row(t) = view;
+        }
     }
 
     std::vector<float> signs_;

@@ -1,0 +1,79 @@
+// bench/append_bench.cpp: appending to a cache against the bandwidth of memory.
+//
+//   Append/RECIPE/SCALAR/TOKENS_AT_A_TIME   8 key heads of 128, input from memory, one thread, up to 8192
+//   tokens
+//
+// Counters: `bytes_per_second` of input; `bandwidth_share` = that over one thread's read bandwidth, measured
+// before and after each case; `median_us` and `worst_us` of single appends: where one token is appended, the
+// worst is the one that makes a tile.
+#include <benchmark/benchmark.h>
+
+#include <chrono>
+#include <string>
+
+#include "bandwidth.hpp"
+#include "cases.hpp"
+#include "kvplane/cache/huge_pages.hpp"
+#include "kvplane/cache/kv_cache.hpp"
+
+namespace {
+
+using namespace kvplane;
+
+template <class Scalar>
+void append(benchmark::State& state, const std::string& recipe, Index count) {
+    constexpr Index most = 8192, channels = 8 * 128, input_tokens = 16384;
+    const CacheConfiguration c = kvplane_bench::configuration(recipe, {most, 32, 8, 128});
+    // 64 MiB at least, so that the input comes from memory.
+    const RowMajorMatrix<Scalar> keys = kvplane_bench::random_rows(2048, channels, 1)
+                                            .template cast<Scalar>()
+                                            .replicate(input_tokens / 2048, 1);
+    const RowMajorMatrix<Scalar> values = kvplane_bench::random_rows(2048, channels, 2)
+                                              .template cast<Scalar>()
+                                              .replicate(input_tokens / 2048, 1);
+    HugePageResource memory;
+    TilePool pool(&memory);
+    KvCache cache(c, pool);
+    const auto fill = [&](Index from) {
+        cache.append(keys.middleRows(from, count), values.middleRows(from, count));
+    };
+    while (cache.tokens() < most) fill(cache.tokens());  // the pool has its pages
+    std::vector<double> microseconds;
+    Index at = 0;
+    const double before = kvplane_bench::read_bandwidth(1);
+    for (auto _ : state) {
+        if (cache.tokens() + count > most) cache.clear();
+        const auto start = std::chrono::steady_clock::now();
+        fill(at);
+        const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - start;
+        microseconds.push_back(took.count());
+        at = (at + count) % input_tokens;
+    }
+    const double bandwidth = 0.5 * (before + kvplane_bench::read_bandwidth(1)),
+                 bytes = static_cast<double>(state.iterations() * count * channels * 2 *
+                                             static_cast<Index>(sizeof(Scalar)));
+    state.SetBytesProcessed(static_cast<std::int64_t>(bytes));
+    state.counters["bandwidth_share"] = benchmark::Counter(bytes / bandwidth, benchmark::Counter::kIsRate);
+    std::sort(microseconds.begin(), microseconds.end());
+    state.counters["median_us"] = microseconds[microseconds.size() / 2];
+    // Of a thousand, so that a pause of the machine is not taken for the cache's.
+    state.counters["worst_us"] = microseconds[microseconds.size() - 1 - microseconds.size() / 1000];
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    for (const char* recipe : {"fp16", "key_favored:8:8", "key_favored:4:4", "key_favored:4:2",
+                               "key_favored:2:2", "standard", "latent:3:3+heads_together=0"})
+        for (const bool half : {true, false})
+            for (const Index tokens : {1, 512}) {
+                const std::string name =
+                    std::string("Append/") + recipe + (half ? "/fp16/" : "/fp32/") + std::to_string(tokens);
+                benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) {
+                    half ? append<Eigen::half>(state, recipe, tokens) : append<float>(state, recipe, tokens);
+                })->Unit(benchmark::kMicrosecond);
+            }
+    benchmark::Initialize(&count, arguments);
+    if (benchmark::ReportUnrecognizedArguments(count, arguments)) return 1;
+    benchmark::RunSpecifiedBenchmarks();
+}
