@@ -164,7 +164,7 @@ void run_window(const Model& model, std::span<const TokenId> tokens, std::size_t
 
 Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, Index first_token, Index context,
                     Index windows, Index chunk, const std::vector<std::string>& names,
-                    const std::vector<CachePlan>& plans) {
+                    const std::vector<CachePlan>& plans, Threads& threads) {
     Evaluation all;
     for (const std::string& name : names) all.recipes.emplace_back(name);
     kvplane::TilePool pool;
@@ -173,7 +173,7 @@ Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, Index 
                      static_cast<long>(windows));
         LayerCaches plain = model.exact_caches();
         std::vector<LayerCaches> caches;
-        for (const CachePlan& plan : plans) caches.push_back(kvplane_caches(model.config(), plan, pool));
+        for (const CachePlan& plan : plans) caches.push_back(kvplane_caches(model.config(), plan, pool, threads));
         run_window(model, {text.data() + first_token + window * context, static_cast<std::size_t>(context)},
                    static_cast<std::size_t>(chunk), caches, plain, all);
     }
@@ -267,7 +267,7 @@ void run(const CommandLine& options) {
     for (const std::string& name : names) plans.push_back(layer_recipes.parse(name));
 
     const Evaluation all =
-        evaluate(model, text, first, context, windows, options.number("--chunk", 32, 1), names, plans);
+        evaluate(model, text, first, context, windows, options.number("--chunk", 32, 1), names, plans, threads);
     if (options.has("--csv")) write_csv(options.text("--csv"), all);
     if (options.has("--plot")) kvplane_examples::write_plot(options.text("--plot"), to_plot(all));
     if (options.has("--json"))

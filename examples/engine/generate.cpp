@@ -73,7 +73,7 @@ void run(const CommandLine& options) {
     kvplane::TilePool pool;
     LayerCaches caches = name == "exact"
                              ? model.exact_caches()
-                             : kvplane_caches(model.config(), plan_of(model, name, options), pool);
+                             : kvplane_caches(model.config(), plan_of(model, name, options), pool, threads);
     auto start = std::chrono::steady_clock::now();
     Matrix logits = model.forward(tokens, caches, Logits::last);
     const double prefill = seconds_since(start);

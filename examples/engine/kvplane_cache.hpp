@@ -2,24 +2,50 @@
 // here.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 #include <span>
 #include <vector>
 
 #include "engine/layer_cache.hpp"
 #include "engine/model.hpp"
+#include "engine/threads.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/recipes.hpp"
 
 namespace engine {
+
+/// The engine's threads at kvplane's service.
+class EngineExecutor final : public kvplane::Executor {
+  public:
+    explicit EngineExecutor(Threads& threads) : threads_(&threads) {}
+    Index workers() const noexcept override { return threads_->count(); }
+    void run(Index items, Body body, void* context) noexcept override {
+        std::atomic<Index> next{0};
+        threads_->for_each(std::min(items, workers()), [&](Index worker) {
+            for (Index item; (item = next.fetch_add(1)) < items;) body(context, item, worker);
+        });
+    }
+
+  private:
+    Threads* threads_;
+};
+
+/// What the layers of a sequence share at a read, for they are read one after another.
+struct SharedWorkspace {
+    explicit SharedWorkspace(Threads& threads) : executor(threads), workspace(&executor) {}
+    EngineExecutor executor;
+    kvplane::AttentionWorkspace workspace;
+};
 
 /// One layer's kvplane cache behind the engine's interface.
 class KvplaneCache final : public LayerCache {
   public:
     /// parameters: what attention does beyond the model's own, as leaving keys out.
     KvplaneCache(const kvplane::CacheConfiguration& configuration, kvplane::TilePool& pool,
-                 const kvplane::AttentionParameters& parameters = {})
-        : cache_(configuration, pool), parameters_(parameters) {}
+                 std::shared_ptr<SharedWorkspace> shared, const kvplane::AttentionParameters& parameters = {})
+        : cache_(configuration, pool), shared_(std::move(shared)), parameters_(parameters) {}
 
     void append(const Matrix& keys, const Matrix& values, const Matrix& queries) override {
         cache_.append(keys, values, queries);
@@ -27,13 +53,14 @@ class KvplaneCache final : public LayerCache {
     void attend(const Matrix& queries, Matrix& out) const override {
         const auto& c = cache_.configuration();
         out.resize(queries.rows(), c.query_heads * c.value_head_dim);
-        cache_.attend(queries, out, parameters_);
+        cache_.attend(queries, out, parameters_, shared_->workspace);
     }
     Index tokens() const override { return cache_.tokens(); }
     const kvplane::KvCache& cache() const noexcept { return cache_; }
 
   private:
     kvplane::KvCache cache_;
+    std::shared_ptr<SharedWorkspace> shared_;
     kvplane::AttentionParameters parameters_;
 };
 
@@ -46,12 +73,14 @@ struct CachePlan {
 };
 
 /// A sequence: one cache a layer. Throws Error (shape) for a plan of another number of layers.
-inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& plan, kvplane::TilePool& pool) {
+inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& plan, kvplane::TilePool& pool,
+                                  Threads& threads) {
     const auto fits = [&](std::size_t layers) { return static_cast<Index>(layers) == model.layers; };
     kvplane::require(plan.recipes.size() == 1 || fits(plan.recipes.size()), ErrorCode::shape,
                      plan.recipes.size(), " recipes for a model of ", model.layers, " layers");
     kvplane::require(plan.latents.empty() || fits(plan.latents.size()), ErrorCode::shape, plan.latents.size(),
                      " bases for a model of ", model.layers, " layers");
+    const auto shared = std::make_shared<SharedWorkspace>(threads);
     LayerCaches caches;
     for (Index layer = 0; layer < model.layers; ++layer) {
         kvplane::CacheConfiguration configuration;
@@ -62,7 +91,7 @@ inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& pla
         configuration.recipe = plan.recipes[plan.recipes.size() == 1 ? 0 : at];
         configuration.rope = model.rope();
         if (!plan.latents.empty()) configuration.latent_keys = plan.latents[at];
-        caches.push_back(std::make_unique<KvplaneCache>(configuration, pool, plan.read));
+        caches.push_back(std::make_unique<KvplaneCache>(configuration, pool, shared, plan.read));
     }
     return caches;
 }

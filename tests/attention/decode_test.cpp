@@ -1,6 +1,8 @@
 // The fused path on single tiles: integer sums against the definition, scores and outputs against decoding.
 #include "kvplane/attention/decode.hpp"
 
+#include "kvplane/theory/bounds.hpp"
+
 #include <gtest/gtest.h>
 
 #include "attention/plane_dot_support.hpp"
@@ -98,16 +100,22 @@ double score_bound(const Encoded& keys, const Eigen::RowVectorXf& query) {
             for (Index c = 0; c < s.channels; ++c)
                 largest = std::max(largest, std::abs(static_cast<double>(query[s.first_channel + c]) *
                                                      static_cast<double>(step[c])));
-            // Codes are (2^b - 1) / 2 from their middle at most: on 8-bit factors; on two parts those below
-            // the first plane, whose factors lack up to 128 of 32512, and all by the rounding of 16 bits.
-            const double codes = std::ldexp(1.0, s.bits) - 1.0;
-            const double below = s.bits > 4 ? std::ldexp(1.0, s.split.shift(0)) - 1.0 : codes;
-            sum += static_cast<double>(s.channels) * largest * 0.5 *
-                   (s.bits > 4 ? below * 129.0 / 32512.0 + codes * 0.51 / 32512.0 : codes * 0.51 / 127.0);
+            sum += theory::rounded_factors_error(s.bits, s.split.shift(0), s.channels, largest);
         }
         worst = std::max(worst, sum);
     }
     return worst;
+}
+
+/// The same for values, over all groups of channels.
+double output_bound(const Encoded& values, const Eigen::RowVectorXf& weights) {
+    const TileFormat::Placed& s = values.format.segments()[0];
+    const auto* step = reinterpret_cast<const Eigen::half*>(values.tile.data() + s.step_at);
+    double largest = 0.0;
+    for (Index i = 0; i < s.grids; ++i)
+        largest =
+            std::max(largest, static_cast<double>(weights[i % tile_tokens]) * static_cast<double>(step[i]));
+    return theory::rounded_factors_error(s.bits, s.split.shift(0), tile_tokens, largest);
 }
 
 std::vector<TileFormat> key_formats() {
@@ -198,17 +206,11 @@ TEST(FusedOutput, IsThatOfTheDecodedTile) {
                             fused_output(isa, format, encoded.tile.data(), encoded.tile.data(),
                                          weights.data(), rows, scratch, output.data(), stride);
                             for (Index r = 0; r < rows; ++r) {
-                                // Half of 1/127 (two parts: 1/254 of the bits below the first plane) of the
-                                // largest weight times step, for each token, on codes up to 2^b - 1.
-                                const double range = 8.0, steps = std::ldexp(1.0, std::min(bits, 4));
-                                const double bound =
-                                    weights.row(r).maxCoeff() * range * static_cast<double>(tokens) *
-                                    (bits > 4 ? 0.6 / 127.0 / 16.0 : 0.55 / 127.0) *
-                                    (scheme == Scheme::symmetric ? 2.5 : 1.2) * (steps > 1.0 ? 1.0 : 2.0);
+                                const double bound = output_bound(encoded, weights.row(r));
                                 ASSERT_LE((output.row(r).head(channels).array() - 1.0f - exact.row(r).array())
                                               .abs()
                                               .maxCoeff(),
-                                          bound + 1e-3)
+                                          bound + 1e-4 * (1.0 + exact.row(r).cwiseAbs().maxCoeff()))
                                     << bits << " bits, " << channels << " channels, group " << group << ", "
                                     << tokens;
                             }

@@ -34,7 +34,7 @@ class OnSmallModel : public testing::Test {
     double error(const std::string& recipe) {
         const CachePlan plan = LayerRecipes(model_, tokens(200)).parse(recipe);
         const Matrix exact = logits(model_.exact_caches());
-        return (logits(kvplane_caches(model_.config(), plan, pool_)) - exact).norm() / exact.norm();
+        return (logits(kvplane_caches(model_.config(), plan, pool_, threads_)) - exact).norm() / exact.norm();
     }
 
     Bytes bytes_;
@@ -67,11 +67,11 @@ TEST_F(OnSmallModel, AllocationsByLayerRun) {
 
 TEST_F(OnSmallModel, RefusesAWrongNumberOfRecipes) {
     const std::vector<kvplane::CacheRecipe> two(2 + static_cast<std::size_t>(model_.config().layers));
-    refusal(ErrorCode::shape, [&] { kvplane_caches(model_.config(), {two}, pool_); });
+    refusal(ErrorCode::shape, [&] { kvplane_caches(model_.config(), {two}, pool_, threads_); });
 }
 
 TEST_F(OnSmallModel, SizesAreOfAllLayers) {
-    LayerCaches caches = kvplane_caches(model_.config(), {{kvplane::recipes::fp16()}}, pool_);
+    LayerCaches caches = kvplane_caches(model_.config(), {{kvplane::recipes::fp16()}}, pool_, threads_);
     model_.forward(tokens(128), caches, Logits::none);
     const CacheSize size = size_of(model_.config(), caches);
     EXPECT_GE(size.bits_per_element, 16.0);  // heads of 8 channels leave half of each value unit unused

@@ -221,6 +221,13 @@ double key_compression(double bits, double key_fraction);
 /// (not_finite, option) otherwise.
 double latent_true_rate(double bits, Index kept, Index channels, Index tokens, Index grid_group);
 
+/// T14: what rounding factors (the query times a channel's step, a softmax weight times a token's) adds at
+/// most to a sum of `count` products with codes of `bits` bits. largest: of the factors' magnitudes. Codes
+/// count from their middle, (2^b - 1) / 2 away at most; factors have 8 bits, largest / 254 off, or, for more
+/// than 4 bits, two times 8, of which the low one does not meet the `bits_below` bits below the first plane.
+/// Throws Error (option) for bits outside 1 to 8, and what is negative.
+double rounded_factors_error(int bits, int bits_below, Index count, double largest);
+
 // Implementation.
 
 namespace detail {
@@ -510,6 +517,16 @@ inline double latent_true_rate(double bits, Index kept, Index channels, Index to
     const auto latents = static_cast<double>(kept);
     return bits + 16 * latents / static_cast<double>(tokens) +
            latents / static_cast<double>(channels) * 32 / static_cast<double>(grid_group);
+}
+
+inline double rounded_factors_error(int bits, int bits_below, Index count, double largest) {
+    detail::require_bits(bits, 1);
+    require(bits <= 8 && bits_below >= 0 && bits_below < bits, ErrorCode::option, "bits: ", bits,
+            ", of them ", bits_below, " below the first plane, expected 1 to 8 and fewer");
+    require(count >= 0, ErrorCode::option, "count: ", count, ", expected 0 or more");
+    detail::require_not_negative(largest, "largest");
+    const double codes = 0.5 * (std::exp2(bits) - 1), below = 0.5 * (std::exp2(bits_below) - 1);
+    return static_cast<double>(count) * largest * (bits <= 4 ? codes / 254 : codes / 65024 + below / 254);
 }
 
 }  // namespace kvplane::theory

@@ -1,0 +1,158 @@
+// examples/attention.cpp: a decode loop. Keys and values arrive token by token, and every token attends to
+// all before it, while the context grows.
+#include <chrono>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "dump_file.hpp"
+#include "engine/command_line.hpp"
+#include "kvplane/cache/huge_pages.hpp"
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/recipes.hpp"
+#include "synthetic_kv.hpp"
+
+namespace {
+
+using namespace kvplane;
+using Clock = std::chrono::steady_clock;
+
+constexpr const char* usage =
+    "usage: attention [FILE...] [OPTIONS]\n"
+    "\n"
+    "Prints, at every power of two of the context, tokens a second (append and attend of one layer), the "
+    "bytes\n"
+    "of the cache and the error of its output against an fp16 cache's. Without FILE the tensors are "
+    "generated;\n"
+    "FILE: safetensors as `dump` writes them, of which each layer's last tokens, those with queries, are "
+    "decoded.\n"
+    "  --recipes A,B,C     (fp16,standard,compact,latent:3:3)\n"
+    "  --tokens N          generated (8192)\n"
+    "  --kv-heads N        (8)\n"
+    "  --query-heads N     (32)\n"
+    "  --head-dim N        (128)\n"
+    "  --threads N         (2)\n"
+    "  --seed N            (1)\n";
+
+/// One layer: as many queries as tokens, or those of the last tokens.
+struct Layer {
+    std::string name;
+    Index kv_heads, query_heads;
+    Matrix keys, values, queries;
+};
+
+std::vector<Layer> from_files(const std::vector<std::string>& paths) {
+    std::vector<Layer> layers;
+    for (const std::string& path : paths) {
+        const SafetensorsFile file = SafetensorsFile::open(path);
+        for (const int layer : kvplane_examples::layers_in(file)) {
+            const std::string name = "layers." + std::to_string(layer);
+            Layer loaded{name, 0, 0, {}, {}, {}};
+            Index value_heads = 0;
+            loaded.keys = kvplane_examples::load(file, name + ".keys", loaded.kv_heads);
+            loaded.values = kvplane_examples::load(file, name + ".values", value_heads);
+            loaded.queries = kvplane_examples::load(file, name + ".queries", loaded.query_heads);
+            require(loaded.values.rows() == loaded.keys.rows() && value_heads == loaded.kv_heads &&
+                        loaded.queries.rows() <= loaded.keys.rows(),
+                    ErrorCode::shape, path, ": ", name, ": ", loaded.keys.rows(), " keys of ",
+                    loaded.kv_heads, " heads, ", loaded.values.rows(), " values of ", value_heads, ", ",
+                    loaded.queries.rows(), " queries; expected as many values as keys and no more queries");
+            layers.push_back(std::move(loaded));
+        }
+    }
+    return layers;
+}
+
+Layer generated(const engine::CommandLine& options) {
+    kvplane_examples::SyntheticOptions synthetic;
+    synthetic.tokens = synthetic.queries = options.number("--tokens", 8192, 1);
+    synthetic.kv_heads = options.number("--kv-heads", 8, 1);
+    synthetic.query_heads = options.number("--query-heads", 32, 1);
+    synthetic.head_dim = options.number("--head-dim", 128, 1);
+    synthetic.seed = static_cast<std::uint64_t>(options.number("--seed", 1));
+    require(synthetic.query_heads % synthetic.kv_heads == 0, ErrorCode::option,
+            "--query-heads: ", synthetic.query_heads, ", expected a multiple of the ", synthetic.kv_heads,
+            " key heads");
+    kvplane_examples::SyntheticLayer made = kvplane_examples::synthetic_layer(synthetic);
+    return {"generated",          synthetic.kv_heads,     synthetic.query_heads,
+            std::move(made.keys), std::move(made.values), std::move(made.queries)};
+}
+
+void decode(const Layer& layer, const std::string& recipe, Executor& executor) {
+    constexpr Index measured = 64;
+    CacheConfiguration c;
+    c.kv_heads = layer.kv_heads;
+    c.query_heads = layer.query_heads;
+    c.key_head_dim = layer.keys.cols() / layer.kv_heads;
+    c.value_head_dim = layer.values.cols() / layer.kv_heads;
+    c.recipe = recipes::parse(recipe);
+    c.rope = RopeSettings{};
+    HugePageResource memory;
+    TilePool pool(&memory);
+    KvCache cache(c, pool);
+    c.recipe = recipes::fp16();
+    KvCache exact(c, pool);
+    AttentionWorkspace workspace(&executor);
+    const Index tokens = layer.keys.rows(), without_query = tokens - layer.queries.rows();
+    Matrix output(1, layer.query_heads * c.value_head_dim), expected = output;
+    const auto append = [&](KvCache& to, Index first, Index count) {
+        const Index query = std::max<Index>(0, first - without_query);
+        to.append(layer.keys.middleRows(first, count), layer.values.middleRows(first, count),
+                  layer.queries.middleRows(std::min(query, layer.queries.rows() - count), count));
+    };
+    for (Index at = 0, goal = 512; at < tokens; goal *= 2) {
+        const Index end = std::min(goal, tokens), first = std::min(end, std::max({at, end - measured, without_query}));
+        while (at < first) {
+            const Index count = std::min({first - at, layer.queries.rows(), Index{128}});
+            append(cache, at, count);
+            append(exact, at, count);
+            at += count;
+        }
+        double appending = 0.0, attending = 0.0, error = 0.0, norm = 0.0;
+        for (Index t = first; t < end; ++t) {
+            const auto start = Clock::now();
+            append(cache, t, 1);
+            const auto appended = Clock::now();
+            cache.attend(layer.queries.middleRows(t - without_query, 1), output, {}, workspace);
+            attending += std::chrono::duration<double>(Clock::now() - appended).count();
+            appending += std::chrono::duration<double>(appended - start).count();
+            append(exact, t, 1);
+            exact.attend(layer.queries.middleRows(t - without_query, 1), expected, {}, workspace);
+            error += (output - expected).squaredNorm();
+            norm += expected.squaredNorm();
+        }
+        at = end;
+        if (end == first) continue;
+        const auto count = static_cast<double>(end - first);
+        std::printf("%-12s %-22s %8ld %10.0f %10.1f us %8.1f us %12ld %6.2f %10.5f\n", layer.name.c_str(),
+                    recipe.c_str(), static_cast<long>(end), count / (appending + attending),
+                    1e6 * attending / count, 1e6 * appending / count, static_cast<long>(cache.bytes()),
+                    cache.bits_per_element(), norm > 0.0 ? std::sqrt(error / norm) : 0.0);
+        std::fflush(stdout);
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    try {
+        const engine::CommandLine options(
+            count, arguments,
+            {"--recipes", "--tokens", "--kv-heads", "--query-heads", "--head-dim", "--threads", "--seed"},
+            {"--help"});
+        if (options.has("--help")) return std::printf("%s", usage), 0;
+        const auto names = options.has("--recipes")
+                               ? options.list("--recipes")
+                               : std::vector<std::string>{"fp16", "standard", "compact", "latent:3:3"};
+        for (const std::string& name : names) (void)recipes::parse(name);
+        ThreadExecutor executor(options.number("--threads", 2, 1));
+        const std::vector<Layer> layers =
+            options.rest().empty() ? std::vector<Layer>{generated(options)} : from_files(options.rest());
+        std::printf("%-12s %-22s %8s %10s %13s %11s %12s %6s %10s\n", "layer", "recipe", "context",
+                    "tokens/s", "attend", "append", "bytes", "bits", "error");
+        for (const Layer& layer : layers)
+            for (const std::string& name : names) decode(layer, name, executor);
+    } catch (const std::exception& error) {
+        return std::fprintf(stderr, "attention: %s\n", error.what()), 1;
+    }
+}
