@@ -305,38 +305,59 @@ KVPLANE_INLINE void softmax_rows(float* scores, Index count, float* largest, flo
     }
 }
 
-/// scores[t] = q.k_t of `tokens` rows of floats, `stride` apart.
-template <int Lanes>
-KVPLANE_INLINE void row_scores(const float* query, const float* rows, Index stride, Index tokens,
-                               Index channels, float* scores) {
+/// scores[r][t] = q_r.k_t of `tokens` rows of floats, `stride` apart.
+template <int Lanes, int rows>
+KVPLANE_INLINE void row_scores(const float* queries, Index query_stride, const float* keys, Index stride,
+                               Index tokens, Index channels, float* scores, Index score_stride) {
     for (Index t = 0; t < tokens; ++t) {
-        Floats<Lanes> sum{};
+        Floats<Lanes> sums[4]{}, q, k;
+        const float* const key = keys + t * stride;
         Index c = 0;
         for (; c + Lanes <= channels; c += Lanes) {
-            Floats<Lanes> q, k;
-            load(q, query + c);
-            load(k, rows + t * stride + c);
-            sum += q * k;
+            load(k, key + c);
+            for (int r = 0; r < rows; ++r) {
+                load(q, queries + r * query_stride + c);
+                sums[r] += q * k;
+            }
         }
-        scores[t] = sum_lanes<Lanes>(sum);
-        for (; c < channels; ++c) scores[t] += query[c] * rows[t * stride + c];
+        float score[4];
+        reduce_rows<Lanes>(sums, score, plus);
+        for (int r = 0; r < rows; ++r) {
+            for (Index rest = c; rest < channels; ++rest)
+                score[r] += queries[r * query_stride + rest] * key[rest];
+            scores[r * score_stride + t] = score[r];
+        }
     }
 }
-/// output += sum of weights[t] row_t.
-template <int Lanes>
-KVPLANE_INLINE void add_rows(const float* weights, const float* rows, Index stride, Index tokens,
-                             Index channels, float* output) {
-    for (Index t = 0; t < tokens; ++t) {
-        if (weights[t] == 0.0f) continue;
-        Index c = 0;
-        for (; c + Lanes <= channels; c += Lanes) {
-            Floats<Lanes> o, v;
-            load(o, output + c);
-            load(v, rows + t * stride + c);
-            store(output + c, o + v * weights[t]);
+/// `vectors` vectors of output[r] += sum over t of weights[r][t] value_t.
+template <int Lanes, int rows, int vectors>
+KVPLANE_INLINE void add_row_vectors(const float* weights, Index weight_stride, const float* values,
+                                    Index stride, Index tokens, float* output, Index output_stride) {
+    Floats<Lanes> sums[rows][vectors], v;
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < vectors; ++i) load(sums[r][i], output + r * output_stride + i * Lanes);
+    for (Index t = 0; t < tokens; ++t)
+        for (int i = 0; i < vectors; ++i) {
+            load(v, values + t * stride + i * Lanes);
+            for (int r = 0; r < rows; ++r) sums[r][i] += v * weights[r * weight_stride + t];
         }
-        for (; c < channels; ++c) output[c] += weights[t] * rows[t * stride + c];
-    }
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < vectors; ++i) store(output + r * output_stride + i * Lanes, sums[r][i]);
+}
+template <int Lanes, int rows>
+KVPLANE_INLINE void add_rows(const float* weights, Index weight_stride, const float* values, Index stride,
+                             Index tokens, Index channels, float* output, Index output_stride) {
+    Index c = 0;
+    for (; c + 2 * Lanes <= channels; c += 2 * Lanes)
+        add_row_vectors<Lanes, rows, 2>(weights, weight_stride, values + c, stride, tokens, output + c,
+                                        output_stride);
+    for (; c + Lanes <= channels; c += Lanes)
+        add_row_vectors<Lanes, rows, 1>(weights, weight_stride, values + c, stride, tokens, output + c,
+                                        output_stride);
+    for (; c < channels; ++c)
+        for (int r = 0; r < rows; ++r)
+            for (Index t = 0; t < tokens; ++t)
+                output[r * output_stride + c] += weights[r * weight_stride + t] * values[t * stride + c];
 }
 
 /// projected[r][j] = scale[j] sum over c of queries[r][c] columns[c][j], for j below `kept`; columns are
@@ -510,9 +531,7 @@ class FusedSums {
     void sum(Isa isa, const TileFormat::Placed& segment, const std::byte* tile, const std::byte* ahead,
              Index first_block, Index blocks, const UnitsOf& units_of) noexcept {
         const PlaneDot& dot = plane_dot_of(isa);
-        if (const auto pair = segment.bits == 8   ? dot.of_bytes
-                              : segment.bits == 3 ? dot.of_three_bits
-                                                  : nullptr) {
+        if (const auto pair = dot.of_pair[static_cast<std::size_t>(segment.bits)]) {
             const Index units[2] = {units_of(segment.split[0]), units_of(segment.split[1])};
             const Index at[2] = {segment.plane_at[0] + first_block * units[0] * unit_bytes,
                                  segment.plane_at[1] + first_block * units[1] * unit_bytes};
@@ -563,16 +582,25 @@ inline void prefetch_grids(const TileFormat& format, const std::byte* ahead) noe
     for (Index at = 0; at < format.grid_bytes(); at += unit_bytes) __builtin_prefetch(ahead + at, 0, 2);
 }
 
-inline void row_scores(Isa isa, const float* query, const float* rows, Index stride, Index tokens,
-                       Index channels, float* scores) noexcept {
-    run_on(isa, [&](auto lanes) KVPLANE_BODY {
-        fused::row_scores<lanes>(query, rows, stride, tokens, channels, scores);
+/// Scores, and weighted sums, of unquantized tokens: see fused::row_scores and add_rows.
+inline void row_scores(Isa isa, const float* queries, Index query_stride, Index rows, const float* keys,
+                       Index stride, Index tokens, Index channels, float* scores,
+                       Index score_stride) noexcept {
+    run_on(isa, [=](auto lanes) KVPLANE_BODY {
+        fused::by_rows(rows, [=](auto together, Index first) KVPLANE_BODY {
+            fused::row_scores<lanes, together>(queries + first * query_stride, query_stride, keys, stride,
+                                               tokens, channels, scores + first * score_stride, score_stride);
+        });
     });
 }
-inline void add_rows(Isa isa, const float* weights, const float* rows, Index stride, Index tokens,
-                     Index channels, float* output) noexcept {
-    run_on(isa, [&](auto lanes) KVPLANE_BODY {
-        fused::add_rows<lanes>(weights, rows, stride, tokens, channels, output);
+inline void add_rows(Isa isa, const float* weights, Index weight_stride, Index rows, const float* values,
+                     Index stride, Index tokens, Index channels, float* output,
+                     Index output_stride) noexcept {
+    run_on(isa, [=](auto lanes) KVPLANE_BODY {
+        fused::by_rows(rows, [=](auto together, Index first) KVPLANE_BODY {
+            fused::add_rows<lanes, together>(weights + first * weight_stride, weight_stride, values, stride,
+                                             tokens, channels, output + first * output_stride, output_stride);
+        });
     });
 }
 

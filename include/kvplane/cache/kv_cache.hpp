@@ -1353,27 +1353,31 @@ class KvCache::Fused {
             some_rows(sink_rows_, state.sinks.data(), t, t, std::min(most, cache_.sinks() - t), head, chunk,
                       scratch);
         const Index recent = state.tokens - state.window_first;
-        for (Index t = 0; t < recent; t += most)
-            some_rows(window_rows_, state.window[static_cast<std::size_t>(t / most)].data(), 0,
-                      state.window_first + t, std::min(most, recent - t), head, chunk, scratch);
+        for (Index t = 0; t < recent; t += most) {
+            const auto page = static_cast<std::size_t>(t / most);
+            some_rows(window_rows_, state.window[page].data(), 0, state.window_first + t,
+                      std::min(most, recent - t), head, chunk, scratch,
+                      t + most < recent ? state.window[page + 1].data() : nullptr);
+        }
     }
+    /// next: the page whose keys are read after this one's values.
     void some_rows(const TokenRows& store, const std::byte* page, Index at, Index first, Index count,
-                   Index head, Index chunk, FusedScratch& scratch) noexcept {
+                   Index head, Index chunk, FusedScratch& scratch, const std::byte* next = nullptr) noexcept {
         if (first >= cache_.recipe().sink_tokens && first + count <= cache_.state_.dropped) return;
         const Index padded = (count + unit_lanes - 1) / unit_lanes * unit_lanes;
         for (Index row = head * block_; row < (head + 1) * block_; row += fused_rows) {
             const Index rows = std::min(fused_rows, (head + 1) * block_ - row);
+            store.prefetch(page, 1, head, at, count);
             store.read(page, 0, head, at, count, scratch.rows(), key_dim_);
-            for (Index r = 0; r < rows; ++r)
-                detail::row_scores(isa_, work_.rotated_.data() + (row + r) * key_dim_, scratch.rows(),
-                                   key_dim_, count, key_dim_, scratch.scores() + r * tile_tokens);
+            detail::row_scores(isa_, work_.rotated_.data() + row * key_dim_, key_dim_, rows, scratch.rows(),
+                               key_dim_, count, key_dim_, scratch.scores(), tile_tokens);
             apply(row, rows, first, count, padded, scratch.scores());
+            if (next) store.prefetch(next, 0, head, 0, window_page_tokens);
             const PartialAttention to = part(chunk, row);
             fused_softmax(isa_, scratch.scores(), padded, rows, to);
             store.read(page, 1, head, at, count, scratch.rows(), value_dim_);
-            for (Index r = 0; r < rows; ++r)
-                detail::add_rows(isa_, scratch.scores() + r * tile_tokens, scratch.rows(), value_dim_, count,
-                                 value_dim_, to.output + r * stride_);
+            detail::add_rows(isa_, scratch.scores(), tile_tokens, rows, scratch.rows(), value_dim_, count,
+                             value_dim_, to.output, stride_);
         }
     }
 

@@ -64,6 +64,13 @@ class TokenRows {
         }
     }
 
+    /// Asks for the rows that read() will be given next.
+    void prefetch(const std::byte* page, int side, Index head, Index at, Index count) const noexcept {
+        const Index size = bits_ / 8, first = row(side, head, at) * size;
+        for (Index byte = 0; byte < count * dim_[side] * size; byte += 64)
+            __builtin_prefetch(page + first + byte, 0, 3);
+    }
+
   private:
     /// Elements before a row.
     Index row(int side, Index head, Index at) const noexcept {

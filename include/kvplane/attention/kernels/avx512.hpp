@@ -111,33 +111,42 @@ KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i four_factors(const std::int8_t* fro
     return _mm512_set1_epi32(four);
 }
 
-/// Codes of 8 bits in planes {4, 4}, the first unsigned as it is.
-template <int rows>
-KVPLANE_TARGET_AVX512 inline void bytes_block(const PlanePairCall& call, Index block, Index row) noexcept {
-    const __m512i low_half = _mm512_set1_epi8(15);
-    const Index at = block * call.first_units * 64;
-    const std::int8_t *high[rows], *low[rows];
+/// Codes in planes {4, width}. A unit of the second covers 4 / width of the first.
+template <int width, int rows>
+KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, Index block,
+                                                   Index row) noexcept {
+    const __m512i low_half = _mm512_set1_epi8(15), low = _mm512_set1_epi8((1 << width) - 1),
+                  all = _mm512_set1_epi8(static_cast<char>((1 << (4 + width)) - 1));
+    const Index first_at = block * call.first_units * 64, second_at = block * call.second_units * 64;
+    const std::int8_t *high_factors[rows], *low_factors[rows];
     __m512i whole[rows], first[rows];
     for (int r = 0; r < rows; ++r) {
         whole[r] = first[r] = _mm512_setzero_si512();
-        high[r] = call.factors + (row + r) * call.factor_stride;
-        low[r] = high[r] + call.rows * call.factor_stride;
+        high_factors[r] = call.factors + (row + r) * call.factor_stride;
+        low_factors[r] = high_factors[r] + call.rows * call.factor_stride;
     }
     for (Index u = 0; u < call.first_units; ++u) {
-        const __m512i a = _mm512_loadu_si512(call.first + at + u * 64),
-                      b = _mm512_loadu_si512(call.second + at + u * 64);
-        _mm_prefetch(reinterpret_cast<const char*>(call.first_ahead + at + u * 64), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(call.second_ahead + at + u * 64), _MM_HINT_T1);
-        const __m512i a0 = _mm512_and_si512(a, low_half),
-                      a1 = _mm512_and_si512(shifted_right(a, 4), low_half);
-        const __m512i code0 = either(low_half, b, shifted_left(a, 4)),
-                      code1 = either(low_half, shifted_right(b, 4), a);
+        const Index below_at = second_at + u / (4 / width) * 64;
+        const __m512i a = _mm512_loadu_si512(call.first + first_at + u * 64),
+                      b = shifted_right(_mm512_loadu_si512(call.second + below_at),
+                                        static_cast<int>(u % (4 / width)) * 2 * width);
+        _mm_prefetch(reinterpret_cast<const char*>(call.first_ahead + first_at + u * 64), _MM_HINT_T1);
+        if (u % (4 / width) == 0)
+            _mm_prefetch(reinterpret_cast<const char*>(call.second_ahead + below_at), _MM_HINT_T1);
+        const __m512i field[2] = {_mm512_and_si512(a, low_half),
+                                  _mm512_and_si512(shifted_right(a, 4), low_half)};
+        __m512i code[2] = {
+            either(low, b, shifted_left(a, width)),
+            either(low, shifted_right(b, width), width == 4 ? a : shifted_right(a, 4 - width))};
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            if (width < 4) code[i] = _mm512_and_si512(code[i], all);
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-            whole[r] = _mm512_dpbusd_epi32(whole[r], code0, four_factors(high[r] + u * 8));
-            first[r] = _mm512_dpbusd_epi32(first[r], a0, four_factors(low[r] + u * 8));
-            whole[r] = _mm512_dpbusd_epi32(whole[r], code1, four_factors(high[r] + u * 8 + 4));
-            first[r] = _mm512_dpbusd_epi32(first[r], a1, four_factors(low[r] + u * 8 + 4));
+            for (int r = 0; r < rows; ++r) {
+                const Index place = (u * 2 + i) * 4;
+                whole[r] = _mm512_dpbusd_epi32(whole[r], code[i], four_factors(high_factors[r] + place));
+                first[r] = _mm512_dpbusd_epi32(first[r], field[i], four_factors(low_factors[r] + place));
+            }
         }
     }
     std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
@@ -186,12 +195,13 @@ KVPLANE_TARGET_AVX512 inline void three_bits_block(const PlanePairCall& call, In
         _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)lanes[r][0] + (Words)lanes[r][1]));
 }
 
-KVPLANE_TARGET_AVX512 inline void bytes_dot(const PlanePairCall& call) noexcept {
+template <int width>
+KVPLANE_TARGET_AVX512 inline void two_planes_dot(const PlanePairCall& call) noexcept {
     for (Index block = 0; block < call.blocks; ++block) {
         Index row = 0;
-        for (; row + 4 <= call.rows; row += 4) bytes_block<4>(call, block, row);
-        for (; row + 2 <= call.rows; row += 2) bytes_block<2>(call, block, row);
-        if (row < call.rows) bytes_block<1>(call, block, row);
+        for (; row + 4 <= call.rows; row += 4) two_planes_block<width, 4>(call, block, row);
+        for (; row + 2 <= call.rows; row += 2) two_planes_block<width, 2>(call, block, row);
+        if (row < call.rows) two_planes_block<width, 1>(call, block, row);
     }
 }
 KVPLANE_TARGET_AVX512 inline void three_bits_dot(const PlanePairCall& call) noexcept {
@@ -203,8 +213,9 @@ KVPLANE_TARGET_AVX512 inline void three_bits_dot(const PlanePairCall& call) noex
     }
 }
 
-inline constexpr PlaneDot plane_dots{
-    "avx512", {plane_dot<1>, plane_dot<2>, plane_dot<4>}, bytes_dot, three_bits_dot};
-
+inline constexpr PlaneDot plane_dots{"avx512",
+                                     {plane_dot<1>, plane_dot<2>, plane_dot<4>},
+                                     {nullptr, nullptr, nullptr, three_bits_dot, nullptr, two_planes_dot<1>,
+                                      two_planes_dot<2>, nullptr, two_planes_dot<4>}};
 }  // namespace kvplane::detail::avx512
 #endif

@@ -12,6 +12,7 @@
 // field of 4 bits and a depth of 2^17 stay below 2^28, and shifts of at most 4 below 2^32 / 2.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
@@ -35,9 +36,8 @@ struct PlaneDotCall {
     bool add;
 };
 
-/// Two planes of the same codes together, the second as wide as the first or half as wide. Row r's factors
-/// meet whole codes; row rows + r's (`low_rows`: as many as rows, or none) the first plane alone, as in a
-/// call of shift `shift`.
+/// Two planes of the same codes together. Row r's factors meet whole codes; row rows + r's (`low_rows`: as
+/// many as rows, or none) the first plane alone, as in a call of shift `shift`.
 struct PlanePairCall {
     const std::byte *first, *second;
     const std::byte *first_ahead, *second_ahead;
@@ -54,10 +54,10 @@ struct PlaneDot {
     std::string_view name;  ///< what isa.hpp calls the instruction set
     /// By width of the plane: 1, 2 and 4.
     void (*of_width[3])(const PlaneDotCall&) noexcept;
-    /// Planes {4, 4} with low rows, and {2, 1} without; nullptr where plane by plane is as fast. A byte of 8
-    /// bits needs products of unsigned by signed bytes that do not saturate.
-    void (*of_bytes)(const PlanePairCall&) noexcept = nullptr;
-    void (*of_three_bits)(const PlanePairCall&) noexcept = nullptr;
+    /// By bits of a code: 3 without low rows, 5, 6 and 8 with; nullptr where plane by plane is as fast. A
+    /// byte of 8 bits needs products of unsigned by signed bytes that do not saturate.
+    using Pair = void (*)(const PlanePairCall&) noexcept;
+    std::array<Pair, 9> of_pair{};
 
     void operator()(int width, const PlaneDotCall& call) const noexcept {
         of_width[width == 4 ? 2 : width - 1](call);
