@@ -36,7 +36,9 @@ constexpr const char* usage =
     "svdq:1.25,\n"
     "                      latent:3:3, weighted:3:3, each with settings after '+' (see "
     "kvplane/recipes.hpp);\n"
-    "                      allocated:norms|weights|measured:BITS; svdq:1.25@keys=1/32: a share of the keys\n"
+    "                      allocated:norms|weights|measured:BITS; svdq:1.25@keys=1/32: a share of the keys;\n"
+    "                      key_favored:8:8@4, @4:3 (keys, values): bits read in the mean; @fixed4: of every\n"
+    "                      code; both with --chunk 8 or less\n"
     "  --basis FILE        statistics from calibrate, for recipes with latents; without it every cache fits "
     "a\n"
     "                      basis to the first 512 tokens of its own\n"
@@ -173,7 +175,8 @@ Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, Index 
                      static_cast<long>(windows));
         LayerCaches plain = model.exact_caches();
         std::vector<LayerCaches> caches;
-        for (const CachePlan& plan : plans) caches.push_back(kvplane_caches(model.config(), plan, pool, threads));
+        for (const CachePlan& plan : plans)
+            caches.push_back(kvplane_caches(model.config(), plan, pool, threads));
         run_window(model, {text.data() + first_token + window * context, static_cast<std::size_t>(context)},
                    static_cast<std::size_t>(chunk), caches, plain, all);
     }
@@ -190,17 +193,19 @@ nlohmann::json to_json(const Evaluation& all) {
                         {"same_top", result.same_top_rate()},
                         {"perplexity", result.perplexity()},
                         {"cache_bytes", result.size.bytes},
+                        {"read_bits", result.size.read_bits},
                         {"tokens_per_second", result.tokens_per_second()}});
     return {{"recipes", rows}, {"exact_perplexity", all.exact.perplexity()}};
 }
 
 void print_table(const Evaluation& all) {
-    std::printf("%-44s %9s %9s %9s %9s %10s %12s %9s\n", "recipe", "true bits", "KL mean", "KL 99%",
-                "same top", "perplexity", "cache bytes", "tokens/s");
+    std::printf("%-44s %9s %9s %9s %9s %9s %10s %12s %9s\n", "recipe", "true bits", "read bits", "KL mean",
+                "KL 99%", "same top", "perplexity", "cache bytes", "tokens/s");
     const auto line = [](const Result& r) {
-        std::printf("%-44s %9.3f %9.5f %9.4f %9.4f %10.4f %12ld %9.1f\n", r.recipe.c_str(),
-                    r.size.bits_per_element, r.mean_divergence(), r.percentile(0.99), r.same_top_rate(),
-                    r.perplexity(), static_cast<long>(r.size.bytes), r.tokens_per_second());
+        std::printf("%-44s %9.3f %9.3f %9.5f %9.4f %9.4f %10.4f %12ld %9.1f\n", r.recipe.c_str(),
+                    r.size.bits_per_element, r.size.read_bits, r.mean_divergence(), r.percentile(0.99),
+                    r.same_top_rate(), r.perplexity(), static_cast<long>(r.size.bytes),
+                    r.tokens_per_second());
     };
     Result exact = all.exact;
     exact.divergences = {0.0};
@@ -211,11 +216,11 @@ void print_table(const Evaluation& all) {
 
 void write_csv(const std::string& path, const Evaluation& all) {
     std::ofstream file(path);
-    file << "recipe,true_bits,kl_mean,kl_p99,same_top,perplexity,cache_bytes,tokens_per_second\n";
+    file << "recipe,true_bits,read_bits,kl_mean,kl_p99,same_top,perplexity,cache_bytes,tokens_per_second\n";
     for (const Result& r : all.recipes)
-        file << r.recipe << ',' << r.size.bits_per_element << ',' << r.mean_divergence() << ','
-             << r.percentile(0.99) << ',' << r.same_top_rate() << ',' << r.perplexity() << ',' << r.size.bytes
-             << ',' << r.tokens_per_second() << '\n';
+        file << r.recipe << ',' << r.size.bits_per_element << ',' << r.size.read_bits << ','
+             << r.mean_divergence() << ',' << r.percentile(0.99) << ',' << r.same_top_rate() << ','
+             << r.perplexity() << ',' << r.size.bytes << ',' << r.tokens_per_second() << '\n';
     file.flush();
     kvplane::require(file.good(), ErrorCode::io, path, ": cannot be written");
 }
@@ -266,8 +271,8 @@ void run(const CommandLine& options) {
     std::vector<CachePlan> plans;
     for (const std::string& name : names) plans.push_back(layer_recipes.parse(name));
 
-    const Evaluation all =
-        evaluate(model, text, first, context, windows, options.number("--chunk", 32, 1), names, plans, threads);
+    const Evaluation all = evaluate(model, text, first, context, windows, options.number("--chunk", 32, 1),
+                                    names, plans, threads);
     if (options.has("--csv")) write_csv(options.text("--csv"), all);
     if (options.has("--plot")) kvplane_examples::write_plot(options.text("--plot"), to_plot(all));
     if (options.has("--json"))

@@ -37,6 +37,8 @@ struct SharedWorkspace {
     explicit SharedWorkspace(Threads& threads) : executor(threads), workspace(&executor) {}
     EngineExecutor executor;
     kvplane::AttentionWorkspace workspace;
+    double bits = 0.0;  ///< sum over `reads`
+    Index reads = 0;
 };
 
 /// One layer's kvplane cache behind the engine's interface.
@@ -54,6 +56,16 @@ class KvplaneCache final : public LayerCache {
         const auto& c = cache_.configuration();
         out.resize(queries.rows(), c.query_heads * c.value_head_dim);
         cache_.attend(queries, out, parameters_, shared_->workspace);
+        if (const auto& report = shared_->workspace.report();
+            report.key_bits > 0.0 || report.value_bits > 0.0) {
+            shared_->bits += 0.5 * (report.key_bits + report.value_bits);
+            ++shared_->reads;
+        }
+    }
+    /// Bits that attention read of a packed element, in the mean over all layers and calls so far; 0 before
+    /// any.
+    double mean_read_bits() const noexcept {
+        return shared_->reads > 0 ? shared_->bits / static_cast<double>(shared_->reads) : 0.0;
     }
     Index tokens() const override { return cache_.tokens(); }
     const kvplane::KvCache& cache() const noexcept { return cache_; }
@@ -97,6 +109,7 @@ inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& pla
 }
 
 struct CacheSize {
+    double read_bits = 0.0;  ///< a packed element, in the mean over reads
     Index bytes = 0;
     double bits_per_element = 0.0;
 };
@@ -108,9 +121,10 @@ inline CacheSize size_of(const ModelConfig& model, const LayerCaches& caches) {
     for (const auto& layer : caches) {
         const auto per_token = static_cast<double>(2 * model.kv_heads * model.head_dim);
         elements += per_token * static_cast<double>(layer->tokens());
-        if (const auto* packed = dynamic_cast<const KvplaneCache*>(layer.get()))
+        if (const auto* packed = dynamic_cast<const KvplaneCache*>(layer.get())) {
             size.bytes += packed->cache().bytes();
-        else
+            size.read_bits = packed->mean_read_bits();
+        } else
             size.bytes += static_cast<Index>(4.0 * per_token) * layer->tokens();
     }
     size.bits_per_element = elements > 0.0 ? 8.0 * static_cast<double>(size.bytes) / elements : 0.0;

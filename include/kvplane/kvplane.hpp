@@ -5,6 +5,7 @@
 #include "kvplane/allocate/bit_allocation.hpp"
 #include "kvplane/allocate/key_favored.hpp"
 #include "kvplane/allocate/latent_schedule.hpp"
+#include "kvplane/allocate/precision_alignment.hpp"
 #include "kvplane/attention/decode.hpp"
 #include "kvplane/attention/dispatch.hpp"
 #include "kvplane/attention/executor.hpp"

@@ -60,11 +60,11 @@ TEST(PlaneDot, PairsOfPlanesEqualOneByOne) {
                               second_units, factors.data(), stride, rows, low_rows, split.shift(0),
                               sums.data(), sum_rows});
                         detail::scalar::plane_dots(
-                            split[0], {first.data(), first.data(), blocks, units, factors.data(), stride,
-                                       sum_rows, split.shift(0), expected.data(), sum_rows, false});
+                            split[0], {first.data(), first.data(), blocks, units, units, factors.data(),
+                                       stride, sum_rows, split.shift(0), expected.data(), sum_rows, false});
                         detail::scalar::plane_dots(
-                            split[1], {second.data(), second.data(), blocks, second_units, factors.data(),
-                                       stride, rows, 0, expected.data(), sum_rows, true});
+                            split[1], {second.data(), second.data(), blocks, second_units, second_units,
+                                       factors.data(), stride, rows, 0, expected.data(), sum_rows, true});
                         ASSERT_EQ(sums, expected) << name(isa) << ", " << bits << " bits, " << units
                                                   << " units, " << rows << " rows";
                     }
@@ -219,6 +219,104 @@ TEST(FusedOutput, IsThatOfTheDecodedTile) {
                             }
                         });
                     }
+}
+
+/// A tile as read with so many planes of each unit; the middle of its grid where none is read.
+Matrix partly_read(const Encoded& encoded, const std::vector<std::uint8_t>& planes) {
+    const bool keys = encoded.format.side() == TileSide::keys;
+    TileCoder coder(encoded.format);
+    Matrix all = Matrix::Zero(tile_tokens, encoded.format.channels()), at_depth = all;
+    std::size_t unit = 0;
+    for (const TileFormat::Placed& s : encoded.format.segments()) {
+        if (s.bits == 0) continue;
+        const auto* step = reinterpret_cast<const Eigen::half*>(encoded.tile.data() + s.step_at);
+        const auto* lower = reinterpret_cast<const Eigen::half*>(encoded.tile.data() + s.lower_at);
+        const Index depth = read_unit_depth(s.split), size = keys ? s.channels : tile_tokens;
+        for (Index first = 0; first < size; first += depth, ++unit) {
+            const Index count = std::min(depth, size - first), have = planes[unit];
+            const auto block = [&](Matrix& m) {
+                return keys ? m.block(0, s.first_channel + first, tile_tokens, count)
+                            : m.block(first, 0, count, s.channels);
+            };
+            if (have > 0) {
+                coder.decode(encoded.tile.data(), tile_tokens, s.split.prefix_bits(static_cast<int>(have)),
+                             at_depth.data(), at_depth.cols());
+                block(all) = block(at_depth);
+                continue;
+            }
+            const Index group = encoded.format.rule().group;
+            for (Index i = 0; i < count; ++i)
+                for (Index other = 0; other < (keys ? tile_tokens : s.channels); ++other) {
+                    const Index g = keys ? other / group * s.channels + first + i
+                                         : other / std::min(group, s.channels) * tile_tokens + first + i;
+                    const auto width = static_cast<float>(step[g]);
+                    const float middle = s.scheme == Scheme::symmetric
+                                             ? -0.5f * width
+                                             : static_cast<float>(lower[g]) + std::ldexp(width, s.bits - 1);
+                    (keys ? all(other, s.first_channel + first + i) : all(first + i, other)) = middle;
+                }
+        }
+    }
+    return all;
+}
+std::vector<std::uint8_t> random_planes(const TileFormat& format, Random& random) {
+    std::vector<std::uint8_t> planes;
+    for (const TileFormat::Placed& s : format.segments()) {
+        if (s.bits == 0) continue;
+        const Index depth = read_unit_depth(s.split),
+                    size = format.side() == TileSide::keys ? s.channels : tile_tokens;
+        for (Index first = 0; first < size; first += depth)
+            planes.push_back(static_cast<std::uint8_t>(random() % static_cast<unsigned>(s.split.count + 1)));
+    }
+    EXPECT_EQ(static_cast<Index>(planes.size()), read_units(format));
+    return planes;
+}
+
+/// Any planes of any units: what is read counts as the prefix of its code, what is not as the middle.
+TEST(PartialReads, AreThoseOfThePrefix) {
+    Random random(kvplane_test::seed());
+    FusedScratch scratch(256);
+    for (const TileFormat& format : key_formats())
+        for (int again = 0; again < 3; ++again) {
+            const Encoded keys(format, normal_matrix(tile_tokens, format.channels(), random));
+            const std::vector<std::uint8_t> planes = random_planes(format, random);
+            const Index rows = 1 + static_cast<Index>(random() % 8);
+            const Matrix queries = normal_matrix(rows, format.channels(), random),
+                         exact = queries * partly_read(keys, planes).transpose();
+            for_each_isa([&](Isa isa) {
+                Matrix scores(rows, tile_tokens);
+                fused_scores(isa, format, keys.tile.data(), keys.tile.data(), queries.data(),
+                             format.channels(), rows, offsets, scratch, scores.data(), planes.data());
+                for (Index r = 0; r < rows; ++r)
+                    ASSERT_LE(
+                        (scores.row(r) - exact.row(r)).cwiseAbs().maxCoeff(),
+                        score_bound(keys, queries.row(r)) + 1e-4 * (1.0 + exact.row(r).cwiseAbs().maxCoeff()))
+                        << format.segments()[0].bits << " bits, " << format.channels() << " channels";
+            });
+        }
+    for (const Scheme scheme : {Scheme::cell, Scheme::symmetric})
+        for (int bits = 2; bits <= 8; ++bits)
+            for (const Index channels : {16, 40, 128})
+                for (const Index group : {Index{16}, whole_head}) {
+                    const TileFormat format(TileSide::values, channels, bits,
+                                            {Granularity::per_token, group, scheme});
+                    const Encoded values(format, normal_matrix(tile_tokens, channels, random));
+                    const std::vector<std::uint8_t> planes = random_planes(format, random);
+                    const Index rows = 1 + static_cast<Index>(random() % 8),
+                                stride = (channels + 15) / 16 * 16;
+                    const Matrix weights = normal_matrix(rows, tile_tokens, random).array().exp(),
+                                 exact = weights * partly_read(values, planes);
+                    for_each_isa([&](Isa isa) {
+                        Matrix output = Matrix::Zero(rows, stride);
+                        fused_output(isa, format, values.tile.data(), values.tile.data(), weights.data(),
+                                     rows, scratch, output.data(), stride, planes.data());
+                        for (Index r = 0; r < rows; ++r)
+                            ASSERT_LE((output.row(r).head(channels) - exact.row(r)).cwiseAbs().maxCoeff(),
+                                      output_bound(values, weights.row(r)) +
+                                          1e-4 * (1.0 + exact.row(r).cwiseAbs().maxCoeff()))
+                                << bits << " bits, " << channels << " channels, group " << group;
+                    });
+                }
 }
 
 TEST(FusedSoftmax, MergesInAnyGrouping) {

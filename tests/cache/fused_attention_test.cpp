@@ -196,6 +196,152 @@ TEST(FusedAttention, OneWorkspaceServesCachesOfAnyShape) {
         }
 }
 
+// -- Read policies -----------------------------------------------------------------------------------------
+
+struct PolicyRead {
+    Matrix output;
+    ReadReport report;
+};
+PolicyRead read(const KvCache& cache, const Matrix& queries, const ReadPolicy& policy,
+                Executor* executor = nullptr) {
+    AttentionWorkspace workspace(executor);
+    PolicyRead result{
+        Matrix(queries.rows(), cache.configuration().query_heads * cache.configuration().value_head_dim), {}};
+    AttentionParameters parameters;
+    parameters.read = policy;
+    cache.attend(queries, result.output, parameters, workspace);
+    result.report = workspace.report();
+    return result;
+}
+std::vector<std::string> planes_recipes() {
+    return {"key_favored:8:8",           "key_favored:8:8+key_group=32+value_group=16",
+            "key_favored:5:7",           "standard",
+            "latent:8:8+fit_tokens=256", "latent:5:6+heads_together=1+fit_tokens=256"};
+}
+
+TEST(ReadPolicies, ReadAtMostTheirBudgetAndErrLessTheMoreTheyRead) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    for (const std::string& recipe : planes_recipes()) {
+        KvCache cache(configuration(recipe), pool);
+        Matrix keys = normal_matrix(random, 5000, 64);
+        keys.col(3) *= 30.0f;
+        kvplane_test::append(cache, keys, normal_matrix(random, 5000, 96));
+        const Matrix q = normal_matrix(random, 2, 128, 0.5f);
+        const PolicyRead all = read(cache, q, ReadPolicy::all());
+        double before = std::numeric_limits<double>::infinity();
+        for (const double bits : {0.0, 1.0, 2.5, 4.0, 6.0, 8.0}) {
+            const PolicyRead aligned = read(cache, q, ReadPolicy::aligned(bits));
+            EXPECT_LE(aligned.report.key_bits, bits + 1e-9) << recipe;
+            EXPECT_LE(aligned.report.value_bits, bits + 1e-9) << recipe;
+            const double error = (aligned.output - all.output).norm() / all.output.norm();
+            EXPECT_LE(error, before * 1.1 + 1e-3) << recipe << " at " << bits;
+            before = error;
+            if (bits == 8.0) {
+                EXPECT_EQ(aligned.report.key_bits, all.report.key_bits) << recipe;
+                EXPECT_EQ(aligned.report.value_bits, all.report.value_bits) << recipe;
+                EXPECT_LE(error, 1e-5) << recipe;
+            } else if (bits >= 4.0) {
+                // The budget is used but for a bucket of values and a plane of keys.
+                EXPECT_GT(aligned.report.key_bits, std::min(bits, all.report.key_bits) - 1.0) << recipe;
+            }
+        }
+    }
+}
+
+TEST(ReadPolicies, AlignedReadsErrLessThanFixedOnes) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache cache(configuration("key_favored:8:8"), pool);
+    Matrix keys = normal_matrix(random, 3000, 64);
+    for (Index c = 0; c < 64; ++c) keys.col(c) *= std::exp(-0.3f * static_cast<float>(c % 32));
+    kvplane_test::append(cache, keys, normal_matrix(random, 3000, 96));
+    const Matrix q = normal_matrix(random, 1, 128, 2.0f);
+    const Matrix all = read(cache, q, ReadPolicy::all()).output;
+    const PolicyRead fixed = read(cache, q, {ReadPolicy::Kind::fixed, 4.0, 8.0}),
+                     aligned = read(cache, q, ReadPolicy::aligned(4.0, 8.0));
+    EXPECT_EQ(fixed.report.key_bits, 4.0);
+    EXPECT_EQ(fixed.report.value_bits, 8.0);
+    EXPECT_LE(aligned.report.key_bits, 4.0);
+    EXPECT_LT((aligned.output - all).norm(), 0.5 * (fixed.output - all).norm());
+    EXPECT_EQ(read(cache, q, ReadPolicy::fixed(8)).output, all);
+    EXPECT_EQ(read(cache, q, ReadPolicy::fixed(3)).report.key_bits, 0.0) << "no plane of 4 fits";
+}
+
+TEST(ReadPolicies, DoNotDependOnThreadsNorAllocate) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    for (const std::string& recipe : planes_recipes()) {
+        KvCache cache(configuration(recipe), pool);
+        kvplane_test::append(cache, normal_matrix(random, 5000, 64), normal_matrix(random, 5000, 96));
+        cache.drop_before(600);
+        const Matrix q = normal_matrix(random, 3, 128);
+        const PolicyRead serial = read(cache, q, ReadPolicy::aligned(3.0));
+        for (const Index threads : {2, 5}) {
+            ThreadExecutor executor(threads);
+            const PolicyRead other = read(cache, q, ReadPolicy::aligned(3.0), &executor);
+            ASSERT_EQ(other.output, serial.output) << recipe;
+            EXPECT_EQ(other.report.value_bits, serial.report.value_bits);
+        }
+        AttentionWorkspace workspace;
+        AttentionParameters parameters;
+        parameters.read = ReadPolicy::aligned(3.0);
+        Matrix output(3, 4 * 48);
+        cache.attend(q, output, parameters, workspace);
+        const long before = allocations;
+        cache.attend(q, output, parameters, workspace);
+        EXPECT_EQ(allocations, before) << recipe;
+        EXPECT_EQ(output, serial.output);
+    }
+}
+
+/// A window, a softcap, hidden tokens: aligned reads see what full ones see.
+TEST(ReadPolicies, ComposeWithTheParameters) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache cache(configuration("key_favored:8:8"), pool);
+    kvplane_test::append(cache, normal_matrix(random, 2000, 64), normal_matrix(random, 2000, 96));
+    const Matrix q = normal_matrix(random, 2, 128);
+    const std::vector<float> slopes = {0.1f, 0.2f, 0.3f, 0.4f};
+    for (int which = 0; which < 3; ++which) {
+        AttentionParameters parameters;
+        if (which == 0) parameters.sliding_window = 300, parameters.sinks = 2;
+        if (which == 1) parameters.softcap = 5.0;
+        if (which == 2) parameters.alibi_slopes = slopes;
+        AttentionWorkspace workspace;
+        Matrix all(2, 4 * 48), aligned(2, 4 * 48);
+        cache.attend(q, all, parameters, workspace);
+        parameters.read = ReadPolicy::aligned(8.0);
+        cache.attend(q, aligned, parameters, workspace);
+        EXPECT_LE((aligned - all).norm(), 1e-5 * all.norm()) << which;
+    }
+}
+
+TEST(ReadPolicies, RefuseWhatTheyCannotRead) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    Matrix output(1, 4 * 48);
+    AttentionParameters parameters;
+    for (const double bits : {-1.0, 17.0, std::numeric_limits<double>::quiet_NaN()}) {
+        KvCache cache(configuration("key_favored:8:8"), pool);
+        kvplane_test::append(cache, normal_matrix(random, 300, 64), normal_matrix(random, 300, 96));
+        parameters.read = ReadPolicy::aligned(bits);
+        refusal(ErrorCode::option, [&] { cache.attend(normal_matrix(random, 1, 128), output, parameters); });
+    }
+    KvCache cache(configuration("fp16"), pool);
+    kvplane_test::append(cache, normal_matrix(random, 300, 64), normal_matrix(random, 300, 96));
+    parameters.read = ReadPolicy::aligned(4.0);
+    const std::string sentence =
+        refusal(ErrorCode::option, [&] { cache.attend(normal_matrix(random, 1, 128), output, parameters); });
+    EXPECT_NE(sentence.find("fp16"), std::string::npos) << sentence;
+    // A query that is not a number: all that the budget allows is read, and the output is not a number
+    // either.
+    KvCache packed(configuration("key_favored:8:8"), pool);
+    kvplane_test::append(packed, normal_matrix(random, 600, 64), normal_matrix(random, 600, 96));
+    const Matrix nan = Matrix::Constant(1, 128, std::numeric_limits<float>::quiet_NaN());
+    EXPECT_LE(read(packed, nan, ReadPolicy::aligned(4.0)).report.key_bits, 4.0);
+}
+
 TEST(ThreadExecutor, RunsEveryItemOnceAndNoWorkerTwiceAtATime) {
     refusal(ErrorCode::option, [] { ThreadExecutor none(0); });
     for (const Index threads : {1, 2, 4}) {

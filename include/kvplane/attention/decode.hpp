@@ -28,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "kvplane/allocate/precision_alignment.hpp"
 #include "kvplane/attention/dispatch.hpp"
 #include "kvplane/isa.hpp"
 #include "kvplane/matrix.hpp"
@@ -467,6 +468,11 @@ class FusedScratch {
         rows_.resize(static_cast<std::size_t>(token_rows * depth));
         turned_.resize(fused_tiles * size);
         projected_.resize(fused_tiles * size);
+        // Segments of latents may be as small as a unit each.
+        const auto units = static_cast<std::size_t>(std::max<Index>(depth, tile_tokens));
+        read_units_.resize(units);
+        planes_.resize(units);
+        order_.resize(3 * units);
         turns_.resize(static_cast<std::size_t>(2 * (fused_tiles + 1) * depth));
     }
     /// Unquantized tokens that are taken together.
@@ -486,12 +492,40 @@ class FusedScratch {
     /// them; those of the turn from one tile to the next stand at fused_tiles.
     float* turn(Index tile) noexcept { return turns_.data() + 2 * tile * depth_; }
 
+    /// For plans of partial reads, `depth` each, of the order three times that.
+    std::span<ReadUnit> read_units() noexcept { return read_units_; }
+    std::span<std::uint8_t> planes() noexcept { return planes_; }
+    std::span<std::uint16_t> order() noexcept { return order_; }
+    GainHistogram& gains() noexcept { return gains_; }
+
   private:
     Index depth_ = 0;
+    std::vector<ReadUnit> read_units_;
+    std::vector<std::uint8_t> planes_;
+    std::vector<std::uint16_t> order_;
+    GainHistogram gains_;
     std::vector<std::int8_t> factors_;
     std::vector<float> folded_, scores_, rows_, turned_, projected_, turns_;
     std::vector<std::int32_t> sums_;
 };
+
+/// Channels of keys or tokens of values whose planes are read or not together: those of the deepest unit.
+constexpr Index read_unit_depth(const PlaneSplit& split) noexcept {
+    Index depth = 8;
+    for (int p = 0; p < split.count; ++p) depth = std::max(depth, TileFormat::unit_depth(split[p]));
+    return depth;
+}
+/// How many such units a tile has: of keys in all segments that have bits, one after another; of values.
+inline Index read_units(const TileFormat& format) noexcept {
+    Index units = 0;
+    for (const TileFormat::Placed& s : format.segments()) {
+        if (s.bits == 0) continue;
+        const Index depth = read_unit_depth(s.split),
+                    count = format.side() == TileSide::keys ? s.channels : tile_tokens;
+        units += (count + depth - 1) / depth;
+    }
+    return units;
+}
 
 namespace detail {
 
@@ -545,8 +579,61 @@ class FusedSums {
             const Index units = units_of(width);
             const Index at = segment.plane_at[static_cast<std::size_t>(p)] + first_block * units * unit_bytes;
             dot(width,
-                {tile + at, ahead + at, blocks, units, scratch_.factors(0), scratch_.depth(),
+                {tile + at, ahead + at, blocks, units, units, scratch_.factors(0), scratch_.depth(),
                  p == 0 ? sum_rows() : rows_, segment.split.shift(p), scratch_.sums(), sum_rows(), p > 0});
+        }
+    }
+
+    /// The same of a part of the planes: of unit u (read_unit_depth() channels or tokens) the first
+    /// planes[u]. What is unread counts as its middle.
+    template <class UnitsOf>
+    void sum_some(Isa isa, const TileFormat::Placed& segment, const std::byte* tile, const std::byte* ahead,
+                  Index first_block, Index blocks, const UnitsOf& units_of, Index read_units,
+                  const std::uint8_t* planes) noexcept {
+        const PlaneDot& dot = plane_dot_of(isa);
+        const Index depth = read_unit_depth(segment.split);
+        std::fill_n(scratch_.sums(), blocks * sum_rows() * unit_lanes, 0);
+        for (int p = 0; p < segment.split.count; ++p) {
+            const int width = segment.split[p];
+            const Index all = units_of(width), unit = TileFormat::unit_depth(width), each = depth / unit;
+            const Index plane_at =
+                segment.plane_at[static_cast<std::size_t>(p)] + first_block * all * unit_bytes;
+            for (Index from = 0, to; from < read_units; from = to + 1) {  // runs of units that are read
+                while (from < read_units && planes[from] <= p) ++from;
+                for (to = from; to < read_units && planes[to] > p;) ++to;
+                const Index first = from * each, count = std::min(to * each, all) - first;
+                if (count <= 0) continue;
+                const Index at = plane_at + first * unit_bytes;
+                dot(width, {tile + at, ahead + at, blocks, all, count, scratch_.factors(0) + first * unit,
+                            scratch_.depth(), p == 0 ? sum_rows() : rows_, segment.split.shift(p),
+                            scratch_.sums(), sum_rows(), true});
+            }
+        }
+        const float middle = 0.5f * (power_of_two(segment.bits) - 1.0f),
+                    below = 0.5f * (power_of_two(segment.split.shift(0)) - 1.0f);
+        for (Index u = 0; u < read_units; ++u) {
+            const int have = planes[u];
+            if (have >= segment.split.count) continue;
+            const float unread =
+                have > 0 ? 0.5f * (power_of_two(segment.split.shift(have - 1)) - 1.0f) : middle;
+            for (Index r = 0; r < rows_; ++r) {
+                const std::int8_t *const high = scratch_.factors(r) + u * depth, *const low =
+                                                                                     two_parts_
+                                                                                         ? scratch_.factors(
+                                                                                               rows_ + r) +
+                                                                                               u * depth
+                                                                                         : nullptr;
+                int high_sum = 0, low_sum = 0;
+                for (Index i = 0; i < depth; ++i) high_sum += high[i];
+                if (low)
+                    for (Index i = 0; i < depth; ++i) low_sum += low[i];
+                // The first plane meets both parts, those below it the high one.
+                const float coarse = static_cast<float>(two_parts_ ? 256 * high_sum : high_sum);
+                const float sum = have > 0 ? coarse * unread
+                                           : (coarse + static_cast<float>(low_sum)) * middle -
+                                                 static_cast<float>(low_sum) * below;
+                base_[static_cast<std::size_t>(r)] += worth_[static_cast<std::size_t>(r)] * sum;
+            }
         }
     }
 
@@ -642,10 +729,12 @@ inline bool fused_values(const TileFormat& format) noexcept {
 }
 
 /// scores[r * 128 + t] = offsets[r] + q_r . k'_t for all 128 tokens of a tile of keys. queries: rows x
-/// channels, `stride` apart; rows at most fused_rows. ahead: a tile that is read next, or the same.
+/// channels, `stride` apart; rows at most fused_rows. ahead: a tile that is read next, or the same. planes:
+/// how many to read of each of read_units(format), the rest taken as its middle; nullptr: all.
 inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* tile, const std::byte* ahead,
                          const float* queries, Index stride, Index rows, const float* offsets,
-                         FusedScratch& scratch, float* scores) noexcept {
+                         FusedScratch& scratch, float* scores,
+                         const std::uint8_t* planes = nullptr) noexcept {
     const Index group = format.rule().group, blocks = group / unit_lanes;
     detail::prefetch_grids(format, ahead);
     bool fresh = true;
@@ -656,26 +745,33 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
         const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
         const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
         detail::FusedSums sums(scratch, rows, segment.bits > 4);
+        const Index unit_depth = read_unit_depth(segment.split),
+                    units = (channels + unit_depth - 1) / unit_depth;
         for (Index g = 0; g * group < tile_tokens; ++g) {
             sums.factors(isa, segment, queries + segment.first_channel, stride, step + g * channels,
                          symmetric ? nullptr : lower + g * channels, channels, depth);
-            sums.sum(isa, segment, tile, ahead, g * blocks, blocks, [&](int width) {
+            const auto units_of = [&](int width) {
                 const Index unit = TileFormat::unit_depth(width);
                 return (channels + unit - 1) / unit;
-            });
+            };
+            if (planes)
+                sums.sum_some(isa, segment, tile, ahead, g * blocks, blocks, units_of, units, planes);
+            else
+                sums.sum(isa, segment, tile, ahead, g * blocks, blocks, units_of);
             sums.add(isa, blocks, fresh, fresh ? offsets : nullptr, scores + g * group, tile_tokens);
         }
         fresh = false;
+        if (planes) planes += units;
     }
     if (!fresh) return;
     for (Index r = 0; r < rows; ++r) std::fill_n(scores + r * tile_tokens, tile_tokens, offsets[r]);
 }
 
 /// output[r * stride + c] += sum over t of weights[r * 128 + t] v'_tc of a tile of values, for channels
-/// padded to whole 16s. weights: rows x 128, not negative, 0 where there is no token.
+/// padded to whole 16s. weights: rows x 128, not negative, 0 where there is no token. planes: as for scores.
 inline void fused_output(Isa isa, const TileFormat& format, const std::byte* tile, const std::byte* ahead,
-                         const float* weights, Index rows, FusedScratch& scratch, float* output,
-                         Index stride) noexcept {
+                         const float* weights, Index rows, FusedScratch& scratch, float* output, Index stride,
+                         const std::uint8_t* planes = nullptr) noexcept {
     const TileFormat::Placed& segment = format.segments()[0];
     const Index run = std::min(format.rule().group, segment.channels);
     const bool symmetric = segment.scheme == Scheme::symmetric;
@@ -687,9 +783,67 @@ inline void fused_output(Isa isa, const TileFormat& format, const std::byte* til
         const Index blocks = (std::min(run, segment.channels - first) + unit_lanes - 1) / unit_lanes;
         sums.factors(isa, segment, weights, tile_tokens, step + g * tile_tokens,
                      symmetric ? nullptr : lower + g * tile_tokens, tile_tokens, tile_tokens);
-        sums.sum(isa, segment, tile, ahead, first / unit_lanes, blocks,
-                 [](int width) { return tile_tokens / TileFormat::unit_depth(width); });
+        const auto units_of = [](int width) { return tile_tokens / TileFormat::unit_depth(width); };
+        if (planes)
+            sums.sum_some(isa, segment, tile, ahead, first / unit_lanes, blocks, units_of,
+                          tile_tokens / read_unit_depth(segment.split), planes);
+        else
+            sums.sum(isa, segment, tile, ahead, first / unit_lanes, blocks, units_of);
         sums.add(isa, blocks, false, nullptr, output + first, stride);
+    }
+}
+
+/// What a partial read would cost: for every read unit of a tile of keys its importance, sum over rows and
+/// channels of (q step)^2, in the mean over the tile's groups of tokens. units: read_units(format) of them.
+inline void key_importance(const TileFormat& format, const std::byte* tile, const float* queries,
+                           Index stride, Index rows, ReadUnit* units) noexcept {
+    const Index groups = tile_tokens / format.rule().group;
+    for (const TileFormat::Placed& s : format.segments()) {
+        if (s.bits == 0) continue;
+        const auto* step = reinterpret_cast<const Eigen::half*>(tile + s.step_at);
+        const Index depth = read_unit_depth(s.split);
+        for (Index first = 0; first < s.channels; first += depth) {
+            const Index end = std::min(first + depth, s.channels);
+            float sum = 0.0f;
+            for (Index c = first; c < end; ++c) {
+                float squares = 0.0f, steps = 0.0f;
+                for (Index r = 0; r < rows; ++r) {
+                    const float q = queries[r * stride + s.first_channel + c];
+                    squares += q * q;
+                }
+                for (Index g = 0; g < groups; ++g) {
+                    const auto width = static_cast<float>(step[g * s.channels + c]);
+                    steps += width * width;
+                }
+                sum += squares * steps;
+            }
+            *units++ = {sum / static_cast<float>(groups), s.split, static_cast<int>(end - first)};
+        }
+    }
+}
+/// Likewise of values: sum over rows, tokens and channels of (norms[r] weight step)^2. importance:
+/// read_units(format).
+inline void value_importance(Isa isa, const TileFormat& format, const std::byte* tile, const float* weights,
+                             const float* norms, Index rows, float* importance) noexcept {
+    const TileFormat::Placed& s = format.segments()[0];
+    const auto* step = reinterpret_cast<const Eigen::half*>(tile + s.step_at);
+    const Index run = std::min(format.rule().group, s.channels), depth = read_unit_depth(s.split);
+    std::array<float, tile_tokens> token{}, width;
+    for (Index first = 0, g = 0; first < s.channels; first += run, ++g) {
+        widen_row(isa, step + g * tile_tokens, tile_tokens, width.data());
+        const auto channels = static_cast<float>(std::min(run, s.channels - first));
+        for (std::size_t t = 0; t < token.size(); ++t) token[t] += channels * width[t] * width[t];
+    }
+    std::array<float, tile_tokens> squares{};
+    for (Index r = 0; r < rows; ++r)
+        for (std::size_t t = 0; t < squares.size(); ++t) {
+            const float w = norms[r] * weights[r * tile_tokens + static_cast<Index>(t)];
+            squares[t] += w * w;
+        }
+    for (Index u = 0; u < tile_tokens / depth; ++u) {
+        importance[u] = 0.0f;
+        for (Index t = u * depth; t < (u + 1) * depth; ++t)
+            importance[u] += squares[static_cast<std::size_t>(t)] * token[static_cast<std::size_t>(t)];
     }
 }
 

@@ -10,6 +10,27 @@
 
 namespace kvplane {
 
+/// How much of what is stored a read takes: planes, most significant first, of what is quantized to more than
+/// one. One cache serves every policy.
+struct ReadPolicy {
+    enum class Kind {
+        all,
+        fixed,   ///< of every code as many planes as fit into so many bits
+        aligned  ///< so many bits in the mean, where the query and the softmax weights make them count
+    };
+    Kind kind = Kind::all;
+    double key_bits = 16.0, value_bits = 16.0;
+
+    static constexpr ReadPolicy all() noexcept { return {}; }
+    static constexpr ReadPolicy fixed(double bits) noexcept { return {Kind::fixed, bits, bits}; }
+    static constexpr ReadPolicy aligned(double mean_bits) noexcept {
+        return {Kind::aligned, mean_bits, mean_bits};
+    }
+    static constexpr ReadPolicy aligned(double mean_key_bits, double mean_value_bits) noexcept {
+        return {Kind::aligned, mean_key_bits, mean_value_bits};
+    }
+};
+
 /// The score of query token i (at position p) and key t is
 ///
 ///     s = scale q.k;   s = softcap tanh(s / softcap) where there is a softcap;   s += slope_h (t - p) + bias
@@ -29,6 +50,9 @@ struct AttentionParameters {
     /// the leading latents. Sinks and recent tokens always do. Below 1 for recipes with latents alone.
     double key_fraction = 1.0;
     Index selection_latents = 0;  ///< how many latents of a part choose; 0: a quarter of the part's channels
+    /// For up to 8 query tokens and recipes of the fused path; other recipes refuse all but `all`, and more
+    /// query tokens read all.
+    ReadPolicy read = {};
 };
 
 namespace detail {
@@ -44,6 +68,11 @@ inline void require_parameters(const AttentionParameters& parameters, Index quer
         parameters.key_fraction > 0.0 && parameters.key_fraction <= 1.0 && parameters.selection_latents >= 0,
         ErrorCode::option, "attention: a key_fraction of ", parameters.key_fraction, " chosen by ",
         parameters.selection_latents, " latents, expected above 0 and at most 1, and 0 or more");
+    require(parameters.read.kind == ReadPolicy::Kind::all ||
+                (parameters.read.key_bits >= 0.0 && parameters.read.key_bits <= 16.0 &&
+                 parameters.read.value_bits >= 0.0 && parameters.read.value_bits <= 16.0),
+            ErrorCode::option, "attention: reads of ", parameters.read.key_bits, " bits of keys and ",
+            parameters.read.value_bits, " of values, expected 0 to 16");
     require(parameters.sliding_window >= 0 && parameters.sinks >= 0, ErrorCode::option,
             "attention: a sliding window of ", parameters.sliding_window, " with ", parameters.sinks,
             " sinks, expected neither below 0");

@@ -24,6 +24,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <exception>
 #include <limits>
@@ -52,12 +53,22 @@ namespace detail {
 struct CacheContent;
 }
 
+/// What an attention read of the packed tokens, in the mean over their elements (of latents, those that have
+/// bits), grids aside; 0 where it read none.
+struct ReadReport {
+    double key_bits = 0.0;
+    double value_bits = 0.0;
+};
+
 /// Memory that attention works in, and who runs it. Kept from call to call, so that a call of a shape that
 /// was seen before allocates nothing. One call at a time.
 class AttentionWorkspace {
   public:
     /// executor: nullptr for the calling thread alone; must outlive the workspace.
     explicit AttentionWorkspace(Executor* executor = nullptr) : executor_(executor) {}
+
+    /// Of the last call that went the fused way.
+    const ReadReport& report() const noexcept { return report_; }
 
   private:
     friend class KvCache;
@@ -71,6 +82,14 @@ class AttentionWorkspace {
     std::vector<float> plain_, partner_, rotated_;
     std::vector<detail::ScoreRule<float>> rules_;  ///< by query head
     std::vector<float> largest_, sum_, output_;    ///< by part of the sequence, and row
+    ReadReport report_;
+    std::vector<std::array<Index, 2>> bits_,
+        elements_;  ///< that parts of the sequence read, by part and head
+    // Of aligned reads: scores and then weights, by tile, row and token; planes of keys by part and block of
+    // rows; importance of values by tile, block of rows and unit; what is read of it, by block; 1 / sum of
+    // weights, by row.
+    std::vector<float> scores_, importance_, least_, norms_;
+    std::vector<std::uint8_t> key_planes_;
 };
 
 /// Bounds of |x - x'| over all stored elements, in the frame in which they are stored (rotated, where the
@@ -178,6 +197,7 @@ class KvCache {
         require_queries(rows.heads(), rows.tokens(), rows.head_dim(), output.rows(), output.cols());
         detail::require_parameters(parameters, configuration_.query_heads, rows.tokens(), tokens());
         require_sparse(parameters);
+        require_readable(parameters);
         if (rows.tokens() == 0) return;
         if (fuses(rows.tokens(), parameters)) {
             attend_fused(rows, output, parameters, workspace);
@@ -317,8 +337,9 @@ class KvCache {
     /// Whether the fused path reads all that is stored.
     bool fuses(Index query_tokens, const AttentionParameters& parameters) const noexcept {
         if (query_tokens > fused_query_tokens || parameters.key_fraction < 1.0) return false;
-        if (state_.tiles.empty()) return true;
-        const TileLayout& layout = *state_.layout;
+        return state_.tiles.empty() || reads_planes(*state_.layout);
+    }
+    static bool reads_planes(const TileLayout& layout) noexcept {
         return fused_values(layout.values) &&
                (layout.latent ? layout.latent->frame() != KeyFrame::before_rope : fused_keys(layout.keys[0]));
     }
@@ -343,6 +364,12 @@ class KvCache {
         if (parameters.selection_latents > 0) return parameters.selection_latents;
         const LatentKeys* const keys = latent_keys();
         return keys ? std::max<Index>(1, keys->part_channels() / 4) : 1;
+    }
+    void require_readable(const AttentionParameters& parameters) const {
+        require(
+            parameters.read.kind == ReadPolicy::Kind::all || !state_.layout || reads_planes(*state_.layout),
+            ErrorCode::option, "attend: recipe '", recipe().name,
+            "' is not read by planes; expected ReadPolicy::all()");
     }
     void require_sparse(const AttentionParameters& parameters) const {
         require(parameters.key_fraction >= 1.0 || recipe().latents, ErrorCode::option, "attend: recipe '",
@@ -1104,9 +1131,10 @@ inline Matrix KvCache::attend_rows(const Matrix& given, const AttentionParameter
 /// parts are merged in the order of the sequence.
 class KvCache::Fused {
   public:
-    Fused(const KvCache& cache, Index query_tokens, AttentionWorkspace& workspace)
+    Fused(const KvCache& cache, Index query_tokens, const ReadPolicy& policy, AttentionWorkspace& workspace)
         : cache_(cache),
           work_(workspace),
+          policy_(policy),
           isa_(current_isa()),
           query_tokens_(query_tokens),
           heads_(cache.configuration_.kv_heads),
@@ -1133,6 +1161,9 @@ class KvCache::Fused {
         work_.output_.resize(parts * static_cast<std::size_t>(stride_));
         work_.rules_.reserve(static_cast<std::size_t>(cache.configuration_.query_heads));
         work_.rules_.clear();
+        work_.bits_.assign(static_cast<std::size_t>(chunks_ * heads_), {0, 0});
+        work_.elements_.assign(work_.bits_.size(), {0, 0});
+        if (policy_.kind == ReadPolicy::Kind::aligned && chunks_ > 0) reserve_aligned();
     }
 
     template <CacheScalar Scalar>
@@ -1163,11 +1194,19 @@ class KvCache::Fused {
     }
 
     void run() noexcept {
-        const Index tile_items = chunks_ * (together_ ? 1 : heads_);
-        work_.executor().run(
-            tile_items + heads_,
-            [](void* self, Index item, Index worker) { static_cast<Fused*>(self)->process(item, worker); },
-            this);
+        const Index tile_items = chunks_ * across();
+        if (policy_.kind != ReadPolicy::Kind::aligned || chunks_ == 0) {
+            each<&Fused::process>(tile_items + heads_);
+        } else {
+            // Which values count is known when all scores are.
+            each<&Fused::process>(tile_items + heads_);
+            share_largest();
+            each<&Fused::weigh>(tile_items);
+            take_norms();
+            each<&Fused::allocate>(heads_ * row_blocks());
+            each<&Fused::add_values>(tile_items);
+        }
+        report();
         for (Index chunk = 1; chunk <= chunks_; ++chunk)
             for (Index r = 0; r < rows_; ++r) merge_partial(part(0), part(chunk), r);
     }
@@ -1183,6 +1222,14 @@ class KvCache::Fused {
     }
 
   private:
+    template <auto member>
+    void each(Index items) noexcept {
+        work_.executor().run(
+            items,
+            [](void* self, Index item, Index worker) { (static_cast<Fused*>(self)->*member)(item, worker); },
+            this);
+    }
+
     static constexpr Index chunk_tiles = 16;
     static constexpr float none = -std::numeric_limits<float>::infinity();
 
@@ -1192,71 +1239,282 @@ class KvCache::Fused {
                 stride_};
     }
 
-    void process(Index item, Index worker) noexcept {
-        FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
-        const Index across = together_ ? 1 : heads_, tile_items = chunks_ * across;
-        const bool tiles = item < tile_items;
-        const Index chunk = tiles ? item / across : chunks_;
-        const Index head = !tiles ? item - tile_items : together_ ? 0 : item % heads_;
-        const Index heads = tiles && together_ ? heads_ : 1;
+    /// Items of tiles for each chunk: one a head, or one for all.
+    Index across() const noexcept { return together_ ? 1 : heads_; }
+    Index row_blocks() const noexcept { return (block_ + fused_rows - 1) / fused_rows; }
+    bool aligned() const noexcept { return policy_.kind == ReadPolicy::Kind::aligned; }
+    bool hidden(const Tile& tile) const noexcept {
+        return tile.first >= cache_.recipe().sink_tokens && tile.first + tile.tokens <= cache_.state_.dropped;
+    }
+    const Tile& tile(Index t) const noexcept { return cache_.state_.tiles[static_cast<std::size_t>(t)]; }
+    const std::byte* values(const Tile& tile, Index head) const noexcept {
+        return tile.page.data() + cache_.state_.layout->value_at[static_cast<std::size_t>(head)];
+    }
+    const std::byte* keys(const Tile& tile, Index part) const noexcept {
+        return tile.page.data() + cache_.state_.layout->key_at[static_cast<std::size_t>(part)];
+    }
+
+    /// The chunk, heads and tiles of an item, and body(tile, head, first row, rows) for each of its tiles and
+    /// blocks of rows.
+    struct Work {
+        Index chunk, head, heads, begin, end;
+    };
+    Work work_of(Index item) const noexcept {
+        const Index chunk = item / across();
+        return {chunk, together_ ? 0 : item % heads_, together_ ? heads_ : 1, chunk * chunk_tiles,
+                std::min((chunk + 1) * chunk_tiles, static_cast<Index>(cache_.state_.tiles.size()))};
+    }
+    template <class Body>
+    void for_blocks(const Work& work, const Body& body) noexcept {
+        for (Index h = work.head; h < work.head + work.heads; ++h)
+            for (Index row = h * block_; row < (h + 1) * block_; row += fused_rows)
+                body(h, row, std::min(fused_rows, (h + 1) * block_ - row));
+    }
+    void clear(Index chunk, Index head, Index heads) noexcept {
         for (Index r = head * block_; r < (head + heads) * block_; ++r) {
             const PartialAttention p = part(chunk, r);
             *p.largest = none;
             *p.sum = 0.0f;
             std::fill_n(p.output, stride_, 0.0f);
         }
-        if (!tiles) return token_rows(head, chunk, scratch);
-        const auto& all = cache_.state_.tiles;
-        const Index begin = chunk * chunk_tiles,
-                    end = std::min(begin + chunk_tiles, static_cast<Index>(all.size()));
+    }
+
+    void process(Index item, Index worker) noexcept {
+        FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
+        if (const Index tile_items = chunks_ * across(); item >= tile_items) {
+            clear(chunks_, item - tile_items, 1);
+            return token_rows(item - tile_items, chunks_, scratch);
+        }
+        const Work work = work_of(item);
+        clear(work.chunk, work.head, work.heads);
         // Latents go some tiles at a time, for the sake of the projection; others tile by tile.
         const bool latent = cache_.state_.layout->latent != nullptr;
         const Index step = latent ? fused_tiles : 1;
-        for (Index first = begin; first < end; first += step) {
-            const Index count = std::min(step, end - first);
-            if (latent) turn_to(first, count, first > begin, scratch);
-            for (Index h = head; h < head + heads; ++h)
-                for (Index row = h * block_; row < (h + 1) * block_; row += fused_rows) {
-                    const Index rows = std::min(fused_rows, (h + 1) * block_ - row);
-                    std::array<float, fused_tiles * fused_rows> offsets{};
-                    if (latent) project(h, row, rows, count, offsets.data(), scratch);
-                    for (Index t = first; t < first + count; ++t)
-                        tile_rows(t, t + 1 < end ? all[static_cast<std::size_t>(t + 1)] : first_of(item, t),
-                                  h, row, rows, chunk, t - first, offsets.data() + (t - first) * rows,
-                                  scratch);
-                }
+        for (Index first = work.begin; first < work.end; first += step) {
+            const Index count = std::min(step, work.end - first);
+            if (latent) turn_to(first, count, first > work.begin, scratch);
+            for_blocks(work, [&](Index h, Index row, Index rows) {
+                std::array<float, fused_tiles * fused_rows> offsets{};
+                if (latent) project(h, row, rows, count, offsets.data(), scratch);
+                for (Index t = first; t < first + count; ++t)
+                    tile_rows(t, t + 1 < work.end ? tile(t + 1) : first_of(item, t), h, row, rows, work.chunk,
+                              t - first, offsets.data() + (t - first) * rows, scratch);
+            });
         }
     }
+
     /// The first tile of what this worker probably does after `item`; else tile `t` again.
     const Tile& first_of(Index item, Index t) const noexcept {
-        const Index across = together_ ? 1 : heads_, next = item + work_.executor().workers();
-        const auto& all = cache_.state_.tiles;
-        return all[static_cast<std::size_t>(next < chunks_ * across ? next / across * chunk_tiles : t)];
+        const Index next = item + work_.executor().workers();
+        return tile(next < chunks_ * across() ? next / across() * chunk_tiles : t);
     }
 
-    /// `place` among the tiles that were projected together.
+    /// Scores of one tile and, unless reads are aligned, what its values add. `place` among the tiles that
+    /// were projected together.
     void tile_rows(Index t, const Tile& next, Index head, Index row, Index rows, Index chunk, Index place,
                    const float* offsets, FusedScratch& scratch) noexcept {
-        const Tile& tile = cache_.state_.tiles[static_cast<std::size_t>(t)];
-        if (tile.first >= cache_.recipe().sink_tokens && tile.first + tile.tokens <= cache_.state_.dropped)
-            return;
+        const Tile& tile = this->tile(t);
+        if (hidden(tile)) return;
         const TileLayout& layout = *cache_.state_.layout;
         const Index key_part = layout.latent ? layout.latent->part_of_head(head) : head;
-        const Index key_at = layout.key_at[static_cast<std::size_t>(key_part)],
-                    value_at = layout.value_at[static_cast<std::size_t>(head)];
+        const TileFormat& format = layout.key_format(key_part);
         const float* queries = work_.rotated_.data() + row * key_dim_;
         Index stride = key_dim_;
         if (layout.latent) {
             stride = scratch.depth();
             queries = scratch.projected() + place * rows * stride;
         }
-        fused_scores(isa_, layout.key_format(key_part), tile.page.data() + key_at, next.page.data() + key_at,
-                     queries, stride, rows, offsets, scratch, scratch.scores());
-        apply(row, rows, tile.first, tile.tokens, tile_tokens, scratch.scores());
+        float* const scores = aligned() ? scores_of(t, row) : scratch.scores();
+        const std::uint8_t* planes = nullptr;
+        if (aligned())
+            planes = key_planes(format, keys(tile, key_part), queries, stride, row, rows, chunk, t, scratch);
+        else if (policy_.kind == ReadPolicy::Kind::fixed)
+            planes = fixed_planes(format, policy_.key_bits, scratch);
+        fused_scores(isa_, format, keys(tile, key_part), keys(next, key_part), queries, stride, rows, offsets,
+                     scratch, scores, planes);
+        count_read(format, planes, chunk, head, 0);
+        apply(row, rows, tile.first, tile.tokens, tile_tokens, scores);
         const PartialAttention to = part(chunk, row);
-        fused_softmax(isa_, scratch.scores(), tile_tokens, rows, to);
-        fused_output(isa_, layout.values, tile.page.data() + value_at, next.page.data() + value_at,
-                     scratch.scores(), rows, scratch, to.output, stride_);
+        if (aligned()) {
+            for (Index r = 0; r < rows; ++r)
+                for (Index i = 0; i < tile_tokens; ++i)
+                    to.largest[r] = std::max(to.largest[r], scores[r * tile_tokens + i]);
+            return;
+        }
+        fused_softmax(isa_, scores, tile_tokens, rows, to);
+        planes = policy_.kind == ReadPolicy::Kind::fixed
+                     ? fixed_planes(layout.values, policy_.value_bits, scratch)
+                     : nullptr;
+        fused_output(isa_, layout.values, values(tile, head), values(next, head), scores, rows, scratch,
+                     to.output, stride_, planes);
+        count_read(layout.values, planes, chunk, head, 1);
+    }
+
+    // Partial reads ----------------------------------------------------------------------------------------
+
+    Index value_units() const noexcept { return read_units(cache_.state_.layout->values); }
+    Index key_units() const noexcept {
+        Index most = 0;
+        const TileLayout& layout = *cache_.state_.layout;
+        for (Index p = 0; p < static_cast<Index>(layout.key_at.size()); ++p)
+            most = std::max(most, read_units(layout.key_format(p)));
+        return most;
+    }
+    void reserve_aligned() {
+        const auto tiles = static_cast<std::size_t>(cache_.state_.tiles.size()),
+                   rows = static_cast<std::size_t>(rows_),
+                   blocks = static_cast<std::size_t>(heads_ * row_blocks());
+        work_.scores_.resize(tiles * rows * tile_tokens);
+        work_.importance_.resize(tiles * blocks * static_cast<std::size_t>(value_units()));
+        work_.least_.resize(blocks);
+        work_.norms_.resize(rows);
+        work_.key_planes_.resize(static_cast<std::size_t>(chunks_ * key_units()) * blocks);
+    }
+    float* scores_of(Index t, Index row) noexcept {
+        return work_.scores_.data() + (t * rows_ + row) * tile_tokens;
+    }
+    Index block_of(Index row) const noexcept {
+        return row / block_ * row_blocks() + row % block_ / fused_rows;
+    }
+    float* importance_of(Index t, Index block) noexcept {
+        return work_.importance_.data() + (t * heads_ * row_blocks() + block) * value_units();
+    }
+
+    /// As many planes as fit into `bits`, of every unit.
+    const std::uint8_t* fixed_planes(const TileFormat& format, double bits,
+                                     FusedScratch& scratch) const noexcept {
+        std::size_t unit = 0;
+        for (const TileFormat::Placed& s : format.segments()) {
+            if (s.bits == 0) continue;
+            int planes = 0;
+            while (planes < s.split.count && s.split.prefix_bits(planes + 1) <= bits) ++planes;
+            const Index depth = read_unit_depth(s.split),
+                        size = format.side() == TileSide::keys ? s.channels : tile_tokens;
+            for (Index first = 0; first < size; first += depth)
+                scratch.planes()[unit++] = static_cast<std::uint8_t>(planes);
+        }
+        return scratch.planes().data();
+    }
+    /// The planes of keys by budget: chosen for the first tile of a chunk and kept for it, for steps change
+    /// little from tile to tile; for latents, whose queries change, tile by tile.
+    const std::uint8_t* key_planes(const TileFormat& format, const std::byte* tile, const float* queries,
+                                   Index stride, Index row, Index rows, Index chunk, Index t,
+                                   FusedScratch& scratch) noexcept {
+        const auto units = static_cast<std::size_t>(read_units(format));
+        std::uint8_t* const planes =
+            work_.key_planes_.data() + (chunk * heads_ * row_blocks() + block_of(row)) * key_units();
+        if (t % chunk_tiles != 0 && !cache_.state_.layout->latent && !hidden(this->tile(t - 1)))
+            return planes;
+        key_importance(format, tile, queries, stride, rows, scratch.read_units().data());
+        Index channels = 0;
+        for (std::size_t u = 0; u < units; ++u) channels += scratch.read_units()[u].size;
+        choose_planes(scratch.read_units().first(units),
+                      static_cast<Index>(std::floor(policy_.key_bits * static_cast<double>(channels) + 1e-6)),
+                      scratch.order(), {planes, units});
+        return planes;
+    }
+    /// Adds what a tile's planes come to, to the count of its chunk and head.
+    void count_read(const TileFormat& format, const std::uint8_t* planes, Index chunk, Index head,
+                    std::size_t side) noexcept {
+        const auto at = static_cast<std::size_t>(chunk * heads_ + head);
+        for (const TileFormat::Placed& s : format.segments()) {
+            if (s.bits == 0) continue;
+            const bool keys = format.side() == TileSide::keys;
+            const Index size = keys ? s.channels : tile_tokens, other = keys ? tile_tokens : s.channels;
+            work_.elements_[at][side] += size * other;
+            if (!planes) {
+                work_.bits_[at][side] += size * other * s.bits;
+                continue;
+            }
+            const Index depth = read_unit_depth(s.split);
+            for (Index first = 0; first < size; first += depth)
+                work_.bits_[at][side] +=
+                    std::min(depth, size - first) * other * s.split.prefix_bits(*planes++);
+        }
+    }
+    void report() noexcept {
+        double bits[2] = {}, elements[2] = {};
+        for (std::size_t i = 0; i < work_.bits_.size(); ++i)
+            for (std::size_t side = 0; side < 2; ++side) {
+                bits[side] += static_cast<double>(work_.bits_[i][side]);
+                elements[side] += static_cast<double>(work_.elements_[i][side]);
+            }
+        work_.report_ = {elements[0] > 0.0 ? bits[0] / elements[0] : 0.0,
+                         elements[1] > 0.0 ? bits[1] / elements[1] : 0.0};
+    }
+
+    /// The parts of tiles get the largest score of all tokens, so that their weights are on one scale.
+    void share_largest() noexcept {
+        for (Index r = 0; r < rows_; ++r) {
+            float top = none;
+            for (Index chunk = 0; chunk <= chunks_; ++chunk) top = std::max(top, *part(chunk, r).largest);
+            for (Index chunk = 0; chunk < chunks_; ++chunk) *part(chunk, r).largest = top;
+        }
+    }
+    void weigh(Index item, Index) noexcept {
+        const Work work = work_of(item);
+        for (Index t = work.begin; t < work.end; ++t)
+            if (!hidden(tile(t)))
+                for_blocks(work, [&](Index, Index row, Index rows) {
+                    fused_softmax(isa_, scores_of(t, row), tile_tokens, rows, part(work.chunk, row));
+                });
+    }
+    void take_norms() noexcept {
+        for (Index r = 0; r < rows_; ++r) {
+            const PartialAttention rest = part(chunks_, r);
+            const float top = *part(0, r).largest;
+            float sum = *rest.largest == none ? 0.0f : *rest.sum * std::exp(*rest.largest - top);
+            for (Index chunk = 0; chunk < chunks_; ++chunk) sum += *part(chunk, r).sum;
+            work_.norms_[static_cast<std::size_t>(r)] = sum > 0.0f ? 1.0f / sum : 0.0f;
+        }
+    }
+    /// For one block of rows: how much every unit of values counts, and the least that is read.
+    void allocate(Index block, Index worker) noexcept {
+        FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
+        const Index head = block / row_blocks(), row = head * block_ + block % row_blocks() * fused_rows,
+                    rows = std::min(fused_rows, (head + 1) * block_ - row);
+        const TileFormat& format = cache_.state_.layout->values;
+        const PlaneSplit& split = format.segments()[0].split;
+        const Index depth = read_unit_depth(split);
+        GainHistogram& gains = scratch.gains();
+        gains.clear();
+        Index tokens = 0;
+        for (Index t = 0; t < static_cast<Index>(cache_.state_.tiles.size()); ++t) {
+            if (hidden(tile(t))) continue;
+            float* const importance = importance_of(t, block);
+            value_importance(isa_, format, values(tile(t), head), scores_of(t, row),
+                             work_.norms_.data() + row, rows, importance);
+            for (Index u = 0; u < value_units(); ++u)
+                for (int p = 0; p < split.count; ++p)
+                    gains.add(plane_gain(importance[u], split, p), split[p] * depth);
+            tokens += tile_tokens;
+        }
+        const auto budget =
+            static_cast<Index>(std::floor(policy_.value_bits * static_cast<double>(tokens) + 1e-6));
+        work_.least_[static_cast<std::size_t>(block)] = gains.least(budget);
+    }
+    void add_values(Index item, Index worker) noexcept {
+        FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
+        const Work work = work_of(item);
+        const TileFormat& format = cache_.state_.layout->values;
+        const PlaneSplit& split = format.segments()[0].split;
+        for (Index t = work.begin; t < work.end; ++t) {
+            if (hidden(tile(t))) continue;
+            const Tile& next = t + 1 < work.end ? tile(t + 1) : first_of(item, t);
+            for_blocks(work, [&](Index head, Index row, Index rows) {
+                const float* const importance = importance_of(t, block_of(row));
+                const float least = work_.least_[static_cast<std::size_t>(block_of(row))];
+                const std::span<std::uint8_t> planes = scratch.planes();
+                for (Index u = 0; u < value_units(); ++u) {
+                    int have = 0;
+                    while (have < split.count && plane_gain(importance[u], split, have) >= least) ++have;
+                    planes[static_cast<std::size_t>(u)] = static_cast<std::uint8_t>(have);
+                }
+                fused_output(isa_, format, values(tile(t), head), values(next, head), scores_of(t, row), rows,
+                             scratch, part(work.chunk, row).output, stride_, planes.data());
+                count_read(format, planes.data(), work.chunk, head, 1);
+            });
+        }
     }
 
     /// From q.k (already scaled where that is all) to what the softmax takes; padding is not seen.
@@ -1383,6 +1641,7 @@ class KvCache::Fused {
 
     const KvCache& cache_;
     AttentionWorkspace& work_;
+    ReadPolicy policy_;
     Isa isa_;
     Index query_tokens_, heads_, block_, rows_, key_dim_, value_dim_, stride_, first_position_, chunks_;
     bool together_ = false;  ///< all heads read the same tiles of keys, so they go together
@@ -1392,7 +1651,7 @@ class KvCache::Fused {
 template <CacheScalar Scalar, class Derived>
 void KvCache::attend_fused(const HeadRows<Scalar>& queries, Eigen::MatrixBase<Derived>& output,
                            const AttentionParameters& parameters, AttentionWorkspace& workspace) const {
-    Fused fused(*this, queries.tokens(), workspace);
+    Fused fused(*this, queries.tokens(), parameters.read, workspace);
     fused.take(queries, parameters);
     fused.run();
     const Index dim = configuration_.value_head_dim;

@@ -221,6 +221,29 @@ double key_compression(double bits, double key_fraction);
 /// (not_finite, option) otherwise.
 double latent_true_rate(double bits, Index kept, Index channels, Index tokens, Index grid_group);
 
+/// T11 (the rule of AlignedKV, arXiv 2409.16546, with the thresholds that it supports): fp16 keys read in
+/// planes {8, 4, 4} and filled with the middle of what is unread. E* = `largest_exponent` = max over channels
+/// of e(q_j) + e(max |k_j|), e the unbiased exponent (-14 for subnormals). A channel whose sum lies 4 or more
+/// below E* may be read at 12 bits, 8 or more below at 8 bits: then |q_i (k_i - k_i')| < 2^(E* - 10), what
+/// fp16 rounds the largest term by at most.
+double aligned_term_bound(int largest_exponent);
+/// T11: |s - s'| of a score (q.k / sqrt(head_dim)) of which `truncated` channels were read so. truncated >=
+/// 0, head_dim >= 1; throws Error (option) otherwise.
+double aligned_score_bound(Index truncated, int largest_exponent, Index head_dim);
+
+/// T13: |s - s'| of scale q.k where channel c is read to a cell of width read_step[c] (step 2^(unread bits)):
+/// scale sum |q_c| read_step[c] / 2. Throws Error (shape) where lengths differ.
+double read_score_bound(const Eigen::Ref<const Eigen::VectorXd>& query,
+                        const Eigen::Ref<const Eigen::VectorXd>& read_step, double scale);
+/// T13, the certificate of an output: where no score is off by more than score_error,
+///
+///     |o - o'|_2 <= 2 tanh(score_error / 2) radius + value_error,
+///
+/// radius = max_t |v_t - c|_2 over the exact values for any c, value_error = sum_t p'_t |v_t - v'_t|_2.
+/// Reached by two tokens whose weights are e^(+-score_error / 2) to each other. Nothing negative; throws
+/// Error (not_finite, option) otherwise.
+double output_error_bound(double score_error, double radius, double value_error);
+
 /// T14: what rounding factors (the query times a channel's step, a softmax weight times a token's) adds at
 /// most to a sum of `count` products with codes of `bits` bits. largest: of the factors' magnitudes. Codes
 /// count from their middle, (2^b - 1) / 2 away at most; factors have 8 bits, largest / 254 off, or, for more
@@ -517,6 +540,31 @@ inline double latent_true_rate(double bits, Index kept, Index channels, Index to
     const auto latents = static_cast<double>(kept);
     return bits + 16 * latents / static_cast<double>(tokens) +
            latents / static_cast<double>(channels) * 32 / static_cast<double>(grid_group);
+}
+
+inline double aligned_term_bound(int largest_exponent) {
+    return std::exp2(largest_exponent - 10);
+}
+
+inline double aligned_score_bound(Index truncated, int largest_exponent, Index head_dim) {
+    require(truncated >= 0 && head_dim >= 1, ErrorCode::option, "truncated: ", truncated,
+            ", head_dim: ", head_dim, ", expected 0 or more and 1 or more");
+    return static_cast<double>(truncated) * aligned_term_bound(largest_exponent) /
+           std::sqrt(static_cast<double>(head_dim));
+}
+
+inline double read_score_bound(const Eigen::Ref<const Eigen::VectorXd>& query,
+                               const Eigen::Ref<const Eigen::VectorXd>& read_step, double scale) {
+    require(query.size() == read_step.size(), ErrorCode::shape, "read_step: ", read_step.size(),
+            " channels, expected ", query.size());
+    return 0.5 * std::abs(scale) * query.cwiseAbs().dot(read_step.cwiseAbs());
+}
+
+inline double output_error_bound(double score_error, double radius, double value_error) {
+    detail::require_not_negative(score_error, "score_error");
+    detail::require_not_negative(radius, "radius");
+    detail::require_not_negative(value_error, "value_error");
+    return 2 * std::tanh(0.5 * score_error) * radius + value_error;
 }
 
 inline double rounded_factors_error(int bits, int bits_below, Index count, double largest) {

@@ -74,7 +74,7 @@ KVPLANE_TARGET_AVX2 inline void dot_block(const PlaneDotCall& call, const std::b
 template <int width>
 KVPLANE_TARGET_AVX2 inline void plane_dot(const PlaneDotCall& call) noexcept {
     for (Index block = 0; block < call.blocks; ++block) {
-        const Index at = block * call.units * 64;
+        const Index at = block * call.block_units * 64;
         std::int32_t* const sums = call.sums + block * call.sum_rows * 16;
         Index row = 0;
         for (; row + 2 <= call.rows; row += 2)

@@ -50,9 +50,11 @@ KVPLANE_TARGET_DPBUSD_256 inline void dot_block(const PlaneDotCall& call, const 
 template <int width>
 KVPLANE_TARGET_DPBUSD_256 inline void plane_dot(const PlaneDotCall& call) noexcept {
     for (Index block = 0; block < call.blocks; ++block) {
-        const std::byte *const units = call.plane + block * call.units * 64, *const ahead =
-                                                                                 call.ahead +
-                                                                                 block * call.units * 64;
+        const std::byte *const units = call.plane + block * call.block_units * 64, *const ahead =
+                                                                                       call.ahead +
+                                                                                       block *
+                                                                                           call.block_units *
+                                                                                           64;
         std::int32_t* const sums = call.sums + block * call.sum_rows * 16;
         Index row = 0;
         for (; row + 4 <= call.rows; row += 4) dot_block<width, 4>(call, units, ahead, row, sums);

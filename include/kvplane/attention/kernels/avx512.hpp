@@ -60,9 +60,11 @@ KVPLANE_TARGET_AVX512 inline void dot_block(const PlaneDotCall& call, const std:
 template <int width>
 KVPLANE_TARGET_AVX512 inline void plane_dot(const PlaneDotCall& call) noexcept {
     for (Index block = 0; block < call.blocks; ++block) {
-        const std::byte *const units = call.plane + block * call.units * 64, *const ahead =
-                                                                                 call.ahead +
-                                                                                 block * call.units * 64;
+        const std::byte *const units = call.plane + block * call.block_units * 64, *const ahead =
+                                                                                       call.ahead +
+                                                                                       block *
+                                                                                           call.block_units *
+                                                                                           64;
         std::int32_t* const sums = call.sums + block * call.sum_rows * 16;
         Index row = 0;
         for (; row + 8 <= call.rows; row += 8) dot_block<width, 8>(call, units, ahead, row, sums);

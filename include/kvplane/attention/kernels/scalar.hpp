@@ -21,13 +21,13 @@
 
 namespace kvplane::detail {
 
-/// One call: `blocks` blocks of `units` units each, for `rows` rows. Row r's factors begin at factors + r
-/// factor_stride; sums are [block][sum_rows][16 lanes], of which the first `rows` are written, or added to.
-/// Each unit read prefetches the one at the same place of `ahead`.
+/// One call: `units` consecutive units of each of `blocks` blocks, which are `block_units` apart, for `rows`
+/// rows. Row r's factors begin at factors + r factor_stride; sums are [block][sum_rows][16 lanes], of which
+/// the first `rows` are written, or added to. Each unit read prefetches the one at the same place of `ahead`.
 struct PlaneDotCall {
     const std::byte* plane;
     const std::byte* ahead;
-    Index blocks, units;
+    Index blocks, block_units, units;
     const std::int8_t* factors;
     Index factor_stride, rows;
     int shift;
@@ -70,7 +70,7 @@ template <int width>
 void plane_dot(const PlaneDotCall& call) noexcept {
     constexpr int fields = 8 / width, mask = (1 << width) - 1;
     for (Index block = 0; block < call.blocks; ++block) {
-        const std::byte* const units = call.plane + block * call.units * 64;
+        const std::byte* const units = call.plane + block * call.block_units * 64;
         for (Index row = 0; row < call.rows; ++row) {
             const std::int8_t* const factors = call.factors + row * call.factor_stride;
             std::int32_t sums[16] = {};

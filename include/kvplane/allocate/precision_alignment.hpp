@@ -1,0 +1,182 @@
+// kvplane/allocate/precision_alignment.hpp: how many bits of what is stored a query needs to read.
+//
+// A cache of bit planes can be read in part: a prefix of the planes is a coarser code. What a term of a score
+// or an output may be off by is its factor (query, softmax weight) times the width of the cell that was read,
+// so that small factors need few bits. Two rules:
+//
+//   aligned_key_bits, aligned_value_bits   AlignedKV (arXiv 2409.16546): 16, 12 or 8 bits of fp16 by
+//   exponents choose_planes                          planes of grids by marginal gain under a budget of bits
+//
+// Query heads that share a key head share its reads: the most demanding head decides (or, for the budget, the
+// sum of what all heads lose).
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "kvplane/error.hpp"
+#include "kvplane/matrix.hpp"
+#include "kvplane/storage/planes.hpp"
+
+namespace kvplane {
+
+/// How far below the largest term's exponent a term must lie to be read at 12 and at 8 of 16 bits.
+struct AlignmentThresholds {
+    int twelve = 4;
+    int eight = 8;
+
+    /// What the bound of T11 supports.
+    static constexpr AlignmentThresholds supported() noexcept { return {4, 8}; }
+    /// What the published code ships, where that code differs from its paper: no bound holds.
+    static constexpr AlignmentThresholds published() noexcept { return {1, 2}; }
+};
+
+/// floor(log2 |x|), but -14 for all that is smaller than the smallest normal fp16 number, zero included: the
+/// exponent that tells the last place of an fp16 number.
+inline int alignment_exponent(float x) noexcept {
+    return std::abs(x) < 0x1p-14f ? -14 : std::ilogb(x);
+}
+
+namespace detail {
+
+inline void require_thresholds(const AlignmentThresholds& thresholds) {
+    require(thresholds.twelve >= 0 && thresholds.eight >= thresholds.twelve, ErrorCode::option,
+            "alignment thresholds: ", thresholds.twelve, " and ", thresholds.eight,
+            ", expected 0 <= twelve <= eight");
+}
+constexpr int aligned_bits(int below, const AlignmentThresholds& thresholds) noexcept {
+    return below >= thresholds.eight ? 8 : below >= thresholds.twelve ? 12 : 16;
+}
+
+}  // namespace detail
+
+/// Bits to read of each fp16 key channel (16, 12 or 8), for the rows of `queries` (rows x channels: the heads
+/// that share a key head). largest: max |k| by channel over the keys in question; the published code takes
+/// the signed maximum, which is too small where keys are mostly negative. A query that is not finite reads
+/// all. Throws Error (shape, option).
+inline std::vector<int> aligned_key_bits(const Matrix& queries,
+                                         const Eigen::Ref<const Eigen::RowVectorXf>& largest,
+                                         const AlignmentThresholds& thresholds = {}) {
+    detail::require_thresholds(thresholds);
+    require(queries.cols() == largest.size(), ErrorCode::shape, "aligned_key_bits: maxima of ",
+            largest.size(), " channels, expected ", queries.cols());
+    const Index channels = queries.cols();
+    std::vector<int> bits(static_cast<std::size_t>(channels), 8);
+    for (Index r = 0; r < queries.rows(); ++r) {
+        if (!queries.row(r).allFinite()) return std::vector<int>(bits.size(), 16);
+        int top = std::numeric_limits<int>::min();
+        const auto exponent = [&](Index c) {
+            return alignment_exponent(queries(r, c)) + alignment_exponent(largest[c]);
+        };
+        for (Index c = 0; c < channels; ++c) top = std::max(top, exponent(c));
+        for (Index c = 0; c < channels; ++c) {
+            // A channel that the query does not look at, or that holds nothing, has no term.
+            if (queries(r, c) == 0.0f || largest[c] == 0.0f) continue;
+            int& most = bits[static_cast<std::size_t>(c)];
+            most = std::max(most, detail::aligned_bits(top - exponent(c), thresholds));
+        }
+    }
+    return bits;
+}
+
+/// Bits to read of each token's fp16 values, from its softmax weights (rows x tokens, of any common scale):
+/// the same rule with the exponents of weights. Weights that are not finite read all. Throws Error (option).
+inline std::vector<int> aligned_value_bits(const Matrix& weights,
+                                           const AlignmentThresholds& thresholds = {}) {
+    detail::require_thresholds(thresholds);
+    std::vector<int> bits(static_cast<std::size_t>(weights.cols()), 8);
+    for (Index r = 0; r < weights.rows(); ++r) {
+        if (!weights.row(r).allFinite()) return std::vector<int>(bits.size(), 16);
+        const float largest = weights.row(r).maxCoeff();
+        if (largest <= 0.0f) continue;
+        const int top = std::ilogb(largest);
+        for (Index t = 0; t < weights.cols(); ++t) {
+            if (weights(r, t) <= 0.0f) continue;
+            int& most = bits[static_cast<std::size_t>(t)];
+            most = std::max(most, detail::aligned_bits(top - std::ilogb(weights(r, t)), thresholds));
+        }
+    }
+    return bits;
+}
+
+/// Channels or tokens that are read to the same depth. Their importance is the sum of squared factors times
+/// steps: what an error of one step in each of them adds to the squared error.
+struct ReadUnit {
+    float importance;
+    PlaneSplit split;
+    int size;
+};
+
+/// What reading plane `plane` as well gains for each bit of a code: read in part, a unit errs by importance
+/// 4^(unread bits) / 12.
+inline float plane_gain(float importance, const PlaneSplit& split, int plane) noexcept {
+    if (!std::isfinite(importance)) return std::numeric_limits<float>::max();
+    const auto error = [&](int unread) { return std::ldexp(importance, 2 * unread) / 12.0f; };
+    const int unread = split.shift(plane), width = split[plane];
+    return (error(unread + width) - error(unread)) / static_cast<float>(width);
+}
+
+/// How many planes to read of each unit, so that the expected squared error is least and at most `budget`
+/// bits are read altogether (a plane of a unit takes width * size). The largest gains for a bit come first,
+/// which is exact where all planes take the same (T12: gains fall with every plane), and else off by what the
+/// last one that did not fit would have gained. What is not finite is read first. noexcept: it runs at reads.
+/// order: room for a number for each plane of each unit.
+inline void choose_planes(std::span<const ReadUnit> units, Index budget, std::span<std::uint16_t> order,
+                          std::span<std::uint8_t> planes) noexcept {
+    constexpr std::size_t most = 3;
+    std::size_t count = 0;
+    for (std::size_t u = 0; u < units.size(); ++u)
+        for (int p = 0; p < units[u].split.count; ++p)
+            order[count++] = static_cast<std::uint16_t>(u * most + static_cast<std::size_t>(p));
+    const auto gain = [&](std::uint16_t item) {
+        const ReadUnit& unit = units[item / most];
+        return plane_gain(unit.importance, unit.split, static_cast<int>(item % most));
+    };
+    std::sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count),
+              [&](std::uint16_t a, std::uint16_t b) {
+                  const float gain_a = gain(a), gain_b = gain(b);
+                  return gain_a != gain_b ? gain_a > gain_b : a < b;
+              });
+    std::fill(planes.begin(), planes.end(), std::uint8_t{0});
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::size_t u = order[i] / most, p = order[i] % most;
+        const Index takes = static_cast<Index>(units[u].split[static_cast<int>(p)]) * units[u].size;
+        if (planes[u] != p || takes > budget) continue;
+        ++planes[u];
+        budget -= takes;
+    }
+}
+
+/// The same for so many units that sorting would take longer than reading: gains in buckets of a sixteenth of
+/// a power of two, of which the largest that fit are read whole.
+class GainHistogram {
+  public:
+    void clear() noexcept { bits_.fill(0); }
+    void add(float gain, Index bits) noexcept { bits_[bucket(gain)] += bits; }
+    /// The least gain that is read if at most `budget` bits are.
+    float least(Index budget) const noexcept {
+        for (std::size_t b = bits_.size(); b-- > 0;) {
+            if (bits_[b] > budget)
+                return b + 1 < bits_.size() ? edge(b + 1) : std::numeric_limits<float>::infinity();
+            budget -= bits_[b];
+        }
+        return 0.0f;
+    }
+
+  private:
+    // The exponent and 4 bits of the fraction.
+    static std::size_t bucket(float gain) noexcept { return std::bit_cast<std::uint32_t>(gain) >> 19; }
+    static float edge(std::size_t bucket) noexcept {
+        return std::bit_cast<float>(static_cast<std::uint32_t>(bucket << 19));
+    }
+    std::array<Index, 0x7F800000u / (1u << 19) + 1> bits_{};
+};
+
+}  // namespace kvplane
