@@ -1,12 +1,11 @@
 // bench/attention_bench.cpp: decode attention on packed bits against the bandwidth of memory.
 //
 //   Decode/RECIPE/TOKENS/QUERY_HEADS/KV_HEADS/HEAD_DIM/threads:T   one query token over a cache of so many
-//
-// Counters: `bytes` of the cache, `bytes_per_second`, `bandwidth_share` = that over the read bandwidth that
-// this run measures with as many threads, before and after each case; `fp16_floor_ratio` = time over what
-// reading an fp16 cache at that bandwidth takes. Several caches take turns, 256 MiB together, so that all of
-// it comes from memory. Usage: attention_bench [--all] [benchmark's own options]; --all: every length and
-// shape, not only the main ones.
+// RECIPE@BITS reads so many bits in the mean (ReadPolicy::aligned). Counters: `bytes` of the cache that are
+// read, `bytes_per_second`, `bandwidth_share` = that over the read bandwidth that this run measures with as
+// many threads, before and after each case; `fp16_floor_ratio` = time over what reading an fp16 cache at that
+// bandwidth takes. Several caches take turns, 256 MiB together, so that all of it comes from memory. Usage:
+// attention_bench [--all] [benchmark's own options]; --all: every length and shape, not only the main ones.
 #include <benchmark/benchmark.h>
 
 #include <cstring>
@@ -50,8 +49,12 @@ Caches& caches_of(const std::string& recipe, const Shape& shape) {
     return *made;
 }
 
-void decode(benchmark::State& state, const std::string& recipe, const Shape& shape, int threads) {
-    Caches& all = caches_of(recipe, shape);
+/// name: a recipe, and after an @ the bits to read in the mean.
+void decode(benchmark::State& state, const std::string& name, const Shape& shape, int threads) {
+    const std::size_t at = name.find('@');
+    Caches& all = caches_of(name.substr(0, at), shape);
+    AttentionParameters parameters;
+    if (at != std::string::npos) parameters.read = ReadPolicy::aligned(std::stod(name.substr(at + 1)));
     ThreadExecutor executor(threads);
     AttentionWorkspace workspace(&executor);
     const Matrix queries = random_rows(1, shape.query_heads * shape.head_dim, 3);
@@ -59,11 +62,19 @@ void decode(benchmark::State& state, const std::string& recipe, const Shape& sha
     std::size_t next = 0;
     const double before = kvplane_bench::read_bandwidth(threads);
     for (auto _ : state) {
-        all.caches[next].attend(queries, output, {}, workspace);
+        all.caches[next].attend(queries, output, parameters, workspace);
         benchmark::DoNotOptimize(output.data());
         next = (next + 1) % all.caches.size();
     }
-    const auto bytes = static_cast<double>(all.caches[0].bytes());
+    auto bytes = static_cast<double>(all.caches[0].bytes());
+    if (at != std::string::npos) {
+        // Planes that were not read.
+        AttentionWorkspace whole;
+        const ReadReport some = workspace.report();
+        all.caches[0].attend(queries, output, {}, whole);
+        bytes -= static_cast<double>(all.caches[0].packed_tokens() * shape.kv_heads * shape.head_dim) / 8.0 *
+                 (whole.report().key_bits - some.key_bits + whole.report().value_bits - some.value_bits);
+    }
     // Of what was there before and after: other work on the machine changes it from minute to minute.
     const double bandwidth = 0.5 * (before + kvplane_bench::read_bandwidth(threads)),
                  runs = static_cast<double>(state.iterations());
@@ -98,8 +109,9 @@ int main(int count, char** arguments) {
             arguments[kept++] = arguments[i];
     }
     for (const char* recipe :
-         {"key_favored:8:8", "key_favored:4:4", "key_favored:4:2", "key_favored:3:3", "key_favored:2:2",
-          "standard", "latent:3:3+heads_together=0", "latent:2:2+heads_together=0"}) {
+         {"key_favored:8:8", "key_favored:8:8@6", "key_favored:8:8@4", "key_favored:8:8@3", "key_favored:4:4",
+          "key_favored:4:2", "key_favored:3:3", "key_favored:2:2", "standard", "latent:3:3+heads_together=0",
+          "latent:2:2+heads_together=0"}) {
         add(recipe, {32768, 32, 8, 128});
         if (!all) continue;
         for (const Index tokens : {512, 4096, 131072}) add(recipe, {tokens, 32, 8, 128});

@@ -269,10 +269,15 @@ void run(const CommandLine& options) {
     if (options.has("--basis")) basis = kvplane::load_calibration(options.text("--basis"), model.name());
     LayerRecipes layer_recipes(model, calibration, std::move(basis));
     std::vector<CachePlan> plans;
-    for (const std::string& name : names) plans.push_back(layer_recipes.parse(name));
+    const Index chunk = options.number("--chunk", 32, 1);
+    for (const std::string& name : names) {
+        plans.push_back(layer_recipes.parse(name));
+        kvplane::require(chunk <= 8 || plans.back().read.read.kind == kvplane::ReadPolicy::Kind::all,
+                         ErrorCode::option, "recipe '", name,
+                         "' reads in part, which takes --chunk 8 or less; it is ", chunk);
+    }
 
-    const Evaluation all = evaluate(model, text, first, context, windows, options.number("--chunk", 32, 1),
-                                    names, plans, threads);
+    const Evaluation all = evaluate(model, text, first, context, windows, chunk, names, plans, threads);
     if (options.has("--csv")) write_csv(options.text("--csv"), all);
     if (options.has("--plot")) kvplane_examples::write_plot(options.text("--plot"), to_plot(all));
     if (options.has("--json"))
