@@ -23,6 +23,7 @@
 
 #include "kvplane/error.hpp"
 #include "kvplane/matrix.hpp"
+#include "kvplane/quantize/grid.hpp"
 #include "kvplane/storage/planes.hpp"
 
 namespace kvplane {
@@ -114,13 +115,16 @@ struct ReadUnit {
     int size;
 };
 
-/// What reading plane `plane` as well gains for each bit of a code: read in part, a unit errs by importance
-/// 4^(unread bits) / 12.
-inline float plane_gain(float importance, const PlaneSplit& split, int plane) noexcept {
-    if (!std::isfinite(importance)) return std::numeric_limits<float>::max();
-    const auto error = [&](int unread) { return std::ldexp(importance, 2 * unread) / 12.0f; };
+/// What reading plane `plane` as well gains for each bit of a code and each of importance: read in part, a
+/// unit errs by importance 4^(unread bits) / 12.
+constexpr float plane_worth(const PlaneSplit& split, int plane) noexcept {
     const int unread = split.shift(plane), width = split[plane];
-    return (error(unread + width) - error(unread)) / static_cast<float>(width);
+    return (power_of_two(2 * (unread + width)) - power_of_two(2 * unread)) /
+           (12.0f * static_cast<float>(width));
+}
+inline float plane_gain(float importance, float worth) noexcept {
+    return importance <= std::numeric_limits<float>::max() / worth ? importance * worth
+                                                                   : std::numeric_limits<float>::max();
 }
 
 /// How many planes to read of each unit, so that the expected squared error is least and at most `budget`
@@ -137,7 +141,7 @@ inline void choose_planes(std::span<const ReadUnit> units, Index budget, std::sp
             order[count++] = static_cast<std::uint16_t>(u * most + static_cast<std::size_t>(p));
     const auto gain = [&](std::uint16_t item) {
         const ReadUnit& unit = units[item / most];
-        return plane_gain(unit.importance, unit.split, static_cast<int>(item % most));
+        return plane_gain(unit.importance, plane_worth(unit.split, static_cast<int>(item % most)));
     };
     std::sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count),
               [&](std::uint16_t a, std::uint16_t b) {

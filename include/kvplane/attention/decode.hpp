@@ -211,6 +211,19 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
     }
 }
 
+/// Of `count` signed bytes, a multiple of 8: eight at a time in a word.
+KVPLANE_INLINE int sum_bytes(const std::int8_t* from, Index count) {
+    int sum = 0;
+    for (Index i = 0; i < count; i += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, from + i, sizeof word);
+        word ^= 0x8080808080808080u;  // 128 more each, so that none is negative
+        word = (word & 0x00FF00FF00FF00FFu) + (word >> 8 & 0x00FF00FF00FF00FFu);
+        sum += static_cast<int>((word * 0x0001000100010001u) >> 48) - 8 * 128;
+    }
+    return sum;
+}
+
 /// to[i] += scale sums[i] + base (or = that, if fresh), block by block of 16, where sums are high 256 + low.
 template <int Lanes, bool fresh>
 KVPLANE_INLINE void add_sums(const std::int32_t* high, const std::int32_t* low, Index block_stride,
@@ -271,6 +284,20 @@ KVPLANE_INLINE void multiply(float* x, float by, Index count) {
         load(value, x + i);
         store(x + i, value * by);
     }
+}
+
+template <int Lanes, int rows>
+KVPLANE_INLINE void raise_rows(const float* scores, float* largest) {
+    Floats<Lanes> most[4]{}, value;
+    for (int r = 0; r < rows; ++r) load(most[r], scores + r * tile_tokens);
+    for (Index i = Lanes; i < tile_tokens; i += Lanes)
+        for (int r = 0; r < rows; ++r) {
+            load(value, scores + r * tile_tokens + i);
+            most[r] = most[r] < value ? value : most[r];
+        }
+    float top[4];
+    reduce_rows<Lanes>(most, top, larger);
+    for (int r = 0; r < rows; ++r) largest[r] = std::max(largest[r], top[r]);
 }
 
 /// See fused_softmax().
@@ -617,16 +644,10 @@ class FusedSums {
             const float unread =
                 have > 0 ? 0.5f * (power_of_two(segment.split.shift(have - 1)) - 1.0f) : middle;
             for (Index r = 0; r < rows_; ++r) {
-                const std::int8_t *const high = scratch_.factors(r) + u * depth, *const low =
-                                                                                     two_parts_
-                                                                                         ? scratch_.factors(
-                                                                                               rows_ + r) +
-                                                                                               u * depth
-                                                                                         : nullptr;
-                int high_sum = 0, low_sum = 0;
-                for (Index i = 0; i < depth; ++i) high_sum += high[i];
-                if (low)
-                    for (Index i = 0; i < depth; ++i) low_sum += low[i];
+                const int high_sum = fused::sum_bytes(scratch_.factors(r) + u * depth, depth),
+                          low_sum = two_parts_
+                                        ? fused::sum_bytes(scratch_.factors(rows_ + r) + u * depth, depth)
+                                        : 0;
                 // The first plane meets both parts, those below it the high one.
                 const float coarse = static_cast<float>(two_parts_ ? 256 * high_sum : high_sum);
                 const float sum = have > 0 ? coarse * unread
@@ -730,11 +751,12 @@ inline bool fused_values(const TileFormat& format) noexcept {
 
 /// scores[r * 128 + t] = offsets[r] + q_r . k'_t for all 128 tokens of a tile of keys. queries: rows x
 /// channels, `stride` apart; rows at most fused_rows. ahead: a tile that is read next, or the same. planes:
-/// how many to read of each of read_units(format), the rest taken as its middle; nullptr: all.
+/// how many to read of each of read_units(format), the rest taken as its middle; nullptr: all. two_parts:
+/// whether factors that meet more than 4 bits have 16 bits, and not 8.
 inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* tile, const std::byte* ahead,
                          const float* queries, Index stride, Index rows, const float* offsets,
-                         FusedScratch& scratch, float* scores,
-                         const std::uint8_t* planes = nullptr) noexcept {
+                         FusedScratch& scratch, float* scores, const std::uint8_t* planes = nullptr,
+                         bool two_parts = true) noexcept {
     const Index group = format.rule().group, blocks = group / unit_lanes;
     detail::prefetch_grids(format, ahead);
     bool fresh = true;
@@ -744,7 +766,7 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
         const bool symmetric = segment.scheme == Scheme::symmetric;
         const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
         const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
-        detail::FusedSums sums(scratch, rows, segment.bits > 4);
+        detail::FusedSums sums(scratch, rows, segment.bits > 4 && two_parts);
         const Index unit_depth = read_unit_depth(segment.split),
                     units = (channels + unit_depth - 1) / unit_depth;
         for (Index g = 0; g * group < tile_tokens; ++g) {
@@ -771,14 +793,14 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
 /// padded to whole 16s. weights: rows x 128, not negative, 0 where there is no token. planes: as for scores.
 inline void fused_output(Isa isa, const TileFormat& format, const std::byte* tile, const std::byte* ahead,
                          const float* weights, Index rows, FusedScratch& scratch, float* output, Index stride,
-                         const std::uint8_t* planes = nullptr) noexcept {
+                         const std::uint8_t* planes = nullptr, bool two_parts = true) noexcept {
     const TileFormat::Placed& segment = format.segments()[0];
     const Index run = std::min(format.rule().group, segment.channels);
     const bool symmetric = segment.scheme == Scheme::symmetric;
     const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
     const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
     detail::prefetch_grids(format, ahead);
-    detail::FusedSums sums(scratch, rows, segment.bits > 4);
+    detail::FusedSums sums(scratch, rows, segment.bits > 4 && two_parts);
     for (Index first = 0, g = 0; first < segment.channels; first += run, ++g) {
         const Index blocks = (std::min(run, segment.channels - first) + unit_lanes - 1) / unit_lanes;
         sums.factors(isa, segment, weights, tile_tokens, step + g * tile_tokens,
@@ -828,22 +850,27 @@ inline void value_importance(Isa isa, const TileFormat& format, const std::byte*
     const TileFormat::Placed& s = format.segments()[0];
     const auto* step = reinterpret_cast<const Eigen::half*>(tile + s.step_at);
     const Index run = std::min(format.rule().group, s.channels), depth = read_unit_depth(s.split);
-    std::array<float, tile_tokens> token{}, width;
-    for (Index first = 0, g = 0; first < s.channels; first += run, ++g) {
-        widen_row(isa, step + g * tile_tokens, tile_tokens, width.data());
-        const auto channels = static_cast<float>(std::min(run, s.channels - first));
-        for (std::size_t t = 0; t < token.size(); ++t) token[t] += channels * width[t] * width[t];
-    }
-    std::array<float, tile_tokens> squares{};
-    for (Index r = 0; r < rows; ++r)
-        for (std::size_t t = 0; t < squares.size(); ++t) {
-            const float w = norms[r] * weights[r * tile_tokens + static_cast<Index>(t)];
-            squares[t] += w * w;
+    alignas(64) float token[tile_tokens] = {};
+    const Index groups = (s.channels + run - 1) / run;
+    run_on(isa, [&, rows, depth](auto lanes) KVPLANE_BODY {
+        using detail::quantize::Floats;
+        for (Index t = 0; t < tile_tokens; t += lanes) {
+            Floats<lanes> steps{}, squares{}, x;
+            for (Index g = 0; g < groups; ++g) {
+                detail::quantize::widen<lanes>(x, step + g * tile_tokens + t);
+                steps += x * x * static_cast<float>(std::min(run, s.channels - g * run));
+            }
+            for (Index r = 0; r < rows; ++r) {
+                detail::quantize::load(x, weights + r * tile_tokens + t);
+                x *= norms[r];
+                squares += x * x;
+            }
+            detail::quantize::store(token + t, squares * steps);
         }
+    });
     for (Index u = 0; u < tile_tokens / depth; ++u) {
         importance[u] = 0.0f;
-        for (Index t = u * depth; t < (u + 1) * depth; ++t)
-            importance[u] += squares[static_cast<std::size_t>(t)] * token[static_cast<std::size_t>(t)];
+        for (Index t = u * depth; t < (u + 1) * depth; ++t) importance[u] += token[t];
     }
 }
 
@@ -855,6 +882,15 @@ struct PartialAttention {
     float* output;   ///< rows x stride
     Index stride;    ///< channels padded to whole 16s
 };
+
+/// The largest of what is there and of 128 scores, by row.
+inline void raise_largest(Isa isa, const float* scores, Index rows, float* largest) noexcept {
+    run_on(isa, [=](auto lanes) KVPLANE_BODY {
+        detail::fused::by_rows(rows, [=](auto together, Index first) KVPLANE_BODY {
+            detail::fused::raise_rows<lanes, together>(scores + first * tile_tokens, largest + first);
+        });
+    });
+}
 
 /// Turns the scores of `count` tokens (a multiple of 16; -infinity: not seen) into weights, and scales down
 /// what is there where a larger score has come. scores: rows, 128 apart.

@@ -1331,14 +1331,12 @@ class KvCache::Fused {
         else if (policy_.kind == ReadPolicy::Kind::fixed)
             planes = fixed_planes(format, policy_.key_bits, scratch);
         fused_scores(isa_, format, keys(tile, key_part), keys(next, key_part), queries, stride, rows, offsets,
-                     scratch, scores, planes);
+                     scratch, scores, planes, two_parts(policy_.key_bits));
         count_read(format, planes, chunk, head, 0);
         apply(row, rows, tile.first, tile.tokens, tile_tokens, scores);
         const PartialAttention to = part(chunk, row);
         if (aligned()) {
-            for (Index r = 0; r < rows; ++r)
-                for (Index i = 0; i < tile_tokens; ++i)
-                    to.largest[r] = std::max(to.largest[r], scores[r * tile_tokens + i]);
+            raise_largest(isa_, scores, rows, to.largest);
             return;
         }
         fused_softmax(isa_, scores, tile_tokens, rows, to);
@@ -1352,6 +1350,8 @@ class KvCache::Fused {
 
     // Partial reads ----------------------------------------------------------------------------------------
 
+    /// Where little more than 4 bits are read, their own error is larger than that of factors of 8 bits.
+    bool two_parts(double bits) const noexcept { return !aligned() || bits > 5.0; }
     Index value_units() const noexcept { return read_units(cache_.state_.layout->values); }
     Index key_units() const noexcept {
         Index most = 0;
@@ -1475,7 +1475,7 @@ class KvCache::Fused {
                     rows = std::min(fused_rows, (head + 1) * block_ - row);
         const TileFormat& format = cache_.state_.layout->values;
         const PlaneSplit& split = format.segments()[0].split;
-        const Index depth = read_unit_depth(split);
+        const Index depth = read_unit_depth(split), units = value_units();
         GainHistogram& gains = scratch.gains();
         gains.clear();
         Index tokens = 0;
@@ -1484,9 +1484,9 @@ class KvCache::Fused {
             float* const importance = importance_of(t, block);
             value_importance(isa_, format, values(tile(t), head), scores_of(t, row),
                              work_.norms_.data() + row, rows, importance);
-            for (Index u = 0; u < value_units(); ++u)
+            for (Index u = 0; u < units; ++u)
                 for (int p = 0; p < split.count; ++p)
-                    gains.add(plane_gain(importance[u], split, p), split[p] * depth);
+                    gains.add(plane_gain(importance[u], plane_worth(split, p)), split[p] * depth);
             tokens += tile_tokens;
         }
         const auto budget =
@@ -1498,6 +1498,7 @@ class KvCache::Fused {
         const Work work = work_of(item);
         const TileFormat& format = cache_.state_.layout->values;
         const PlaneSplit& split = format.segments()[0].split;
+        const Index units = value_units();
         for (Index t = work.begin; t < work.end; ++t) {
             if (hidden(tile(t))) continue;
             const Tile& next = t + 1 < work.end ? tile(t + 1) : first_of(item, t);
@@ -1505,13 +1506,15 @@ class KvCache::Fused {
                 const float* const importance = importance_of(t, block_of(row));
                 const float least = work_.least_[static_cast<std::size_t>(block_of(row))];
                 const std::span<std::uint8_t> planes = scratch.planes();
-                for (Index u = 0; u < value_units(); ++u) {
+                for (Index u = 0; u < units; ++u) {
                     int have = 0;
-                    while (have < split.count && plane_gain(importance[u], split, have) >= least) ++have;
+                    while (have < split.count && plane_gain(importance[u], plane_worth(split, have)) >= least)
+                        ++have;
                     planes[static_cast<std::size_t>(u)] = static_cast<std::uint8_t>(have);
                 }
                 fused_output(isa_, format, values(tile(t), head), values(next, head), scores_of(t, row), rows,
-                             scratch, part(work.chunk, row).output, stride_, planes.data());
+                             scratch, part(work.chunk, row).output, stride_, planes.data(),
+                             two_parts(policy_.value_bits));
                 count_read(format, planes.data(), work.chunk, head, 1);
             });
         }
