@@ -440,7 +440,7 @@ template <class Scalar>
 void expect_largest() {
     constexpr float infinity = std::numeric_limits<float>::infinity();
     for_each_isa([&](kvplane::Isa isa) {
-        for (const std::size_t count : {0, 1, 3, 15, 16, 17, 31, 32, 33, 100})
+        for (const std::size_t count : std::vector<std::size_t>{0, 1, 3, 15, 16, 17, 31, 32, 33, 100})
             for (std::size_t at = 0; at < std::max<std::size_t>(count, 1); ++at) {
                 std::vector<Scalar> x(count, Scalar(-1.5f));
                 const auto largest = [&] {

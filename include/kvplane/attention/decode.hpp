@@ -852,7 +852,7 @@ inline void value_importance(Isa isa, const TileFormat& format, const std::byte*
     const Index run = std::min(format.rule().group, s.channels), depth = read_unit_depth(s.split);
     alignas(64) float token[tile_tokens] = {};
     const Index groups = (s.channels + run - 1) / run;
-    run_on(isa, [&, rows, depth](auto lanes) KVPLANE_BODY {
+    run_on(isa, [&, rows](auto lanes) KVPLANE_BODY {
         using detail::quantize::Floats;
         for (Index t = 0; t < tile_tokens; t += lanes) {
             Floats<lanes> steps{}, squares{}, x;
