@@ -13,7 +13,8 @@
 // summed in integers (kernels/). Where codes have more than 4 bits, factors have 16 bits in two parts: both
 // meet the first plane, the high one alone the planes below it, whose codes weigh a sixteenth or less. A
 // factor is so off by at most its largest / 254, or / 65000 on the first plane and / 254 of a sixteenth
-// (T14), and a sum by that times the codes' distances from their middle.
+// (T14), and a sum by that times the codes' distances from their middle. A read of part of the planes counts
+// what it leaves out as its middle; where little more than 4 bits are read, 8 bits of a factor are enough.
 //
 // Everything here is noexcept, allocates nothing, and gives the same integers on every instruction set.
 #pragma once
