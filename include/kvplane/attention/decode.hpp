@@ -287,18 +287,19 @@ KVPLANE_INLINE void multiply(float* x, float by, Index count) {
     }
 }
 
+/// top = the larger of largest and of `count` scores, by row.
 template <int Lanes, int rows>
-KVPLANE_INLINE void raise_rows(const float* scores, float* largest) {
+KVPLANE_INLINE void raise_rows(const float* scores, Index count, const float* largest, float* top) {
     Floats<Lanes> most[4]{}, value;
     for (int r = 0; r < rows; ++r) load(most[r], scores + r * tile_tokens);
-    for (Index i = Lanes; i < tile_tokens; i += Lanes)
+    for (Index i = Lanes; i < count; i += Lanes)
         for (int r = 0; r < rows; ++r) {
             load(value, scores + r * tile_tokens + i);
             most[r] = most[r] < value ? value : most[r];
         }
-    float top[4];
-    reduce_rows<Lanes>(most, top, larger);
-    for (int r = 0; r < rows; ++r) largest[r] = std::max(largest[r], top[r]);
+    float found[4];
+    reduce_rows<Lanes>(most, found, larger);
+    for (int r = 0; r < rows; ++r) top[r] = std::max(largest[r], found[r]);
 }
 
 /// See fused_softmax().
@@ -306,17 +307,10 @@ template <int Lanes, int rows>
 KVPLANE_INLINE void softmax_rows(float* scores, Index count, float* largest, float* sum, float* output,
                                  Index stride) {
     constexpr float none = -std::numeric_limits<float>::infinity();
-    Floats<Lanes> most[4]{}, sums[4]{}, value;
-    for (int r = 0; r < rows; ++r) load(most[r], scores + r * tile_tokens);
-    for (Index i = Lanes; i < count; i += Lanes)
-        for (int r = 0; r < rows; ++r) {
-            load(value, scores + r * tile_tokens + i);
-            most[r] = most[r] < value ? value : most[r];
-        }
+    Floats<Lanes> sums[4]{};
     float top[4], added[4];
-    reduce_rows<Lanes>(most, top, larger);
+    raise_rows<Lanes, rows>(scores, count, largest, top);
     for (int r = 0; r < rows; ++r) {
-        top[r] = std::max(largest[r], top[r]);
         if (top[r] == none)
             std::fill_n(scores + r * tile_tokens, count, 0.0f);
         else
@@ -888,7 +882,8 @@ struct PartialAttention {
 inline void raise_largest(Isa isa, const float* scores, Index rows, float* largest) noexcept {
     run_on(isa, [=](auto lanes) KVPLANE_BODY {
         detail::fused::by_rows(rows, [=](auto together, Index first) KVPLANE_BODY {
-            detail::fused::raise_rows<lanes, together>(scores + first * tile_tokens, largest + first);
+            detail::fused::raise_rows<lanes, together>(scores + first * tile_tokens, tile_tokens,
+                                                       largest + first, largest + first);
         });
     });
 }

@@ -1019,9 +1019,9 @@ class KvCache::Blocked {
             for (Index first = 0; first < queries.rows(); first += block_tokens)
                 blocks_.push_back({head, together, first, std::min(block_tokens, queries.rows() - first)});
         readers_.emplace_back(cache);
-        const Index workers = std::min(executor.workers(), static_cast<Index>(blocks_.size()));
-        while (static_cast<Index>(readers_.size()) < executor.workers() && workers > 1)
-            readers_.push_back(readers_.front());
+        if (blocks_.size() > 1)
+            while (static_cast<Index>(readers_.size()) < executor.workers())
+                readers_.push_back(readers_.front());
     }
 
     Matrix run(Executor& executor) {
@@ -1163,7 +1163,7 @@ class KvCache::Fused {
         work_.rules_.clear();
         work_.bits_.assign(static_cast<std::size_t>(chunks_ * heads_), {0, 0});
         work_.elements_.assign(work_.bits_.size(), {0, 0});
-        if (policy_.kind == ReadPolicy::Kind::aligned && chunks_ > 0) reserve_aligned();
+        if (aligned() && chunks_ > 0) reserve_aligned();
     }
 
     template <CacheScalar Scalar>
@@ -1195,11 +1195,9 @@ class KvCache::Fused {
 
     void run() noexcept {
         const Index tile_items = chunks_ * across();
-        if (policy_.kind != ReadPolicy::Kind::aligned || chunks_ == 0) {
-            each<&Fused::process>(tile_items + heads_);
-        } else {
+        each<&Fused::process>(tile_items + heads_);
+        if (aligned() && chunks_ > 0) {
             // Which values count is known when all scores are.
-            each<&Fused::process>(tile_items + heads_);
             share_largest();
             each<&Fused::weigh>(tile_items);
             take_norms();
@@ -1254,8 +1252,7 @@ class KvCache::Fused {
         return tile.page.data() + cache_.state_.layout->key_at[static_cast<std::size_t>(part)];
     }
 
-    /// The chunk, heads and tiles of an item, and body(tile, head, first row, rows) for each of its tiles and
-    /// blocks of rows.
+    /// The chunk, heads and tiles of an item.
     struct Work {
         Index chunk, head, heads, begin, end;
     };
@@ -1264,6 +1261,7 @@ class KvCache::Fused {
         return {chunk, together_ ? 0 : item % heads_, together_ ? heads_ : 1, chunk * chunk_tiles,
                 std::min((chunk + 1) * chunk_tiles, static_cast<Index>(cache_.state_.tiles.size()))};
     }
+    /// body(head, first row, rows) for every block of rows of its heads.
     template <class Body>
     void for_blocks(const Work& work, const Body& body) noexcept {
         for (Index h = work.head; h < work.head + work.heads; ++h)
