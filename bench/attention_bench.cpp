@@ -1,7 +1,7 @@
 // bench/attention_bench.cpp: decode attention on packed bits against the bandwidth of memory.
 //
 //   Decode/RECIPE/TOKENS/QUERY_HEADS/KV_HEADS/HEAD_DIM/threads:T   one query token over a cache of so many
-// RECIPE@BITS reads so many bits in the mean (ReadPolicy::aligned). Counters: `bytes` of the cache that are
+// RECIPE@POLICY reads in part (recipes::read_policy). Counters: `bytes` of the cache that are
 // read, `bytes_per_second`, `bandwidth_share` = that over the read bandwidth that this run measures with as
 // many threads, before and after each case; `fp16_floor_ratio` = time over what reading an fp16 cache at that
 // bandwidth takes. Several caches take turns, 256 MiB together, so that all of it comes from memory. Usage:
@@ -49,12 +49,12 @@ Caches& caches_of(const std::string& recipe, const Shape& shape) {
     return *made;
 }
 
-/// name: a recipe, and after an @ the bits to read in the mean.
+/// name: a recipe, and after an @ a read policy.
 void decode(benchmark::State& state, const std::string& name, const Shape& shape, int threads) {
     const std::size_t at = name.find('@');
     Caches& all = caches_of(name.substr(0, at), shape);
     AttentionParameters parameters;
-    if (at != std::string::npos) parameters.read = ReadPolicy::aligned(std::stod(name.substr(at + 1)));
+    if (at != std::string::npos) parameters.read = recipes::read_policy(name.substr(at + 1));
     ThreadExecutor executor(threads);
     AttentionWorkspace workspace(&executor);
     const Matrix queries = random_rows(1, shape.query_heads * shape.head_dim, 3);
@@ -109,7 +109,7 @@ int main(int count, char** arguments) {
             arguments[kept++] = arguments[i];
     }
     for (const char* recipe :
-         {"key_favored:8:8", "key_favored:8:8@6", "key_favored:8:8@4", "key_favored:8:8@3", "key_favored:4:4",
+         {"fp16", "fp16@published", "fp16@aligned", "key_favored:8:8", "key_favored:8:8@6", "key_favored:8:8@5", "key_favored:8:8@4", "key_favored:8:8@3", "key_favored:4:4",
           "key_favored:4:2", "key_favored:3:3", "key_favored:2:2", "standard", "latent:3:3+heads_together=0",
           "latent:2:2+heads_together=0"}) {
         add(recipe, {32768, 32, 8, 128});

@@ -5,9 +5,9 @@
 //   norms      |K|_F and |V|_F of a calibration text's cache, and 4^-b (the published rule)
 //   weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)
 //   measured   the error of every width on the calibration text's cache, values rotated
-// to any recipe that the fused path reads `@BITS` or `@KEYS:VALUES`, the bits to read in the mean, where they
-// count, or `@fixedBITS`, so many of every code; and to any recipe with latents `@keys=FRACTION`, as in
-// svdq:1.25@keys=1/32: the share of keys that take part.
+// to any recipe that the fused path reads a read policy after an @ (kvplane/recipes.hpp, read_policy()), as in
+// key_favored:8:8@4; and to any recipe with latents `@keys=FRACTION`, as in svdq:1.25@keys=1/32: the share of
+// keys that take part.
 #pragma once
 
 #include <cstdlib>
@@ -74,26 +74,11 @@ class LayerRecipes {
     }
 
     static void read(const std::string& text, const std::string& policy, CachePlan& plan) {
-        char* end = nullptr;
-        if (policy.starts_with("fixed") || (!policy.empty() && policy[0] >= '0' && policy[0] <= '9')) {
-            const bool fixed = policy.starts_with("fixed");
-            const char* const number = policy.c_str() + (fixed ? 5 : 0);
-            const double keys = std::strtod(number, &end);
-            const bool both = end != number && *end == ':';
-            const char* const second = end + 1;
-            const double values = both ? std::strtod(second, &end) : keys;
-            kvplane::require(end != number && (!both || end != second) && *end == '\0' && keys >= 0.0 &&
-                                 values >= 0.0 && keys <= 16.0 && values <= 16.0,
-                             ErrorCode::option, "recipe '", text, "': '", policy,
-                             "', expected bits from 0 to 16, or KEYS:VALUES");
-            plan.read.read = {fixed ? kvplane::ReadPolicy::Kind::fixed : kvplane::ReadPolicy::Kind::aligned,
-                              keys, values};
+        if (!policy.starts_with("keys=")) {
+            plan.read.read = kvplane::recipes::read_policy(policy);
             return;
         }
-        kvplane::require(
-            policy.starts_with("keys="), ErrorCode::option, "recipe '", text, "': '", policy,
-            "', expected a mean of bits to read as 4 or 4:3 (keys, values), fixed4 or fixed4:8, or "
-            "keys=FRACTION");
+        char* end = nullptr;
         const std::string share = policy.substr(5);
         double fraction = std::strtod(share.c_str(), &end);
         if (*end == '/') fraction /= std::strtod(end + 1, &end);

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "kvplane/allocate/key_favored.hpp"
+#include "kvplane/attention/parameters.hpp"
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/error.hpp"
 
@@ -303,6 +304,40 @@ inline CacheRecipe parse(std::string_view text) {
         check.key_head_dim = static_cast<Index>(recipe.latents->groups.size());
     kvplane::detail::require_configuration(check);
     return recipe;
+}
+
+/// A read policy by the name that follows a recipe's after an @:
+///
+///     4, 4:3                  aligned at a mean of so many bits, of keys and of values
+///     fixed4, fixed4:8        so many bits of every code
+///     tolerance=0.01          whatever keeps every head's output within that (ReadPolicy::tolerance)
+///     published, aligned      fp16 by exponents, at the thresholds that AlignedKV ships and that T11 supports
+///
+/// Throws Error (option) saying what is wrong with it.
+inline ReadPolicy read_policy(std::string_view text) {
+    if (text == "published") return ReadPolicy::exponents(AlignmentThresholds::published());
+    if (text == "aligned") return ReadPolicy::exponents(AlignmentThresholds::supported());
+    const auto bad = [&] {
+        fail(ErrorCode::option, "read policy '", text,
+             "', expected 4, 4:3 (mean bits of keys and values), fixed4, fixed4:8, tolerance=0.01, published "
+             "or aligned");
+    };
+    const auto number = [&](std::string_view digits, double most) {
+        double value = 0.0;
+        const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+        if (error != std::errc() || end != digits.data() + digits.size() || !(value >= 0.0 && value <= most))
+            bad();
+        return value;
+    };
+    constexpr std::string_view tolerance = "tolerance=", fixed = "fixed";
+    if (text.starts_with(tolerance))
+        return ReadPolicy::tolerance(number(text.substr(tolerance.size()), fp16_max));
+    const bool is_fixed = text.starts_with(fixed);
+    const auto parts = detail::split(is_fixed ? text.substr(fixed.size()) : text, ':');
+    if (parts.size() > 2) bad();
+    ReadPolicy policy = ReadPolicy::aligned(number(parts.front(), 16.0), number(parts.back(), 16.0));
+    if (is_fixed) policy.kind = ReadPolicy::Kind::fixed;
+    return policy;
 }
 
 }  // namespace kvplane::recipes

@@ -38,8 +38,8 @@ TEST(Alignment, ExponentsAreThoseOfTheLastPlace) {
 /// T11, for every fp16 key and each depth: with the supported thresholds a term read short is off by less
 /// than 2^(E* - 10), and comes near it.
 TEST(Alignment, EveryHalfObeysTheTermBound) {
-    for (const int bits : {8, 12}) {
-        const int below = bits == 8 ? 8 : 4;
+    for (const int bits : {0, 8, 12}) {
+        const int below = bits == 0 ? 12 : bits == 8 ? 8 : 4;
         double nearest = 0.0;
         for (std::uint32_t code = 0; code < 0x10000; ++code) {
             const auto k = std::bit_cast<Eigen::half>(static_cast<std::uint16_t>(code));
@@ -48,8 +48,8 @@ TEST(Alignment, EveryHalfObeysTheTermBound) {
             const int exponent = alignment_exponent(value);
             // The largest query of exponent 0; E* lies `below` above its sum with the key's.
             const double q = 2.0 - 0x1p-10;
-            const double off =
-                q * std::abs(static_cast<double>(value) - static_cast<double>(read_half(k, bits)));
+            const float read = bits == 0 ? 0.0f : read_half(k, bits);
+            const double off = q * std::abs(static_cast<double>(value) - static_cast<double>(read));
             const double bound = theory::aligned_term_bound(exponent + below);
             ASSERT_LT(off, bound) << value << " at " << bits << " bits";
             nearest = std::max(nearest, off / bound);
@@ -88,7 +88,9 @@ TEST(Alignment, ScoresObeyTheBoundAndThePublishedThresholdsDoNot) {
                     off += static_cast<double>(queries(0, c)) *
                            (static_cast<double>(keys(t, c)) -
                             static_cast<double>(
-                                read_half(Eigen::half(keys(t, c)), bits[static_cast<std::size_t>(c)])));
+                                bits[static_cast<std::size_t>(c)] == 0
+                                    ? 0.0f
+                                    : read_half(Eigen::half(keys(t, c)), bits[static_cast<std::size_t>(c)])));
                 off = std::abs(off) / std::sqrt(static_cast<double>(channels));
                 if (published)
                     worst_published = std::max(worst_published, bound > 0.0 ? off / bound : 0.0);
@@ -131,10 +133,11 @@ TEST(Alignment, TheMostDemandingHeadDecides) {
     EXPECT_EQ(aligned_key_bits(queries, ones), (std::vector<int>{16, 16, 16}));
     Matrix weights(1, 4);
     weights << 0.6f, 0.03f, 0.002f, 0.0f;
-    EXPECT_EQ(aligned_value_bits(weights), (std::vector<int>{16, 12, 8, 8}));
+    EXPECT_EQ(aligned_value_bits(weights), (std::vector<int>{16, 12, 8, 0}));
     EXPECT_EQ(aligned_value_bits(weights, AlignmentThresholds::published()), (std::vector<int>{16, 8, 8, 8}));
     refusal(ErrorCode::shape, [&] { aligned_key_bits(queries, Eigen::RowVectorXf::Ones(2)); });
     refusal(ErrorCode::option, [&] { aligned_key_bits(queries, ones, {4, 3}); });
+    refusal(ErrorCode::option, [&] { aligned_key_bits(queries, ones, {4, 8, 7}); });
     refusal(ErrorCode::option, [&] { aligned_value_bits(weights, {-1, 3}); });
 }
 
@@ -222,7 +225,7 @@ TEST(GainHistogram, ReadsWithinTheBudget) {
         gains[6] = std::numeric_limits<float>::max();
         for (const float gain : gains) histogram.add(gain, 7);
         for (const Index budget : {0, 6, 7, 5000, 20999, 21000, 30000}) {
-            const float least = histogram.least(budget);
+            const float least = histogram.least(static_cast<double>(budget));
             const auto read =
                 std::count_if(gains.begin(), gains.end(), [&](float gain) { return gain >= least; });
             ASSERT_LE(7 * read, budget);
@@ -231,6 +234,15 @@ TEST(GainHistogram, ReadsWithinTheBudget) {
                 std::count_if(gains.begin(), gains.end(), [&](float gain) { return gain >= least / 1.07f; });
             if (budget < 21000) {
                 ASSERT_GT(7 * std::max<std::ptrdiff_t>(next, 1), budget - 7) << budget;
+            }
+            // The other way round: what is not read comes to no more than allowed, and nearly to that.
+            const float rest = histogram.least_but(static_cast<double>(budget));
+            const auto below = [&](float end) {
+                return 7 * std::count_if(gains.begin(), gains.end(), [&](float gain) { return gain < end; });
+            };
+            ASSERT_LE(below(rest), budget);
+            if (budget < 21000) {
+                ASSERT_GT(below(rest * 1.07f), budget - 7) << budget;
             }
         }
     }

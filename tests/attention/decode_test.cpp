@@ -319,6 +319,60 @@ TEST(PartialReads, AreThoseOfThePrefix) {
                 }
 }
 
+/// fp16 planes: each unit as TileCoder reads it at that depth, and left out where no plane is read.
+TEST(PartialReads, OfHalfPlanesAreThoseOfTheDecodedTile) {
+    Random random(kvplane_test::seed());
+    FusedScratch scratch(256);
+    for (const TileSide side : {TileSide::keys, TileSide::values})
+        for (const Index channels : {1, 7, 20, 64, 96, 128}) {
+            const bool keys = side == TileSide::keys;
+            const TileFormat format(side, channels, 16, {Granularity::per_token, whole_head});
+            ASSERT_TRUE(keys ? fused_keys(format) : fused_values(format));
+            Matrix values = normal_matrix(tile_tokens, channels, random);
+            values.row(3) *= 1e-6f;  // subnormal, and what fp16 has at its end
+            values.row(4).setConstant(65504.0f);
+            values.row(5).setConstant(-0.0f);
+            const Encoded tile(format, values);
+            std::vector<Matrix> at_depth(4, Matrix::Zero(tile_tokens, channels));
+            TileCoder coder(format);
+            for (int have = 1; have <= 3; ++have)
+                coder.decode(tile.tile.data(), tile_tokens, 4 + 4 * have,
+                             at_depth[static_cast<std::size_t>(have)].data(), channels);
+            EXPECT_EQ(at_depth[3], values.cast<Eigen::half>().cast<float>());
+            for (const int which : {-1, 1, 2, 3}) {
+                std::vector<std::uint8_t> planes(static_cast<std::size_t>(read_units(format)));
+                Matrix read(tile_tokens, channels);
+                for (Index i = 0; i < (keys ? channels : tile_tokens); ++i) {
+                    std::uint8_t& have = planes[static_cast<std::size_t>(i / 8)];
+                    if (i % 8 == 0) have = static_cast<std::uint8_t>(which < 0 ? random() % 4 : which);
+                    if (keys)
+                        read.col(i) = at_depth[have].col(i);
+                    else
+                        read.row(i) = at_depth[have].row(i);
+                }
+                const Index rows = 1 + static_cast<Index>(random() % 8), stride = padded_channels(channels);
+                const Matrix x = normal_matrix(rows, keys ? channels : tile_tokens, random),
+                             exact = keys ? Matrix(x * read.transpose()) : Matrix(x * read),
+                             scale = keys ? Matrix(x.cwiseAbs() * read.cwiseAbs().transpose())
+                                          : Matrix(x.cwiseAbs() * read.cwiseAbs());
+                for_each_isa([&](Isa isa) {
+                    Matrix out = Matrix::Constant(rows, keys ? tile_tokens : stride, 1.0f);
+                    if (keys)
+                        fused_scores(isa, format, tile.tile.data(), tile.tile.data(), x.data(), channels,
+                                     rows, offsets, scratch, out.data(), planes.data());
+                    else
+                        fused_output(isa, format, tile.tile.data(), tile.tile.data(), x.data(), rows, scratch,
+                                     out.data(), stride, planes.data());
+                    const float there = keys ? 0.0f : 1.0f;
+                    for (Index r = 0; r < rows; ++r)
+                        for (Index i = 0; i < exact.cols(); ++i)
+                            ASSERT_LE(std::abs(out(r, i) - there - exact(r, i)), 2e-6f * (1.0f + scale(r, i)))
+                                << channels << " channels, " << which << " at " << i;
+                });
+            }
+        }
+}
+
 TEST(FusedSoftmax, MergesInAnyGrouping) {
     Random random(kvplane_test::seed());
     constexpr float none = -std::numeric_limits<float>::infinity();

@@ -9,6 +9,7 @@
 namespace {
 
 using namespace kvplane;
+using kvplane_test::refusal;
 
 TEST(Recipes, NamesGiveTheRecipes) {
     EXPECT_EQ(recipes::parse("fp16"), recipes::fp16());
@@ -87,6 +88,29 @@ TEST(Recipes, AnAllocationBecomesOneRecipeALayer) {
     EXPECT_EQ(layers[1].values.rule.scheme, Scheme::cell);
     allocation.layers[0].value_bits = 1.58;
     kvplane_test::refusal(ErrorCode::option, [&] { recipes::key_favored(allocation); });
+}
+
+TEST(ReadPolicies, AreReadFromTheirNames) {
+    using Kind = ReadPolicy::Kind;
+    const auto check = [](const char* text, Kind kind, double keys, double values) {
+        const ReadPolicy policy = recipes::read_policy(text);
+        EXPECT_EQ(policy.kind, kind) << text;
+        EXPECT_EQ(policy.key_bits, keys) << text;
+        EXPECT_EQ(policy.value_bits, values) << text;
+    };
+    check("4", Kind::aligned, 4.0, 4.0);
+    check("4.5:3", Kind::aligned, 4.5, 3.0);
+    check("fixed4", Kind::fixed, 4.0, 4.0);
+    check("fixed4:8", Kind::fixed, 4.0, 8.0);
+    check("tolerance=0.25", Kind::tolerance, 16.0, 16.0);
+    EXPECT_EQ(recipes::read_policy("tolerance=0.25").error, 0.25);
+    EXPECT_EQ(recipes::read_policy("published").thresholds, AlignmentThresholds::published());
+    EXPECT_EQ(recipes::read_policy("aligned").thresholds, AlignmentThresholds::supported());
+    for (const char* text : {"", "x", "4:", "4:3:2", "-1", "17", "fixed", "fixed4x", "tolerance", "tolerance=",
+                             "tolerance=-1", "tolerance=nan", "nan", "inf", "publish"})
+        EXPECT_NE(refusal(ErrorCode::option, [&] { recipes::read_policy(text); }).find("expected 4"),
+                  std::string::npos)
+            << text;
 }
 
 }  // namespace

@@ -49,6 +49,7 @@ struct DocumentedSegment {
     std::vector<int> planes;  ///< widths, most significant first
     Index grids, step_at, lower_at;
     std::vector<Index> plane_at;
+    Index exponent_at = 0;  ///< of the largest magnitudes of fp16 keys
 };
 
 /// Where everything stands, from the head comment of tile.hpp.
@@ -65,7 +66,7 @@ struct DocumentedTile {
         for (const ChannelSegment& segment : of_segments) {
             const Index size = segment.channels;
             const int bits = segment.bits;
-            DocumentedSegment s{channels, size, bits, segment.scheme.value_or(rule.scheme), {}, 0, 0, 0, {}};
+            DocumentedSegment s{channels, size, bits, segment.scheme.value_or(rule.scheme), {}, 0, 0, 0, {}, 0};
             s.planes = bits == 16 ? std::vector<int>{8, 4, 4} : planes[static_cast<std::size_t>(bits)];
             if (bits >= 1 && bits <= 8) {
                 s.grids =
@@ -73,6 +74,7 @@ struct DocumentedTile {
                 s.step_at = take(2 * s.grids);
                 if (s.scheme != Scheme::symmetric) s.lower_at = take(2 * s.grids);
             }
+            if (bits == 16 && side == TileSide::keys) s.exponent_at = take((size + 1) / 2 * 2);
             channels += size;
             segments.push_back(s);
         }
@@ -279,6 +281,7 @@ TEST(TileFormat, StatesTrueBits) {
     EXPECT_EQ(bits(TileSide::values, 64, 2, token), 2.5);
     EXPECT_EQ(bits(TileSide::values, 64, 2, {Granularity::per_token, 64, Scheme::symmetric}), 2.25);
     EXPECT_EQ(bits(TileSide::values, 64, 16, token), 16.0);
+    EXPECT_EQ(bits(TileSide::keys, 64, 16, token), 16.0 + 8.0 / 128.0) << "a byte a channel";
     EXPECT_EQ(bits(TileSide::keys, 64, 0, channel), 0.0);
     EXPECT_EQ(bits(TileSide::keys, 72, 4, channel), 4.0 + 320.0 * 8.0 / (128 * 72))
         << "slack counts";
@@ -414,6 +417,7 @@ TEST(TileEncode, PutsGridsAndCodesWhereTheLayoutSays) {
             const auto clear = [&](Index at, Index count) {
                 std::fill_n(tile.begin() + at, count, std::byte{0});
             };
+            if (segment.bits == 16 && c.side == TileSide::keys) clear(segment.exponent_at, segment.channels);
             if (segment.grids > 0) clear(segment.step_at, 2 * segment.grids);
             if (segment.grids > 0 && segment.scheme != Scheme::symmetric)
                 clear(segment.lower_at, 2 * segment.grids);
@@ -509,6 +513,28 @@ TEST(TileDecode, WritesOnlyItsChannels) {
         coder.decode(tile.data(), 50, &wide(1, 4), wide.cols());
         expected.block(1, 4, 50, c.channels()) = expected_values(c, values);
         ASSERT_EQ(differing(wide, expected), 0) << c.text();
+    }
+}
+
+/// fp16 keys keep the exponents of their largest magnitudes, also where tokens come one at a time, and none
+/// of a tile that was there before.
+TEST(TileEncode, KeepsTheLargestExponents) {
+    Random random(kvplane_test::seed());
+    const TileFormat format(TileSide::keys, Segments{{20, 4}, {33, 16}}, {Granularity::per_channel, 128});
+    const TileFormat alone(TileSide::keys, Segments{{33, 16}}, {Granularity::per_token, 128});
+    Matrix values = normal_matrix(128, 53, random);
+    for (Index c = 0; c < 53; ++c) values.col(c) *= std::exp2(static_cast<float>(c % 13 - 9));
+    values.col(30).setZero();
+    Tile tile(static_cast<std::size_t>(format.bytes()), std::byte{255});
+    TileCoder(format).encode(head_rows(values), "keys", 0, 0, 128, 0, tile.data());
+    const Matrix halves = values.rightCols(33);
+    Tile slow(static_cast<std::size_t>(alone.bytes()), std::byte{255});
+    TileCoder coder(alone);
+    for (Index t = 0; t < 128; ++t) coder.encode(head_rows(halves), "keys", 0, t, 1, t, slow.data());
+    for (Index c = 0; c < 33; ++c) {
+        const Eigen::half largest(halves.col(c).cwiseAbs().maxCoeff());
+        EXPECT_EQ(largest_exponents(format.segments()[1], tile.data())[c], largest.x >> 10) << c;
+        EXPECT_EQ(largest_exponents(alone.segments()[0], slow.data())[c], largest.x >> 10) << c;
     }
 }
 

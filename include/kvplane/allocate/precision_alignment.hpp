@@ -4,7 +4,7 @@
 // or an output may be off by is its factor (query, softmax weight) times the width of the cell that was read,
 // so that small factors need few bits. Two rules:
 //
-//   aligned_key_bits, aligned_value_bits   AlignedKV (arXiv 2409.16546): 16, 12 or 8 bits of fp16 by
+//   aligned_key_bits, aligned_value_bits   AlignedKV (arXiv 2409.16546): 16, 12, 8 or no bits of fp16 by
 //   exponents choose_planes                          planes of grids by marginal gain under a budget of bits
 //
 // Query heads that share a key head share its reads: the most demanding head decides (or, for the budget, the
@@ -30,13 +30,18 @@ namespace kvplane {
 
 /// How far below the largest term's exponent a term must lie to be read at 12 and at 8 of 16 bits.
 struct AlignmentThresholds {
+    static constexpr int never = 1000;
+
     int twelve = 4;
     int eight = 8;
+    int none = 12;  ///< not read at all: beyond the paper, which always reads 8 bits
 
     /// What the bound of T11 supports.
-    static constexpr AlignmentThresholds supported() noexcept { return {4, 8}; }
+    static constexpr AlignmentThresholds supported() noexcept { return {4, 8, 12}; }
     /// What the published code ships, where that code differs from its paper: no bound holds.
-    static constexpr AlignmentThresholds published() noexcept { return {1, 2}; }
+    static constexpr AlignmentThresholds published() noexcept { return {1, 2, never}; }
+
+    constexpr bool operator==(const AlignmentThresholds&) const = default;
 };
 
 /// floor(log2 |x|), but -14 for all that is smaller than the smallest normal fp16 number, zero included: the
@@ -48,17 +53,29 @@ inline int alignment_exponent(float x) noexcept {
 namespace detail {
 
 inline void require_thresholds(const AlignmentThresholds& thresholds) {
-    require(thresholds.twelve >= 0 && thresholds.eight >= thresholds.twelve, ErrorCode::option,
-            "alignment thresholds: ", thresholds.twelve, " and ", thresholds.eight,
-            ", expected 0 <= twelve <= eight");
+    require(thresholds.twelve >= 0 && thresholds.eight >= thresholds.twelve &&
+                thresholds.none >= thresholds.eight,
+            ErrorCode::option, "alignment thresholds: ", thresholds.twelve, ", ", thresholds.eight, " and ",
+            thresholds.none, ", expected 0 <= twelve <= eight <= none");
 }
 constexpr int aligned_bits(int below, const AlignmentThresholds& thresholds) noexcept {
+    if (below >= thresholds.none) return 0;
     return below >= thresholds.eight ? 8 : below >= thresholds.twelve ? 12 : 16;
+}
+
+/// Of what has no term at all.
+constexpr int bits_of_nothing(const AlignmentThresholds& thresholds) noexcept {
+    return thresholds.none < AlignmentThresholds::never ? 0 : 8;
+}
+/// The same as planes of {8, 4, 4}.
+constexpr int aligned_planes(int below, const AlignmentThresholds& thresholds) noexcept {
+    const int bits = aligned_bits(below, thresholds);
+    return bits == 0 ? 0 : bits / 4 - 1;
 }
 
 }  // namespace detail
 
-/// Bits to read of each fp16 key channel (16, 12 or 8), for the rows of `queries` (rows x channels: the heads
+/// Bits to read of each fp16 key channel (16, 12, 8 or 0), for the rows of `queries` (rows x channels: the heads
 /// that share a key head). largest: max |k| by channel over the keys in question; the published code takes
 /// the signed maximum, which is too small where keys are mostly negative. A query that is not finite reads
 /// all. Throws Error (shape, option).
@@ -69,7 +86,7 @@ inline std::vector<int> aligned_key_bits(const Matrix& queries,
     require(queries.cols() == largest.size(), ErrorCode::shape, "aligned_key_bits: maxima of ",
             largest.size(), " channels, expected ", queries.cols());
     const Index channels = queries.cols();
-    std::vector<int> bits(static_cast<std::size_t>(channels), 8);
+    std::vector<int> bits(static_cast<std::size_t>(channels), detail::bits_of_nothing(thresholds));
     for (Index r = 0; r < queries.rows(); ++r) {
         if (!queries.row(r).allFinite()) return std::vector<int>(bits.size(), 16);
         int top = std::numeric_limits<int>::min();
@@ -92,7 +109,7 @@ inline std::vector<int> aligned_key_bits(const Matrix& queries,
 inline std::vector<int> aligned_value_bits(const Matrix& weights,
                                            const AlignmentThresholds& thresholds = {}) {
     detail::require_thresholds(thresholds);
-    std::vector<int> bits(static_cast<std::size_t>(weights.cols()), 8);
+    std::vector<int> bits(static_cast<std::size_t>(weights.cols()), detail::bits_of_nothing(thresholds));
     for (Index r = 0; r < weights.rows(); ++r) {
         if (!weights.row(r).allFinite()) return std::vector<int>(bits.size(), 16);
         const float largest = weights.row(r).maxCoeff();
@@ -108,7 +125,8 @@ inline std::vector<int> aligned_value_bits(const Matrix& weights,
 }
 
 /// Channels or tokens that are read to the same depth. Their importance is the sum of squared factors times
-/// steps: what an error of one step in each of them adds to the squared error.
+/// steps: what an error of one step in each of them adds to the squared error. Where a bound is asked for it
+/// is the sum of factors times steps.
 struct ReadUnit {
     float importance;
     PlaneSplit split;
@@ -121,6 +139,16 @@ constexpr float plane_worth(const PlaneSplit& split, int plane) noexcept {
     const int unread = split.shift(plane), width = split[plane];
     return (power_of_two(2 * (unread + width)) - power_of_two(2 * unread)) /
            (12.0f * static_cast<float>(width));
+}
+/// How far a code of which `planes` planes are read lies at most from what it counts as: the middle of what
+/// the unread bits hold, (2^unread - 1) / 2; for fp16, whose fill is a bit pattern, 2^unread / 2.
+constexpr float unread_reach(const PlaneSplit& split, int planes) noexcept {
+    const int unread = split.bits() - split.prefix_bits(planes);
+    return unread == 0 ? 0.0f : 0.5f * (power_of_two(unread) - (split.bits() == 16 ? 0.0f : 1.0f));
+}
+/// What plane `plane` takes off that, for each of its bits.
+constexpr float plane_reach(const PlaneSplit& split, int plane) noexcept {
+    return (unread_reach(split, plane) - unread_reach(split, plane + 1)) / static_cast<float>(split[plane]);
 }
 inline float plane_gain(float importance, float worth) noexcept {
     return importance <= std::numeric_limits<float>::max() / worth ? importance * worth
@@ -158,20 +186,32 @@ inline void choose_planes(std::span<const ReadUnit> units, Index budget, std::sp
     }
 }
 
-/// The same for so many units that sorting would take longer than reading: gains in buckets of a sixteenth of
-/// a power of two, of which the largest that fit are read whole.
+/// The same for so many units that sorting would take longer than reading: planes in buckets by gain, each a
+/// sixteenth of a power of two, of which the largest are read, whole. Amounts are bits, or errors.
 class GainHistogram {
   public:
-    void clear() noexcept { bits_.fill(0); }
-    void add(float gain, Index bits) noexcept { bits_[bucket(gain)] += bits; }
-    /// The least gain that is read if at most `budget` bits are.
-    float least(Index budget) const noexcept {
-        for (std::size_t b = bits_.size(); b-- > 0;) {
-            if (bits_[b] > budget)
-                return b + 1 < bits_.size() ? edge(b + 1) : std::numeric_limits<float>::infinity();
-            budget -= bits_[b];
+    void clear() noexcept { amounts_.fill(0.0); }
+    void add(float gain, double amount) noexcept { amounts_[bucket(gain)] += amount; }
+    /// In any order for whole numbers below 2^53.
+    void add(const GainHistogram& other) noexcept {
+        for (std::size_t b = 0; b < amounts_.size(); ++b) amounts_[b] += other.amounts_[b];
+    }
+    /// The least gain that is read if at most `budget` is.
+    float least(double budget) const noexcept {
+        for (std::size_t b = amounts_.size(); b-- > 0;) {
+            if (amounts_[b] > budget)
+                return b + 1 < amounts_.size() ? edge(b + 1) : std::numeric_limits<float>::infinity();
+            budget -= amounts_[b];
         }
         return 0.0f;
+    }
+    /// The least gain that is read if at most `allowed` is not.
+    float least_but(double allowed) const noexcept {
+        for (std::size_t b = 0; b < amounts_.size(); ++b) {
+            if (amounts_[b] > allowed) return edge(b);
+            allowed -= amounts_[b];
+        }
+        return std::numeric_limits<float>::infinity();
     }
 
   private:
@@ -180,7 +220,7 @@ class GainHistogram {
     static float edge(std::size_t bucket) noexcept {
         return std::bit_cast<float>(static_cast<std::uint32_t>(bucket << 19));
     }
-    std::array<Index, 0x7F800000u / (1u << 19) + 1> bits_{};
+    std::array<double, 0x7F800000u / (1u << 19) + 1> amounts_{};
 };
 
 }  // namespace kvplane

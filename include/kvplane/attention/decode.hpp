@@ -15,6 +15,8 @@
 // factor is so off by at most its largest / 254, or / 65000 on the first plane and / 254 of a sixteenth
 // (T14), and a sum by that times the codes' distances from their middle. A read of part of the planes counts
 // what it leaves out as its middle; where little more than 4 bits are read, 8 bits of a factor are enough.
+// fp16 values in planes {8,4,4} have no grids: they are put together in registers and multiplied as floats
+// (half_planes.hpp), which takes the queries and weights as they are.
 //
 // Everything here is noexcept, allocates nothing, and gives the same integers on every instruction set.
 #pragma once
@@ -31,6 +33,7 @@
 
 #include "kvplane/allocate/precision_alignment.hpp"
 #include "kvplane/attention/dispatch.hpp"
+#include "kvplane/attention/half_planes.hpp"
 #include "kvplane/isa.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/kernels.hpp"
@@ -725,21 +728,64 @@ inline void project(Isa isa, const float* queries, Index query_stride, Index row
     });
 }
 
+/// Sums of x times the fp16 values of one segment, for all its blocks: to[r * to_stride + ...] = more[r], or
+/// without `fresh` what is there, + them. x: rows x channels (keys) or tokens (values), `stride` apart.
+inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Placed& segment,
+                      const std::byte* tile, const std::byte* ahead, const float* x, Index stride, Index rows,
+                      const std::uint8_t* planes, bool fresh, const float* more, FusedScratch& scratch,
+                      float* to, Index to_stride) noexcept {
+    const bool keys = format.side() == TileSide::keys;
+    const Index count = keys ? segment.channels : tile_tokens,
+                units = (count + fused::half_depth - 1) / fused::half_depth,
+                blocks = keys ? tile_tokens / unit_lanes : (segment.channels + unit_lanes - 1) / unit_lanes;
+    if (count % fused::half_depth != 0) {
+        for (Index r = 0; r < rows; ++r) {
+            float* const padded = scratch.rows() + r * scratch.depth();
+            std::copy_n(x + r * stride, count, padded);
+            std::fill(padded + count, padded + units * fused::half_depth, 0.0f);
+        }
+        x = scratch.rows();
+        stride = scratch.depth();
+    }
+    fused::HalfBlock first{};
+    Index block_bytes[3];
+    for (std::size_t p = 0; p < 3; ++p) {
+        first.plane[p] = tile + segment.plane_at[p];
+        first.ahead[p] = ahead + segment.plane_at[p];
+        const Index depth = TileFormat::unit_depth(segment.split.width[p]);
+        block_bytes[p] = (count + depth - 1) / depth * unit_bytes;
+    }
+    run_on(isa, [=](auto lanes) KVPLANE_BODY {
+        fused::by_rows(rows, [=](auto together, Index row) KVPLANE_BODY {
+            fused::HalfBlock block = first;
+            for (Index b = 0; b < blocks; ++b) {
+                fused::half_block<lanes, together>(block, units, x + row * stride, stride, planes, fresh,
+                                                   more ? more + row : nullptr,
+                                                   to + row * to_stride + b * unit_lanes, to_stride);
+                for (int p = 0; p < 3; ++p) {
+                    block.plane[p] += block_bytes[p];
+                    block.ahead[p] += block_bytes[p];
+                }
+            }
+        });
+    });
+}
+
 }  // namespace detail
 
-/// Whether fused_scores() reads tiles of keys of this format: grids per channel, widths 0 to 8.
+/// Whether fused_scores() reads tiles of keys of this format: fp16, or grids per channel.
 inline bool fused_keys(const TileFormat& format) noexcept {
-    if (format.side() != TileSide::keys || format.rule().granularity != Granularity::per_channel)
-        return false;
-    return std::all_of(format.segments().begin(), format.segments().end(),
-                       [](const TileFormat::Placed& s) { return s.bits <= 8; });
+    return format.side() == TileSide::keys &&
+           std::all_of(format.segments().begin(), format.segments().end(), [&](const TileFormat::Placed& s) {
+               return s.bits == 16 || format.rule().granularity == Granularity::per_channel;
+           });
 }
-/// Whether fused_output() reads tiles of values of this format: one segment of 1 to 8 bits, grids per token
-/// over the head or over multiples of 16 channels.
+/// Whether fused_output() reads tiles of values of this format: one segment, of fp16, or of 1 to 8 bits with
+/// grids per token over the head or over multiples of 16 channels.
 inline bool fused_values(const TileFormat& format) noexcept {
-    if (format.side() != TileSide::values || format.rule().granularity != Granularity::per_token)
-        return false;
-    return format.segments().size() == 1 && format.segments()[0].bits >= 1 &&
+    if (format.side() != TileSide::values || format.segments().size() != 1) return false;
+    if (format.segments()[0].bits == 16) return true;
+    return format.rule().granularity == Granularity::per_token && format.segments()[0].bits >= 1 &&
            format.segments()[0].bits <= 8 &&
            (format.rule().group >= format.channels() || format.rule().group % unit_lanes == 0);
 }
@@ -758,12 +804,19 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
     for (const TileFormat::Placed& segment : format.segments()) {
         if (segment.bits == 0) continue;
         const Index channels = segment.channels, depth = detail::fused::padded_depth(channels);
+        const Index unit_depth = read_unit_depth(segment.split),
+                    units = (channels + unit_depth - 1) / unit_depth;
+        if (segment.bits == 16) {
+            detail::half_sums(isa, format, segment, tile, ahead, queries + segment.first_channel, stride,
+                              rows, planes, fresh, fresh ? offsets : nullptr, scratch, scores, tile_tokens);
+            fresh = false;
+            if (planes) planes += units;
+            continue;
+        }
         const bool symmetric = segment.scheme == Scheme::symmetric;
         const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
         const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
         detail::FusedSums sums(scratch, rows, segment.bits > 4 && two_parts);
-        const Index unit_depth = read_unit_depth(segment.split),
-                    units = (channels + unit_depth - 1) / unit_depth;
         for (Index g = 0; g * group < tile_tokens; ++g) {
             sums.factors(isa, segment, queries + segment.first_channel, stride, step + g * channels,
                          symmetric ? nullptr : lower + g * channels, channels, depth);
@@ -790,6 +843,12 @@ inline void fused_output(Isa isa, const TileFormat& format, const std::byte* til
                          const float* weights, Index rows, FusedScratch& scratch, float* output, Index stride,
                          const std::uint8_t* planes = nullptr, bool two_parts = true) noexcept {
     const TileFormat::Placed& segment = format.segments()[0];
+    if (segment.bits == 16) {
+        detail::prefetch_grids(format, ahead);
+        detail::half_sums(isa, format, segment, tile, ahead, weights, tile_tokens, rows, planes, false,
+                          nullptr, scratch, output, stride);
+        return;
+    }
     const Index run = std::min(format.rule().group, segment.channels);
     const bool symmetric = segment.scheme == Scheme::symmetric;
     const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
@@ -810,64 +869,256 @@ inline void fused_output(Isa isa, const TileFormat& format, const std::byte* til
     }
 }
 
-/// What a partial read would cost: for every read unit of a tile of keys its importance, sum over rows and
-/// channels of (q step)^2, in the mean over the tile's groups of tokens. units: read_units(format) of them.
-inline void key_importance(const TileFormat& format, const std::byte* tile, const float* queries,
-                           Index stride, Index rows, ReadUnit* units) noexcept {
-    const Index groups = tile_tokens / format.rule().group;
+// What a partial read loses ------------------------------------------------------------------------------
+
+namespace detail::fused {
+
+/// values[c] = (sum of squares of x over rows, or with `reach` the largest |x|) times (the mean square of a
+/// channel's steps over its groups of tokens, or the largest), for the channels of a segment from `c` on.
+template <int Lanes>
+KVPLANE_INLINE Index importance_by_channel(const float* x, Index stride, Index rows, const Eigen::half* step,
+                                           Index channels, Index groups, bool reach, float* values) {
+    Index c = 0;
+    for (; c + Lanes <= channels; c += Lanes) {
+        Floats<Lanes> factors{}, steps{}, v;
+        for (Index r = 0; r < rows; ++r) {
+            load(v, x + r * stride + c);
+            v = (Floats<Lanes>)((Words<Lanes>)v & 0x7FFFFFFFu);
+            if (reach)
+                factors = factors < v ? v : factors;
+            else
+                factors += v * v;
+        }
+        for (Index g = 0; g < groups; ++g) {
+            widen<Lanes>(v, step + g * channels + c);
+            if (reach)
+                steps = steps < v ? v : steps;
+            else
+                steps += v * v * (1.0f / static_cast<float>(groups));
+        }
+        store(values + c, factors * steps);
+    }
+    return c;
+}
+
+/// The exponents of alignment_exponent(), and -1000 of 0, which has no term.
+template <int Lanes>
+KVPLANE_INLINE void exponents(const float* x, Ints<Lanes>& to) {
+    Ints<Lanes> bits;
+    load(bits, x);
+    bits &= 0x7FFFFFFF;
+    const Ints<Lanes> exponent = (bits >> 23) - 127, least = Ints<Lanes>{} - 14;
+    const Ints<Lanes> some = exponent < least ? least : exponent;
+    to = bits == 0 ? Ints<Lanes>{} - 1000 : some;
+}
+/// below[c]: how far the largest term of channel c lies below the largest of its row, in exponents, for the
+/// row where that is least. of_keys: exponents of the largest |k|, `padded` of them; x likewise padded.
+template <int Lanes>
+KVPLANE_INLINE void exponents_below(const float* x, Index stride, Index rows, const std::int32_t* of_keys,
+                                    Index padded, std::int32_t* below) {
+    for (Index r = 0; r < rows; ++r) {
+        Ints<Lanes> most = Ints<Lanes>{} - 3000, q, k, least;
+        for (Index c = 0; c < padded; c += Lanes) {
+            exponents<Lanes>(x + r * stride + c, q);
+            load(k, of_keys + c);
+            q += k;
+            most = most < q ? q : most;
+        }
+        int top = most[0];
+        for (int i = 1; i < Lanes; ++i) top = std::max<int>(top, most[i]);
+        for (Index c = 0; c < padded; c += Lanes) {
+            exponents<Lanes>(x + r * stride + c, q);
+            load(k, of_keys + c);
+            q = top - (q + k);
+            if (r > 0) {
+                load(least, below + c);
+                q = least < q ? least : q;
+            }
+            store(below + c, q);
+        }
+    }
+}
+
+/// Of 8 lanes after another their sum or largest: to[i] of x[8 i ... 8 i + 8), 128 of them.
+template <int Lanes, class Combine, class Value>
+KVPLANE_INLINE void by_eight(const Combine& combine, const Value& value, float* to) {
+    constexpr int group = Lanes < 8 ? Lanes : 8;
+    for (Index t = 0; t < tile_tokens; t += Lanes < 8 ? 8 : Lanes) {
+        Floats<Lanes> x, more;
+        value(t, x);
+        if constexpr (Lanes < 8) {
+            value(t + Lanes, more);
+            combine(x, x, more);
+        }
+        fold_lanes<Lanes, group>(x, combine, std::make_index_sequence<Lanes>{});
+        for (int i = 0; i < (Lanes + 7) / 8; ++i) to[t / 8 + i] = x[i * group];
+    }
+}
+
+}  // namespace detail::fused
+
+/// How much every read unit of a tile of keys counts for some rows of queries: the sum over rows and channels
+/// of (q step)^2, in the mean over the tile's groups of tokens; with `reach` the sum over channels of the
+/// largest |q| times the largest step, which bounds what one step makes of a score. Of fp16 a step is the
+/// last place of a channel's largest magnitude. units: read_units(format) of them.
+inline void key_importance(Isa isa, const TileFormat& format, const std::byte* tile, const float* queries,
+                           Index stride, Index rows, bool reach, FusedScratch& scratch,
+                           ReadUnit* units) noexcept {
+    float* const values = scratch.folded();
     for (const TileFormat::Placed& s : format.segments()) {
         if (s.bits == 0) continue;
+        const float* const x = queries + s.first_channel;
         const auto* step = reinterpret_cast<const Eigen::half*>(tile + s.step_at);
+        const Index groups = s.bits == 16 ? 0 : tile_tokens / format.rule().group;
+        Index c = 0;
+        if (groups > 0)
+            run_on(isa, [&](auto lanes) KVPLANE_BODY {
+                c = detail::fused::importance_by_channel<lanes>(x, stride, rows, step, s.channels, groups,
+                                                                reach, values);
+            });
+        for (; c < s.channels; ++c) {
+            float factors = 0.0f, steps = 0.0f;
+            for (Index r = 0; r < rows; ++r) {
+                const float q = std::abs(x[r * stride + c]);
+                factors = reach ? std::max(factors, q) : factors + q * q;
+            }
+            for (Index g = 0; g < groups; ++g) {
+                const auto width = static_cast<float>(step[g * s.channels + c]);
+                steps = reach ? std::max(steps, width) : steps + width * width / static_cast<float>(groups);
+            }
+            if (s.bits == 16) {
+                steps = power_of_two(std::max<int>(largest_exponents(s, tile)[c], 1) - 25);
+                if (!reach) steps *= steps;
+            }
+            values[c] = factors * steps;
+        }
         const Index depth = read_unit_depth(s.split);
         for (Index first = 0; first < s.channels; first += depth) {
             const Index end = std::min(first + depth, s.channels);
             float sum = 0.0f;
-            for (Index c = first; c < end; ++c) {
-                float squares = 0.0f, steps = 0.0f;
-                for (Index r = 0; r < rows; ++r) {
-                    const float q = queries[r * stride + s.first_channel + c];
-                    squares += q * q;
-                }
-                for (Index g = 0; g < groups; ++g) {
-                    const auto width = static_cast<float>(step[g * s.channels + c]);
-                    steps += width * width;
-                }
-                sum += squares * steps;
-            }
-            *units++ = {sum / static_cast<float>(groups), s.split, static_cast<int>(end - first)};
+            for (c = first; c < end; ++c) sum += values[c];
+            *units++ = {sum, s.split, static_cast<int>(end - first)};
         }
     }
 }
-/// Likewise of values: sum over rows, tokens and channels of (norms[r] weight step)^2. importance:
-/// read_units(format).
-inline void value_importance(Isa isa, const TileFormat& format, const std::byte* tile, const float* weights,
-                             const float* norms, Index rows, float* importance) noexcept {
-    const TileFormat::Placed& s = format.segments()[0];
-    const auto* step = reinterpret_cast<const Eigen::half*>(tile + s.step_at);
-    const Index run = std::min(format.rule().group, s.channels), depth = read_unit_depth(s.split);
-    alignas(64) float token[tile_tokens] = {};
-    const Index groups = (s.channels + run - 1) / run;
-    run_on(isa, [&, rows](auto lanes) KVPLANE_BODY {
-        using detail::quantize::Floats;
-        for (Index t = 0; t < tile_tokens; t += lanes) {
-            Floats<lanes> steps{}, squares{}, x;
-            for (Index g = 0; g < groups; ++g) {
-                detail::quantize::widen<lanes>(x, step + g * tile_tokens + t);
-                steps += x * x * static_cast<float>(std::min(run, s.channels - g * run));
-            }
+
+/// Planes of fp16 keys by the exponents of queries and largest magnitudes (aligned_key_bits(), for units);
+/// all planes of what has grids.
+inline void align_keys(Isa isa, const TileFormat& format, const std::byte* tile, const float* queries,
+                       Index stride, Index rows, const AlignmentThresholds& thresholds, FusedScratch& scratch,
+                       std::uint8_t* planes) noexcept {
+    for (const TileFormat::Placed& s : format.segments()) {
+        if (s.bits == 0) continue;
+        const Index depth = read_unit_depth(s.split), units = (s.channels + depth - 1) / depth,
+                    padded = padded_channels(s.channels);
+        if (s.bits != 16) {
+            std::fill_n(planes, units, static_cast<std::uint8_t>(s.split.count));
+            planes += units;
+            continue;
+        }
+        std::int32_t *const of_keys = scratch.sums(), *const below = of_keys + padded;
+        const std::uint8_t* const fields = largest_exponents(s, tile);
+        for (Index c = 0; c < s.channels; ++c) of_keys[c] = std::max<int>(fields[c], 1) - 15;
+        std::fill(of_keys + s.channels, of_keys + padded, 0);
+        const float* x = queries + s.first_channel;
+        if (padded != s.channels) {
             for (Index r = 0; r < rows; ++r) {
-                detail::quantize::load(x, weights + r * tile_tokens + t);
-                x *= norms[r];
-                squares += x * x;
+                float* const row = scratch.rows() + r * scratch.depth();
+                std::copy_n(x + r * stride, s.channels, row);
+                std::fill(row + s.channels, row + padded, 0.0f);
             }
-            detail::quantize::store(token + t, squares * steps);
+            x = scratch.rows();
+            stride = scratch.depth();
+        }
+        run_on(isa, [=](auto lanes) KVPLANE_BODY {
+            detail::fused::exponents_below<lanes>(x, stride, rows, of_keys, padded, below);
+        });
+        for (Index u = 0; u < units; ++u) {
+            const std::int32_t* const first = below + u * depth;
+            const std::int32_t least = *std::min_element(first, first + std::min(depth, s.channels - u * depth));
+            *planes++ = static_cast<std::uint8_t>(detail::aligned_planes(least, thresholds));
+        }
+    }
+}
+
+/// Of every token of a tile of values, the sum over channels of the squared step (its root, with `reach`);
+/// and the largest norm that its grids can hold, over all tokens. largest: of the magnitudes of all values, which fp16 goes by.
+inline float value_steps(Isa isa, const TileFormat& format, const std::byte* tile, float largest,
+                         bool reach, float* squares) noexcept {
+    const TileFormat::Placed& s = format.segments()[0];
+    if (s.bits == 16) {
+        const float step = largest * 0x1p-10f, size = static_cast<float>(s.channels);
+        std::fill_n(squares, tile_tokens, reach ? step * std::sqrt(size) : step * step * size);
+        return largest * std::sqrt(size);
+    }
+    const auto* step = reinterpret_cast<const Eigen::half*>(tile + s.step_at);
+    const auto* lower = s.scheme == Scheme::symmetric
+                            ? nullptr
+                            : reinterpret_cast<const Eigen::half*>(tile + s.lower_at);
+    const Index run = std::min(format.rule().group, s.channels), groups = (s.channels + run - 1) / run;
+    const float cells = power_of_two(s.bits);
+    float most = 0.0f;
+    run_on(isa, [&](auto lanes) KVPLANE_BODY {
+        using namespace detail::fused;
+        Floats<lanes> top{};
+        for (Index t = 0; t < tile_tokens; t += lanes) {
+            Floats<lanes> sum{}, norm{}, x, low;
+            for (Index g = 0; g < groups; ++g) {
+                const auto size = static_cast<float>(std::min(run, s.channels - g * run));
+                widen<lanes>(x, step + g * tile_tokens + t);
+                sum += x * x * size;
+                if (lower)
+                    widen<lanes>(low, lower + g * tile_tokens + t);
+                else
+                    low = x * (-0.5f * cells - 0.5f);
+                const Floats<lanes> high = low + x * cells, a = low * low, b = high * high;
+                norm += (a < b ? b : a) * size;
+            }
+            store(squares + t, sum);
+            top = top < norm ? norm : top;
+        }
+        for (int i = 0; i < lanes; ++i) most = std::max(most, top[i]);
+    });
+    if (reach)
+        for (Index t = 0; t < tile_tokens; ++t) squares[t] = std::sqrt(squares[t]);
+    return std::sqrt(most);
+}
+
+/// What the tokens of a read unit weigh, row by row: the sum of weight^2 steps, of weight steps (as
+/// value_steps() gives them), or the largest weight.
+enum class UnitWeight { squares, reach, largest };
+inline void unit_weights(Isa isa, const float* weights, Index rows, const float* steps, UnitWeight kind,
+                         Index depth, float* units) noexcept {
+    run_on(isa, [=](auto lanes) KVPLANE_BODY {
+        using namespace detail::fused;
+        constexpr Index eighths = tile_tokens / 8;
+        for (Index r = 0; r < rows; ++r) {
+            const float* const row = weights + r * tile_tokens;
+            float eights[eighths];
+            if (kind == UnitWeight::largest)
+                by_eight<lanes>(larger, [=](Index t, Floats<lanes>& x) KVPLANE_BODY { load(x, row + t); },
+                                eights);
+            else
+                by_eight<lanes>(plus,
+                                [=](Index t, Floats<lanes>& x) KVPLANE_BODY {
+                                    Floats<lanes> by;
+                                    load(x, row + t);
+                                    load(by, steps + t);
+                                    x *= kind == UnitWeight::squares ? x * by : by;
+                                },
+                                eights);
+            const Index together = depth / 8;
+            for (Index u = 0; u < eighths / together; ++u) {
+                float sum = eights[u * together];
+                for (Index i = u * together + 1; i < (u + 1) * together; ++i)
+                    sum = kind == UnitWeight::largest ? std::max(sum, eights[i]) : sum + eights[i];
+                units[r * (eighths / together) + u] = sum;
+            }
         }
     });
-    for (Index u = 0; u < tile_tokens / depth; ++u) {
-        importance[u] = 0.0f;
-        for (Index t = u * depth; t < (u + 1) * depth; ++t) importance[u] += token[t];
-    }
 }
+
+// ---------------------------------------------------------------------------------------------------------
 
 /// What some tokens contribute to the attention of a few rows: exp(score - largest) summed, and times values.
 /// Contributions merge in any grouping (flash decoding); for equal results, always in the same one.
@@ -877,16 +1128,6 @@ struct PartialAttention {
     float* output;   ///< rows x stride
     Index stride;    ///< channels padded to whole 16s
 };
-
-/// The largest of what is there and of 128 scores, by row.
-inline void raise_largest(Isa isa, const float* scores, Index rows, float* largest) noexcept {
-    run_on(isa, [=](auto lanes) KVPLANE_BODY {
-        detail::fused::by_rows(rows, [=](auto together, Index first) KVPLANE_BODY {
-            detail::fused::raise_rows<lanes, together>(scores + first * tile_tokens, tile_tokens,
-                                                       largest + first, largest + first);
-        });
-    });
-}
 
 /// Turns the scores of `count` tokens (a multiple of 16; -infinity: not seen) into weights, and scales down
 /// what is there where a larger score has come. scores: rows, 128 apart.

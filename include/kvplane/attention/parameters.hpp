@@ -5,29 +5,39 @@
 #include <limits>
 #include <span>
 
+#include "kvplane/allocate/precision_alignment.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/matrix.hpp"
 
 namespace kvplane {
 
-/// How much of what is stored a read takes: planes, most significant first, of what is quantized to more than
-/// one. One cache serves every policy.
+/// How much of what is stored a read takes: planes, most significant first. One cache serves every policy.
 struct ReadPolicy {
     enum class Kind {
         all,
-        fixed,   ///< of every code as many planes as fit into so many bits
-        aligned  ///< so many bits in the mean, where the query and the softmax weights make them count
+        fixed,      ///< of every code as many planes as fit into so many bits
+        aligned,    ///< so many bits in the mean, where the query and the softmax weights make them count
+        tolerance,  ///< what keeps every head's output within an error, by T13 (theory/bounds.hpp)
+        exponents   ///< of fp16, by T11: AlignedKV (arXiv 2409.16546)
     };
     Kind kind = Kind::all;
     double key_bits = 16.0, value_bits = 16.0;
+    /// |o - o'|_2 / max |v|_2 of a head: o of a read of everything, the largest value that the head's grids
+    /// can hold. 0 reads all that has a part in the output.
+    double error = 0.0;
+    AlignmentThresholds thresholds = {};
 
     static constexpr ReadPolicy all() noexcept { return {}; }
-    static constexpr ReadPolicy fixed(double bits) noexcept { return {Kind::fixed, bits, bits}; }
-    static constexpr ReadPolicy aligned(double mean_bits) noexcept {
-        return {Kind::aligned, mean_bits, mean_bits};
-    }
+    static constexpr ReadPolicy fixed(double bits) noexcept { return {Kind::fixed, bits, bits, 0.0, {}}; }
+    static constexpr ReadPolicy aligned(double mean_bits) noexcept { return aligned(mean_bits, mean_bits); }
     static constexpr ReadPolicy aligned(double mean_key_bits, double mean_value_bits) noexcept {
-        return {Kind::aligned, mean_key_bits, mean_value_bits};
+        return {Kind::aligned, mean_key_bits, mean_value_bits, 0.0, {}};
+    }
+    static constexpr ReadPolicy tolerance(double error) noexcept {
+        return {Kind::tolerance, 16.0, 16.0, error, {}};
+    }
+    static constexpr ReadPolicy exponents(const AlignmentThresholds& thresholds = {}) noexcept {
+        return {Kind::exponents, 16.0, 16.0, 0.0, thresholds};
     }
 };
 
@@ -50,8 +60,8 @@ struct AttentionParameters {
     /// the leading latents. Sinks and recent tokens always do. Below 1 for recipes with latents alone.
     double key_fraction = 1.0;
     Index selection_latents = 0;  ///< how many latents of a part choose; 0: a quarter of the part's channels
-    /// For up to 8 query tokens and recipes of the fused path; other recipes refuse all but `all`, and more
-    /// query tokens read all.
+    /// For up to 8 query tokens and recipes of the fused path; other recipes refuse all but `all`. More query
+    /// tokens read all, and so do queries that are not finite.
     ReadPolicy read = {};
 };
 
@@ -68,11 +78,14 @@ inline void require_parameters(const AttentionParameters& parameters, Index quer
         parameters.key_fraction > 0.0 && parameters.key_fraction <= 1.0 && parameters.selection_latents >= 0,
         ErrorCode::option, "attention: a key_fraction of ", parameters.key_fraction, " chosen by ",
         parameters.selection_latents, " latents, expected above 0 and at most 1, and 0 or more");
-    require(parameters.read.kind == ReadPolicy::Kind::all ||
-                (parameters.read.key_bits >= 0.0 && parameters.read.key_bits <= 16.0 &&
-                 parameters.read.value_bits >= 0.0 && parameters.read.value_bits <= 16.0),
-            ErrorCode::option, "attention: reads of ", parameters.read.key_bits, " bits of keys and ",
-            parameters.read.value_bits, " of values, expected 0 to 16");
+    const ReadPolicy& read = parameters.read;
+    require(read.kind == ReadPolicy::Kind::all || (read.key_bits >= 0.0 && read.key_bits <= 16.0 &&
+                                                   read.value_bits >= 0.0 && read.value_bits <= 16.0),
+            ErrorCode::option, "attention: reads of ", read.key_bits, " bits of keys and ", read.value_bits,
+            " of values, expected 0 to 16");
+    require(read.error >= 0.0 && std::isfinite(read.error), ErrorCode::option, "attention: a tolerance of ",
+            read.error, ", expected a finite number, 0 or more");
+    require_thresholds(read.thresholds);
     require(parameters.sliding_window >= 0 && parameters.sinks >= 0, ErrorCode::option,
             "attention: a sliding window of ", parameters.sliding_window, " with ", parameters.sinks,
             " sinks, expected neither below 0");

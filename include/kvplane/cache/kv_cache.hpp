@@ -53,11 +53,16 @@ namespace detail {
 struct CacheContent;
 }
 
-/// What an attention read of the packed tokens, in the mean over their elements (of latents, those that have
-/// bits), grids aside; 0 where it read none.
+/// What an attention read of the packed tokens.
 struct ReadReport {
+    /// In the mean over their elements (of latents, those that have bits), grids aside; 0 where it read none.
     double key_bits = 0.0;
     double value_bits = 0.0;
+    /// With ReadPolicy::tolerance, what T13 guarantees: the largest |o - o'|_2 of a head and query token, o
+    /// the output of a read of everything; and that by the largest norm of a value that the head's grids can
+    /// hold, at most the tolerance. Both up to the rounding of factors (T14). Else 0.
+    double error_bound = 0.0;
+    double relative_error_bound = 0.0;
 };
 
 /// Memory that attention works in, and who runs it. Kept from call to call, so that a call of a shape that
@@ -85,11 +90,18 @@ class AttentionWorkspace {
     ReadReport report_;
     std::vector<std::array<Index, 2>> bits_,
         elements_;  ///< that parts of the sequence read, by part and head
-    // Of aligned reads: scores and then weights, by tile, row and token; planes of keys by part and block of
-    // rows; importance of values by tile, block of rows and unit; what is read of it, by block; 1 / sum of
-    // weights, by row.
-    std::vector<float> scores_, importance_, least_, norms_;
+    // Of reads by weight. weights_: relative to the largest score so far, tops_, by tile, row (and token);
+    // units_: what they come to in every read unit of values, by tile, row and unit; importance_: of all
+    // rows together, by tile, block of rows and unit; least_: the least gain that is read, by block; norms_:
+    // 1 / sum of weights, by row, relative to all_tops_.
+    std::vector<float> weights_, tops_, units_, importance_, least_, norms_, all_tops_;
+    std::vector<ReadUnit> key_units_;  ///< of all parts, and the planes that a budget gives them
     std::vector<std::uint8_t> key_planes_;
+    std::vector<std::uint16_t> key_order_;
+    // For the certificate: errors of scores and of values by part of the sequence and block of rows; the
+    // largest norm of a value by part and head.
+    std::vector<double> score_errors_, value_errors_;
+    std::vector<float> value_norms_;
 };
 
 /// Bounds of |x - x'| over all stored elements, in the frame in which they are stored (rotated, where the
@@ -370,6 +382,10 @@ class KvCache {
             parameters.read.kind == ReadPolicy::Kind::all || !state_.layout || reads_planes(*state_.layout),
             ErrorCode::option, "attend: recipe '", recipe().name,
             "' is not read by planes; expected ReadPolicy::all()");
+        require(parameters.read.kind != ReadPolicy::Kind::exponents || recipe().values.bits == 16 ||
+                    (!recipe().latents && recipe().keys.bits == 16),
+                ErrorCode::option, "attend: recipe '", recipe().name,
+                "' holds no fp16 to be read by exponents; expected fp16 keys or values, or another policy");
     }
     void require_sparse(const AttentionParameters& parameters) const {
         require(parameters.key_fraction >= 1.0 || recipe().latents, ErrorCode::option, "attend: recipe '",
@@ -1163,20 +1179,24 @@ class KvCache::Fused {
         work_.rules_.clear();
         work_.bits_.assign(static_cast<std::size_t>(chunks_ * heads_), {0, 0});
         work_.elements_.assign(work_.bits_.size(), {0, 0});
-        if (aligned() && chunks_ > 0) reserve_aligned();
+        if (by_weight() && chunks_ > 0) reserve_by_weight();
     }
 
     template <CacheScalar Scalar>
     void take(const HeadRows<Scalar>& queries, const AttentionParameters& parameters) noexcept {
+        bool finite = true;
         for (Index head = 0; head < queries.heads(); ++head) {
             work_.rules_.emplace_back(parameters, head, query_tokens_, key_dim_);
             const float scale = work_.rules_.back().plain() ? work_.rules_.back().scale() : 1.0f;
             for (Index i = 0; i < query_tokens_; ++i) {
                 float* const row = work_.plain_.data() + (head * query_tokens_ + i) * key_dim_;
-                for (Index c = 0; c < key_dim_; ++c)
+                for (Index c = 0; c < key_dim_; ++c) {
                     row[c] = scale * static_cast<float>(*queries.at(head, i, c));
+                    finite = finite && std::isfinite(row[c]);
+                }
             }
         }
+        if (!finite) policy_ = ReadPolicy::all();
         std::copy(work_.plain_.begin(), work_.plain_.end(), work_.rotated_.begin());
         if (cache_.recipe().keys.rotate)
             for (Index r = 0; r < rows_; ++r)
@@ -1195,13 +1215,13 @@ class KvCache::Fused {
 
     void run() noexcept {
         const Index tile_items = chunks_ * across();
+        const bool in_two = by_weight() && chunks_ > 0;
+        if (in_two && policy_.kind == ReadPolicy::Kind::aligned) plan_keys();
         each<&Fused::process>(tile_items + heads_);
-        if (aligned() && chunks_ > 0) {
+        if (in_two) {
             // Which values count is known when all scores are.
-            share_largest();
-            each<&Fused::weigh>(tile_items);
             take_norms();
-            each<&Fused::allocate>(heads_ * row_blocks());
+            if (policy_.kind != ReadPolicy::Kind::exponents) choose_values();
             each<&Fused::add_values>(tile_items);
         }
         report();
@@ -1240,10 +1260,15 @@ class KvCache::Fused {
     /// Items of tiles for each chunk: one a head, or one for all.
     Index across() const noexcept { return together_ ? 1 : heads_; }
     Index row_blocks() const noexcept { return (block_ + fused_rows - 1) / fused_rows; }
-    bool aligned() const noexcept { return policy_.kind == ReadPolicy::Kind::aligned; }
+    /// Whether values are read to depths that depend on all weights, so after all scores.
+    bool by_weight() const noexcept {
+        return policy_.kind != ReadPolicy::Kind::all && policy_.kind != ReadPolicy::Kind::fixed;
+    }
+    bool bounded() const noexcept { return policy_.kind == ReadPolicy::Kind::tolerance; }
     bool hidden(const Tile& tile) const noexcept {
         return tile.first >= cache_.recipe().sink_tokens && tile.first + tile.tokens <= cache_.state_.dropped;
     }
+    Index tile_count() const noexcept { return static_cast<Index>(cache_.state_.tiles.size()); }
     const Tile& tile(Index t) const noexcept { return cache_.state_.tiles[static_cast<std::size_t>(t)]; }
     const std::byte* values(const Tile& tile, Index head) const noexcept {
         return tile.page.data() + cache_.state_.layout->value_at[static_cast<std::size_t>(head)];
@@ -1322,22 +1347,16 @@ class KvCache::Fused {
             stride = scratch.depth();
             queries = scratch.projected() + place * rows * stride;
         }
-        float* const scores = aligned() ? scores_of(t, row) : scratch.scores();
-        const std::uint8_t* planes = nullptr;
-        if (aligned())
-            planes = key_planes(format, keys(tile, key_part), queries, stride, row, rows, chunk, t, scratch);
-        else if (policy_.kind == ReadPolicy::Kind::fixed)
-            planes = fixed_planes(format, policy_.key_bits, scratch);
+        float* const scores = by_weight() ? weights_of(t, row) : scratch.scores();
+        const std::uint8_t* planes =
+            key_planes(format, keys(tile, key_part), key_part, queries, stride, row, rows, chunk, scratch);
         fused_scores(isa_, format, keys(tile, key_part), keys(next, key_part), queries, stride, rows, offsets,
                      scratch, scores, planes, two_parts(policy_.key_bits));
         count_read(format, planes, chunk, head, 0);
         apply(row, rows, tile.first, tile.tokens, tile_tokens, scores);
         const PartialAttention to = part(chunk, row);
-        if (aligned()) {
-            raise_largest(isa_, scores, rows, to.largest);
-            return;
-        }
         fused_softmax(isa_, scores, tile_tokens, rows, to);
+        if (by_weight()) return note_weights(t, head, row, rows, chunk, scratch);
         planes = policy_.kind == ReadPolicy::Kind::fixed
                      ? fixed_planes(layout.values, policy_.value_bits, scratch)
                      : nullptr;
@@ -1349,7 +1368,10 @@ class KvCache::Fused {
     // Partial reads ----------------------------------------------------------------------------------------
 
     /// Where little more than 4 bits are read, their own error is larger than that of factors of 8 bits.
-    bool two_parts(double bits) const noexcept { return !aligned() || bits > 5.0; }
+    bool two_parts(double bits) const noexcept {
+        return policy_.kind != ReadPolicy::Kind::aligned || bits > 5.0;
+    }
+    Index blocks() const noexcept { return heads_ * row_blocks(); }
     Index value_units() const noexcept { return read_units(cache_.state_.layout->values); }
     Index key_units() const noexcept {
         Index most = 0;
@@ -1358,26 +1380,65 @@ class KvCache::Fused {
             most = std::max(most, read_units(layout.key_format(p)));
         return most;
     }
-    void reserve_aligned() {
+    void reserve_by_weight() {
         const auto tiles = static_cast<std::size_t>(cache_.state_.tiles.size()),
-                   rows = static_cast<std::size_t>(rows_),
-                   blocks = static_cast<std::size_t>(heads_ * row_blocks());
-        work_.scores_.resize(tiles * rows * tile_tokens);
-        work_.importance_.resize(tiles * blocks * static_cast<std::size_t>(value_units()));
-        work_.least_.resize(blocks);
+                   rows = static_cast<std::size_t>(rows_), all_blocks = static_cast<std::size_t>(blocks()),
+                   units = static_cast<std::size_t>(value_units()),
+                   chunks = static_cast<std::size_t>(chunks_);
+        work_.weights_.resize(tiles * rows * tile_tokens);
+        work_.tops_.resize(tiles * rows);
+        work_.units_.resize(tiles * rows * units);
+        work_.importance_.resize(tiles * all_blocks * units);
+        work_.least_.resize(all_blocks);
         work_.norms_.resize(rows);
-        work_.key_planes_.resize(static_cast<std::size_t>(chunks_ * key_units()) * blocks);
+        work_.all_tops_.resize(rows);
+        const std::size_t of_keys =
+            cache_.state_.layout->key_at.size() * static_cast<std::size_t>(key_units());
+        work_.key_units_.resize(of_keys);
+        work_.key_planes_.resize(of_keys);
+        work_.key_order_.resize(3 * of_keys);
+        work_.score_errors_.assign(chunks * all_blocks, 0.0);
+        work_.value_errors_.assign(chunks * all_blocks, 0.0);
+        work_.value_norms_.assign((chunks + 1) * static_cast<std::size_t>(heads_), 0.0f);
     }
-    float* scores_of(Index t, Index row) noexcept {
-        return work_.scores_.data() + (t * rows_ + row) * tile_tokens;
+    float* weights_of(Index t, Index row) noexcept {
+        return work_.weights_.data() + (t * rows_ + row) * tile_tokens;
+    }
+    float* tops_of(Index t, Index row) noexcept { return work_.tops_.data() + t * rows_ + row; }
+    float* units_of(Index t, Index row) noexcept {
+        return work_.units_.data() + (t * rows_ + row) * value_units();
     }
     Index block_of(Index row) const noexcept {
         return row / block_ * row_blocks() + row % block_ / fused_rows;
     }
     float* importance_of(Index t, Index block) noexcept {
-        return work_.importance_.data() + (t * heads_ * row_blocks() + block) * value_units();
+        return work_.importance_.data() + (t * blocks() + block) * value_units();
     }
+    float& value_norm(Index chunk, Index head) noexcept {
+        return work_.value_norms_[static_cast<std::size_t>(chunk * heads_ + head)];
+    }
+    float largest_value() const noexcept { return static_cast<float>(cache_.state_.largest[1]); }
 
+    /// How much of a tile of keys is read; nullptr: all.
+    const std::uint8_t* key_planes(const TileFormat& format, const std::byte* tile, Index part,
+                                   const float* queries, Index stride, Index row, Index rows, Index chunk,
+                                   FusedScratch& scratch) noexcept {
+        switch (policy_.kind) {
+            case ReadPolicy::Kind::fixed:
+                return fixed_planes(format, policy_.key_bits, scratch);
+            case ReadPolicy::Kind::aligned:
+                return work_.key_planes_.data() + part * key_units();
+            case ReadPolicy::Kind::exponents:
+                align_keys(isa_, format, tile, queries, stride, rows, policy_.thresholds, scratch,
+                           scratch.planes().data());
+                return scratch.planes().data();
+            case ReadPolicy::Kind::tolerance:
+                return bounded_planes(format, tile, queries, stride, row, rows, chunk, scratch);
+            case ReadPolicy::Kind::all:
+                break;
+        }
+        return nullptr;
+    }
     /// As many planes as fit into `bits`, of every unit.
     const std::uint8_t* fixed_planes(const TileFormat& format, double bits,
                                      FusedScratch& scratch) const noexcept {
@@ -1393,23 +1454,94 @@ class KvCache::Fused {
         }
         return scratch.planes().data();
     }
-    /// The planes of keys by budget: chosen for the first tile of a chunk and kept for it, for steps change
-    /// little from tile to tile; for latents, whose queries change, tile by tile.
-    const std::uint8_t* key_planes(const TileFormat& format, const std::byte* tile, const float* queries,
-                                   Index stride, Index row, Index rows, Index chunk, Index t,
-                                   FusedScratch& scratch) noexcept {
-        const auto units = static_cast<std::size_t>(read_units(format));
-        std::uint8_t* const planes =
-            work_.key_planes_.data() + (chunk * heads_ * row_blocks() + block_of(row)) * key_units();
-        if (t % chunk_tiles != 0 && !cache_.state_.layout->latent && !hidden(this->tile(t - 1)))
-            return planes;
-        key_importance(format, tile, queries, stride, rows, scratch.read_units().data());
+    /// The planes of all keys by budget, T12 over the channels (or latents) of all heads: from the first tile
+    /// of every chunk, for steps and queries change little from tile to tile.
+    void plan_keys() noexcept {
+        FusedScratch& scratch = work_.scratch_[0];
+        const TileLayout& layout = *cache_.state_.layout;
+        const bool latent = layout.latent != nullptr;
+        const Index parts = static_cast<Index>(layout.key_at.size());
+        std::fill(work_.key_units_.begin(), work_.key_units_.end(), ReadUnit{0.0f, {}, 0});
+        for (Index chunk = 0; chunk < chunks_; ++chunk) {
+            const Work all{chunk, 0, heads_, chunk * chunk_tiles,
+                           std::min((chunk + 1) * chunk_tiles, tile_count())};
+            Index t = all.begin;
+            while (t < all.end && hidden(tile(t))) ++t;
+            if (t == all.end) continue;
+            if (latent) turn_to(t, 1, false, scratch);
+            for_blocks(all, [&](Index head, Index row, Index rows) {
+                const Index part = latent ? layout.latent->part_of_head(head) : head;
+                const float* queries = work_.rotated_.data() + row * key_dim_;
+                Index stride = key_dim_;
+                std::array<float, fused_rows> offsets{};
+                if (latent) {
+                    project(head, row, rows, 1, offsets.data(), scratch);
+                    queries = scratch.projected();
+                    stride = scratch.depth();
+                }
+                const TileFormat& format = layout.key_format(part);
+                const std::span<ReadUnit> units = scratch.read_units();
+                key_importance(isa_, format, keys(tile(t), part), queries, stride, rows, false, scratch,
+                               units.data());
+                ReadUnit* const to = work_.key_units_.data() + part * key_units();
+                for (Index u = 0; u < read_units(format); ++u) {
+                    const ReadUnit& unit = units[static_cast<std::size_t>(u)];
+                    to[u] = {to[u].importance + unit.importance, unit.split, unit.size};
+                }
+            });
+        }
         Index channels = 0;
-        for (std::size_t u = 0; u < units; ++u) channels += scratch.read_units()[u].size;
-        choose_planes(scratch.read_units().first(units),
+        for (Index p = 0; p < parts; ++p)
+            for (const TileFormat::Placed& s : layout.key_format(p).segments())
+                channels += s.bits > 0 ? s.channels : 0;
+        choose_planes(work_.key_units_,
                       static_cast<Index>(std::floor(policy_.key_bits * static_cast<double>(channels) + 1e-6)),
-                      scratch.order(), {planes, units});
-        return planes;
+                      work_.key_order_, work_.key_planes_);
+    }
+    /// The fewest planes with which no score is off by more than what half the tolerance allows, shared out
+    /// among channels evenly.
+    const std::uint8_t* bounded_planes(const TileFormat& format, const std::byte* tile, const float* queries,
+                                       Index stride, Index row, Index rows, Index chunk,
+                                       FusedScratch& scratch) noexcept {
+        const std::span<ReadUnit> units =
+            scratch.read_units().first(static_cast<std::size_t>(read_units(format)));
+        key_importance(isa_, format, tile, queries, stride, rows, true, scratch, units.data());
+        // Queries are scaled already where scores are no more than products; a softcap takes off, never adds.
+        const auto& rule = work_.rules_[static_cast<std::size_t>(row / query_tokens_)];
+        const double scale = rule.plain() ? 1.0 : static_cast<double>(rule.scale());
+        double channels = 0.0, error = 0.0;
+        for (const ReadUnit& unit : units) channels += unit.size;
+        const double allowed = 2.0 * std::atanh(std::min(0.25 * policy_.error, 0.999));
+        for (std::size_t u = 0; u < units.size(); ++u) {
+            const double importance = scale * static_cast<double>(units[u].importance);
+            const auto off = [&](int planes) {
+                return importance * static_cast<double>(unread_reach(units[u].split, planes));
+            };
+            // Below its first plane an fp16 number is not one yet.
+            int have = units[u].split.bits() == 16 ? 1 : 0;
+            while (have < units[u].split.count && !(off(have) * channels <= allowed * units[u].size)) ++have;
+            scratch.planes()[u] = static_cast<std::uint8_t>(have);
+            error += off(have);
+        }
+        double& most = work_.score_errors_[static_cast<std::size_t>(chunk * blocks() + block_of(row))];
+        most = std::max(most, error);
+        return scratch.planes().data();
+    }
+    /// What weights come to by read unit of values, once a tile's scores are weights.
+    void note_weights(Index t, Index head, Index row, Index rows, Index chunk,
+                      FusedScratch& scratch) noexcept {
+        std::copy_n(part(chunk, row).largest, rows, tops_of(t, row));
+        const TileFormat& format = cache_.state_.layout->values;
+        const Index depth = read_unit_depth(format.segments()[0].split);
+        float* const steps = scratch.scores();
+        UnitWeight kind = UnitWeight::largest;
+        if (policy_.kind != ReadPolicy::Kind::exponents) {
+            kind = bounded() ? UnitWeight::reach : UnitWeight::squares;
+            float& norm = value_norm(chunk, head);
+            norm = std::max(norm, value_steps(isa_, format, values(tile(t), head), largest_value(), bounded(),
+                                              steps));
+        }
+        unit_weights(isa_, weights_of(t, row), rows, steps, kind, depth, units_of(t, row));
     }
     /// Adds what a tile's planes come to, to the count of its chunk and head.
     void count_read(const TileFormat& format, const std::uint8_t* planes, Index chunk, Index head,
@@ -1439,81 +1571,155 @@ class KvCache::Fused {
             }
         work_.report_ = {elements[0] > 0.0 ? bits[0] / elements[0] : 0.0,
                          elements[1] > 0.0 ? bits[1] / elements[1] : 0.0};
-    }
-
-    /// The parts of tiles get the largest score of all tokens, so that their weights are on one scale.
-    void share_largest() noexcept {
-        for (Index r = 0; r < rows_; ++r) {
-            float top = none;
-            for (Index chunk = 0; chunk <= chunks_; ++chunk) top = std::max(top, *part(chunk, r).largest);
-            for (Index chunk = 0; chunk < chunks_; ++chunk) *part(chunk, r).largest = top;
+        if (!bounded() || chunks_ == 0) return;
+        for (Index block = 0; block < blocks(); ++block) {
+            const double norm = largest_norm(block / row_blocks());
+            double error = 2.0 * std::tanh(0.5 * score_error(block)) * norm;
+            for (Index chunk = 0; chunk < chunks_; ++chunk)
+                error += work_.value_errors_[static_cast<std::size_t>(chunk * blocks() + block)];
+            if (error == 0.0) continue;
+            work_.report_.error_bound = std::max(work_.report_.error_bound, error);
+            work_.report_.relative_error_bound = std::max(work_.report_.relative_error_bound, error / norm);
         }
     }
-    void weigh(Index item, Index) noexcept {
-        const Work work = work_of(item);
-        for (Index t = work.begin; t < work.end; ++t)
-            if (!hidden(tile(t)))
-                for_blocks(work, [&](Index, Index row, Index rows) {
-                    fused_softmax(isa_, scores_of(t, row), tile_tokens, rows, part(work.chunk, row));
-                });
+    double score_error(Index block) const noexcept {
+        double most = 0.0;
+        for (Index chunk = 0; chunk < chunks_; ++chunk)
+            most = std::max(most, work_.score_errors_[static_cast<std::size_t>(chunk * blocks() + block)]);
+        return most;
     }
+    double largest_norm(Index head) noexcept {
+        float most = 0.0f;
+        for (Index chunk = 0; chunk <= chunks_; ++chunk) most = std::max(most, value_norm(chunk, head));
+        return static_cast<double>(most);
+    }
+
+    /// The largest score and the sum of weights of every row, over the whole sequence.
     void take_norms() noexcept {
         for (Index r = 0; r < rows_; ++r) {
-            const PartialAttention rest = part(chunks_, r);
-            const float top = *part(0, r).largest;
-            float sum = *rest.largest == none ? 0.0f : *rest.sum * std::exp(*rest.largest - top);
-            for (Index chunk = 0; chunk < chunks_; ++chunk) sum += *part(chunk, r).sum;
+            float top = none, sum = 0.0f;
+            for (Index chunk = 0; chunk <= chunks_; ++chunk) top = std::max(top, *part(chunk, r).largest);
+            for (Index chunk = 0; chunk <= chunks_; ++chunk)
+                if (const PartialAttention p = part(chunk, r); *p.largest != none)
+                    sum += *p.sum * std::exp(*p.largest - top);
+            work_.all_tops_[static_cast<std::size_t>(r)] = top;
             work_.norms_[static_cast<std::size_t>(r)] = sum > 0.0f ? 1.0f / sum : 0.0f;
         }
     }
-    /// For one block of rows: how much every unit of values counts, and the least that is read.
-    void allocate(Index block, Index worker) noexcept {
+    /// What a row's weights of tile t are to be multiplied by to be relative to `top`.
+    float rescale(Index t, Index row, float top) noexcept {
+        const float seen = *tops_of(t, row);
+        return seen == top ? 1.0f : seen == none ? 0.0f : std::exp(seen - top);
+    }
+    /// The least gain of a plane of values that is read: by budget, of all heads together; by tolerance, of
+    /// every block of rows what its scores leave of it.
+    void choose_values() noexcept {
+        for (FusedScratch& scratch : work_.scratch_) scratch.gains().clear();
+        each<&Fused::weigh_values>(blocks());
+        if (bounded()) return;
+        GainHistogram& all = work_.scratch_[0].gains();
+        for (std::size_t w = 1; w < work_.scratch_.size(); ++w) all.add(work_.scratch_[w].gains());
+        Index tokens = 0;
+        for (Index t = 0; t < tile_count(); ++t) tokens += hidden(tile(t)) ? 0 : tile_tokens;
+        const float least =
+            all.least(policy_.value_bits * static_cast<double>(tokens * blocks()) + 1e-6);
+        std::fill(work_.least_.begin(), work_.least_.end(), least);
+    }
+    /// For one block of rows: how much every unit of values counts.
+    void weigh_values(Index block, Index worker) noexcept {
         FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
         const Index head = block / row_blocks(), row = head * block_ + block % row_blocks() * fused_rows,
                     rows = std::min(fused_rows, (head + 1) * block_ - row);
-        const TileFormat& format = cache_.state_.layout->values;
-        const PlaneSplit& split = format.segments()[0].split;
+        const PlaneSplit& split = cache_.state_.layout->values.segments()[0].split;
         const Index depth = read_unit_depth(split), units = value_units();
         GainHistogram& gains = scratch.gains();
-        gains.clear();
-        Index tokens = 0;
-        for (Index t = 0; t < static_cast<Index>(cache_.state_.tiles.size()); ++t) {
+        if (bounded()) gains.clear();
+        std::array<float, 3> worth{};
+        std::array<double, 3> amount{};
+        for (int p = 0; p < split.count; ++p) {
+            const auto at = static_cast<std::size_t>(p);
+            worth[at] = bounded() ? plane_reach(split, p) : plane_worth(split, p);
+            amount[at] = static_cast<double>(split[p]) * (bounded() ? 1.0 : static_cast<double>(depth));
+        }
+        for (Index t = 0; t < tile_count(); ++t) {
             if (hidden(tile(t))) continue;
             float* const importance = importance_of(t, block);
-            value_importance(isa_, format, values(tile(t), head), scores_of(t, row),
-                             work_.norms_.data() + row, rows, importance);
+            std::fill_n(importance, units, 0.0f);
+            for (Index r = 0; r < rows; ++r) {
+                const auto at = static_cast<std::size_t>(row + r);
+                const float norm = work_.norms_[at] * rescale(t, row + r, work_.all_tops_[at]);
+                const float* const of_row = units_of(t, row + r);
+                if (bounded())
+                    for (Index u = 0; u < units; ++u)
+                        importance[u] = std::max(importance[u], norm * of_row[u]);
+                else
+                    for (Index u = 0; u < units; ++u) importance[u] += norm * norm * of_row[u];
+            }
             for (Index u = 0; u < units; ++u)
-                for (int p = 0; p < split.count; ++p)
-                    gains.add(plane_gain(importance[u], plane_worth(split, p)), split[p] * depth);
-            tokens += tile_tokens;
+                for (std::size_t p = 0; p < static_cast<std::size_t>(split.count); ++p) {
+                    const float gain = plane_gain(importance[u], worth[p]);
+                    // Of a tolerance, what is off without the plane.
+                    gains.add(gain, bounded() ? amount[p] * static_cast<double>(gain) : amount[p]);
+                }
         }
-        const auto budget =
-            static_cast<Index>(std::floor(policy_.value_bits * static_cast<double>(tokens) + 1e-6));
-        work_.least_[static_cast<std::size_t>(block)] = gains.least(budget);
+        if (!bounded()) return;
+        const double left = policy_.error - 2.0 * std::tanh(0.5 * score_error(block));
+        work_.least_[static_cast<std::size_t>(block)] =
+            gains.least_but(std::max(0.0, left) * largest_norm(head));
+    }
+    /// How much of the values of tile t is read.
+    void value_planes(Index t, Index row, Index rows, Index chunk, std::uint8_t* planes) noexcept {
+        const PlaneSplit& split = cache_.state_.layout->values.segments()[0].split;
+        const Index units = value_units(), block = block_of(row);
+        if (policy_.kind == ReadPolicy::Kind::exponents) {
+            for (Index u = 0; u < units; ++u) {
+                float largest = 0.0f;
+                for (Index r = 0; r < rows; ++r)
+                    largest = std::max(largest,
+                                       units_of(t, row + r)[u] *
+                                           rescale(t, row + r,
+                                                   work_.all_tops_[static_cast<std::size_t>(row + r)]));
+                const int have = split.bits() != 16 ? split.count
+                                 : largest > 0.0f ? detail::aligned_planes(-std::ilogb(largest), policy_.thresholds)
+                                                  : 0;
+                planes[u] = static_cast<std::uint8_t>(have);
+            }
+            return;
+        }
+        const float* const importance = importance_of(t, block);
+        const float least = work_.least_[static_cast<std::size_t>(block)];
+        double& error = work_.value_errors_[static_cast<std::size_t>(chunk * blocks() + block)];
+        for (Index u = 0; u < units; ++u) {
+            int have = 0;
+            while (have < split.count &&
+                   plane_gain(importance[u], bounded() ? plane_reach(split, have) : plane_worth(split, have)) >=
+                       least)
+                ++have;
+            planes[u] = static_cast<std::uint8_t>(have);
+            if (bounded())
+                error += static_cast<double>(importance[u]) * static_cast<double>(unread_reach(split, have));
+        }
     }
     void add_values(Index item, Index worker) noexcept {
         FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
         const Work work = work_of(item);
         const TileFormat& format = cache_.state_.layout->values;
-        const PlaneSplit& split = format.segments()[0].split;
-        const Index units = value_units();
         for (Index t = work.begin; t < work.end; ++t) {
             if (hidden(tile(t))) continue;
             const Tile& next = t + 1 < work.end ? tile(t + 1) : first_of(item, t);
             for_blocks(work, [&](Index head, Index row, Index rows) {
-                const float* const importance = importance_of(t, block_of(row));
-                const float least = work_.least_[static_cast<std::size_t>(block_of(row))];
-                const std::span<std::uint8_t> planes = scratch.planes();
-                for (Index u = 0; u < units; ++u) {
-                    int have = 0;
-                    while (have < split.count && plane_gain(importance[u], plane_worth(split, have)) >= least)
-                        ++have;
-                    planes[static_cast<std::size_t>(u)] = static_cast<std::uint8_t>(have);
+                const PartialAttention to = part(work.chunk, row);
+                std::uint8_t* const planes = scratch.planes().data();
+                value_planes(t, row, rows, work.chunk, planes);
+                for (Index r = 0; r < rows; ++r) {
+                    const float by = rescale(t, row + r, to.largest[r]);
+                    if (by == 1.0f) continue;
+                    float* const weights = weights_of(t, row + r);
+                    for (Index i = 0; i < tile_tokens; ++i) weights[i] *= by;
                 }
-                fused_output(isa_, format, values(tile(t), head), values(next, head), scores_of(t, row), rows,
-                             scratch, part(work.chunk, row).output, stride_, planes.data(),
-                             two_parts(policy_.value_bits));
-                count_read(format, planes.data(), work.chunk, head, 1);
+                fused_output(isa_, format, values(tile(t), head), values(next, head), weights_of(t, row),
+                             rows, scratch, to.output, stride_, planes, two_parts(policy_.value_bits));
+                count_read(format, planes, work.chunk, head, 1);
             });
         }
     }
@@ -1635,6 +1841,12 @@ class KvCache::Fused {
             const PartialAttention to = part(chunk, row);
             fused_softmax(isa_, scratch.scores(), padded, rows, to);
             store.read(page, 1, head, at, count, scratch.rows(), value_dim_);
+            if (bounded() && chunks_ > 0)
+                for (Index t = 0; t < count; ++t)
+                    value_norm(chunk, head) = std::max(
+                        value_norm(chunk, head),
+                        Eigen::Map<const Eigen::RowVectorXf>(scratch.rows() + t * value_dim_, value_dim_)
+                            .norm());
             detail::add_rows(isa_, scratch.scores(), tile_tokens, rows, scratch.rows(), value_dim_, count,
                              value_dim_, to.output, stride_);
         }

@@ -47,7 +47,7 @@ KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& c
 
 namespace detail {
 
-inline constexpr const char* cache_format_version = "2";
+inline constexpr const char* cache_format_version = "3";
 
 /// FNV-1a, eight bytes at a time.
 class Checksum {

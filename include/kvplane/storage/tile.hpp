@@ -7,6 +7,7 @@
 //   tile:     grids of segment 0 | grids of segment 1 | ... | planes of segment 0 | planes of segment 1 | ...
 //   grids     steps (fp16) | lowers (fp16; none for symmetric grids)
 //   steps     per_channel: [token group][channel]; per_token: [run of channels][token], for all 128 tokens
+//             (fp16 keys have no grids, but a byte for each channel: the exponent of its largest magnitude)
 //   plane     64-byte units of 16 lanes x 4 bytes; a byte of a w-bit plane holds 8 / w codes
 //
 //   keys      a lane is a token, so that one dot-product instruction adds 4 channels to 16 scores. A unit
@@ -74,6 +75,7 @@ class TileFormat {
         Index grids;       ///< for 128 tokens; 0 for widths 0 and 16
         Index step_at, lower_at;
         std::array<Index, 3> plane_at;
+        Index exponent_at = 0;  ///< of fp16 keys, a byte a channel; see largest_exponents()
     };
 
     /// Throws Error (option): a width other than 0 to 8 or 16, a group of tokens other than 32, 64 or 128, a
@@ -141,12 +143,16 @@ class TileFormat {
                 " channels, expected at least 1");
         const Scheme scheme = segment.scheme.value_or(rule_.scheme);
         if (segment.bits != 0 && segment.bits != 16) detail::require_width(segment.bits, scheme);
-        Placed placed{channels_, segment.channels, segment.bits, scheme, {}, 0, 0, 0, {}};
+        Placed placed{channels_, segment.channels, segment.bits, scheme, {}, 0, 0, 0, {}, 0};
         if (segment.bits != 0) placed.split = plane_split(segment.bits);
         channels_ += segment.channels;
         segments_.push_back(placed);
     }
     void place_grids(Placed& placed) {
+        if (placed.bits == 16 && side_ == TileSide::keys) {
+            placed.exponent_at = bytes_;
+            bytes_ += (placed.channels + 1) / 2 * 2;
+        }
         if (placed.bits < 1 || placed.bits > 8) return;
         placed.grids = rule_.grids(tile_tokens, placed.channels);
         placed.step_at = bytes_;
@@ -430,6 +436,13 @@ inline void unpack_segment(const TileFormat& format, std::size_t s, int depth, c
     }
 }
 
+/// Of fp16 keys: the exponent field (5 bits) of the largest magnitude of every channel, over the tokens that
+/// the tile has ever held since its first was written.
+inline const std::uint8_t* largest_exponents(const TileFormat::Placed& segment,
+                                             const std::byte* tile) noexcept {
+    return reinterpret_cast<const std::uint8_t*>(tile + segment.exponent_at);
+}
+
 /// Turns tokens into tiles and tiles into numbers, in memory that is reused from tile to tile.
 class TileCoder {
   public:
@@ -461,7 +474,7 @@ class TileCoder {
             if (segment.bits == 0) continue;
             codes_[s].clear_padding(tile_token, count);
             if (segment.bits == 16)
-                split_half(rows, argument, head, first, count, tile_token, segment, codes_[s]);
+                split_half(rows, argument, head, first, count, tile_token, segment, codes_[s], tile);
             else
                 quantize_segment(rows, argument, head, first, count, tile_token, segment, codes_[s], tile);
             pack_segment(format_, s, codes_[s], tile_token, count, tile);
@@ -625,18 +638,37 @@ class TileCoder {
         }
     }
 
+    /// fp16 bits of tokens to two bytes each; of keys also the exponents of the largest magnitudes.
     template <CacheScalar Scalar>
     void split_half(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first,
-                    Index count, Index tile_token, const TileFormat::Placed& segment, TileCodes& codes) {
-        for (Index t = 0; t < count; ++t)
-            for (Index c = 0; c < segment.channels; ++c) {
-                const auto x = static_cast<float>(*rows.at(head, first + t, segment.first_channel + c));
+                    Index count, Index tile_token, const TileFormat::Placed& segment, TileCodes& codes,
+                    std::byte* tile) {
+        const auto channels = static_cast<std::size_t>(segment.channels);
+        std::vector<std::uint16_t>& bits = half_bits_;
+        bits.resize(channels);
+        largest_.assign(channels, 0);
+        for (Index t = 0; t < count; ++t) {
+            for (std::size_t c = 0; c < channels; ++c) {
+                const auto channel = segment.first_channel + static_cast<Index>(c);
+                const auto x = static_cast<float>(*rows.at(head, first + t, channel));
                 if (!(std::abs(x) <= fp16_max))
-                    detail::refuse_value(rows, argument, head, first + t, segment.first_channel + c);
-                const std::uint16_t bits = Eigen::half(x).x;
-                codes.at(tile_token + t, c, 0) = static_cast<std::uint8_t>(bits >> 8);
-                codes.at(tile_token + t, c, 1) = static_cast<std::uint8_t>(bits & 0xFF);
+                    detail::refuse_value(rows, argument, head, first + t, channel);
+                bits[c] = Eigen::half(x).x;
             }
+            std::uint8_t *const high = &codes.at(tile_token + t, 0, 0), *const low =
+                                                                            &codes.at(tile_token + t, 0, 1);
+            for (std::size_t c = 0; c < channels; ++c) {
+                high[c] = static_cast<std::uint8_t>(bits[c] >> 8);
+                low[c] = static_cast<std::uint8_t>(bits[c] & 0xFF);
+                largest_[c] = std::max(largest_[c], static_cast<std::uint16_t>(bits[c] & 0x7FFF));
+            }
+        }
+        if (format_.side() != TileSide::keys) return;
+        for (std::size_t c = 0; c < channels; ++c) {
+            std::byte& exponent = tile[segment.exponent_at + static_cast<Index>(c)];
+            const auto found = static_cast<std::byte>(largest_[c] >> 10);
+            if (tile_token == 0 || exponent < found) exponent = found;
+        }
     }
     static void join_half(const TileFormat::Placed& segment, int depth, Index tokens, TileCodes& codes,
                           float* values, Index stride) {
@@ -654,6 +686,7 @@ class TileCoder {
     ClipExcess excess_;
     std::vector<TileCodes> codes_;
     std::vector<float> lower_, step_, row_lower_, row_step_, decoded_;
+    std::vector<std::uint16_t> half_bits_, largest_;
 };
 
 }  // namespace kvplane
