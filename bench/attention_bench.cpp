@@ -5,11 +5,13 @@
 // read, `bytes_per_second`, `bandwidth_share` = that over the read bandwidth that this run measures with as
 // many threads, before and after each case; `fp16_floor_ratio` = time over what reading an fp16 cache at that
 // bandwidth takes. Several caches take turns, 256 MiB together, so that all of it comes from memory. Usage:
-// attention_bench [--all] [benchmark's own options]; --all: every length and shape, not only the main ones.
+// attention_bench [--all] [--recipes=A,B] [benchmark's own options]; --all: every length and shape, not only
+// the main ones.
 #include <benchmark/benchmark.h>
 
 #include <cstring>
 #include <memory>
+#include <sstream>
 #include <string>
 
 #include "bandwidth.hpp"
@@ -102,16 +104,20 @@ void add(const std::string& recipe, const Shape& shape) {
 int main(int count, char** arguments) {
     bool all = false;
     int kept = 0;
+    std::string recipes =
+        "fp16,fp16@published,fp16@aligned,key_favored:8:8,key_favored:8:8@6,key_favored:8:8@5,key_favored:8:8@4,"
+        "key_favored:8:8@3,key_favored:4:4,key_favored:4:2,key_favored:3:3,key_favored:2:2,standard,"
+        "latent:3:3+heads_together=0,latent:2:2+heads_together=0";
     for (int i = 0; i < count; ++i) {
         if (std::strcmp(arguments[i], "--all") == 0)
             all = true;
+        else if (std::strncmp(arguments[i], "--recipes=", 10) == 0)
+            recipes = arguments[i] + 10;
         else
             arguments[kept++] = arguments[i];
     }
-    for (const char* recipe :
-         {"fp16", "fp16@published", "fp16@aligned", "key_favored:8:8", "key_favored:8:8@6", "key_favored:8:8@5", "key_favored:8:8@4", "key_favored:8:8@3", "key_favored:4:4",
-          "key_favored:4:2", "key_favored:3:3", "key_favored:2:2", "standard", "latent:3:3+heads_together=0",
-          "latent:2:2+heads_together=0"}) {
+    std::stringstream names(recipes);
+    for (std::string recipe; std::getline(names, recipe, ',');) {
         add(recipe, {32768, 32, 8, 128});
         if (!all) continue;
         for (const Index tokens : {512, 4096, 131072}) add(recipe, {tokens, 32, 8, 128});

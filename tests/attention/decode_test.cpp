@@ -344,7 +344,7 @@ TEST(PartialReads, OfHalfPlanesAreThoseOfTheDecodedTile) {
                 Matrix read(tile_tokens, channels);
                 for (Index i = 0; i < (keys ? channels : tile_tokens); ++i) {
                     std::uint8_t& have = planes[static_cast<std::size_t>(i / 8)];
-                    if (i % 8 == 0) have = static_cast<std::uint8_t>(which < 0 ? random() % 4 : which);
+                    if (i % 8 == 0) have = static_cast<std::uint8_t>(which < 0 ? static_cast<int>(random() % 4) : which);
                     if (keys)
                         read.col(i) = at_depth[have].col(i);
                     else

@@ -151,8 +151,8 @@ constexpr float plane_reach(const PlaneSplit& split, int plane) noexcept {
     return (unread_reach(split, plane) - unread_reach(split, plane + 1)) / static_cast<float>(split[plane]);
 }
 inline float plane_gain(float importance, float worth) noexcept {
-    return importance <= std::numeric_limits<float>::max() / worth ? importance * worth
-                                                                   : std::numeric_limits<float>::max();
+    const float gain = importance * worth;
+    return gain <= std::numeric_limits<float>::max() ? gain : std::numeric_limits<float>::max();
 }
 
 /// How many planes to read of each unit, so that the expected squared error is least and at most `budget`

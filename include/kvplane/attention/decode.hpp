@@ -125,7 +125,10 @@ struct Factors {
     float middle, middle_below;       ///< the middle code, of all planes and of those below the first
     Index depth;                      ///< count in whole units; factors beyond count are 0
     float* folded;                    ///< rows x depth
-    std::int8_t *high, *low;          ///< rows x factor_stride; low: nullptr for factors of one part
+    /// What the unread bits of a code count as, by channel, where not all are read: depth each, or nullptr.
+    /// The low parts of factors count it only for the bits that they meet.
+    const float *unread, *unread_low;
+    std::int8_t *high, *low;  ///< rows x factor_stride; low: nullptr for factors of one part
     Index factor_stride;
     float *worth, *base;  ///< of each row: what 1 in a rounded factor stands for; what to add to every sum
 };
@@ -170,17 +173,19 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
     }
     for (int r = 0; r < rows; ++r) std::fill(f.folded + r * f.depth + i, f.folded + (r + 1) * f.depth, 0.0f);
 
-    float top[4], sum[4], whole[4], high_sum[4] = {};
+    float top[4], sum[4], whole[4], high_sum[4] = {}, unread_sum[4] = {};
     reduce_rows<Lanes>(largest, top, larger);
     reduce_rows<Lanes>(base, sum, plus);
     const float most = f.low ? 32512.0f : 127.0f;
+    // Factors below that count as 0: their scale would not be finite.
+    constexpr float nothing = 1e-30f;
     // 1.5 2^23: adding it leaves the rounded integer in the low bits.
     constexpr float magic = 12582912.0f;
     constexpr std::uint32_t magic_bits = 0x4B400000;
     const auto vectors = static_cast<std::uint32_t>(f.depth / Lanes);
-    Floats<Lanes> wholes[4]{}, highs[4]{};
+    Floats<Lanes> wholes[4]{}, highs[4]{}, unreads[4]{};
     for (int r = 0; r < rows; ++r) {
-        const float scale = top[r] > 0.0f ? most / top[r] : 0.0f;
+        const float scale = top[r] > nothing ? most / top[r] : 0.0f;
         const float* const from = f.folded + r * f.depth;
         std::int8_t *const high = f.high + r * f.factor_stride, *const low = f.low
                                                                                  ? f.low + r * f.factor_stride
@@ -193,9 +198,22 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
             all += bits;
             quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>((low ? low : high) + at),
                                              (Ints<Lanes>)bits);
+            Floats<Lanes> unread;
+            if (f.unread && !low) {
+                load(unread, f.unread + at);
+                unreads[r] += (x * scale + magic - magic) * unread;
+            }
             if (!low) continue;
             // The low byte counts as signed, so the high part rounds.
             const Words<Lanes> upper = (bits + 128) >> 8;
+            if (f.unread) {
+                const Floats<Lanes> of_high =
+                    __builtin_convertvector((Ints<Lanes>)(upper - (magic_bits >> 8)), Floats<Lanes>) * 256.0f;
+                load(unread, f.unread + at);
+                unreads[r] += of_high * unread;
+                load(unread, f.unread_low + at);
+                unreads[r] += (x * scale + magic - magic - of_high) * unread;
+            }
             all_high += upper;
             quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(high + at), (Ints<Lanes>)upper);
         }
@@ -208,24 +226,12 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
     }
     reduce_rows<Lanes>(wholes, whole, plus);
     if (f.low) reduce_rows<Lanes>(highs, high_sum, plus);
+    if (f.unread) reduce_rows<Lanes>(unreads, unread_sum, plus);
     for (int r = 0; r < rows; ++r) {
-        f.worth[r] = top[r] > 0.0f ? top[r] / most : 0.0f;
-        f.base[r] = sum[r] - f.middle * f.worth[r] * whole[r];
+        f.worth[r] = top[r] > nothing ? top[r] / most : 0.0f;
+        f.base[r] = sum[r] + f.worth[r] * (unread_sum[r] - f.middle * whole[r]);
         if (f.low) f.base[r] += f.middle_below * f.worth[r] * (whole[r] - 256.0f * high_sum[r]);
     }
-}
-
-/// Of `count` signed bytes, a multiple of 8: eight at a time in a word.
-KVPLANE_INLINE int sum_bytes(const std::int8_t* from, Index count) {
-    int sum = 0;
-    for (Index i = 0; i < count; i += 8) {
-        std::uint64_t word;
-        std::memcpy(&word, from + i, sizeof word);
-        word ^= 0x8080808080808080u;  // 128 more each, so that none is negative
-        word = (word & 0x00FF00FF00FF00FFu) + (word >> 8 & 0x00FF00FF00FF00FFu);
-        sum += static_cast<int>((word * 0x0001000100010001u) >> 48) - 8 * 128;
-    }
-    return sum;
 }
 
 /// to[i] += scale sums[i] + base (or = that, if fresh), block by block of 16, where sums are high 256 + low.
@@ -495,6 +501,8 @@ class FusedScratch {
         projected_.resize(fused_tiles * size);
         // Segments of latents may be as small as a unit each.
         const auto units = static_cast<std::size_t>(std::max<Index>(depth, tile_tokens));
+        unread_.resize(2 * units);
+        by_depth_.resize(2 * detail::UnitsByDepth::depths * units);
         read_units_.resize(units);
         planes_.resize(units);
         order_.resize(3 * units);
@@ -522,6 +530,13 @@ class FusedScratch {
     std::span<std::uint8_t> planes() noexcept { return planes_; }
     std::span<std::uint16_t> order() noexcept { return order_; }
     GainHistogram& gains() noexcept { return gains_; }
+    /// What unread bits count as: depth for the high parts of factors, then for the low ones.
+    float* unread() noexcept { return unread_.data(); }
+    /// Units of a tile (0) and of the one that is read next (1) by depth.
+    detail::UnitsByDepth by_depth(int which, const std::uint8_t* planes, Index units, int all) noexcept {
+        return {planes, units, all,
+                by_depth_.data() + which * static_cast<Index>(by_depth_.size() / 2)};
+    }
 
   private:
     Index depth_ = 0;
@@ -529,6 +544,8 @@ class FusedScratch {
     std::vector<std::uint8_t> planes_;
     std::vector<std::uint16_t> order_;
     GainHistogram gains_;
+    std::vector<float> unread_;
+    std::vector<std::uint16_t> by_depth_;
     std::vector<std::int8_t> factors_;
     std::vector<float> folded_, scores_, rows_, turned_, projected_, turns_;
     std::vector<std::int32_t> sums_;
@@ -570,7 +587,8 @@ class FusedSums {
     /// are 0. What rounding does to the part of the codes that all have in common, their middle, is added
     /// back with what `lower` adds, so that a rounded factor errs by a code's distance from the middle only.
     void factors(Isa isa, const TileFormat::Placed& segment, const float* x, Index stride,
-                 const Eigen::half* step, const Eigen::half* lower, Index count, Index depth) noexcept {
+                 const Eigen::half* step, const Eigen::half* lower, Index count, Index depth,
+                 bool in_part) noexcept {
         const float middle = 0.5f * (power_of_two(segment.bits) - 1.0f);
         run_on(isa, [&](auto lanes) KVPLANE_BODY {
             fused::by_rows(rows_, [&](auto rows, Index first) KVPLANE_BODY {
@@ -578,7 +596,8 @@ class FusedSums {
                     {x + first * stride, stride, count, step, lower,
                      middle + (lower ? 0.5f : symmetric_middle(segment.bits)), middle,
                      0.5f * (power_of_two(segment.split.shift(0)) - 1.0f), depth, scratch_.folded(),
-                     scratch_.factors(first), two_parts_ ? scratch_.factors(rows_ + first) : nullptr,
+                     in_part ? scratch_.unread() : nullptr,
+                     in_part ? scratch_.unread() + scratch_.depth() : nullptr, scratch_.factors(first), two_parts_ ? scratch_.factors(rows_ + first) : nullptr,
                      scratch_.depth(), worth_.data() + first, base_.data() + first});
             });
         });
@@ -609,13 +628,38 @@ class FusedSums {
         }
     }
 
-    /// The same of a part of the planes: of unit u (read_unit_depth() channels or tokens) the first
-    /// planes[u]. What is unread counts as its middle.
+    /// Before factors() of a part of the planes: of unit u (read_unit_depth() channels or tokens) the first
+    /// planes[u] are read, and the rest counts as its middle.
+    void leave_out(const PlaneSplit& split, Index read_units, const std::uint8_t* planes,
+                   Index depth) noexcept {
+        const Index unit = read_unit_depth(split);
+        const float whole = unread_reach(split, 0), below = unread_reach(split, 1);
+        float *const high = scratch_.unread(), *const low = high + scratch_.depth();
+        for (Index u = 0; u < read_units; ++u) {
+            const Index first = u * unit, count = std::min(unit, depth - first);
+            std::fill_n(high + first, count, unread_reach(split, planes[u]));
+            // The low parts meet the first plane alone.
+            if (two_parts_) std::fill_n(low + first, count, planes[u] > 0 ? 0.0f : whole - below);
+        }
+        std::fill(high + std::min(read_units * unit, depth), high + depth, 0.0f);
+        if (two_parts_) std::fill(low + std::min(read_units * unit, depth), low + depth, 0.0f);
+    }
+
+    /// sum() over these planes. ahead_planes: of the tile that is read next.
     template <class UnitsOf>
     void sum_some(Isa isa, const TileFormat::Placed& segment, const std::byte* tile, const std::byte* ahead,
                   Index first_block, Index blocks, const UnitsOf& units_of, Index read_units,
-                  const std::uint8_t* planes) noexcept {
+                  const std::uint8_t* planes, const std::uint8_t* ahead_planes) noexcept {
         const PlaneDot& dot = plane_dot_of(isa);
+        if (segment.bits == 8 && dot.some) {
+            const Index units = units_of(4), skip = first_block * units * unit_bytes;
+            const std::byte *const first = tile + skip, *const next = ahead + skip;
+            dot.some({first + segment.plane_at[0], first + segment.plane_at[1], next + segment.plane_at[0],
+                      next + segment.plane_at[1], blocks, units, scratch_.by_depth(0, planes, read_units, 0),
+                      scratch_.by_depth(1, ahead_planes, read_units, 0), scratch_.factors(0),
+                      scratch_.depth(), rows_, sum_rows() - rows_, scratch_.sums(), sum_rows()});
+            return;
+        }
         const Index depth = read_unit_depth(segment.split);
         std::fill_n(scratch_.sums(), blocks * sum_rows() * unit_lanes, 0);
         for (int p = 0; p < segment.split.count; ++p) {
@@ -632,26 +676,6 @@ class FusedSums {
                 dot(width, {tile + at, ahead + at, blocks, all, count, scratch_.factors(0) + first * unit,
                             scratch_.depth(), p == 0 ? sum_rows() : rows_, segment.split.shift(p),
                             scratch_.sums(), sum_rows(), true});
-            }
-        }
-        const float middle = 0.5f * (power_of_two(segment.bits) - 1.0f),
-                    below = 0.5f * (power_of_two(segment.split.shift(0)) - 1.0f);
-        for (Index u = 0; u < read_units; ++u) {
-            const int have = planes[u];
-            if (have >= segment.split.count) continue;
-            const float unread =
-                have > 0 ? 0.5f * (power_of_two(segment.split.shift(have - 1)) - 1.0f) : middle;
-            for (Index r = 0; r < rows_; ++r) {
-                const int high_sum = fused::sum_bytes(scratch_.factors(r) + u * depth, depth),
-                          low_sum = two_parts_
-                                        ? fused::sum_bytes(scratch_.factors(rows_ + r) + u * depth, depth)
-                                        : 0;
-                // The first plane meets both parts, those below it the high one.
-                const float coarse = static_cast<float>(two_parts_ ? 256 * high_sum : high_sum);
-                const float sum = have > 0 ? coarse * unread
-                                           : (coarse + static_cast<float>(low_sum)) * middle -
-                                                 static_cast<float>(low_sum) * below;
-                base_[static_cast<std::size_t>(r)] += worth_[static_cast<std::size_t>(r)] * sum;
             }
         }
     }
@@ -732,8 +756,8 @@ inline void project(Isa isa, const float* queries, Index query_stride, Index row
 /// without `fresh` what is there, + them. x: rows x channels (keys) or tokens (values), `stride` apart.
 inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Placed& segment,
                       const std::byte* tile, const std::byte* ahead, const float* x, Index stride, Index rows,
-                      const std::uint8_t* planes, bool fresh, const float* more, FusedScratch& scratch,
-                      float* to, Index to_stride) noexcept {
+                      const std::uint8_t* planes, const std::uint8_t* ahead_planes, bool fresh,
+                      const float* more, FusedScratch& scratch, float* to, Index to_stride) noexcept {
     const bool keys = format.side() == TileSide::keys;
     const Index count = keys ? segment.channels : tile_tokens,
                 units = (count + fused::half_depth - 1) / fused::half_depth,
@@ -755,11 +779,13 @@ inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Place
         const Index depth = TileFormat::unit_depth(segment.split.width[p]);
         block_bytes[p] = (count + depth - 1) / depth * unit_bytes;
     }
+    const UnitsByDepth read = scratch.by_depth(0, planes, units, 3),
+                              next = scratch.by_depth(1, ahead_planes, units, 3);
     run_on(isa, [=](auto lanes) KVPLANE_BODY {
         fused::by_rows(rows, [=](auto together, Index row) KVPLANE_BODY {
             fused::HalfBlock block = first;
             for (Index b = 0; b < blocks; ++b) {
-                fused::half_block<lanes, together>(block, units, x + row * stride, stride, planes, fresh,
+                fused::half_block<lanes, together>(block, read, next, x + row * stride, stride, fresh,
                                                    more ? more + row : nullptr,
                                                    to + row * to_stride + b * unit_lanes, to_stride);
                 for (int p = 0; p < 3; ++p) {
@@ -792,7 +818,8 @@ inline bool fused_values(const TileFormat& format) noexcept {
 
 /// scores[r * 128 + t] = offsets[r] + q_r . k'_t for all 128 tokens of a tile of keys. queries: rows x
 /// channels, `stride` apart; rows at most fused_rows. ahead: a tile that is read next, or the same. planes:
-/// how many to read of each of read_units(format), the rest taken as its middle; nullptr: all. two_parts:
+/// how many to read of each of read_units(format), the rest taken as its middle; nullptr: all (the tile that
+/// is read next is expected to be read to the same depths). two_parts:
 /// whether factors that meet more than 4 bits have 16 bits, and not 8.
 inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* tile, const std::byte* ahead,
                          const float* queries, Index stride, Index rows, const float* offsets,
@@ -808,7 +835,8 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
                     units = (channels + unit_depth - 1) / unit_depth;
         if (segment.bits == 16) {
             detail::half_sums(isa, format, segment, tile, ahead, queries + segment.first_channel, stride,
-                              rows, planes, fresh, fresh ? offsets : nullptr, scratch, scores, tile_tokens);
+                              rows, planes, planes, fresh, fresh ? offsets : nullptr, scratch, scores,
+                              tile_tokens);
             fresh = false;
             if (planes) planes += units;
             continue;
@@ -817,15 +845,16 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
         const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
         const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
         detail::FusedSums sums(scratch, rows, segment.bits > 4 && two_parts);
+        if (planes) sums.leave_out(segment.split, units, planes, depth);
         for (Index g = 0; g * group < tile_tokens; ++g) {
             sums.factors(isa, segment, queries + segment.first_channel, stride, step + g * channels,
-                         symmetric ? nullptr : lower + g * channels, channels, depth);
+                         symmetric ? nullptr : lower + g * channels, channels, depth, planes != nullptr);
             const auto units_of = [&](int width) {
                 const Index unit = TileFormat::unit_depth(width);
                 return (channels + unit - 1) / unit;
             };
             if (planes)
-                sums.sum_some(isa, segment, tile, ahead, g * blocks, blocks, units_of, units, planes);
+                sums.sum_some(isa, segment, tile, ahead, g * blocks, blocks, units_of, units, planes, planes);
             else
                 sums.sum(isa, segment, tile, ahead, g * blocks, blocks, units_of);
             sums.add(isa, blocks, fresh, fresh ? offsets : nullptr, scores + g * group, tile_tokens);
@@ -838,15 +867,18 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
 }
 
 /// output[r * stride + c] += sum over t of weights[r * 128 + t] v'_tc of a tile of values, for channels
-/// padded to whole 16s. weights: rows x 128, not negative, 0 where there is no token. planes: as for scores.
+/// padded to whole 16s. weights: rows x 128, not negative, 0 where there is no token. planes: as for scores;
+/// ahead_planes: of the tile that is read next, nullptr: the same.
 inline void fused_output(Isa isa, const TileFormat& format, const std::byte* tile, const std::byte* ahead,
                          const float* weights, Index rows, FusedScratch& scratch, float* output, Index stride,
-                         const std::uint8_t* planes = nullptr, bool two_parts = true) noexcept {
+                         const std::uint8_t* planes = nullptr, bool two_parts = true,
+                         const std::uint8_t* ahead_planes = nullptr) noexcept {
     const TileFormat::Placed& segment = format.segments()[0];
+    if (!ahead_planes) ahead_planes = planes;
     if (segment.bits == 16) {
         detail::prefetch_grids(format, ahead);
-        detail::half_sums(isa, format, segment, tile, ahead, weights, tile_tokens, rows, planes, false,
-                          nullptr, scratch, output, stride);
+        detail::half_sums(isa, format, segment, tile, ahead, weights, tile_tokens, rows, planes,
+                          ahead_planes, false, nullptr, scratch, output, stride);
         return;
     }
     const Index run = std::min(format.rule().group, segment.channels);
@@ -855,14 +887,17 @@ inline void fused_output(Isa isa, const TileFormat& format, const std::byte* til
     const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
     detail::prefetch_grids(format, ahead);
     detail::FusedSums sums(scratch, rows, segment.bits > 4 && two_parts);
+    const Index units = tile_tokens / read_unit_depth(segment.split);
+    if (planes) sums.leave_out(segment.split, units, planes, tile_tokens);
     for (Index first = 0, g = 0; first < segment.channels; first += run, ++g) {
         const Index blocks = (std::min(run, segment.channels - first) + unit_lanes - 1) / unit_lanes;
         sums.factors(isa, segment, weights, tile_tokens, step + g * tile_tokens,
-                     symmetric ? nullptr : lower + g * tile_tokens, tile_tokens, tile_tokens);
+                     symmetric ? nullptr : lower + g * tile_tokens, tile_tokens, tile_tokens,
+                     planes != nullptr);
         const auto units_of = [](int width) { return tile_tokens / TileFormat::unit_depth(width); };
         if (planes)
-            sums.sum_some(isa, segment, tile, ahead, first / unit_lanes, blocks, units_of,
-                          tile_tokens / read_unit_depth(segment.split), planes);
+            sums.sum_some(isa, segment, tile, ahead, first / unit_lanes, blocks, units_of, units, planes,
+                          ahead_planes);
         else
             sums.sum(isa, segment, tile, ahead, first / unit_lanes, blocks, units_of);
         sums.add(isa, blocks, false, nullptr, output + first, stride);

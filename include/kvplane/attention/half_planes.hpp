@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kvplane/attention/kernels/scalar.hpp"
 #include "kvplane/isa.hpp"
 #include "kvplane/quantize/kernels.hpp"
 #include "kvplane/storage/tile.hpp"
@@ -55,30 +56,28 @@ KVPLANE_INLINE void half_unit(const HalfBlock& block, Index unit, const float* c
     }
 }
 
-/// to[r * to_stride + lane] = more[r] (or, without fresh, what is there) + the sums of `units` units of one
-/// block. factors: rows x (8 units), `stride` apart. planes: how many to read of each unit; nullptr: all.
+/// to[r * to_stride + lane] = more[r] (or, without fresh, what is there) + the sums of one block. factors:
+/// rows x (8 units), `stride` apart. units: those of which 1, 2 and 3 planes are read, one depth after
+/// another, for a branch on each would be a guess; ahead: likewise of the block that is read next.
 template <int Lanes, int rows>
-KVPLANE_INLINE void half_block(const HalfBlock& block, Index units, const float* factors, Index stride,
-                               const std::uint8_t* planes, bool fresh, const float* more, float* to,
+KVPLANE_INLINE void half_block(const HalfBlock& block, const UnitsByDepth& units, const UnitsByDepth& ahead,
+                               const float* factors, Index stride, bool fresh, const float* more, float* to,
                                Index to_stride) {
     constexpr int vectors = unit_lanes / Lanes;
     quantize::Floats<Lanes> sums[rows][vectors]{};
     const float* row[rows];
     for (int r = 0; r < rows; ++r) row[r] = factors + r * stride;
-    for (Index u = 0; u < units; ++u) {
-        const int have = planes ? planes[u] : 3;
-        if (have > 0) {
+    for (std::size_t have = 1; have <= 3; ++have)
+        for (Index i = 0; i < ahead.count[have]; ++i) {
+            const Index u = ahead.unit[have][i];
             __builtin_prefetch(block.ahead[0] + 2 * u * unit_bytes, 0, 2);
             __builtin_prefetch(block.ahead[0] + (2 * u + 1) * unit_bytes, 0, 2);
+            if (have > 1) __builtin_prefetch(block.ahead[1] + u * unit_bytes, 0, 2);
+            if (have > 2) __builtin_prefetch(block.ahead[2] + u * unit_bytes, 0, 2);
         }
-        for (int p = 1; p < have; ++p) __builtin_prefetch(block.ahead[p] + u * unit_bytes, 0, 2);
-        if (have == 3)
-            half_unit<Lanes, rows, 3>(block, u, row, sums);
-        else if (have == 2)
-            half_unit<Lanes, rows, 2>(block, u, row, sums);
-        else if (have == 1)
-            half_unit<Lanes, rows, 1>(block, u, row, sums);
-    }
+    for (Index i = 0; i < units.count[3]; ++i) half_unit<Lanes, rows, 3>(block, units.unit[3][i], row, sums);
+    for (Index i = 0; i < units.count[2]; ++i) half_unit<Lanes, rows, 2>(block, units.unit[2][i], row, sums);
+    for (Index i = 0; i < units.count[1]; ++i) half_unit<Lanes, rows, 1>(block, units.unit[1][i], row, sums);
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < vectors; ++v) {
             float* const at = to + r * to_stride + v * Lanes;

@@ -25,6 +25,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <exception>
 #include <limits>
@@ -1679,8 +1680,10 @@ class KvCache::Fused {
                                        units_of(t, row + r)[u] *
                                            rescale(t, row + r,
                                                    work_.all_tops_[static_cast<std::size_t>(row + r)]));
+                // The exponent field: a weight is at most 1, and 0 where it would not be a normal number.
+                const int below = 127 - static_cast<int>(std::bit_cast<std::uint32_t>(largest) >> 23);
                 const int have = split.bits() != 16 ? split.count
-                                 : largest > 0.0f ? detail::aligned_planes(-std::ilogb(largest), policy_.thresholds)
+                                 : largest > 0.0f ? detail::aligned_planes(below, policy_.thresholds)
                                                   : 0;
                 planes[u] = static_cast<std::uint8_t>(have);
             }
@@ -1704,24 +1707,31 @@ class KvCache::Fused {
         FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
         const Work work = work_of(item);
         const TileFormat& format = cache_.state_.layout->values;
-        for (Index t = work.begin; t < work.end; ++t) {
-            if (hidden(tile(t))) continue;
-            const Tile& next = t + 1 < work.end ? tile(t + 1) : first_of(item, t);
-            for_blocks(work, [&](Index head, Index row, Index rows) {
-                const PartialAttention to = part(work.chunk, row);
-                std::uint8_t* const planes = scratch.planes().data();
-                value_planes(t, row, rows, work.chunk, planes);
+        std::uint8_t *planes = scratch.planes().data(), *next_planes = planes + tile_tokens / 8;
+        for_blocks(work, [&](Index head, Index row, Index rows) {
+            const PartialAttention to = part(work.chunk, row);
+            const auto from = [&](Index t) {
+                while (t < work.end && hidden(tile(t))) ++t;
+                return t;
+            };
+            Index t = from(work.begin);
+            if (t < work.end) value_planes(t, row, rows, work.chunk, planes);
+            for (Index next; t < work.end; t = next, std::swap(planes, next_planes)) {
+                next = from(t + 1);
+                if (next < work.end) value_planes(next, row, rows, work.chunk, next_planes);
+                const Tile& ahead = tile(next < work.end ? next : t);
                 for (Index r = 0; r < rows; ++r) {
                     const float by = rescale(t, row + r, to.largest[r]);
                     if (by == 1.0f) continue;
                     float* const weights = weights_of(t, row + r);
                     for (Index i = 0; i < tile_tokens; ++i) weights[i] *= by;
                 }
-                fused_output(isa_, format, values(tile(t), head), values(next, head), weights_of(t, row),
-                             rows, scratch, to.output, stride_, planes, two_parts(policy_.value_bits));
+                fused_output(isa_, format, values(tile(t), head), values(ahead, head), weights_of(t, row),
+                             rows, scratch, to.output, stride_, planes, two_parts(policy_.value_bits),
+                             next < work.end ? next_planes : planes);
                 count_read(format, planes, work.chunk, head, 1);
-            });
-        }
+            }
+        });
     }
 
     /// From q.k (already scaled where that is all) to what the softmax takes; padding is not seen.

@@ -158,6 +158,77 @@ KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, In
     }
 }
 
+/// One block of a PlaneSomeCall. Units read in part are codes whose lower bits are 0.
+template <int rows, bool low_parts>
+KVPLANE_TARGET_AVX512 inline void some_block(const PlaneSomeCall& call, Index block, Index row) noexcept {
+    const Index at = block * call.block_units * 64;
+    const __m512i low_half = _mm512_set1_epi8(15), high_half = _mm512_set1_epi8(static_cast<char>(0xF0));
+    const std::int8_t *high_factors[rows], *low_factors[rows];
+    __m512i whole[rows][2], first[rows];
+    for (int r = 0; r < rows; ++r) {
+        whole[r][0] = whole[r][1] = first[r] = _mm512_setzero_si512();
+        high_factors[r] = call.factors + (row + r) * call.factor_stride;
+        low_factors[r] = high_factors[r] + call.rows * call.factor_stride;
+    }
+    const auto multiply = [&](Index u, const __m512i& a, const __m512i(&code)[2]) KVPLANE_TARGET_AVX512 {
+        const __m512i field[2] = {_mm512_and_si512(a, low_half),
+                                  _mm512_and_si512(shifted_right(a, 4), low_half)};
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r) {
+                const Index place = (u * 2 + i) * 4;
+                whole[r][i] = _mm512_dpbusd_epi32(whole[r][i], code[i], four_factors(high_factors[r] + place));
+                if constexpr (low_parts)
+                    first[r] = _mm512_dpbusd_epi32(first[r], field[i], four_factors(low_factors[r] + place));
+            }
+    };
+    for (Index i = 0; i < call.units.count[2]; ++i) {
+        const Index u = call.units.unit[2][i];
+        const __m512i a = _mm512_loadu_si512(call.first + at + u * 64),
+                      b = _mm512_loadu_si512(call.second + at + u * 64);
+        const __m512i code[2] = {either(low_half, b, shifted_left(a, 4)),
+                                 either(low_half, shifted_right(b, 4), a)};
+        multiply(u, a, code);
+    }
+    for (Index i = 0; i < call.units.count[1]; ++i) {
+        const Index u = call.units.unit[1][i];
+        const __m512i a = _mm512_loadu_si512(call.first + at + u * 64);
+        const __m512i code[2] = {_mm512_and_si512(shifted_left(a, 4), high_half),
+                                 _mm512_and_si512(a, high_half)};
+        multiply(u, a, code);
+    }
+    std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+    for (int r = 0; r < rows; ++r) {
+        _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)whole[r][0] + (Words)whole[r][1]));
+        if constexpr (low_parts)
+            _mm512_storeu_si512(sums + (call.rows + r) * 16, (__m512i)((Words)first[r] << 4));
+    }
+}
+template <bool low_parts>
+KVPLANE_TARGET_AVX512 inline void some_rows(const PlaneSomeCall& call, Index block) noexcept {
+    Index row = 0;
+    for (; row + 4 <= call.rows; row += 4) some_block<4, low_parts>(call, block, row);
+    for (; row + 2 <= call.rows; row += 2) some_block<2, low_parts>(call, block, row);
+    if (row < call.rows) some_block<1, low_parts>(call, block, row);
+}
+KVPLANE_TARGET_AVX512 inline void some_dot(const PlaneSomeCall& call) noexcept {
+    for (Index block = 0; block < call.blocks; ++block) {
+        const Index at = block * call.block_units * 64;
+        for (const std::size_t have : {std::size_t{1}, std::size_t{2}})
+            for (Index i = 0; i < call.ahead.count[have]; ++i) {
+                const Index unit = at + call.ahead.unit[have][i] * 64;
+                _mm_prefetch(reinterpret_cast<const char*>(call.first_ahead + unit), _MM_HINT_T1);
+                if (have > 1)
+                    _mm_prefetch(reinterpret_cast<const char*>(call.second_ahead + unit), _MM_HINT_T1);
+            }
+        if (call.low_rows > 0)
+            some_rows<true>(call, block);
+        else
+            some_rows<false>(call, block);
+    }
+}
+
 /// Codes of 3 bits in planes {2, 1}: a unit of the second covers two of the first.
 template <int rows>
 KVPLANE_TARGET_AVX512 inline void three_bits_block(const PlanePairCall& call, Index block,
@@ -218,6 +289,7 @@ KVPLANE_TARGET_AVX512 inline void three_bits_dot(const PlanePairCall& call) noex
 inline constexpr PlaneDot plane_dots{"avx512",
                                      {plane_dot<1>, plane_dot<2>, plane_dot<4>},
                                      {nullptr, nullptr, nullptr, three_bits_dot, nullptr, two_planes_dot<1>,
-                                      two_planes_dot<2>, nullptr, two_planes_dot<4>}};
+                                      two_planes_dot<2>, nullptr, two_planes_dot<4>},
+                                     some_dot};
 }  // namespace kvplane::detail::avx512
 #endif

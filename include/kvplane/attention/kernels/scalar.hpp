@@ -49,6 +49,35 @@ struct PlanePairCall {
     Index sum_rows;
 };
 
+/// The read units of a tile, or of one of its segments, by how many planes of them are read.
+struct UnitsByDepth {
+    static constexpr int depths = 4;  ///< 0 to 3 planes
+    std::array<std::uint16_t*, depths> unit{};
+    std::array<Index, depths> count{};
+
+    /// planes: of each of `units`; nullptr: `all` of every one. room: depths * units numbers.
+    UnitsByDepth(const std::uint8_t* planes, Index units, int all, std::uint16_t* room) noexcept {
+        for (std::size_t d = 0; d < depths; ++d) unit[d] = room + static_cast<Index>(d) * units;
+        for (Index u = 0; u < units; ++u) {
+            const auto have = static_cast<std::size_t>(planes ? planes[u] : all);
+            unit[have][count[have]++] = static_cast<std::uint16_t>(u);
+        }
+    }
+};
+
+/// Codes of 8 bits in two planes of 4, of which some units are read in part. What is unread counts as 0. Rows
+/// and factors as in PlanePairCall.
+struct PlaneSomeCall {
+    const std::byte *first, *second;
+    const std::byte *first_ahead, *second_ahead;
+    Index blocks, block_units;
+    UnitsByDepth units, ahead;
+    const std::int8_t* factors;
+    Index factor_stride, rows, low_rows;
+    std::int32_t* sums;
+    Index sum_rows;
+};
+
 /// The kernels of an instruction set.
 struct PlaneDot {
     std::string_view name;  ///< what isa.hpp calls the instruction set
@@ -58,6 +87,8 @@ struct PlaneDot {
     /// byte of 8 bits needs products of unsigned by signed bytes that do not saturate.
     using Pair = void (*)(const PlanePairCall&) noexcept;
     std::array<Pair, 9> of_pair{};
+    /// nullptr where plane by plane is as fast.
+    void (*some)(const PlaneSomeCall&) noexcept = nullptr;
 
     void operator()(int width, const PlaneDotCall& call) const noexcept {
         of_width[width == 4 ? 2 : width - 1](call);
