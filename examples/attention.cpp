@@ -5,16 +5,16 @@
 #include <string>
 #include <vector>
 
-#include "dump_file.hpp"
+#include "decode_layer.hpp"
 #include "engine/command_line.hpp"
 #include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/recipes.hpp"
-#include "synthetic_kv.hpp"
 
 namespace {
 
 using namespace kvplane;
+using Layer = kvplane_examples::DecodeLayer;
 using Clock = std::chrono::steady_clock;
 
 constexpr const char* usage =
@@ -33,50 +33,6 @@ constexpr const char* usage =
     "  --head-dim N        (128)\n"
     "  --threads N         (2)\n"
     "  --seed N            (1)\n";
-
-/// One layer: as many queries as tokens, or those of the last tokens.
-struct Layer {
-    std::string name;
-    Index kv_heads, query_heads;
-    Matrix keys, values, queries;
-};
-
-std::vector<Layer> from_files(const std::vector<std::string>& paths) {
-    std::vector<Layer> layers;
-    for (const std::string& path : paths) {
-        const SafetensorsFile file = SafetensorsFile::open(path);
-        for (const int layer : kvplane_examples::layers_in(file)) {
-            const std::string name = "layers." + std::to_string(layer);
-            Layer loaded{name, 0, 0, {}, {}, {}};
-            Index value_heads = 0;
-            loaded.keys = kvplane_examples::load(file, name + ".keys", loaded.kv_heads);
-            loaded.values = kvplane_examples::load(file, name + ".values", value_heads);
-            loaded.queries = kvplane_examples::load(file, name + ".queries", loaded.query_heads);
-            require(loaded.values.rows() == loaded.keys.rows() && value_heads == loaded.kv_heads &&
-                        loaded.queries.rows() <= loaded.keys.rows(),
-                    ErrorCode::shape, path, ": ", name, ": ", loaded.keys.rows(), " keys of ",
-                    loaded.kv_heads, " heads, ", loaded.values.rows(), " values of ", value_heads, ", ",
-                    loaded.queries.rows(), " queries; expected as many values as keys and no more queries");
-            layers.push_back(std::move(loaded));
-        }
-    }
-    return layers;
-}
-
-Layer generated(const engine::CommandLine& options) {
-    kvplane_examples::SyntheticOptions synthetic;
-    synthetic.tokens = synthetic.queries = options.number("--tokens", 8192, 1);
-    synthetic.kv_heads = options.number("--kv-heads", 8, 1);
-    synthetic.query_heads = options.number("--query-heads", 32, 1);
-    synthetic.head_dim = options.number("--head-dim", 128, 1);
-    synthetic.seed = static_cast<std::uint64_t>(options.number("--seed", 1));
-    require(synthetic.query_heads % synthetic.kv_heads == 0, ErrorCode::option,
-            "--query-heads: ", synthetic.query_heads, ", expected a multiple of the ", synthetic.kv_heads,
-            " key heads");
-    kvplane_examples::SyntheticLayer made = kvplane_examples::synthetic_layer(synthetic);
-    return {"generated",          synthetic.kv_heads,     synthetic.query_heads,
-            std::move(made.keys), std::move(made.values), std::move(made.queries)};
-}
 
 void decode(const Layer& layer, const std::string& recipe, Executor& executor) {
     constexpr Index measured = 64;
@@ -101,7 +57,8 @@ void decode(const Layer& layer, const std::string& recipe, Executor& executor) {
                   layer.queries.middleRows(std::min(query, layer.queries.rows() - count), count));
     };
     for (Index at = 0, goal = 512; at < tokens; goal *= 2) {
-        const Index end = std::min(goal, tokens), first = std::min(end, std::max({at, end - measured, without_query}));
+        const Index end = std::min(goal, tokens),
+                    first = std::min(end, std::max({at, end - measured, without_query}));
         while (at < first) {
             const Index count = std::min({first - at, layer.queries.rows(), Index{128}});
             append(cache, at, count);
@@ -146,8 +103,7 @@ int main(int count, char** arguments) {
                                : std::vector<std::string>{"fp16", "standard", "compact", "latent:3:3"};
         for (const std::string& name : names) (void)recipes::parse(name);
         ThreadExecutor executor(options.number("--threads", 2, 1));
-        const std::vector<Layer> layers =
-            options.rest().empty() ? std::vector<Layer>{generated(options)} : from_files(options.rest());
+        const std::vector<Layer> layers = kvplane_examples::decode_layers(options, 8192, std::nullopt);
         std::printf("%-12s %-22s %8s %10s %13s %11s %12s %6s %10s\n", "layer", "recipe", "context",
                     "tokens/s", "attend", "append", "bytes", "bits", "error");
         for (const Layer& layer : layers)

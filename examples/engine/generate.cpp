@@ -29,6 +29,8 @@ constexpr const char* usage =
     "  --temperature T     0: always the likeliest token (0); above: sample\n"
     "  --seed N            of sampling (1)\n"
     "  --threads N         0: one a core (0)\n"
+    "  --draft POLICY      drafts tokens from a part of the same cache (fixed4, 4, ...; see evaluate), and\n"
+    "                      verifies up to 7 at once from all of it: the text is that of full reads\n"
     "  --chat              PROMPT is what a user says; the model answers\n";
 
 /// The likeliest token, or one drawn with probability softmax(logits / temperature).
@@ -42,6 +44,54 @@ TokenId choose(const Eigen::RowVectorXf& logits, double temperature, std::mt1993
         if ((left -= weights[i]) < 0.0) return static_cast<TokenId>(i);
     return static_cast<TokenId>(best);
 }
+
+Index likeliest(const Matrix& logits, Index row) {
+    Index best = 0;
+    logits.row(row).maxCoeff(&best);
+    return best;
+}
+
+/// Speculative decoding with one model and one cache: a few tokens are drafted from a part of the planes,
+/// taken back, and run over again together from all planes; as many as full reads agree with are kept.
+class Drafter {
+  public:
+    Drafter(const Model& model, LayerCaches& caches, const kvplane::ReadPolicy& policy)
+        : model_(model), caches_(caches), policy_(policy) {}
+
+    /// The likeliest continuation after `logits`, at least one token and at most `count`; the caches then
+    /// hold them, and `logits` is what follows.
+    std::vector<TokenId> next(Matrix& logits, Index count) {
+        const Index before = caches_.front()->tokens();
+        std::vector<TokenId> tokens{static_cast<TokenId>(likeliest(logits, 0))};
+        read(caches_, policy_);
+        const Index most = std::min<Index>(count, 1 + ahead);
+        while (static_cast<Index>(tokens.size()) < most)
+            tokens.push_back(
+                static_cast<TokenId>(likeliest(model_.forward({{tokens.back()}}, caches_, Logits::last), 0)));
+        truncate(caches_, before);
+        read(caches_, kvplane::ReadPolicy::all());
+        const Matrix all = model_.forward(tokens, caches_, Logits::all);
+        std::size_t kept = 1;
+        while (kept < tokens.size() && likeliest(all, static_cast<Index>(kept) - 1) == tokens[kept]) ++kept;
+        drafted_ += static_cast<Index>(tokens.size()) - 1;
+        accepted_ += static_cast<Index>(kept) - 1;
+        tokens.resize(kept);
+        truncate(caches_, before + static_cast<Index>(kept));
+        logits = all.row(static_cast<Index>(kept) - 1);
+        return tokens;
+    }
+    Index drafted() const noexcept { return drafted_; }
+    Index accepted() const noexcept { return accepted_; }
+
+  private:
+    /// One token is known and up to 7 are drafted: 8 attend on packed bits together.
+    static constexpr Index ahead = 7;
+
+    const Model& model_;
+    LayerCaches& caches_;
+    kvplane::ReadPolicy policy_;
+    Index drafted_ = 0, accepted_ = 0;
+};
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -60,6 +110,12 @@ void run(const CommandLine& options) {
 
     if (name != "exact") (void)kvplane::recipes::parse(name.substr(0, name.find('@')));
     const double temperature = options.real("--temperature", 0.0);
+    std::optional<kvplane::ReadPolicy> policy;
+    if (options.has("--draft")) {
+        policy = kvplane::recipes::read_policy(options.text("--draft"));
+        kvplane::require(temperature <= 0.0 && name != "exact", ErrorCode::option,
+                         "--draft: expected a temperature of 0 and a recipe other than exact");
+    }
     Threads threads(static_cast<int>(options.number("--threads", 0)));
     const Model model(Gguf::open(options.required("--model")), threads);
     const Tokenizer tokenizer(model.file());
@@ -82,7 +138,15 @@ void run(const CommandLine& options) {
     TextStream stream(tokenizer);
     start = std::chrono::steady_clock::now();
     Index generated = 0;
-    while (generated < length) {
+    Drafter drafter(model, caches, policy.value_or(kvplane::ReadPolicy::all()));
+    for (bool done = false; policy && generated < length && !done;)
+        for (const TokenId token : drafter.next(logits, length - generated)) {
+            done = done || tokenizer.is_special(token);
+            if (done) break;
+            std::cout << stream.push(token) << std::flush;
+            ++generated;
+        }
+    while (!policy && generated < length) {
         const TokenId token = choose(logits.row(0), temperature, random);
         if (tokenizer.is_special(token)) break;
         std::cout << stream.push(token) << std::flush;
@@ -99,6 +163,9 @@ void run(const CommandLine& options) {
         name.c_str(), tokens.size(), static_cast<double>(tokens.size()) / prefill,
         static_cast<long>(generated), static_cast<double>(generated) / decode, static_cast<long>(size.bytes),
         size.bits_per_element);
+    if (policy)
+        std::fprintf(stderr, "drafts: %ld tokens, of which full reads took %ld\n",
+                     static_cast<long>(drafter.drafted()), static_cast<long>(drafter.accepted()));
 }
 
 }  // namespace
@@ -107,7 +174,7 @@ int main(int count, char** arguments) {
     try {
         const CommandLine options(
             count, arguments,
-            {"--model", "--recipe", "--basis", "--length", "--temperature", "--seed", "--threads"},
+            {"--model", "--recipe", "--basis", "--length", "--temperature", "--seed", "--threads", "--draft"},
             {"--chat", "--help"});
         if (options.has("--help")) return std::printf("%s", usage), 0;
         run(options);

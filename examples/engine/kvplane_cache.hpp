@@ -68,6 +68,9 @@ class KvplaneCache final : public LayerCache {
         return shared_->reads > 0 ? shared_->bits / static_cast<double>(shared_->reads) : 0.0;
     }
     Index tokens() const override { return cache_.tokens(); }
+    /// How much later reads take; one cache serves them all.
+    void read(const kvplane::ReadPolicy& policy) noexcept { parameters_.read = policy; }
+    void truncate(Index tokens) { cache_.truncate(tokens); }
     const kvplane::KvCache& cache() const noexcept { return cache_; }
 
   private:
@@ -106,6 +109,14 @@ inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& pla
         caches.push_back(std::make_unique<KvplaneCache>(configuration, pool, shared, plan.read));
     }
     return caches;
+}
+
+/// A sequence of caches made by kvplane_caches(): how much later reads take, and back to its first tokens.
+inline void read(LayerCaches& caches, const kvplane::ReadPolicy& policy) {
+    for (auto& layer : caches) dynamic_cast<KvplaneCache&>(*layer).read(policy);
+}
+inline void truncate(LayerCaches& caches, Index tokens) {
+    for (auto& layer : caches) dynamic_cast<KvplaneCache&>(*layer).truncate(tokens);
 }
 
 struct CacheSize {

@@ -100,9 +100,9 @@ inline std::vector<CacheRecipe> key_favored(const KeyFavoredAllocation& allocati
     return layers;
 }
 
-/// SVDq (arXiv 2502.15304): keys before RoPE, all heads concatenated, in the basis of their SVD; widths of equal
-/// groups of latents. The basis is given, or that of the prompt's own keys: call KvCache::fit_basis at its end,
-/// or let the cache do it after 512 tokens. The paper leaves values alone.
+/// SVDq (arXiv 2502.15304): keys before RoPE, all heads concatenated, in the basis of their SVD; widths of
+/// equal groups of latents. The basis is given, or that of the prompt's own keys: call KvCache::fit_basis at
+/// its end, or let the cache do it after 512 tokens. The paper leaves values alone.
 inline CacheRecipe svdq(std::vector<int> groups, int value_bits = 16) {
     CacheRecipe recipe;
     recipe.name = "svdq";
@@ -115,8 +115,8 @@ inline CacheRecipe svdq(std::vector<int> groups, int value_bits = 16) {
     return recipe;
 }
 
-/// Keys in the query-weighted basis of the tile frame, `key_bits` in the best schedule; values rotated. A basis
-/// that is given covers all heads together, one of the cache's own each head, for its bytes count.
+/// Keys in the query-weighted basis of the tile frame, `key_bits` in the best schedule; values rotated. A
+/// basis that is given covers all heads together, one of the cache's own each head, for its bytes count.
 inline CacheRecipe latent(double key_bits, int value_bits) {
     CacheRecipe recipe;
     recipe.name = "latent";
@@ -127,7 +127,8 @@ inline CacheRecipe latent(double key_bits, int value_bits) {
     return recipe;
 }
 
-/// Its cheap sibling: the latents are the channels themselves, so there is no matrix to store or to multiply by.
+/// Its cheap sibling: the latents are the channels themselves, so there is no matrix to store or to multiply
+/// by.
 inline CacheRecipe weighted(double key_bits, int value_bits) {
     CacheRecipe recipe = latent(key_bits, value_bits);
     recipe.name = "weighted";
@@ -233,7 +234,8 @@ inline CacheRecipe named(std::string_view text, std::string_view name) {
     if (is("latent", 2, 2)) return latent(real(text, parts[1]), number(text, parts[2]));
     if (is("weighted", 2, 2)) return weighted(real(text, parts[1]), number(text, parts[2]));
     fail(ErrorCode::option, "recipe '", text,
-         "': expected fp16, block32:BITS[:rotated], kivi:BITS[:GROUP], key_favored:KEY:VALUE, standard, compact, "
+         "': expected fp16, block32:BITS[:rotated], kivi:BITS[:GROUP], key_favored:KEY:VALUE, standard, "
+         "compact, "
          "svdq:SCHEDULE[:VALUE], latent:KEY:VALUE or weighted:KEY:VALUE");
 }
 
@@ -311,16 +313,17 @@ inline CacheRecipe parse(std::string_view text) {
 ///     4, 4:3                  aligned at a mean of so many bits, of keys and of values
 ///     fixed4, fixed4:8        so many bits of every code
 ///     tolerance=0.01          whatever keeps every head's output within that (ReadPolicy::tolerance)
-///     published, aligned      fp16 by exponents, at the thresholds that AlignedKV ships and that T11 supports
+///     published, aligned      fp16 by exponents, at the thresholds that AlignedKV ships, and at 6, 10, 14
+///     exponents=4:8:12        at others: 12 bits, 8 bits and nothing from so many below the largest on
 ///
 /// Throws Error (option) saying what is wrong with it.
 inline ReadPolicy read_policy(std::string_view text) {
     if (text == "published") return ReadPolicy::exponents(AlignmentThresholds::published());
-    if (text == "aligned") return ReadPolicy::exponents(AlignmentThresholds::supported());
+    if (text == "aligned") return ReadPolicy::exponents(AlignmentThresholds::accurate());
     const auto bad = [&] {
         fail(ErrorCode::option, "read policy '", text,
-             "', expected 4, 4:3 (mean bits of keys and values), fixed4, fixed4:8, tolerance=0.01, published "
-             "or aligned");
+             "', expected 4, 4:3 (mean bits of keys and values), fixed4, fixed4:8, tolerance=0.01, "
+             "published, aligned or exponents=4:8:12");
     };
     const auto number = [&](std::string_view digits, double most) {
         double value = 0.0;
@@ -332,6 +335,17 @@ inline ReadPolicy read_policy(std::string_view text) {
     constexpr std::string_view tolerance = "tolerance=", fixed = "fixed";
     if (text.starts_with(tolerance))
         return ReadPolicy::tolerance(number(text.substr(tolerance.size()), fp16_max));
+    constexpr std::string_view exponents = "exponents=";
+    if (text.starts_with(exponents)) {
+        const auto below = detail::split(text.substr(exponents.size()), ':');
+        if (below.size() != 3) bad();
+        const auto at = [&](std::size_t i) {
+            return static_cast<int>(number(below[i], AlignmentThresholds::never));
+        };
+        const AlignmentThresholds thresholds{at(0), at(1), at(2)};
+        if (thresholds.twelve > thresholds.eight || thresholds.eight > thresholds.none) bad();
+        return ReadPolicy::exponents(thresholds);
+    }
     const bool is_fixed = text.starts_with(fixed);
     const auto parts = detail::split(is_fixed ? text.substr(fixed.size()) : text, ':');
     if (parts.size() > 2) bad();

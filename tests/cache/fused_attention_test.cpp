@@ -216,9 +216,13 @@ PolicyRead read(const KvCache& cache, const Matrix& queries, const ReadPolicy& p
     return result;
 }
 std::vector<std::string> planes_recipes() {
-    return {"key_favored:8:8",           "key_favored:8:8+key_group=32+value_group=16",
-            "key_favored:5:7",           "standard",
-            "fp16", "latent:8:8+fit_tokens=256", "latent:5:6+heads_together=1+fit_tokens=256"};
+    return {"key_favored:8:8",
+            "key_favored:8:8+key_group=32+value_group=16",
+            "key_favored:5:7",
+            "standard",
+            "fp16",
+            "latent:8:8+fit_tokens=256",
+            "latent:5:6+heads_together=1+fit_tokens=256"};
 }
 
 TEST(ReadPolicies, ReadAtMostTheirBudgetAndErrLessTheMoreTheyRead) {
@@ -334,7 +338,8 @@ TEST(ReadPolicies, KeepWithinATolerance) {
                     EXPECT_LT(before, 24.0) << recipe;
                 }
             }
-            EXPECT_LE((output - all).norm(), 1e-4 * all.norm()) << recipe << ": nothing that counts is left out";
+            EXPECT_LE((output - all).norm(), 1e-4 * all.norm())
+                << recipe << ": nothing that counts is left out";
         }
 }
 
@@ -351,12 +356,14 @@ TEST(ReadPolicies, ReadHalfPlanesByExponents) {
     const Matrix rows = Eigen::Map<const Matrix>(q.data(), 3, 40);
     const Matrix exact = read(cache, q, ReadPolicy::all()).output;
     for (const AlignmentThresholds& thresholds :
-         {AlignmentThresholds::published(), AlignmentThresholds::supported()}) {
+         {AlignmentThresholds::published(), AlignmentThresholds::supported(),
+          AlignmentThresholds::accurate()}) {
         const PolicyRead some = read(cache, q, ReadPolicy::exponents(thresholds));
         const Eigen::RowVectorXf largest = keys.cwiseAbs().colwise().maxCoeff();
         const std::vector<int> key_bits = aligned_key_bits(rows / std::sqrt(40.0f), largest, thresholds);
         Matrix weights = rows * keys.transpose() / std::sqrt(40.0f);
-        for (Index r = 0; r < 3; ++r) weights.row(r) = (weights.row(r).array() - weights.row(r).maxCoeff()).exp();
+        for (Index r = 0; r < 3; ++r)
+            weights.row(r) = (weights.row(r).array() - weights.row(r).maxCoeff()).exp();
         const std::vector<int> value_bits = aligned_value_bits(weights, thresholds);
         double of_keys = 0.0, of_values = 0.0;
         for (std::size_t first = 0; first < 40; first += 8)
@@ -369,9 +376,11 @@ TEST(ReadPolicies, ReadHalfPlanesByExponents) {
         EXPECT_NEAR(some.report.key_bits, of_keys, 1e-9);
         // Weights near a power of two, of scores that are a little off.
         EXPECT_NEAR(some.report.value_bits, of_values, 0.6);
-        EXPECT_LT(some.report.key_bits, 13.0);
-        EXPECT_LT((some.output - exact).norm(),
-                  (thresholds == AlignmentThresholds::supported() ? 2e-3 : 2e-2) * exact.norm());
+        EXPECT_LT(some.report.key_bits, 14.0);
+        const double allowed = thresholds == AlignmentThresholds::published()   ? 2e-2
+                               : thresholds == AlignmentThresholds::supported() ? 2e-3
+                                                                                : 5e-4;
+        EXPECT_LT((some.output - exact).norm(), allowed * exact.norm());
     }
     EXPECT_EQ(read(cache, q, ReadPolicy::exponents({100, 100, 100})).output, exact);
 }

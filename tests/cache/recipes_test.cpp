@@ -105,9 +105,11 @@ TEST(ReadPolicies, AreReadFromTheirNames) {
     check("tolerance=0.25", Kind::tolerance, 16.0, 16.0);
     EXPECT_EQ(recipes::read_policy("tolerance=0.25").error, 0.25);
     EXPECT_EQ(recipes::read_policy("published").thresholds, AlignmentThresholds::published());
-    EXPECT_EQ(recipes::read_policy("aligned").thresholds, AlignmentThresholds::supported());
-    for (const char* text : {"", "x", "4:", "4:3:2", "-1", "17", "fixed", "fixed4x", "tolerance", "tolerance=",
-                             "tolerance=-1", "tolerance=nan", "nan", "inf", "publish"})
+    EXPECT_EQ(recipes::read_policy("aligned").thresholds, AlignmentThresholds::accurate());
+    EXPECT_EQ(recipes::read_policy("exponents=1:2:1000").thresholds, AlignmentThresholds::published());
+    for (const char* text : {"exponents=", "exponents=1:2", "exponents=3:2:9", "exponents=1:2:-1", "", "x",
+                             "4:", "4:3:2", "-1", "17", "fixed", "fixed4x", "tolerance",
+                             "tolerance=", "tolerance=-1", "tolerance=nan", "nan", "inf", "publish"})
         EXPECT_NE(refusal(ErrorCode::option, [&] { recipes::read_policy(text); }).find("expected 4"),
                   std::string::npos)
             << text;

@@ -125,6 +125,21 @@ TEST(Programs, GenerateIsTheSameEveryTime) {
     EXPECT_EQ(output_of(sampled), output_of(sampled));
 }
 
+/// Drafts from 4 of 8 bits change how fast the text comes and not what it says.
+TEST(Programs, DraftsDoNotChangeTheText) {
+    KVPLANE_NEEDS_MODEL();
+    const std::string command =
+        programs + "/generate --length 40 --recipe key_favored:8:8+recent=0 --model " + model_path();
+    const std::string prompt = " 'The capital of France is'";
+    const std::string text = output_of(command + prompt + " 2>/dev/null"),
+                      drafted = output_of(command + " --draft fixed4" + prompt + " 2>/dev/null");
+    EXPECT_EQ(drafted, text);
+    EXPECT_NE(output_of(command + " --draft fixed4" + prompt + " 2>&1 >/dev/null").find("drafts: "),
+              std::string::npos);
+    EXPECT_NE(output_of(command + " --draft 99" + prompt + " 2>&1 >/dev/null", 1).find("read policy '99'"),
+              std::string::npos);
+}
+
 TEST(Programs, DumpWritesWhatTheQuickstartReads) {
     KVPLANE_NEEDS_MODEL();
     const auto path = (std::filesystem::temp_directory_path() / "kvplane_dump_test.safetensors").string();

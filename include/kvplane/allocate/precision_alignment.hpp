@@ -38,6 +38,8 @@ struct AlignmentThresholds {
 
     /// What the bound of T11 supports.
     static constexpr AlignmentThresholds supported() noexcept { return {4, 8, 12}; }
+    /// A quarter of that error for each term: outputs are sums over thousands of tokens.
+    static constexpr AlignmentThresholds accurate() noexcept { return {6, 10, 14}; }
     /// What the published code ships, where that code differs from its paper: no bound holds.
     static constexpr AlignmentThresholds published() noexcept { return {1, 2, never}; }
 
@@ -75,10 +77,10 @@ constexpr int aligned_planes(int below, const AlignmentThresholds& thresholds) n
 
 }  // namespace detail
 
-/// Bits to read of each fp16 key channel (16, 12, 8 or 0), for the rows of `queries` (rows x channels: the heads
-/// that share a key head). largest: max |k| by channel over the keys in question; the published code takes
-/// the signed maximum, which is too small where keys are mostly negative. A query that is not finite reads
-/// all. Throws Error (shape, option).
+/// Bits to read of each fp16 key channel (16, 12, 8 or 0), for the rows of `queries` (rows x channels: the
+/// heads that share a key head). largest: max |k| by channel over the keys in question; the published code
+/// takes the signed maximum, which is too small where keys are mostly negative. A query that is not finite
+/// reads all. Throws Error (shape, option).
 inline std::vector<int> aligned_key_bits(const Matrix& queries,
                                          const Eigen::Ref<const Eigen::RowVectorXf>& largest,
                                          const AlignmentThresholds& thresholds = {}) {

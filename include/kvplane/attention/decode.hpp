@@ -534,8 +534,7 @@ class FusedScratch {
     float* unread() noexcept { return unread_.data(); }
     /// Units of a tile (0) and of the one that is read next (1) by depth.
     detail::UnitsByDepth by_depth(int which, const std::uint8_t* planes, Index units, int all) noexcept {
-        return {planes, units, all,
-                by_depth_.data() + which * static_cast<Index>(by_depth_.size() / 2)};
+        return {planes, units, all, by_depth_.data() + which * static_cast<Index>(by_depth_.size() / 2)};
     }
 
   private:
@@ -597,8 +596,9 @@ class FusedSums {
                      middle + (lower ? 0.5f : symmetric_middle(segment.bits)), middle,
                      0.5f * (power_of_two(segment.split.shift(0)) - 1.0f), depth, scratch_.folded(),
                      in_part ? scratch_.unread() : nullptr,
-                     in_part ? scratch_.unread() + scratch_.depth() : nullptr, scratch_.factors(first), two_parts_ ? scratch_.factors(rows_ + first) : nullptr,
-                     scratch_.depth(), worth_.data() + first, base_.data() + first});
+                     in_part ? scratch_.unread() + scratch_.depth() : nullptr, scratch_.factors(first),
+                     two_parts_ ? scratch_.factors(rows_ + first) : nullptr, scratch_.depth(),
+                     worth_.data() + first, base_.data() + first});
             });
         });
     }
@@ -633,16 +633,18 @@ class FusedSums {
     void leave_out(const PlaneSplit& split, Index read_units, const std::uint8_t* planes,
                    Index depth) noexcept {
         const Index unit = read_unit_depth(split);
-        const float whole = unread_reach(split, 0), below = unread_reach(split, 1);
+        float reach[UnitsByDepth::depths];
+        for (int p = 0; p <= split.count; ++p) reach[p] = unread_reach(split, p);
         float *const high = scratch_.unread(), *const low = high + scratch_.depth();
-        for (Index u = 0; u < read_units; ++u) {
-            const Index first = u * unit, count = std::min(unit, depth - first);
-            std::fill_n(high + first, count, unread_reach(split, planes[u]));
-            // The low parts meet the first plane alone.
-            if (two_parts_) std::fill_n(low + first, count, planes[u] > 0 ? 0.0f : whole - below);
-        }
+        // Whole units, for which the padding has room.
+        for (Index u = 0; u < read_units; ++u)
+            for (Index i = 0; i < unit; i += 8) std::fill_n(high + u * unit + i, 8, reach[planes[u]]);
         std::fill(high + std::min(read_units * unit, depth), high + depth, 0.0f);
-        if (two_parts_) std::fill(low + std::min(read_units * unit, depth), low + depth, 0.0f);
+        if (!two_parts_) return;
+        // The low parts meet the first plane alone.
+        for (Index u = 0; u < read_units; ++u)
+            std::fill_n(low + u * unit, unit, planes[u] > 0 ? 0.0f : reach[0] - reach[1]);
+        std::fill(low + std::min(read_units * unit, depth), low + depth, 0.0f);
     }
 
     /// sum() over these planes. ahead_planes: of the tile that is read next.
@@ -654,9 +656,12 @@ class FusedSums {
         if (segment.bits == 8 && dot.some) {
             const Index units = units_of(4), skip = first_block * units * unit_bytes;
             const std::byte *const first = tile + skip, *const next = ahead + skip;
+            const UnitsByDepth some = scratch_.by_depth(0, planes, read_units, 0),
+                               ahead_some = ahead_planes == planes
+                                                ? some
+                                                : scratch_.by_depth(1, ahead_planes, read_units, 0);
             dot.some({first + segment.plane_at[0], first + segment.plane_at[1], next + segment.plane_at[0],
-                      next + segment.plane_at[1], blocks, units, scratch_.by_depth(0, planes, read_units, 0),
-                      scratch_.by_depth(1, ahead_planes, read_units, 0), scratch_.factors(0),
+                      next + segment.plane_at[1], blocks, units, some, ahead_some, scratch_.factors(0),
                       scratch_.depth(), rows_, sum_rows() - rows_, scratch_.sums(), sum_rows()});
             return;
         }
@@ -762,15 +767,13 @@ inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Place
     const Index count = keys ? segment.channels : tile_tokens,
                 units = (count + fused::half_depth - 1) / fused::half_depth,
                 blocks = keys ? tile_tokens / unit_lanes : (segment.channels + unit_lanes - 1) / unit_lanes;
-    if (count % fused::half_depth != 0) {
-        for (Index r = 0; r < rows; ++r) {
-            float* const padded = scratch.rows() + r * scratch.depth();
-            std::copy_n(x + r * stride, count, padded);
-            std::fill(padded + count, padded + units * fused::half_depth, 0.0f);
-        }
-        x = scratch.rows();
-        stride = scratch.depth();
+    for (Index r = 0; r < rows; ++r) {
+        float* const scaled = scratch.rows() + r * scratch.depth();
+        for (Index i = 0; i < count; ++i) scaled[i] = x[r * stride + i] * fused::half_factor;
+        std::fill(scaled + count, scaled + units * fused::half_depth, 0.0f);
     }
+    x = scratch.rows();
+    stride = scratch.depth();
     fused::HalfBlock first{};
     Index block_bytes[3];
     for (std::size_t p = 0; p < 3; ++p) {
@@ -780,7 +783,7 @@ inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Place
         block_bytes[p] = (count + depth - 1) / depth * unit_bytes;
     }
     const UnitsByDepth read = scratch.by_depth(0, planes, units, 3),
-                              next = scratch.by_depth(1, ahead_planes, units, 3);
+                       next = ahead_planes == planes ? read : scratch.by_depth(1, ahead_planes, units, 3);
     run_on(isa, [=](auto lanes) KVPLANE_BODY {
         fused::by_rows(rows, [=](auto together, Index row) KVPLANE_BODY {
             fused::HalfBlock block = first;
@@ -877,8 +880,8 @@ inline void fused_output(Isa isa, const TileFormat& format, const std::byte* til
     if (!ahead_planes) ahead_planes = planes;
     if (segment.bits == 16) {
         detail::prefetch_grids(format, ahead);
-        detail::half_sums(isa, format, segment, tile, ahead, weights, tile_tokens, rows, planes,
-                          ahead_planes, false, nullptr, scratch, output, stride);
+        detail::half_sums(isa, format, segment, tile, ahead, weights, tile_tokens, rows, planes, ahead_planes,
+                          false, nullptr, scratch, output, stride);
         return;
     }
     const Index run = std::min(format.rule().group, segment.channels);
@@ -1070,16 +1073,19 @@ inline void align_keys(Isa isa, const TileFormat& format, const std::byte* tile,
         });
         for (Index u = 0; u < units; ++u) {
             const std::int32_t* const first = below + u * depth;
-            const std::int32_t least = *std::min_element(first, first + std::min(depth, s.channels - u * depth));
+            std::int32_t least = first[0];
+            for (Index i = 1; i < std::min(depth, s.channels - u * depth); ++i)
+                least = std::min(least, first[i]);
             *planes++ = static_cast<std::uint8_t>(detail::aligned_planes(least, thresholds));
         }
     }
 }
 
 /// Of every token of a tile of values, the sum over channels of the squared step (its root, with `reach`);
-/// and the largest norm that its grids can hold, over all tokens. largest: of the magnitudes of all values, which fp16 goes by.
-inline float value_steps(Isa isa, const TileFormat& format, const std::byte* tile, float largest,
-                         bool reach, float* squares) noexcept {
+/// and the largest norm that its grids can hold, over all tokens. largest: of the magnitudes of all values,
+/// which fp16 goes by.
+inline float value_steps(Isa isa, const TileFormat& format, const std::byte* tile, float largest, bool reach,
+                         float* squares) noexcept {
     const TileFormat::Placed& s = format.segments()[0];
     if (s.bits == 16) {
         const float step = largest * 0x1p-10f, size = static_cast<float>(s.channels);
@@ -1087,9 +1093,8 @@ inline float value_steps(Isa isa, const TileFormat& format, const std::byte* til
         return largest * std::sqrt(size);
     }
     const auto* step = reinterpret_cast<const Eigen::half*>(tile + s.step_at);
-    const auto* lower = s.scheme == Scheme::symmetric
-                            ? nullptr
-                            : reinterpret_cast<const Eigen::half*>(tile + s.lower_at);
+    const auto* lower =
+        s.scheme == Scheme::symmetric ? nullptr : reinterpret_cast<const Eigen::half*>(tile + s.lower_at);
     const Index run = std::min(format.rule().group, s.channels), groups = (s.channels + run - 1) / run;
     const float cells = power_of_two(s.bits);
     float most = 0.0f;
@@ -1131,17 +1136,18 @@ inline void unit_weights(Isa isa, const float* weights, Index rows, const float*
             const float* const row = weights + r * tile_tokens;
             float eights[eighths];
             if (kind == UnitWeight::largest)
-                by_eight<lanes>(larger, [=](Index t, Floats<lanes>& x) KVPLANE_BODY { load(x, row + t); },
-                                eights);
+                by_eight<lanes>(
+                    larger, [=](Index t, Floats<lanes>& x) KVPLANE_BODY { load(x, row + t); }, eights);
             else
-                by_eight<lanes>(plus,
-                                [=](Index t, Floats<lanes>& x) KVPLANE_BODY {
-                                    Floats<lanes> by;
-                                    load(x, row + t);
-                                    load(by, steps + t);
-                                    x *= kind == UnitWeight::squares ? x * by : by;
-                                },
-                                eights);
+                by_eight<lanes>(
+                    plus,
+                    [=](Index t, Floats<lanes>& x) KVPLANE_BODY {
+                        Floats<lanes> by;
+                        load(x, row + t);
+                        load(by, steps + t);
+                        x *= kind == UnitWeight::squares ? x * by : by;
+                    },
+                    eights);
             const Index together = depth / 8;
             for (Index u = 0; u < eighths / together; ++u) {
                 float sum = eights[u * together];

@@ -7,6 +7,7 @@
 // channel, the sum goes over tokens. Accumulators: fp32.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -19,6 +20,8 @@ namespace kvplane::detail::fused {
 
 /// Channels (keys) or tokens (values) that a unit of the lower planes holds, and two of the first.
 inline constexpr Index half_depth = 8;
+/// Factors come times this, and sums go times this: together the 2^112 that the bits are short of.
+inline constexpr float half_factor = 0x1p56f;
 
 /// Where the planes of one block of 16 lanes begin, and where those of a block that is read next do.
 struct HalfBlock {
@@ -50,15 +53,34 @@ KVPLANE_INLINE void half_unit(const HalfBlock& block, Index unit, const float* c
             if constexpr (have > 2)
                 bits |= (nibble < 13 ? third << (13 - nibble) : third >> (nibble - 13)) & 0x0001E000u;
             if constexpr (have < 3) bits |= have == 1 ? 0x00100000u : 0x00010000u;
-            const Floats<Lanes> x = (Floats<Lanes>)bits * 0x1p112f;
+            const auto x = (Floats<Lanes>)bits;
             for (int r = 0; r < rows; ++r) sums[r][v] += x * factors[r][unit * half_depth + i];
         }
     }
 }
 
+/// Those of one depth. What is read next is fetched in step, for all at once would wait for memory.
+template <int Lanes, int rows, int have>
+KVPLANE_INLINE void half_units(const HalfBlock& block, const UnitsByDepth& units, const UnitsByDepth& ahead,
+                               const float* const* factors,
+                               quantize::Floats<Lanes> (&sums)[rows][unit_lanes / Lanes]) {
+    const Index count = units.count[have], fetched = ahead.count[have];
+    for (Index i = 0; i < std::max(count, fetched); ++i) {
+        if (i < fetched) {
+            const Index u = ahead.unit[have][i];
+            __builtin_prefetch(block.ahead[0] + 2 * u * unit_bytes, 0, 2);
+            __builtin_prefetch(block.ahead[0] + (2 * u + 1) * unit_bytes, 0, 2);
+            if (have > 1) __builtin_prefetch(block.ahead[1] + u * unit_bytes, 0, 2);
+            if (have > 2) __builtin_prefetch(block.ahead[2] + u * unit_bytes, 0, 2);
+        }
+        if (i < count) half_unit<Lanes, rows, have>(block, units.unit[have][i], factors, sums);
+    }
+}
+
 /// to[r * to_stride + lane] = more[r] (or, without fresh, what is there) + the sums of one block. factors:
-/// rows x (8 units), `stride` apart. units: those of which 1, 2 and 3 planes are read, one depth after
-/// another, for a branch on each would be a guess; ahead: likewise of the block that is read next.
+/// rows x (8 units), times half_factor, `stride` apart. units: those of which 1, 2 and 3 planes are read, one
+/// depth after another, for a branch on each would be a guess; ahead: likewise of the block that is read
+/// next.
 template <int Lanes, int rows>
 KVPLANE_INLINE void half_block(const HalfBlock& block, const UnitsByDepth& units, const UnitsByDepth& ahead,
                                const float* factors, Index stride, bool fresh, const float* more, float* to,
@@ -67,21 +89,13 @@ KVPLANE_INLINE void half_block(const HalfBlock& block, const UnitsByDepth& units
     quantize::Floats<Lanes> sums[rows][vectors]{};
     const float* row[rows];
     for (int r = 0; r < rows; ++r) row[r] = factors + r * stride;
-    for (std::size_t have = 1; have <= 3; ++have)
-        for (Index i = 0; i < ahead.count[have]; ++i) {
-            const Index u = ahead.unit[have][i];
-            __builtin_prefetch(block.ahead[0] + 2 * u * unit_bytes, 0, 2);
-            __builtin_prefetch(block.ahead[0] + (2 * u + 1) * unit_bytes, 0, 2);
-            if (have > 1) __builtin_prefetch(block.ahead[1] + u * unit_bytes, 0, 2);
-            if (have > 2) __builtin_prefetch(block.ahead[2] + u * unit_bytes, 0, 2);
-        }
-    for (Index i = 0; i < units.count[3]; ++i) half_unit<Lanes, rows, 3>(block, units.unit[3][i], row, sums);
-    for (Index i = 0; i < units.count[2]; ++i) half_unit<Lanes, rows, 2>(block, units.unit[2][i], row, sums);
-    for (Index i = 0; i < units.count[1]; ++i) half_unit<Lanes, rows, 1>(block, units.unit[1][i], row, sums);
+    half_units<Lanes, rows, 3>(block, units, ahead, row, sums);
+    half_units<Lanes, rows, 2>(block, units, ahead, row, sums);
+    half_units<Lanes, rows, 1>(block, units, ahead, row, sums);
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < vectors; ++v) {
             float* const at = to + r * to_stride + v * Lanes;
-            quantize::Floats<Lanes> sum = sums[r][v], there;
+            quantize::Floats<Lanes> sum = sums[r][v] * half_factor, there;
             if (fresh) {
                 if (more) sum += more[r];
             } else {

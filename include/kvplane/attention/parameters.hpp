@@ -25,7 +25,7 @@ struct ReadPolicy {
     /// |o - o'|_2 / max |v|_2 of a head: o of a read of everything, the largest value that the head's grids
     /// can hold. 0 reads all that has a part in the output.
     double error = 0.0;
-    AlignmentThresholds thresholds = {};
+    AlignmentThresholds thresholds = AlignmentThresholds::accurate();
 
     static constexpr ReadPolicy all() noexcept { return {}; }
     static constexpr ReadPolicy fixed(double bits) noexcept { return {Kind::fixed, bits, bits, 0.0, {}}; }
@@ -36,7 +36,8 @@ struct ReadPolicy {
     static constexpr ReadPolicy tolerance(double error) noexcept {
         return {Kind::tolerance, 16.0, 16.0, error, {}};
     }
-    static constexpr ReadPolicy exponents(const AlignmentThresholds& thresholds = {}) noexcept {
+    static constexpr ReadPolicy exponents(
+        const AlignmentThresholds& thresholds = AlignmentThresholds::accurate()) noexcept {
         return {Kind::exponents, 16.0, 16.0, 0.0, thresholds};
     }
 };

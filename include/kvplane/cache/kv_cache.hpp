@@ -1362,7 +1362,7 @@ class KvCache::Fused {
                      ? fixed_planes(layout.values, policy_.value_bits, scratch)
                      : nullptr;
         fused_output(isa_, layout.values, values(tile, head), values(next, head), scores, rows, scratch,
-                     to.output, stride_, planes);
+                     to.output, stride_, planes, two_parts(policy_.value_bits));
         count_read(layout.values, planes, chunk, head, 1);
     }
 
@@ -1370,7 +1370,8 @@ class KvCache::Fused {
 
     /// Where little more than 4 bits are read, their own error is larger than that of factors of 8 bits.
     bool two_parts(double bits) const noexcept {
-        return policy_.kind != ReadPolicy::Kind::aligned || bits > 5.0;
+        return (policy_.kind != ReadPolicy::Kind::aligned && policy_.kind != ReadPolicy::Kind::fixed) ||
+               bits > 5.0;
     }
     Index blocks() const noexcept { return heads_ * row_blocks(); }
     Index value_units() const noexcept { return read_units(cache_.state_.layout->values); }
@@ -1539,8 +1540,8 @@ class KvCache::Fused {
         if (policy_.kind != ReadPolicy::Kind::exponents) {
             kind = bounded() ? UnitWeight::reach : UnitWeight::squares;
             float& norm = value_norm(chunk, head);
-            norm = std::max(norm, value_steps(isa_, format, values(tile(t), head), largest_value(), bounded(),
-                                              steps));
+            norm = std::max(
+                norm, value_steps(isa_, format, values(tile(t), head), largest_value(), bounded(), steps));
         }
         unit_weights(isa_, weights_of(t, row), rows, steps, kind, depth, units_of(t, row));
     }
@@ -1557,10 +1558,14 @@ class KvCache::Fused {
                 work_.bits_[at][side] += size * other * s.bits;
                 continue;
             }
+            std::array<Index, detail::UnitsByDepth::depths> prefix{};
+            for (int p = 0; p <= s.split.count; ++p)
+                prefix[static_cast<std::size_t>(p)] = s.split.prefix_bits(p);
             const Index depth = read_unit_depth(s.split);
+            Index bits = 0;
             for (Index first = 0; first < size; first += depth)
-                work_.bits_[at][side] +=
-                    std::min(depth, size - first) * other * s.split.prefix_bits(*planes++);
+                bits += std::min(depth, size - first) * prefix[*planes++];
+            work_.bits_[at][side] += other * bits;
         }
     }
     void report() noexcept {
@@ -1622,9 +1627,16 @@ class KvCache::Fused {
         for (std::size_t w = 1; w < work_.scratch_.size(); ++w) all.add(work_.scratch_[w].gains());
         Index tokens = 0;
         for (Index t = 0; t < tile_count(); ++t) tokens += hidden(tile(t)) ? 0 : tile_tokens;
-        const float least =
-            all.least(policy_.value_bits * static_cast<double>(tokens * blocks()) + 1e-6);
+        const float least = all.least(policy_.value_bits * static_cast<double>(tokens * blocks()) + 1e-6);
         std::fill(work_.least_.begin(), work_.least_.end(), least);
+    }
+    /// What each plane of values gains, for a bit and an importance of 1.
+    std::array<float, 3> value_worths() const noexcept {
+        const PlaneSplit& split = cache_.state_.layout->values.segments()[0].split;
+        std::array<float, 3> worth{};
+        for (int p = 0; p < split.count; ++p)
+            worth[static_cast<std::size_t>(p)] = bounded() ? plane_reach(split, p) : plane_worth(split, p);
+        return worth;
     }
     /// For one block of rows: how much every unit of values counts.
     void weigh_values(Index block, Index worker) noexcept {
@@ -1635,13 +1647,11 @@ class KvCache::Fused {
         const Index depth = read_unit_depth(split), units = value_units();
         GainHistogram& gains = scratch.gains();
         if (bounded()) gains.clear();
-        std::array<float, 3> worth{};
+        const std::array<float, 3> worth = value_worths();
         std::array<double, 3> amount{};
-        for (int p = 0; p < split.count; ++p) {
-            const auto at = static_cast<std::size_t>(p);
-            worth[at] = bounded() ? plane_reach(split, p) : plane_worth(split, p);
-            amount[at] = static_cast<double>(split[p]) * (bounded() ? 1.0 : static_cast<double>(depth));
-        }
+        for (int p = 0; p < split.count; ++p)
+            amount[static_cast<std::size_t>(p)] =
+                static_cast<double>(split[p]) * (bounded() ? 1.0 : static_cast<double>(depth));
         for (Index t = 0; t < tile_count(); ++t) {
             if (hidden(tile(t))) continue;
             float* const importance = importance_of(t, block);
@@ -1669,22 +1679,22 @@ class KvCache::Fused {
             gains.least_but(std::max(0.0, left) * largest_norm(head));
     }
     /// How much of the values of tile t is read.
-    void value_planes(Index t, Index row, Index rows, Index chunk, std::uint8_t* planes) noexcept {
+    void value_planes(Index t, Index row, Index rows, Index chunk, const std::array<float, 3>& worth,
+                      std::uint8_t* planes) noexcept {
         const PlaneSplit& split = cache_.state_.layout->values.segments()[0].split;
         const Index units = value_units(), block = block_of(row);
         if (policy_.kind == ReadPolicy::Kind::exponents) {
             for (Index u = 0; u < units; ++u) {
                 float largest = 0.0f;
                 for (Index r = 0; r < rows; ++r)
-                    largest = std::max(largest,
-                                       units_of(t, row + r)[u] *
-                                           rescale(t, row + r,
-                                                   work_.all_tops_[static_cast<std::size_t>(row + r)]));
+                    largest = std::max(
+                        largest, units_of(t, row + r)[u] *
+                                     rescale(t, row + r, work_.all_tops_[static_cast<std::size_t>(row + r)]));
                 // The exponent field: a weight is at most 1, and 0 where it would not be a normal number.
                 const int below = 127 - static_cast<int>(std::bit_cast<std::uint32_t>(largest) >> 23);
                 const int have = split.bits() != 16 ? split.count
-                                 : largest > 0.0f ? detail::aligned_planes(below, policy_.thresholds)
-                                                  : 0;
+                                 : largest > 0.0f   ? detail::aligned_planes(below, policy_.thresholds)
+                                                    : 0;
                 planes[u] = static_cast<std::uint8_t>(have);
             }
             return;
@@ -1693,11 +1703,10 @@ class KvCache::Fused {
         const float least = work_.least_[static_cast<std::size_t>(block)];
         double& error = work_.value_errors_[static_cast<std::size_t>(chunk * blocks() + block)];
         for (Index u = 0; u < units; ++u) {
+            // Gains fall from plane to plane.
             int have = 0;
-            while (have < split.count &&
-                   plane_gain(importance[u], bounded() ? plane_reach(split, have) : plane_worth(split, have)) >=
-                       least)
-                ++have;
+            for (int p = 0; p < split.count; ++p)
+                have += plane_gain(importance[u], worth[static_cast<std::size_t>(p)]) >= least;
             planes[u] = static_cast<std::uint8_t>(have);
             if (bounded())
                 error += static_cast<double>(importance[u]) * static_cast<double>(unread_reach(split, have));
@@ -1707,6 +1716,7 @@ class KvCache::Fused {
         FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
         const Work work = work_of(item);
         const TileFormat& format = cache_.state_.layout->values;
+        const std::array<float, 3> worth = value_worths();
         std::uint8_t *planes = scratch.planes().data(), *next_planes = planes + tile_tokens / 8;
         for_blocks(work, [&](Index head, Index row, Index rows) {
             const PartialAttention to = part(work.chunk, row);
@@ -1715,11 +1725,16 @@ class KvCache::Fused {
                 return t;
             };
             Index t = from(work.begin);
-            if (t < work.end) value_planes(t, row, rows, work.chunk, planes);
+            if (t < work.end) value_planes(t, row, rows, work.chunk, worth, planes);
             for (Index next; t < work.end; t = next, std::swap(planes, next_planes)) {
                 next = from(t + 1);
-                if (next < work.end) value_planes(next, row, rows, work.chunk, next_planes);
+                if (next < work.end) value_planes(next, row, rows, work.chunk, worth, next_planes);
                 const Tile& ahead = tile(next < work.end ? next : t);
+                count_read(format, planes, work.chunk, head, 1);
+                // Where there are no grids either, nothing is left to add.
+                if (format.segments()[0].bits == 16 &&
+                    std::all_of(planes, planes + value_units(), [](std::uint8_t have) { return have == 0; }))
+                    continue;
                 for (Index r = 0; r < rows; ++r) {
                     const float by = rescale(t, row + r, to.largest[r]);
                     if (by == 1.0f) continue;
@@ -1729,7 +1744,6 @@ class KvCache::Fused {
                 fused_output(isa_, format, values(tile(t), head), values(ahead, head), weights_of(t, row),
                              rows, scratch, to.output, stride_, planes, two_parts(policy_.value_bits),
                              next < work.end ? next_planes : planes);
-                count_read(format, planes, work.chunk, head, 1);
             }
         });
     }

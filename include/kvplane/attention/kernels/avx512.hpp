@@ -178,12 +178,22 @@ KVPLANE_TARGET_AVX512 inline void some_block(const PlaneSomeCall& call, Index bl
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 const Index place = (u * 2 + i) * 4;
-                whole[r][i] = _mm512_dpbusd_epi32(whole[r][i], code[i], four_factors(high_factors[r] + place));
+                whole[r][i] =
+                    _mm512_dpbusd_epi32(whole[r][i], code[i], four_factors(high_factors[r] + place));
                 if constexpr (low_parts)
                     first[r] = _mm512_dpbusd_epi32(first[r], field[i], four_factors(low_factors[r] + place));
             }
     };
-    for (Index i = 0; i < call.units.count[2]; ++i) {
+    // What is read next is fetched in step, for all at once would wait for memory.
+    const Index both = call.units.count[2], one = call.units.count[1], next_both = call.ahead.count[2],
+                next_one = call.ahead.count[1];
+    for (Index i = 0; i < both || i < next_both; ++i) {
+        if (i < next_both) {
+            const Index next = at + call.ahead.unit[2][i] * 64;
+            _mm_prefetch(reinterpret_cast<const char*>(call.first_ahead + next), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(call.second_ahead + next), _MM_HINT_T1);
+        }
+        if (i >= both) continue;
         const Index u = call.units.unit[2][i];
         const __m512i a = _mm512_loadu_si512(call.first + at + u * 64),
                       b = _mm512_loadu_si512(call.second + at + u * 64);
@@ -191,7 +201,11 @@ KVPLANE_TARGET_AVX512 inline void some_block(const PlaneSomeCall& call, Index bl
                                  either(low_half, shifted_right(b, 4), a)};
         multiply(u, a, code);
     }
-    for (Index i = 0; i < call.units.count[1]; ++i) {
+    for (Index i = 0; i < one || i < next_one; ++i) {
+        if (i < next_one)
+            _mm_prefetch(reinterpret_cast<const char*>(call.first_ahead + at + call.ahead.unit[1][i] * 64),
+                         _MM_HINT_T1);
+        if (i >= one) continue;
         const Index u = call.units.unit[1][i];
         const __m512i a = _mm512_loadu_si512(call.first + at + u * 64);
         const __m512i code[2] = {_mm512_and_si512(shifted_left(a, 4), high_half),
@@ -214,14 +228,6 @@ KVPLANE_TARGET_AVX512 inline void some_rows(const PlaneSomeCall& call, Index blo
 }
 KVPLANE_TARGET_AVX512 inline void some_dot(const PlaneSomeCall& call) noexcept {
     for (Index block = 0; block < call.blocks; ++block) {
-        const Index at = block * call.block_units * 64;
-        for (const std::size_t have : {std::size_t{1}, std::size_t{2}})
-            for (Index i = 0; i < call.ahead.count[have]; ++i) {
-                const Index unit = at + call.ahead.unit[have][i] * 64;
-                _mm_prefetch(reinterpret_cast<const char*>(call.first_ahead + unit), _MM_HINT_T1);
-                if (have > 1)
-                    _mm_prefetch(reinterpret_cast<const char*>(call.second_ahead + unit), _MM_HINT_T1);
-            }
         if (call.low_rows > 0)
             some_rows<true>(call, block);
         else

@@ -1,0 +1,158 @@
+// examples/aligned.cpp: one cache, read in full and in part. For every recipe and read policy the bytes that
+// a decode step reads, its time, and the error of its output.
+#include <chrono>
+#include <cstdio>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "decode_layer.hpp"
+#include "engine/command_line.hpp"
+#include "kvplane/cache/huge_pages.hpp"
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/recipes.hpp"
+
+namespace {
+
+using namespace kvplane;
+using Layer = kvplane_examples::DecodeLayer;
+using Clock = std::chrono::steady_clock;
+
+constexpr const char* usage =
+    "usage: aligned [FILE...] [OPTIONS]\n"
+    "\n"
+    "What a decode step reads of a cache under each read policy (after the @, see kvplane/recipes.hpp), the\n"
+    "time it takes, and the error of its output against an fp16 cache's, over the last queries. Caches of "
+    "one\n"
+    "recipe are one cache. Without FILE the tensors are generated; FILE: safetensors as `dump` writes them.\n"
+    "  --recipes A,B,C     (fp16, fp16@published, fp16@aligned, key_favored:8:8 in full, at 6, 5, 4 and 3 "
+    "bits\n"
+    "                      and by tolerance, key_favored:4:4)\n"
+    "  --tokens N          generated (32768)\n"
+    "  --kv-heads N        (8)\n"
+    "  --query-heads N     (32)\n"
+    "  --head-dim N        (128)\n"
+    "  --queries N         of the last tokens, one step each (16)\n"
+    "  --threads N         (2)\n"
+    "  --seed N            (1)\n";
+
+CacheConfiguration configuration(const Layer& layer, const std::string& recipe) {
+    CacheConfiguration c;
+    c.kv_heads = layer.kv_heads;
+    c.query_heads = layer.query_heads;
+    c.key_head_dim = layer.keys.cols() / layer.kv_heads;
+    c.value_head_dim = layer.values.cols() / layer.kv_heads;
+    c.recipe = recipes::parse(recipe);
+    c.rope = RopeSettings{};
+    return c;
+}
+
+/// The last queries one after another: each is a decode step over all tokens.
+struct Steps {
+    Matrix outputs;
+    double seconds = 0.0, key_bits = 0.0, value_bits = 0.0, certificate = 0.0;
+};
+Steps run(const KvCache& cache, const Matrix& queries, const ReadPolicy& policy, Executor& executor) {
+    AttentionWorkspace workspace(&executor);
+    AttentionParameters parameters;
+    parameters.read = policy;
+    Steps steps;
+    const CacheConfiguration& c = cache.configuration();
+    steps.outputs.resize(queries.rows(), c.query_heads * c.value_head_dim);
+    Matrix output(1, steps.outputs.cols());
+    cache.attend(queries.topRows(1), output, parameters, workspace);
+    for (Index i = 0; i < queries.rows(); ++i) {
+        const auto start = Clock::now();
+        cache.attend(queries.middleRows(i, 1), output, parameters, workspace);
+        steps.seconds += std::chrono::duration<double>(Clock::now() - start).count();
+        steps.outputs.row(i) = output;
+        steps.key_bits += workspace.report().key_bits;
+        steps.value_bits += workspace.report().value_bits;
+        steps.certificate = std::max(steps.certificate, workspace.report().relative_error_bound);
+    }
+    const auto count = static_cast<double>(queries.rows());
+    steps.seconds /= count;
+    steps.key_bits /= count;
+    steps.value_bits /= count;
+    return steps;
+}
+
+void compare(const Layer& layer, const std::vector<std::string>& names, Index count, Executor& executor) {
+    HugePageResource memory;
+    TilePool pool(&memory);
+    const Matrix queries = layer.queries.bottomRows(std::min(count, layer.queries.rows()));
+    const auto filled = [&](const std::string& recipe) {
+        KvCache cache(configuration(layer, recipe), pool);
+        cache.append(
+            layer.keys, layer.values,
+            Matrix::Zero(layer.keys.rows(), layer.query_heads * (layer.keys.cols() / layer.kv_heads)));
+        return cache;
+    };
+    const Matrix exact = run(filled("fp16"), queries, ReadPolicy::all(), executor).outputs;
+    std::string made;
+    std::optional<KvCache> cache;
+    Steps full;
+    for (const std::string& name : names) {
+        const std::size_t at = name.find('@');
+        const std::string recipe = name.substr(0, at);
+        if (recipe != made) {
+            cache.emplace(filled(recipe));
+            full = run(*cache, queries, ReadPolicy::all(), executor);
+            made = recipe;
+        }
+        const Steps some = at == std::string::npos
+                               ? full
+                               : run(*cache, queries, recipes::read_policy(name.substr(at + 1)), executor);
+        const CacheConfiguration& c = cache->configuration();
+        const auto packed = static_cast<double>(cache->packed_tokens() * c.kv_heads) / 8.0;
+        const double bytes =
+            static_cast<double>(cache->bytes()) -
+            packed * (static_cast<double>(c.key_head_dim) * (full.key_bits - some.key_bits) +
+                      static_cast<double>(c.value_head_dim) * (full.value_bits - some.value_bits));
+        std::printf("%-10s %-32s %11.0f %6.2f %6.2f %9.1f us %10.6f %10.6f", layer.name.c_str(), name.c_str(),
+                    bytes, some.key_bits, some.value_bits, 1e6 * some.seconds,
+                    (some.outputs - exact).norm() / exact.norm(),
+                    (some.outputs - full.outputs).norm() / full.outputs.norm());
+        if (some.certificate > 0.0) std::printf("   certificate %.4f", some.certificate);
+        std::printf("\n");
+        std::fflush(stdout);
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    try {
+        const engine::CommandLine options(count, arguments,
+                                          {"--recipes", "--tokens", "--kv-heads", "--query-heads",
+                                           "--head-dim", "--queries", "--threads", "--seed"},
+                                          {"--help"});
+        if (options.has("--help")) return std::printf("%s", usage), 0;
+        const auto names = options.has("--recipes")
+                               ? options.list("--recipes")
+                               : std::vector<std::string>{"fp16",
+                                                          "fp16@published",
+                                                          "fp16@aligned",
+                                                          "key_favored:8:8",
+                                                          "key_favored:8:8@6",
+                                                          "key_favored:8:8@5",
+                                                          "key_favored:8:8@4",
+                                                          "key_favored:8:8@3",
+                                                          "key_favored:8:8@fixed4",
+                                                          "key_favored:8:8@tolerance=0.5",
+                                                          "key_favored:4:4"};
+        for (const std::string& name : names) {
+            (void)recipes::parse(name.substr(0, name.find('@')));
+            if (name.find('@') != std::string::npos)
+                (void)recipes::read_policy(name.substr(name.find('@') + 1));
+        }
+        ThreadExecutor executor(options.number("--threads", 2, 1));
+        const Index queries = options.number("--queries", 16, 1);
+        const std::vector<Layer> layers = kvplane_examples::decode_layers(options, 32768, queries);
+        std::printf("%-10s %-32s %11s %6s %6s %12s %10s %10s\n", "layer", "recipe@policy", "bytes read",
+                    "keys", "values", "time", "error", "of reading");
+        for (const Layer& layer : layers) compare(layer, names, queries, executor);
+    } catch (const std::exception& error) {
+        return std::fprintf(stderr, "aligned: %s\n", error.what()), 1;
+    }
+}
