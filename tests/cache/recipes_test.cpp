@@ -72,7 +72,7 @@ TEST(Recipes, TrueBitsAtLongContexts) {
     EXPECT_NEAR(bits("block32:4"), 4.5, 0.02);
     EXPECT_NEAR(bits("key_favored:4:4"), (4.25 + 4.5) / 2, 0.02);
     EXPECT_NEAR(bits("kivi:4:32"), 5.0, 0.02);
-    EXPECT_NEAR(bits("fp16"), 16.0, 0.02);
+    EXPECT_NEAR(bits("fp16"), 16.0 + 0.5 * 8.0 / 128.0, 0.02);
     EXPECT_NEAR(bits("standard"), 4.5, 0.3);
     EXPECT_NEAR(bits("compact"), 3.5, 0.3);
 }

@@ -92,8 +92,8 @@ TEST(SavedCacheFile, RefusesWhatBelongsElsewhere) {
     const auto says = [](const std::string& sentence, const char* word) {
         EXPECT_NE(sentence.find(word), std::string::npos) << sentence;
     };
-    says(refusal(ErrorCode::mismatch, [&] { load_cache(rewritten(bytes, "kvplane.format", "3"), c, pool); }),
-         "format 3");
+    says(refusal(ErrorCode::mismatch, [&] { load_cache(rewritten(bytes, "kvplane.format", "9"), c, pool); }),
+         "format 9");
     says(refusal(ErrorCode::mismatch, [&] { load_cache(bytes, configuration("compact"), pool); }),
          "another configuration");
     says(refusal(ErrorCode::mismatch, [&] { load_cache(bytes, configuration("standard", 4), pool); }),
