@@ -193,7 +193,7 @@ class KvCache {
     ///
     /// Up to 8 query tokens go the fused way (attention/decode.hpp), which reads the packed bits as they are
     /// and allocates nothing in a workspace that has seen the shape before; more, and recipes that it cannot
-    /// read (fp16, keys by token, latents before RoPE, a key_fraction), go by blocks of query tokens, for
+    /// read (keys by token, latents before RoPE, a key_fraction), go by blocks of query tokens, for
     /// which a tile is decoded once, and matrix products, which take memory at every call (std::bad_alloc).
     /// Either way the workspace's executor runs it, and results do not depend on how many workers it has.
     /// Without a workspace the calling thread's own is used.
