@@ -139,7 +139,7 @@ int main(int count, char** arguments) {
                                                           "key_favored:8:8@4",
                                                           "key_favored:8:8@3",
                                                           "key_favored:8:8@fixed4",
-                                                          "key_favored:8:8@tolerance=0.5",
+                                                          "key_favored:8:8@tolerance=0.02",
                                                           "key_favored:4:4"};
         for (const std::string& name : names) {
             (void)recipes::parse(name.substr(0, name.find('@')));

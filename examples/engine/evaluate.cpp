@@ -38,7 +38,7 @@ constexpr const char* usage =
     "kvplane/recipes.hpp);\n"
     "                      allocated:norms|weights|measured:BITS; svdq:1.25@keys=1/32: a share of the keys;\n"
     "                      with --chunk 8 or less how much is read: key_favored:8:8@4, @4:3 (keys,\n"
-    "                      values): bits in the mean; @fixed4: of every code; @tolerance=0.1: what keeps\n"
+    "                      values): bits in the mean; @fixed4: of every code; @tolerance=0.02: what keeps\n"
     "                      outputs within that; fp16@published, fp16@aligned: by exponents\n"
     "  --basis FILE        statistics from calibrate, for recipes with latents; without it every cache fits "
     "a\n"
