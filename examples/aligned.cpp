@@ -36,17 +36,6 @@ constexpr const char* usage =
     "  --threads N         (2)\n"
     "  --seed N            (1)\n";
 
-CacheConfiguration configuration(const Layer& layer, const std::string& recipe) {
-    CacheConfiguration c;
-    c.kv_heads = layer.kv_heads;
-    c.query_heads = layer.query_heads;
-    c.key_head_dim = layer.keys.cols() / layer.kv_heads;
-    c.value_head_dim = layer.values.cols() / layer.kv_heads;
-    c.recipe = recipes::parse(recipe);
-    c.rope = RopeSettings{};
-    return c;
-}
-
 /// The last queries one after another: each is a decode step over all tokens.
 struct Steps {
     Matrix outputs;
@@ -83,9 +72,13 @@ void compare(const Layer& layer, const std::vector<std::string>& names, Index co
     const Matrix queries = layer.queries.bottomRows(std::min(count, layer.queries.rows()));
     const auto filled = [&](const std::string& recipe) {
         KvCache cache(configuration(layer, recipe), pool);
-        cache.append(
-            layer.keys, layer.values,
-            Matrix::Zero(layer.keys.rows(), layer.query_heads * (layer.keys.cols() / layer.kv_heads)));
+        // A layer has no queries of its first tokens, which a basis of the cache's own would be fitted to.
+        if (cache.needs_queries())
+            cache.append(
+                layer.keys, layer.values,
+                Matrix::Zero(layer.keys.rows(), layer.query_heads * cache.configuration().key_head_dim));
+        else
+            cache.append(layer.keys, layer.values);
         return cache;
     };
     const Matrix exact = run(filled("fp16"), queries, ReadPolicy::all(), executor).outputs;

@@ -36,13 +36,7 @@ constexpr const char* usage =
 
 void decode(const Layer& layer, const std::string& recipe, Executor& executor) {
     constexpr Index measured = 64;
-    CacheConfiguration c;
-    c.kv_heads = layer.kv_heads;
-    c.query_heads = layer.query_heads;
-    c.key_head_dim = layer.keys.cols() / layer.kv_heads;
-    c.value_head_dim = layer.values.cols() / layer.kv_heads;
-    c.recipe = recipes::parse(recipe);
-    c.rope = RopeSettings{};
+    CacheConfiguration c = kvplane_examples::configuration(layer, recipe);
     HugePageResource memory;
     TilePool pool(&memory);
     KvCache cache(c, pool);

@@ -11,6 +11,7 @@
 #include "engine/command_line.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/io/safetensors.hpp"
+#include "kvplane/recipes.hpp"
 #include "synthetic_kv.hpp"
 
 namespace kvplane_examples {
@@ -21,6 +22,18 @@ struct DecodeLayer {
     Index kv_heads, query_heads;
     Matrix keys, values, queries;
 };
+
+/// The cache of a layer under a recipe, of a model with the default RoPE. Throws Error (option).
+inline kvplane::CacheConfiguration configuration(const DecodeLayer& layer, const std::string& recipe) {
+    kvplane::CacheConfiguration c;
+    c.kv_heads = layer.kv_heads;
+    c.query_heads = layer.query_heads;
+    c.key_head_dim = layer.keys.cols() / layer.kv_heads;
+    c.value_head_dim = layer.values.cols() / layer.kv_heads;
+    c.recipe = kvplane::recipes::parse(recipe);
+    c.rope = kvplane::RopeSettings{};
+    return c;
+}
 
 namespace detail {
 
