@@ -56,9 +56,8 @@ class KvplaneCache final : public LayerCache {
         const auto& c = cache_.configuration();
         out.resize(queries.rows(), c.query_heads * c.value_head_dim);
         cache_.attend(queries, out, parameters_, shared_->workspace);
-        if (const auto& report = shared_->workspace.report();
-            report.key_bits > 0.0 || report.value_bits > 0.0) {
-            shared_->bits += 0.5 * (report.key_bits + report.value_bits);
+                if (const auto& report = shared_->workspace.report(); report.mean_bits > 0.0) {
+            shared_->bits += report.mean_bits;
             ++shared_->reads;
         }
     }

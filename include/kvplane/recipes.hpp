@@ -322,7 +322,7 @@ inline ReadPolicy read_policy(std::string_view text) {
     if (text == "aligned") return ReadPolicy::exponents(AlignmentThresholds::accurate());
     const auto bad = [&] {
         fail(ErrorCode::option, "read policy '", text,
-             "', expected 4, 4:3 (mean bits of keys and values), fixed4, fixed4:8, tolerance=0.01, "
+             "', expected 4 (mean bits), 4:3 (of keys and of values), fixed4, fixed4:8, tolerance=0.01, "
              "published, aligned or exponents=4:8:12");
     };
     const auto number = [&](std::string_view digits, double most) {
@@ -349,8 +349,12 @@ inline ReadPolicy read_policy(std::string_view text) {
     const bool is_fixed = text.starts_with(fixed);
     const auto parts = detail::split(is_fixed ? text.substr(fixed.size()) : text, ':');
     if (parts.size() > 2) bad();
-    ReadPolicy policy = ReadPolicy::aligned(number(parts.front(), 16.0), number(parts.back(), 16.0));
-    if (is_fixed) policy.kind = ReadPolicy::Kind::fixed;
+    const double first = number(parts.front(), 16.0), last = number(parts.back(), 16.0);
+    ReadPolicy policy = parts.size() == 1 ? ReadPolicy::aligned(first) : ReadPolicy::aligned(first, last);
+    if (is_fixed) {
+        policy.kind = ReadPolicy::Kind::fixed;
+        policy.shared = false;
+    }
     return policy;
 }
 

@@ -208,6 +208,10 @@ TEST(ChoosePlanes, TakesUnitsOfAnySize) {
             EXPECT_EQ(everything[u], units[u].split.count);
             EXPECT_EQ(nothing[u], 0);
         }
+        std::vector<std::uint8_t> first(units.size());
+        std::vector<std::uint16_t> order(3 * units.size());
+        choose_planes(units, all, order, first, 1);
+        EXPECT_EQ(first, std::vector<std::uint8_t>(units.size(), 1)) << "no deeper than asked for";
         EXPECT_EQ(half[3], units[3].split.count) << "what is not a number is read first";
         EXPECT_LE(bits_of(units, half), all / 2);
         EXPECT_GT(bits_of(units, half), all / 2 - 4 * 32);

@@ -237,19 +237,30 @@ TEST(ReadPolicies, ReadAtMostTheirBudgetAndErrLessTheMoreTheyRead) {
         const PolicyRead all = read(cache, q, ReadPolicy::all());
         double before = std::numeric_limits<double>::infinity();
         for (const double bits : {0.0, 1.0, 2.5, 4.0, 6.0, 8.0, 12.0, 16.0}) {
-            const PolicyRead aligned = read(cache, q, ReadPolicy::aligned(bits));
+            const PolicyRead aligned = read(cache, q, ReadPolicy::aligned(bits, bits)),
+                             shared = read(cache, q, ReadPolicy::aligned(bits));
             EXPECT_LE(aligned.report.key_bits, bits + 1e-9) << recipe;
             EXPECT_LE(aligned.report.value_bits, bits + 1e-9) << recipe;
+            EXPECT_LE(shared.report.mean_bits, bits + 1e-9) << recipe;
+            // But for a bucket of values, of which most count alike here.
+            if (recipe != "fp16") {
+                EXPECT_GT(shared.report.mean_bits, std::min(bits, all.report.mean_bits) - 0.75) << recipe;
+                // All weights are alike here, so that nothing is gained, but not much lost.
+                EXPECT_LE((shared.output - all.output).norm(),
+                          2.0 * (aligned.output - all.output).norm() + 1e-5)
+                    << recipe << " at " << bits;
+            }
+
             const double error = (aligned.output - all.output).norm() / all.output.norm();
             EXPECT_LE(error, before * 2.0 + 1e-3) << recipe << " at " << bits;
             before = error;
             if (bits == 16.0) {
                 EXPECT_EQ(aligned.report.key_bits, all.report.key_bits) << recipe;
                 EXPECT_EQ(aligned.report.value_bits, all.report.value_bits) << recipe;
-                EXPECT_LE(error, 1e-5) << recipe;
+                EXPECT_LE(error, 1e-4) << recipe;
             } else if (bits >= 4.0 && recipe != "fp16") {
-                // The budget is used but for a bucket of values and a plane of keys.
-                EXPECT_GT(aligned.report.key_bits, std::min(bits, all.report.key_bits) - 1.0) << recipe;
+                // The budget is used but for a bucket of values, and a plane of keys in a class of tiles.
+                EXPECT_GT(aligned.report.key_bits, std::min(bits, all.report.key_bits) - 2.0) << recipe;
             }
         }
     }
@@ -272,6 +283,31 @@ TEST(ReadPolicies, AlignedReadsErrLessThanFixedOnes) {
     EXPECT_LT((aligned.output - all).norm(), 0.5 * (fixed.output - all).norm());
     EXPECT_EQ(read(cache, q, ReadPolicy::fixed(8)).output, all);
     EXPECT_EQ(read(cache, q, ReadPolicy::fixed(3)).report.key_bits, 0.0) << "no plane of 4 fits";
+}
+
+/// One tile of forty matters to the query: it is read in full, and the others not beyond the first look.
+/// Four bits of everything err more, at four times the bits.
+TEST(ReadPolicies, ReadKeysWhereTheWeightsAre) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache cache(configuration("key_favored:8:8"), pool);
+    const Index tokens = 40 * 128 + 200, from = 17 * 128, dim = 32;
+    Matrix keys = normal_matrix(random, tokens, 2 * dim);
+    const Matrix q = normal_matrix(random, 1, 4 * dim);
+    for (Index t = from; t < from + 100; ++t)
+        for (Index h = 0; h < 2; ++h)
+            keys.row(t).segment(h * dim, dim) +=
+                3.0f * (q.row(0).segment(2 * h * dim, dim) + q.row(0).segment((2 * h + 1) * dim, dim));
+    kvplane_test::append(cache, keys, normal_matrix(random, tokens, 96));
+    const Matrix all = read(cache, q, ReadPolicy::all()).output;
+    const auto error = [&](const PolicyRead& other) { return (other.output - all).norm() / all.norm(); };
+    const PolicyRead aligned = read(cache, q, ReadPolicy::aligned(1.5, 8.0)),
+                     shared = read(cache, q, ReadPolicy::aligned(1.0)),
+                     fixed = read(cache, q, ReadPolicy::fixed(4.0));
+    EXPECT_LE(aligned.report.key_bits, 1.5);
+    EXPECT_LE(shared.report.mean_bits, 1.0);
+    EXPECT_LE(error(aligned), 0.4 * error(fixed));
+    EXPECT_LE(error(shared), 0.4 * error(fixed));
 }
 
 TEST(ReadPolicies, DoNotDependOnThreadsNorAllocate) {
@@ -377,7 +413,7 @@ TEST(ReadPolicies, ReadHalfPlanesByExponents) {
         // Weights near a power of two, of scores that are a little off.
         EXPECT_NEAR(some.report.value_bits, of_values, 0.6);
         EXPECT_LT(some.report.key_bits, 14.0);
-        const double allowed = thresholds == AlignmentThresholds::published()   ? 2e-2
+        const double allowed = thresholds == AlignmentThresholds::published()   ? 4e-2
                                : thresholds == AlignmentThresholds::supported() ? 2e-3
                                                                                 : 5e-4;
         EXPECT_LT((some.output - exact).norm(), allowed * exact.norm());

@@ -161,13 +161,13 @@ inline float plane_gain(float importance, float worth) noexcept {
 /// bits are read altogether (a plane of a unit takes width * size). The largest gains for a bit come first,
 /// which is exact where all planes take the same (T12: gains fall with every plane), and else off by what the
 /// last one that did not fit would have gained. What is not finite is read first. noexcept: it runs at reads.
-/// order: room for a number for each plane of each unit.
+/// order: room for a number for each plane of each unit. deepest: planes that are read of any unit at most.
 inline void choose_planes(std::span<const ReadUnit> units, Index budget, std::span<std::uint16_t> order,
-                          std::span<std::uint8_t> planes) noexcept {
+                          std::span<std::uint8_t> planes, int deepest = 3) noexcept {
     constexpr std::size_t most = 3;
     std::size_t count = 0;
     for (std::size_t u = 0; u < units.size(); ++u)
-        for (int p = 0; p < units[u].split.count; ++p)
+        for (int p = 0; p < std::min(units[u].split.count, deepest); ++p)
             order[count++] = static_cast<std::uint16_t>(u * most + static_cast<std::size_t>(p));
     const auto gain = [&](std::uint16_t item) {
         const ReadUnit& unit = units[item / most];
@@ -191,7 +191,9 @@ inline void choose_planes(std::span<const ReadUnit> units, Index budget, std::sp
 /// The same for so many units that sorting would take longer than reading: planes in buckets by gain, each a
 /// sixteenth of a power of two, of which the largest are read, whole. Amounts are bits, or errors.
 class GainHistogram {
-  public:
+    public:
+    static constexpr float bucket_ratio = 1.0625f;  ///< of a bucket's edges, at most
+
     void clear() noexcept { amounts_.fill(0.0); }
     void add(float gain, double amount) noexcept { amounts_[bucket(gain)] += amount; }
     /// In any order for whole numbers below 2^53.

@@ -26,19 +26,26 @@ struct ReadPolicy {
     /// can hold. 0 reads all that has a part in the output.
     double error = 0.0;
     AlignmentThresholds thresholds = AlignmentThresholds::accurate();
+    /// Of aligned reads: one budget for keys and values, both of so many bits in the mean, of which each gets
+    /// what it makes most of.
+    bool shared = false;
 
     static constexpr ReadPolicy all() noexcept { return {}; }
-    static constexpr ReadPolicy fixed(double bits) noexcept { return {Kind::fixed, bits, bits, 0.0, {}}; }
-    static constexpr ReadPolicy aligned(double mean_bits) noexcept { return aligned(mean_bits, mean_bits); }
+    static constexpr ReadPolicy fixed(double bits) noexcept {
+        return {Kind::fixed, bits, bits, 0.0, {}, false};
+    }
+    static constexpr ReadPolicy aligned(double mean_bits) noexcept {
+        return {Kind::aligned, mean_bits, mean_bits, 0.0, {}, true};
+    }
     static constexpr ReadPolicy aligned(double mean_key_bits, double mean_value_bits) noexcept {
-        return {Kind::aligned, mean_key_bits, mean_value_bits, 0.0, {}};
+        return {Kind::aligned, mean_key_bits, mean_value_bits, 0.0, {}, false};
     }
     static constexpr ReadPolicy tolerance(double error) noexcept {
-        return {Kind::tolerance, 16.0, 16.0, error, {}};
+        return {Kind::tolerance, 16.0, 16.0, error, {}, false};
     }
     static constexpr ReadPolicy exponents(
         const AlignmentThresholds& thresholds = AlignmentThresholds::accurate()) noexcept {
-        return {Kind::exponents, 16.0, 16.0, 0.0, thresholds};
+        return {Kind::exponents, 16.0, 16.0, 0.0, thresholds, false};
     }
 };
 

@@ -30,6 +30,8 @@
 #include <exception>
 #include <limits>
 #include <mutex>
+#include <numeric>
+
 #include <optional>
 #include <utility>
 #include <vector>
@@ -59,6 +61,7 @@ struct ReadReport {
     /// In the mean over their elements (of latents, those that have bits), grids aside; 0 where it read none.
     double key_bits = 0.0;
     double value_bits = 0.0;
+    double mean_bits = 0.0;  ///< of both together
     /// With ReadPolicy::tolerance, what T13 guarantees: the largest |o - o'|_2 of a head and query token, o
     /// the output of a read of everything; and that by the largest norm of a value that the head's grids can
     /// hold, at most the tolerance. Both up to the rounding of factors (T14). Else 0.
@@ -96,9 +99,12 @@ class AttentionWorkspace {
     // rows together, by tile, block of rows and unit; least_: the least gain that is read, by block; norms_:
     // 1 / sum of weights, by row, relative to all_tops_.
     std::vector<float> weights_, tops_, units_, importance_, least_, norms_, all_tops_;
-    std::vector<ReadUnit> key_units_;  ///< of all parts, and the planes that a budget gives them
-    std::vector<std::uint8_t> key_planes_;
+    // Of keys by budget: the units of all parts; the planes of them that the first look takes; by part and
+    // class of tiles what is read in the end; the class of each tile and part, and how many there are.
+    std::vector<ReadUnit> key_units_;
+    std::vector<std::uint8_t> first_look_, class_planes_, tile_class_;
     std::vector<std::uint16_t> key_order_;
+    std::vector<Index> class_tiles_;
     // For the certificate: errors of scores and of values by part of the sequence and block of rows; the
     // largest norm of a value by part and head.
     std::vector<double> score_errors_, value_errors_;
@@ -1217,8 +1223,16 @@ class KvCache::Fused {
     void run() noexcept {
         const Index tile_items = chunks_ * across();
         const bool in_two = by_weight() && chunks_ > 0;
-        if (in_two && policy_.kind == ReadPolicy::Kind::aligned) plan_keys();
+        const bool aligned = in_two && policy_.kind == ReadPolicy::Kind::aligned;
+        if (aligned) plan_first_look();
         each<&Fused::process>(tile_items + heads_);
+        if (aligned) {
+            take_norms();
+            weigh();
+            plan_keys();
+            look_again_ = true;
+            each<&Fused::process>(tile_items);
+        }
         if (in_two) {
             // Which values count is known when all scores are.
             take_norms();
@@ -1314,12 +1328,15 @@ class KvCache::Fused {
         // Latents go some tiles at a time, for the sake of the projection; others tile by tile.
         const bool latent = cache_.state_.layout->latent != nullptr;
         const Index step = latent ? fused_tiles : 1;
+        bool turned = false;  // the tiles before
         for (Index first = work.begin; first < work.end; first += step) {
             const Index count = std::min(step, work.end - first);
-            if (latent) turn_to(first, count, first > work.begin, scratch);
+            const bool projects = latent && scores_any(first, count, work);
+            if (projects) turn_to(first, count, turned, scratch);
+            turned = projects;
             for_blocks(work, [&](Index h, Index row, Index rows) {
                 std::array<float, fused_tiles * fused_rows> offsets{};
-                if (latent) project(h, row, rows, count, offsets.data(), scratch);
+                if (projects) project(h, row, rows, count, offsets.data(), scratch);
                 for (Index t = first; t < first + count; ++t)
                     tile_rows(t, t + 1 < work.end ? tile(t + 1) : first_of(item, t), h, row, rows, work.chunk,
                               t - first, offsets.data() + (t - first) * rows, scratch);
@@ -1340,7 +1357,8 @@ class KvCache::Fused {
         const Tile& tile = this->tile(t);
         if (hidden(tile)) return;
         const TileLayout& layout = *cache_.state_.layout;
-        const Index key_part = layout.latent ? layout.latent->part_of_head(head) : head;
+        const Index key_part = part_of(head);
+        if (look_again_ && !looks_again(t, key_part)) return keep_scores(t, row, rows, chunk);
         const TileFormat& format = layout.key_format(key_part);
         const float* queries = work_.rotated_.data() + row * key_dim_;
         Index stride = key_dim_;
@@ -1349,11 +1367,21 @@ class KvCache::Fused {
             queries = scratch.projected() + place * rows * stride;
         }
         float* const scores = by_weight() ? weights_of(t, row) : scratch.scores();
-        const std::uint8_t* planes =
-            key_planes(format, keys(tile, key_part), key_part, queries, stride, row, rows, chunk, scratch);
+        const std::uint8_t* planes = look_again_ ? class_planes(key_part, class_of(t, key_part))
+                                                 : key_planes(format, keys(tile, key_part), key_part, queries,
+                                                              stride, row, rows, chunk, scratch);
+        bool in_two_parts = two_parts(policy_.key_bits);
+        if (look_again_) {
+            const Index bits = bits_read(format, planes);
+            work_.bits_[static_cast<std::size_t>(chunk * heads_ + head)][0] +=
+                bits - bits_read(format, first_look(key_part));
+            in_two_parts = bits == bits_read(format, nullptr) ||
+                           two_parts(static_cast<double>(bits) / static_cast<double>(elements(format)));
+        } else {
+            count_read(format, planes, chunk, head, 0);
+        }
         fused_scores(isa_, format, keys(tile, key_part), keys(next, key_part), queries, stride, rows, offsets,
-                     scratch, scores, planes, two_parts(policy_.key_bits));
-        count_read(format, planes, chunk, head, 0);
+                     scratch, scores, planes, in_two_parts);
         apply(row, rows, tile.first, tile.tokens, tile_tokens, scores);
         const PartialAttention to = part(chunk, row);
         fused_softmax(isa_, scores, tile_tokens, rows, to);
@@ -1374,15 +1402,14 @@ class KvCache::Fused {
                bits > 5.0;
     }
     Index blocks() const noexcept { return heads_ * row_blocks(); }
-    Index value_units() const noexcept { return read_units(cache_.state_.layout->values); }
-    Index key_units() const noexcept {
-        Index most = 0;
-        const TileLayout& layout = *cache_.state_.layout;
-        for (Index p = 0; p < static_cast<Index>(layout.key_at.size()); ++p)
-            most = std::max(most, read_units(layout.key_format(p)));
-        return most;
-    }
+    Index value_units() const noexcept { return value_units_; }
+    Index key_units() const noexcept { return key_units_; }
     void reserve_by_weight() {
+        const TileLayout& layout = *cache_.state_.layout;
+        value_units_ = read_units(layout.values);
+        for (Index p = 0; p < parts(); ++p)
+            key_units_ = std::max(key_units_, read_units(layout.key_format(p)));
+
         const auto tiles = static_cast<std::size_t>(cache_.state_.tiles.size()),
                    rows = static_cast<std::size_t>(rows_), all_blocks = static_cast<std::size_t>(blocks()),
                    units = static_cast<std::size_t>(value_units()),
@@ -1394,10 +1421,12 @@ class KvCache::Fused {
         work_.least_.resize(all_blocks);
         work_.norms_.resize(rows);
         work_.all_tops_.resize(rows);
-        const std::size_t of_keys =
-            cache_.state_.layout->key_at.size() * static_cast<std::size_t>(key_units());
+        const std::size_t of_keys = layout.key_at.size() * static_cast<std::size_t>(key_units());
         work_.key_units_.resize(of_keys);
-        work_.key_planes_.resize(of_keys);
+        work_.first_look_.resize(of_keys);
+        work_.class_planes_.resize(of_keys * tile_classes);
+        work_.tile_class_.resize(tiles * cache_.state_.layout->key_at.size());
+        work_.class_tiles_.resize(cache_.state_.layout->key_at.size() * tile_classes);
         work_.key_order_.resize(3 * of_keys);
         work_.score_errors_.assign(chunks * all_blocks, 0.0);
         work_.value_errors_.assign(chunks * all_blocks, 0.0);
@@ -1429,7 +1458,7 @@ class KvCache::Fused {
             case ReadPolicy::Kind::fixed:
                 return fixed_planes(format, policy_.key_bits, scratch);
             case ReadPolicy::Kind::aligned:
-                return work_.key_planes_.data() + part * key_units();
+                return first_look(part);
             case ReadPolicy::Kind::exponents:
                 align_keys(isa_, format, tile, queries, stride, rows, policy_.thresholds, scratch,
                            scratch.planes().data());
@@ -1456,23 +1485,82 @@ class KvCache::Fused {
         }
         return scratch.planes().data();
     }
-    /// The planes of all keys by budget, T12 over the channels (or latents) of all heads: from the first tile
-    /// of every chunk, for steps and queries change little from tile to tile.
-    void plan_keys() noexcept {
+    // Keys are read by budget in two looks. The first takes an eighth of the bits, first planes of the
+    // channels that count most, and tells roughly what every token weighs. The second reads what T12 makes of
+    // the rest: an error of a score does to the output what the softmax weights of its tile allow, so that
+    // channels of tiles without weight get no more bits, and those of others many.
+
+    /// Classes of tiles by the power of two of what an error of their scores does to the output.
+    static constexpr Index tile_classes = 32;
+
+    Index part_of(Index head) const noexcept {
+        const TileLayout& layout = *cache_.state_.layout;
+        return layout.latent ? layout.latent->part_of_head(head) : head;
+    }
+    Index parts() const noexcept { return static_cast<Index>(cache_.state_.layout->key_at.size()); }
+    const std::uint8_t* first_look(Index part) const noexcept {
+        return work_.first_look_.data() + part * key_units();
+    }
+    Index class_of(Index t, Index part) const noexcept {
+        return work_.tile_class_[static_cast<std::size_t>(t * parts() + part)];
+    }
+    std::uint8_t* class_planes(Index part, Index of_class) noexcept {
+        return work_.class_planes_.data() + (part * tile_classes + of_class) * key_units();
+    }
+    bool looks_again(Index t, Index part) noexcept {
+        return !std::equal(first_look(part), first_look(part) + key_units(),
+                           class_planes(part, class_of(t, part)));
+    }
+    /// Whether scores of any of these tiles are to be computed.
+    bool scores_any(Index first, Index count, const Work& work) noexcept {
+        if (!look_again_) return true;
+        for (Index t = first; t < first + count; ++t)
+            for (Index head = work.head; head < work.head + work.heads; ++head)
+                if (looks_again(t, part_of(head))) return true;
+        return false;
+    }
+    /// A tile whose scores stay as the first look left them.
+    void keep_scores(Index t, Index row, Index rows, Index chunk) noexcept {
+        const PartialAttention to = part(chunk, row);
+        for (Index r = 0; r < rows; ++r) {
+            const float seen = *tops_of(t, row + r), top = std::max(to.largest[r], seen);
+            if (seen == none) continue;
+            const float sum = sum_of_weights(t, row + r) * std::exp(seen - top);
+            to.sum[r] = (to.largest[r] == none ? 0.0f : to.sum[r] * std::exp(to.largest[r] - top)) + sum;
+            to.largest[r] = top;
+        }
+    }
+    float sum_of_weights(Index t, Index row) noexcept {
+        return Eigen::Map<const Eigen::ArrayXf>(weights_of(t, row), tile_tokens).sum();
+    }
+    /// Bits of all channels that have some, of a budget of so many in the mean.
+    Index key_budget(double mean) const noexcept {
+        Index channels = 0;
+        const TileLayout& layout = *cache_.state_.layout;
+        for (Index p = 0; p < parts(); ++p)
+            for (const TileFormat::Placed& s : layout.key_format(p).segments())
+                channels += s.bits > 0 ? s.channels : 0;
+        return static_cast<Index>(std::floor(mean * static_cast<double>(channels) + 1e-6));
+    }
+    /// What the channels (or latents) of all heads count: from the first tile of every chunk, for steps and
+    /// queries change little from tile to tile. And the planes of the first look.
+    void plan_first_look() noexcept {
         FusedScratch& scratch = work_.scratch_[0];
         const TileLayout& layout = *cache_.state_.layout;
         const bool latent = layout.latent != nullptr;
-        const Index parts = static_cast<Index>(layout.key_at.size());
+
         std::fill(work_.key_units_.begin(), work_.key_units_.end(), ReadUnit{0.0f, {}, 0});
+        Index looked = 0;
         for (Index chunk = 0; chunk < chunks_; ++chunk) {
             const Work all{chunk, 0, heads_, chunk * chunk_tiles,
                            std::min((chunk + 1) * chunk_tiles, tile_count())};
             Index t = all.begin;
             while (t < all.end && hidden(tile(t))) ++t;
             if (t == all.end) continue;
+            ++looked;
             if (latent) turn_to(t, 1, false, scratch);
             for_blocks(all, [&](Index head, Index row, Index rows) {
-                const Index part = latent ? layout.latent->part_of_head(head) : head;
+                const Index part = part_of(head);
                 const float* queries = work_.rotated_.data() + row * key_dim_;
                 Index stride = key_dim_;
                 std::array<float, fused_rows> offsets{};
@@ -1492,13 +1580,111 @@ class KvCache::Fused {
                 }
             });
         }
-        Index channels = 0;
-        for (Index p = 0; p < parts; ++p)
-            for (const TileFormat::Placed& s : layout.key_format(p).segments())
-                channels += s.bits > 0 ? s.channels : 0;
-        choose_planes(work_.key_units_,
-                      static_cast<Index>(std::floor(policy_.key_bits * static_cast<double>(channels) + 1e-6)),
-                      work_.key_order_, work_.key_planes_);
+        double stored = 0.0, channels = 0.0;
+        for (const ReadUnit& unit : work_.key_units_) {
+            stored += unit.size * unit.split.bits();
+            channels += unit.size;
+        }
+        // In the mean over rows and tiles.
+        for (ReadUnit& unit : work_.key_units_)
+            unit.importance /= static_cast<float>(std::max<Index>(1, looked * rows_ / parts()));
+        const double bits = std::min(0.125 * stored / std::max(channels, 1.0), 0.5 * policy_.key_bits);
+        choose_planes(work_.key_units_, key_budget(bits), work_.key_order_, work_.first_look_, 1);
+        // Where no plane is small enough, nothing is known that a budget could be shared by.
+        policy_.shared = policy_.shared && std::any_of(work_.first_look_.begin(), work_.first_look_.end(),
+                                                       [](int planes) { return planes > 0; });
+    }
+    /// The planes of keys that the second look reads, by class of tiles. A score that is off by one moves the
+    /// output by the token's weight times its value's distance from the output; the square of that is taken
+    /// as a fiftieth of the square of what the token's grids span, and so follows from importance_of().
+    void plan_keys() noexcept {
+        const PlaneSplit& split = cache_.state_.layout->values.segments()[0].split;
+        // What a score of one tile counts to a bit of one channel; values' gains are for a bit of all
+        // channels of a unit of tokens.
+        const float dims = static_cast<float>(value_dim_) / static_cast<float>(tile_tokens),
+                    span = power_of_two(split.bits() == 16 ? 20 : 2 * split.bits()) / 50.0f *
+                           static_cast<float>(read_unit_depth(split)) * dims;
+        const auto field = [&](Index t, Index part) {
+            float sum = 0.0f;
+            for (Index block = 0; block < blocks(); ++block)
+                if (part_of(block / row_blocks()) == part)
+                    sum = std::accumulate(importance_of(t, block), importance_of(t, block) + value_units(),
+                                          sum);
+            // Of the nearest power of two.
+            return static_cast<int>(std::bit_cast<std::uint32_t>(1.41421356f * span * sum) >> 23);
+        };
+        int top = 0;
+        Index tiles = 0;
+        for (Index t = 0; t < tile_count(); ++t) {
+            if (hidden(tile(t))) continue;
+            ++tiles;
+            for (Index p = 0; p < parts(); ++p) {
+                const int of_tile = field(t, p);
+                work_.tile_class_[static_cast<std::size_t>(t * parts() + p)] =
+                    static_cast<std::uint8_t>(of_tile);
+                top = std::max(top, of_tile);
+            }
+        }
+        std::fill(work_.class_tiles_.begin(), work_.class_tiles_.end(), Index{0});
+        for (Index t = 0; t < tile_count(); ++t)
+            for (Index p = 0; p < parts() && !hidden(tile(t)); ++p) {
+                std::uint8_t& of_tile = work_.tile_class_[static_cast<std::size_t>(t * parts() + p)];
+                of_tile = static_cast<std::uint8_t>(std::min<Index>(top - of_tile, tile_classes - 1));
+                ++work_.class_tiles_[static_cast<std::size_t>(p * tile_classes + of_tile)];
+            }
+
+        GainHistogram& gains = work_.scratch_[0].gains();
+        if (!policy_.shared) gains.clear();
+        // body(tiles, what is read of a unit in the end and so far, the unit, gain of a plane).
+        const auto for_units = [&](const auto& body) {
+            for (Index p = 0; p < parts(); ++p)
+                for (Index c = 0; c < tile_classes; ++c) {
+                    const Index have = work_.class_tiles_[static_cast<std::size_t>(p * tile_classes + c)];
+                    const float tile = std::ldexp(1.0f, top - 127 - static_cast<int>(c));
+                    for (Index u = 0; u < key_units() && have > 0; ++u) {
+                        const ReadUnit& unit =
+                            work_.key_units_[static_cast<std::size_t>(p * key_units() + u)];
+                        body(have, class_planes(p, c)[u], first_look(p)[u], unit, [&, tile](int plane) {
+                            return plane_gain(
+                                unit.importance * tile / static_cast<float>(std::max(unit.size, 1)),
+                                plane_worth(unit.split, plane));
+                        });
+                    }
+                }
+        };
+        const double copies =
+            static_cast<double>(blocks()) / static_cast<double>(parts()) / static_cast<double>(dims);
+        double looked = 0.0;
+        for_units([&](Index have, std::uint8_t&, int first, const ReadUnit& unit, const auto& gain) {
+            looked += static_cast<double>(have * unit.size * unit.split.prefix_bits(first));
+            for (int plane = first; plane < unit.split.count; ++plane)
+                gains.add(gain(plane), copies * static_cast<double>(have * unit.size * unit.split[plane]));
+        });
+        const double budget = copies * (static_cast<double>(tiles * key_budget(policy_.key_bits)) - looked) +
+                              (policy_.shared ? value_budget() : 0.0);
+        const float least = gains.least(std::max(budget, 0.0) + 1e-6);
+        double left = budget;
+        const auto take_from = [&](float gain_from) {
+            for_units([&](Index have, std::uint8_t& planes, int, const ReadUnit& unit, const auto& gain) {
+                for (; planes < unit.split.count && gain(planes) >= gain_from; ++planes) {
+                    const double takes = copies * static_cast<double>(have * unit.size * unit.split[planes]);
+                    if (gain_from < least && takes > left) break;
+                    left -= takes;
+                }
+            });
+        };
+        for_units([&](Index, std::uint8_t& planes, int first, const ReadUnit&, const auto&) {
+            planes = static_cast<std::uint8_t>(first);
+        });
+        take_from(least);
+        // Of the next bucket, whose gains hardly differ, what the budget has room for.
+        if (!policy_.shared) take_from(least / GainHistogram::bucket_ratio);
+    }
+    /// Bits of values, by channel, that the mean allows.
+    double value_budget() const noexcept {
+        Index tokens = 0;
+        for (Index t = 0; t < tile_count(); ++t) tokens += hidden(tile(t)) ? 0 : tile_tokens;
+        return policy_.value_bits * static_cast<double>(tokens * blocks());
     }
     /// The fewest planes with which no score is off by more than what half the tolerance allows, shared out
     /// among channels evenly.
@@ -1549,13 +1735,24 @@ class KvCache::Fused {
     void count_read(const TileFormat& format, const std::uint8_t* planes, Index chunk, Index head,
                     std::size_t side) noexcept {
         const auto at = static_cast<std::size_t>(chunk * heads_ + head);
+        work_.elements_[at][side] += elements(format);
+        work_.bits_[at][side] += bits_read(format, planes);
+    }
+    static Index elements(const TileFormat& format) noexcept {
+        Index sum = 0;
+        for (const TileFormat::Placed& s : format.segments())
+            sum += s.bits > 0 ? s.channels * tile_tokens : 0;
+        return sum;
+    }
+    /// Of the codes of a tile; planes of nullptr: all.
+    static Index bits_read(const TileFormat& format, const std::uint8_t* planes) noexcept {
+        Index sum = 0;
         for (const TileFormat::Placed& s : format.segments()) {
             if (s.bits == 0) continue;
             const bool keys = format.side() == TileSide::keys;
             const Index size = keys ? s.channels : tile_tokens, other = keys ? tile_tokens : s.channels;
-            work_.elements_[at][side] += size * other;
             if (!planes) {
-                work_.bits_[at][side] += size * other * s.bits;
+                sum += size * other * s.bits;
                 continue;
             }
             std::array<Index, detail::UnitsByDepth::depths> prefix{};
@@ -1565,8 +1762,9 @@ class KvCache::Fused {
             Index bits = 0;
             for (Index first = 0; first < size; first += depth)
                 bits += std::min(depth, size - first) * prefix[*planes++];
-            work_.bits_[at][side] += other * bits;
+            sum += other * bits;
         }
+        return sum;
     }
     void report() noexcept {
         double bits[2] = {}, elements[2] = {};
@@ -1576,7 +1774,8 @@ class KvCache::Fused {
                 elements[side] += static_cast<double>(work_.elements_[i][side]);
             }
         work_.report_ = {elements[0] > 0.0 ? bits[0] / elements[0] : 0.0,
-                         elements[1] > 0.0 ? bits[1] / elements[1] : 0.0};
+                         elements[1] > 0.0 ? bits[1] / elements[1] : 0.0,
+                         elements[1] > 0.0 ? (bits[0] + bits[1]) / (elements[0] + elements[1]) : 0.0};
         if (!bounded() || chunks_ == 0) return;
         for (Index block = 0; block < blocks(); ++block) {
             const double norm = largest_norm(block / row_blocks());
@@ -1620,15 +1819,27 @@ class KvCache::Fused {
     /// The least gain of a plane of values that is read: by budget, of all heads together; by tolerance, of
     /// every block of rows what its scores leave of it.
     void choose_values() noexcept {
+        weigh();
+        if (bounded()) return;
+        double budget = value_budget();
+        if (policy_.shared) {  // and what keys have left, or taken, of it
+            double bits = 0.0, elements = 0.0;
+            for (std::size_t i = 0; i < work_.bits_.size(); ++i) {
+                bits += static_cast<double>(work_.bits_[i][0]);
+                elements += static_cast<double>(work_.elements_[i][0]);
+            }
+            budget += (policy_.key_bits * elements - bits) / static_cast<double>(value_dim_);
+        }
+        const float least = work_.scratch_[0].gains().least(std::max(budget, 0.0) + 1e-6);
+        std::fill(work_.least_.begin(), work_.least_.end(), least);
+    }
+    /// How much all values count; by budget also what their planes gain, in the first worker's histogram.
+    void weigh() noexcept {
         for (FusedScratch& scratch : work_.scratch_) scratch.gains().clear();
         each<&Fused::weigh_values>(blocks());
         if (bounded()) return;
-        GainHistogram& all = work_.scratch_[0].gains();
-        for (std::size_t w = 1; w < work_.scratch_.size(); ++w) all.add(work_.scratch_[w].gains());
-        Index tokens = 0;
-        for (Index t = 0; t < tile_count(); ++t) tokens += hidden(tile(t)) ? 0 : tile_tokens;
-        const float least = all.least(policy_.value_bits * static_cast<double>(tokens * blocks()) + 1e-6);
-        std::fill(work_.least_.begin(), work_.least_.end(), least);
+        for (std::size_t w = 1; w < work_.scratch_.size(); ++w)
+            work_.scratch_[0].gains().add(work_.scratch_[w].gains());
     }
     /// What each plane of values gains, for a bit and an importance of 1.
     std::array<float, 3> value_worths() const noexcept {
@@ -1882,6 +2093,8 @@ class KvCache::Fused {
     Isa isa_;
     Index query_tokens_, heads_, block_, rows_, key_dim_, value_dim_, stride_, first_position_, chunks_;
     bool together_ = false;  ///< all heads read the same tiles of keys, so they go together
+    bool look_again_ = false;
+    Index value_units_ = 0, key_units_ = 0;  ///< of a tile and head; of keys the most of any part
     TokenRows sink_rows_, window_rows_;
 };
 
