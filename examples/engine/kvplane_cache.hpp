@@ -56,7 +56,7 @@ class KvplaneCache final : public LayerCache {
         const auto& c = cache_.configuration();
         out.resize(queries.rows(), c.query_heads * c.value_head_dim);
         cache_.attend(queries, out, parameters_, shared_->workspace);
-                if (const auto& report = shared_->workspace.report(); report.mean_bits > 0.0) {
+        if (const auto& report = shared_->workspace.report(); report.mean_bits > 0.0) {
             shared_->bits += report.mean_bits;
             ++shared_->reads;
         }

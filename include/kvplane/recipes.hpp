@@ -310,7 +310,8 @@ inline CacheRecipe parse(std::string_view text) {
 
 /// A read policy by the name that follows a recipe's after an @:
 ///
-///     4, 4:3                  aligned at a mean of so many bits, of keys and of values
+///     4                       aligned at a mean of so many bits, which keys and values share
+///     4:3                     aligned at a mean of so many, of keys and of values
 ///     fixed4, fixed4:8        so many bits of every code
 ///     tolerance=0.01          whatever keeps every head's output within that (ReadPolicy::tolerance)
 ///     published, aligned      fp16 by exponents, at the thresholds that AlignedKV ships, and at 6, 10, 14

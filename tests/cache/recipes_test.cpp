@@ -100,6 +100,9 @@ TEST(ReadPolicies, AreReadFromTheirNames) {
     };
     check("4", Kind::aligned, 4.0, 4.0);
     check("4.5:3", Kind::aligned, 4.5, 3.0);
+    EXPECT_TRUE(recipes::read_policy("4").shared);
+    EXPECT_FALSE(recipes::read_policy("4:4").shared);
+    EXPECT_FALSE(recipes::read_policy("fixed4").shared);
     check("fixed4", Kind::fixed, 4.0, 4.0);
     check("fixed4:8", Kind::fixed, 4.0, 8.0);
     check("tolerance=0.25", Kind::tolerance, 16.0, 16.0);
