@@ -191,7 +191,7 @@ inline void choose_planes(std::span<const ReadUnit> units, Index budget, std::sp
 /// The same for so many units that sorting would take longer than reading: planes in buckets by gain, each a
 /// sixteenth of a power of two, of which the largest are read, whole. Amounts are bits, or errors.
 class GainHistogram {
-    public:
+  public:
     static constexpr float bucket_ratio = 1.0625f;  ///< of a bucket's edges, at most
 
     void clear() noexcept { amounts_.fill(0.0); }

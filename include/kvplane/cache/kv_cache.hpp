@@ -31,7 +31,6 @@
 #include <limits>
 #include <mutex>
 #include <numeric>
-
 #include <optional>
 #include <utility>
 #include <vector>
@@ -1580,16 +1579,13 @@ class KvCache::Fused {
                 }
             });
         }
-        double stored = 0.0, channels = 0.0;
-        for (const ReadUnit& unit : work_.key_units_) {
-            stored += unit.size * unit.split.bits();
-            channels += unit.size;
-        }
+        Index stored = 0;
+        for (const ReadUnit& unit : work_.key_units_) stored += unit.size * unit.split.bits();
         // In the mean over rows and tiles.
         for (ReadUnit& unit : work_.key_units_)
             unit.importance /= static_cast<float>(std::max<Index>(1, looked * rows_ / parts()));
-        const double bits = std::min(0.125 * stored / std::max(channels, 1.0), 0.5 * policy_.key_bits);
-        choose_planes(work_.key_units_, key_budget(bits), work_.key_order_, work_.first_look_, 1);
+        choose_planes(work_.key_units_, std::min(stored / 8, key_budget(policy_.key_bits) / 2),
+                      work_.key_order_, work_.first_look_, 1);
         // Where no plane is small enough, nothing is known that a budget could be shared by.
         policy_.shared = policy_.shared && std::any_of(work_.first_look_.begin(), work_.first_look_.end(),
                                                        [](int planes) { return planes > 0; });
@@ -1655,7 +1651,8 @@ class KvCache::Fused {
         const double copies =
             static_cast<double>(blocks()) / static_cast<double>(parts()) / static_cast<double>(dims);
         double looked = 0.0;
-        for_units([&](Index have, std::uint8_t&, int first, const ReadUnit& unit, const auto& gain) {
+        for_units([&](Index have, std::uint8_t& planes, int first, const ReadUnit& unit, const auto& gain) {
+            planes = static_cast<std::uint8_t>(first);
             looked += static_cast<double>(have * unit.size * unit.split.prefix_bits(first));
             for (int plane = first; plane < unit.split.count; ++plane)
                 gains.add(gain(plane), copies * static_cast<double>(have * unit.size * unit.split[plane]));
@@ -1673,9 +1670,6 @@ class KvCache::Fused {
                 }
             });
         };
-        for_units([&](Index, std::uint8_t& planes, int first, const ReadUnit&, const auto&) {
-            planes = static_cast<std::uint8_t>(first);
-        });
         take_from(least);
         // Of the next bucket, whose gains hardly differ, what the budget has room for.
         if (!policy_.shared) take_from(least / GainHistogram::bucket_ratio);
