@@ -194,11 +194,20 @@ class GainHistogram {
   public:
     static constexpr float bucket_ratio = 1.0625f;  ///< of a bucket's edges, at most
 
+    /// The least number of the same bucket.
+    static float rounded_down(float gain) noexcept { return edge(bucket(gain)); }
+
     void clear() noexcept { amounts_.fill(0.0); }
     void add(float gain, double amount) noexcept { amounts_[bucket(gain)] += amount; }
     /// In any order for whole numbers below 2^53.
     void add(const GainHistogram& other) noexcept {
         for (std::size_t b = 0; b < amounts_.size(); ++b) amounts_[b] += other.amounts_[b];
+    }
+    /// body(least gain, amount) of every bucket that has some.
+    template <class Body>
+    void for_each(const Body& body) const noexcept {
+        for (std::size_t b = 0; b < amounts_.size(); ++b)
+            if (amounts_[b] != 0.0) body(edge(b), amounts_[b]);
     }
     /// The least gain that is read if at most `budget` is.
     float least(double budget) const noexcept {

@@ -128,6 +128,10 @@ struct Factors {
     /// What the unread bits of a code count as, by channel, where not all are read: depth each, or nullptr.
     /// The low parts of factors count it only for the bits that they meet.
     const float *unread, *unread_low;
+    /// Blocks of 16 of which any plane is read, or nullptr: all. Other factors meet nothing and are not made:
+    /// what rounding does to them would be taken back as what is unread.
+    const std::uint8_t* active;
+    Index active_count;
     std::int8_t *high, *low;  ///< rows x factor_stride; low: nullptr for factors of one part
     Index factor_stride;
     float *worth, *base;  ///< of each row: what 1 in a rounded factor stands for; what to add to every sum
@@ -182,7 +186,8 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
     // 1.5 2^23: adding it leaves the rounded integer in the low bits.
     constexpr float magic = 12582912.0f;
     constexpr std::uint32_t magic_bits = 0x4B400000;
-    const auto vectors = static_cast<std::uint32_t>(f.depth / Lanes);
+    const Index active = f.active ? f.active_count : f.depth / unit_lanes;
+    const auto vectors = static_cast<std::uint32_t>(active * (unit_lanes / Lanes));
     Floats<Lanes> wholes[4]{}, highs[4]{}, unreads[4]{};
     for (int r = 0; r < rows; ++r) {
         const float scale = top[r] > nothing ? most / top[r] : 0.0f;
@@ -191,7 +196,7 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
                                                                                  ? f.low + r * f.factor_stride
                                                                                  : nullptr;
         Words<Lanes> all{}, all_high{};
-        for (Index at = 0; at < f.depth; at += Lanes) {
+        const auto round = [&](Index at) KVPLANE_BODY {
             Floats<Lanes> x;
             load(x, from + at);
             const auto bits = (Words<Lanes>)(x * scale + magic);
@@ -203,7 +208,7 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
                 load(unread, f.unread + at);
                 unreads[r] += (x * scale + magic - magic) * unread;
             }
-            if (!low) continue;
+            if (!low) return;
             // The low byte counts as signed, so the high part rounds.
             const Words<Lanes> upper = (bits + 128) >> 8;
             if (f.unread) {
@@ -216,6 +221,10 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
             }
             all_high += upper;
             quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(high + at), (Ints<Lanes>)upper);
+        };
+        for (Index b = 0; b < active; ++b) {
+            const Index at = unit_lanes * (f.active ? f.active[b] : b);
+            for (Index i = 0; i < unit_lanes; i += Lanes) round(at + i);
         }
         // Below 2^24 for depths up to 512, and then off by less than the rounding of the sums that they
         // correct.
@@ -502,6 +511,7 @@ class FusedScratch {
         // Segments of latents may be as small as a unit each.
         const auto units = static_cast<std::size_t>(std::max<Index>(depth, tile_tokens));
         unread_.resize(2 * units);
+        active_.resize(units / unit_lanes + 1);
         by_depth_.resize(2 * detail::UnitsByDepth::depths * units);
         read_units_.resize(units);
         planes_.resize(units);
@@ -532,6 +542,7 @@ class FusedScratch {
     GainHistogram& gains() noexcept { return gains_; }
     /// What unread bits count as: depth for the high parts of factors, then for the low ones.
     float* unread() noexcept { return unread_.data(); }
+    std::uint8_t* active() noexcept { return active_.data(); }  ///< blocks of 16 of `depth`
     /// Units of a tile (0) and of the one that is read next (1) by depth.
     detail::UnitsByDepth by_depth(int which, const std::uint8_t* planes, Index units, int all) noexcept {
         return {planes, units, all, by_depth_.data() + which * static_cast<Index>(by_depth_.size() / 2)};
@@ -544,6 +555,7 @@ class FusedScratch {
     std::vector<std::uint16_t> order_;
     GainHistogram gains_;
     std::vector<float> unread_;
+    std::vector<std::uint8_t> active_;
     std::vector<std::uint16_t> by_depth_;
     std::vector<std::int8_t> factors_;
     std::vector<float> folded_, scores_, rows_, turned_, projected_, turns_;
@@ -596,7 +608,8 @@ class FusedSums {
                      middle + (lower ? 0.5f : symmetric_middle(segment.bits)), middle,
                      0.5f * (power_of_two(segment.split.shift(0)) - 1.0f), depth, scratch_.folded(),
                      in_part ? scratch_.unread() : nullptr,
-                     in_part ? scratch_.unread() + scratch_.depth() : nullptr, scratch_.factors(first),
+                     in_part ? scratch_.unread() + scratch_.depth() : nullptr,
+                     in_part ? scratch_.active() : nullptr, active_, scratch_.factors(first),
                      two_parts_ ? scratch_.factors(rows_ + first) : nullptr, scratch_.depth(),
                      worth_.data() + first, base_.data() + first});
             });
@@ -636,6 +649,14 @@ class FusedSums {
         float reach[UnitsByDepth::depths];
         for (int p = 0; p <= split.count; ++p) reach[p] = unread_reach(split, p);
         float *const high = scratch_.unread(), *const low = high + scratch_.depth();
+        active_ = 0;
+        for (Index b = 0; b < depth / unit_lanes; ++b) {
+            scratch_.active()[active_] = static_cast<std::uint8_t>(b);
+            const Index from = b * unit_lanes / unit, to = ((b + 1) * unit_lanes - 1) / unit;
+            bool any = false;
+            for (Index u = from; u <= std::min(to, read_units - 1); ++u) any = any || planes[u] > 0;
+            active_ += any;
+        }
         // Whole units, for which the padding has room.
         for (Index u = 0; u < read_units; ++u)
             for (Index i = 0; i < unit; i += 8) std::fill_n(high + u * unit + i, 8, reach[planes[u]]);
@@ -709,6 +730,7 @@ class FusedSums {
     FusedScratch& scratch_;
     Index rows_;
     bool two_parts_;
+    Index active_ = 0;  ///< blocks of 16 factors that meet a plane that is read
     std::array<float, fused_rows> worth_{}, base_{};
 };
 
@@ -821,14 +843,15 @@ inline bool fused_values(const TileFormat& format) noexcept {
 
 /// scores[r * 128 + t] = offsets[r] + q_r . k'_t for all 128 tokens of a tile of keys. queries: rows x
 /// channels, `stride` apart; rows at most fused_rows. ahead: a tile that is read next, or the same. planes:
-/// how many to read of each of read_units(format), the rest taken as its middle; nullptr: all (the tile that
-/// is read next is expected to be read to the same depths). two_parts:
-/// whether factors that meet more than 4 bits have 16 bits, and not 8.
+/// how many to read of each of read_units(format), the rest taken as its middle; nullptr: all. ahead_planes:
+/// likewise of the tile that is read next; nullptr: the same. two_parts: whether factors that meet more than
+/// 4 bits have 16 bits, and not 8.
 inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* tile, const std::byte* ahead,
                          const float* queries, Index stride, Index rows, const float* offsets,
                          FusedScratch& scratch, float* scores, const std::uint8_t* planes = nullptr,
-                         bool two_parts = true) noexcept {
+                         bool two_parts = true, const std::uint8_t* ahead_planes = nullptr) noexcept {
     const Index group = format.rule().group, blocks = group / unit_lanes;
+    if (!ahead_planes) ahead_planes = planes;
     detail::prefetch_grids(format, ahead);
     bool fresh = true;
     for (const TileFormat::Placed& segment : format.segments()) {
@@ -838,10 +861,10 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
                     units = (channels + unit_depth - 1) / unit_depth;
         if (segment.bits == 16) {
             detail::half_sums(isa, format, segment, tile, ahead, queries + segment.first_channel, stride,
-                              rows, planes, planes, fresh, fresh ? offsets : nullptr, scratch, scores,
+                              rows, planes, ahead_planes, fresh, fresh ? offsets : nullptr, scratch, scores,
                               tile_tokens);
             fresh = false;
-            if (planes) planes += units;
+            if (planes) planes += units, ahead_planes += units;
             continue;
         }
         const bool symmetric = segment.scheme == Scheme::symmetric;
@@ -857,13 +880,14 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
                 return (channels + unit - 1) / unit;
             };
             if (planes)
-                sums.sum_some(isa, segment, tile, ahead, g * blocks, blocks, units_of, units, planes, planes);
+                sums.sum_some(isa, segment, tile, ahead, g * blocks, blocks, units_of, units, planes,
+                              ahead_planes);
             else
                 sums.sum(isa, segment, tile, ahead, g * blocks, blocks, units_of);
             sums.add(isa, blocks, fresh, fresh ? offsets : nullptr, scores + g * group, tile_tokens);
         }
         fresh = false;
-        if (planes) planes += units;
+        if (planes) planes += units, ahead_planes += units;
     }
     if (!fresh) return;
     for (Index r = 0; r < rows; ++r) std::fill_n(scores + r * tile_tokens, tile_tokens, offsets[r]);
@@ -977,19 +1001,31 @@ KVPLANE_INLINE void exponents_below(const float* x, Index stride, Index rows, co
     }
 }
 
-/// Of 8 lanes after another their sum or largest: to[i] of x[8 i ... 8 i + 8), 128 of them.
+/// `count` vectors of `from` rows each to one, x[0], of all rows.
+template <int Lanes, int from, int count, class Combine>
+KVPLANE_INLINE void merge_all(Floats<Lanes>* x, const Combine& combine) {
+    if constexpr (count > 1) {
+        for (int i = 0; i < count / 2; ++i)
+            merge_rows<Lanes, from>(x[i], x[2 * i], x[2 * i + 1], combine, std::make_index_sequence<Lanes>{});
+        merge_all<Lanes, 2 * from, count / 2>(x, combine);
+    }
+}
+/// Of 8 lanes after another their sum or largest: to[i] of x[8 i ... 8 i + 8), 128 of them. value(t, x):
+/// Lanes of them from t on.
 template <int Lanes, class Combine, class Value>
 KVPLANE_INLINE void by_eight(const Combine& combine, const Value& value, float* to) {
-    constexpr int group = Lanes < 8 ? Lanes : 8;
-    for (Index t = 0; t < tile_tokens; t += Lanes < 8 ? 8 : Lanes) {
-        Floats<Lanes> x, more;
-        value(t, x);
-        if constexpr (Lanes < 8) {
-            value(t + Lanes, more);
-            combine(x, x, more);
+    constexpr int from = Lanes < 8 ? 1 : Lanes / 8, count = Lanes / from;
+    for (Index first = 0; first < tile_tokens; first += Lanes * 8, to += Lanes) {
+        Floats<Lanes> x[count], more;
+        for (int i = 0; i < count; ++i) {
+            value(first + i * 8 * from, x[i]);
+            if constexpr (Lanes < 8) {
+                value(first + i * 8 + Lanes, more);
+                combine(x[i], x[i], more);
+            }
         }
-        fold_lanes<Lanes, group>(x, combine, std::make_index_sequence<Lanes>{});
-        for (int i = 0; i < (Lanes + 7) / 8; ++i) to[t / 8 + i] = x[i * group];
+        merge_all<Lanes, from, count>(x, combine);
+        store(to, x[0]);
     }
 }
 
@@ -1081,8 +1117,8 @@ inline void align_keys(Isa isa, const TileFormat& format, const std::byte* tile,
     }
 }
 
-/// Of every token of a tile of values, the sum over channels of the squared step (its root, with `reach`);
-/// and the largest norm that its grids can hold, over all tokens. largest: of the magnitudes of all values,
+/// Of every token of a tile of values, the sum over channels of the squared step; with `reach` its root, and
+/// returned the largest norm that the grids of any token can hold. largest: of the magnitudes of all values,
 /// which fp16 goes by.
 inline float value_steps(Isa isa, const TileFormat& format, const std::byte* tile, float largest, bool reach,
                          float* squares) noexcept {
@@ -1107,6 +1143,7 @@ inline float value_steps(Isa isa, const TileFormat& format, const std::byte* til
                 const auto size = static_cast<float>(std::min(run, s.channels - g * run));
                 widen<lanes>(x, step + g * tile_tokens + t);
                 sum += x * x * size;
+                if (!reach) continue;
                 if (lower)
                     widen<lanes>(low, lower + g * tile_tokens + t);
                 else
@@ -1119,8 +1156,9 @@ inline float value_steps(Isa isa, const TileFormat& format, const std::byte* til
         }
         for (int i = 0; i < lanes; ++i) most = std::max(most, top[i]);
     });
-    if (reach)
-        for (Index t = 0; t < tile_tokens; ++t) squares[t] = std::sqrt(squares[t]);
+    if (!reach) return 0.0f;
+    Eigen::Map<Eigen::ArrayXf> roots(squares, tile_tokens);
+    roots = roots.sqrt();
     return std::sqrt(most);
 }
 

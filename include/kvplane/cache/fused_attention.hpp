@@ -194,21 +194,23 @@ class KvCache::Fused {
                 std::array<float, fused_tiles * fused_rows> offsets{};
                 if (projects) project(h, row, rows, count, offsets.data(), scratch);
                 for (Index t = first; t < first + count; ++t)
-                    tile_rows(t, t + 1 < work.end ? tile(t + 1) : first_of(item, t), h, row, rows, work.chunk,
-                              t - first, offsets.data() + (t - first) * rows, scratch);
+                    tile_rows(t, next_of(t, work.end, item, part_of(h)), h, row, rows, work.chunk, t - first,
+                              offsets.data() + (t - first) * rows, scratch);
             });
         }
     }
 
-    /// The first tile of what this worker probably does after `item`; else tile `t` again.
-    const Tile& first_of(Index item, Index t) const noexcept {
-        const Index next = item + work_.executor().workers();
-        return tile(next < chunks_ * across() ? next / across() * chunk_tiles : t);
+    /// The tile that this worker probably reads after tile t; else t again.
+    Index next_of(Index t, Index end, Index item, Index part) noexcept {
+        for (Index next = t + 1; next < end; ++next)
+            if (!hidden(tile(next)) && (!look_again_ || looks_again(next, part))) return next;
+        item += work_.executor().workers();
+        return item < chunks_ * across() ? item / across() * chunk_tiles : t;
     }
 
     /// Scores of one tile and, unless reads are aligned, what its values add. `place` among the tiles that
     /// were projected together.
-    void tile_rows(Index t, const Tile& next, Index head, Index row, Index rows, Index chunk, Index place,
+    void tile_rows(Index t, Index next, Index head, Index row, Index rows, Index chunk, Index place,
                    const float* offsets, FusedScratch& scratch) noexcept {
         const Tile& tile = this->tile(t);
         if (hidden(tile)) return;
@@ -223,31 +225,27 @@ class KvCache::Fused {
             queries = scratch.projected() + place * rows * stride;
         }
         float* const scores = by_weight() ? weights_of(t, row) : scratch.scores();
-        const std::uint8_t* planes = look_again_ ? class_planes(key_part, class_of(t, key_part))
-                                                 : key_planes(format, keys(tile, key_part), key_part, queries,
-                                                              stride, row, rows, chunk, scratch);
-        bool in_two_parts = two_parts(policy_.key_bits);
-        if (look_again_) {
-            const Index bits = bits_read(format, planes);
-            work_.bits_[static_cast<std::size_t>(chunk * heads_ + head)][0] +=
-                bits - bits_read(format, first_look(key_part));
-            in_two_parts = bits == bits_read(format, nullptr) ||
-                           two_parts(static_cast<double>(bits) / static_cast<double>(elements(format)));
-        } else {
-            count_read(format, planes, chunk, head, 0);
-        }
-        fused_scores(isa_, format, keys(tile, key_part), keys(next, key_part), queries, stride, rows, offsets,
-                     scratch, scores, planes, in_two_parts);
+        const KeyRead read = key_read(format, t, next, key_part, queries, stride, row, rows, chunk, scratch);
+        const Count count = count_of(chunk, head, 0);
+        count.bits += read.bits - (look_again_ ? first_bits(key_part) : 0);
+        count.elements += look_again_ ? 0 : elements(format);
+        const std::byte *const tile_values = values(tile, head), *const next_values =
+                                                                     values(this->tile(next), head);
+        fused_scores(isa_, format, keys(tile, key_part), keys(this->tile(next), key_part), queries, stride,
+                     rows, offsets, scratch, scores, read.planes, read.two_parts, read.ahead);
         apply(row, rows, tile.first, tile.tokens, tile_tokens, scores);
         const PartialAttention to = part(chunk, row);
         fused_softmax(isa_, scores, tile_tokens, rows, to);
-        if (by_weight()) return note_weights(t, head, row, rows, chunk, scratch);
-        planes = policy_.kind == ReadPolicy::Kind::fixed
-                     ? fixed_planes(layout.values, policy_.value_bits, scratch)
-                     : nullptr;
-        fused_output(isa_, layout.values, values(tile, head), values(next, head), scores, rows, scratch,
-                     to.output, stride_, planes, two_parts(policy_.value_bits));
-        count_read(layout.values, planes, chunk, head, 1);
+        if (by_weight()) {
+            detail::prefetch_grids(layout.values, next_values);
+            return note_weights(t, head, row, rows, chunk, scratch);
+        }
+        const std::uint8_t* const planes = policy_.kind == ReadPolicy::Kind::fixed
+                                               ? fixed_planes(layout.values, policy_.value_bits, scratch)
+                                               : nullptr;
+        fused_output(isa_, layout.values, tile_values, next_values, scores, rows, scratch, to.output, stride_,
+                     planes, two_parts(policy_.value_bits));
+        count_values(planes, chunk, head);
     }
 
     // Partial reads ----------------------------------------------------------------------------------------
@@ -284,6 +282,11 @@ class KvCache::Fused {
         work_.tile_class_.resize(tiles * cache_.state_.layout->key_at.size());
         work_.class_tiles_.resize(cache_.state_.layout->key_at.size() * tile_classes);
         work_.key_order_.resize(3 * of_keys);
+        work_.key_gains_.resize(of_keys);
+        work_.first_bits_.resize(layout.key_at.size());
+        work_.class_bits_.resize(layout.key_at.size() * tile_classes);
+        work_.tile_importance_.resize(tiles * all_blocks);
+        work_.whole_keys_.assign(chunks * all_blocks, 0);
         work_.score_errors_.assign(chunks * all_blocks, 0.0);
         work_.value_errors_.assign(chunks * all_blocks, 0.0);
         work_.value_norms_.assign((chunks + 1) * static_cast<std::size_t>(heads_), 0.0f);
@@ -306,25 +309,40 @@ class KvCache::Fused {
     }
     float largest_value() const noexcept { return static_cast<float>(cache_.state_.largest[1]); }
 
-    /// How much of a tile of keys is read; nullptr: all.
-    const std::uint8_t* key_planes(const TileFormat& format, const std::byte* tile, Index part,
-                                   const float* queries, Index stride, Index row, Index rows, Index chunk,
-                                   FusedScratch& scratch) noexcept {
+    /// How much of a tile of keys is read, and of the tile after it; planes of nullptr: all.
+    struct KeyRead {
+        const std::uint8_t *planes, *ahead;
+        Index bits;
+        bool two_parts;
+    };
+    KeyRead key_read(const TileFormat& format, Index t, Index next, Index part, const float* queries,
+                     Index stride, Index row, Index rows, Index chunk, FusedScratch& scratch) noexcept {
+        if (look_again_) {
+            const Index of_class = class_of(t, part), bits = class_bits(part, of_class);
+            return {class_planes(part, of_class), class_planes(part, class_of(next, part)), bits,
+                    bits == bits_read(format, nullptr) ||
+                        two_parts(static_cast<double>(bits) / static_cast<double>(elements(format)))};
+        }
+        const std::uint8_t* planes = nullptr;
         switch (policy_.kind) {
-            case ReadPolicy::Kind::fixed:
-                return fixed_planes(format, policy_.key_bits, scratch);
             case ReadPolicy::Kind::aligned:
-                return first_look(part);
+                return {first_look(part), first_look(part), first_bits(part), false};
+            case ReadPolicy::Kind::fixed:
+                planes = fixed_planes(format, policy_.key_bits, scratch);
+                break;
             case ReadPolicy::Kind::exponents:
-                align_keys(isa_, format, tile, queries, stride, rows, policy_.thresholds, scratch,
-                           scratch.planes().data());
-                return scratch.planes().data();
+                align_keys(isa_, format, keys(tile(t), part), queries, stride, rows, policy_.thresholds,
+                           scratch, scratch.planes().data());
+                planes = scratch.planes().data();
+                break;
             case ReadPolicy::Kind::tolerance:
-                return bounded_planes(format, tile, queries, stride, row, rows, chunk, scratch);
+                planes =
+                    bounded_planes(format, keys(tile(t), part), queries, stride, row, rows, chunk, scratch);
+                break;
             case ReadPolicy::Kind::all:
                 break;
         }
-        return nullptr;
+        return {planes, planes, bits_read(format, planes), two_parts(policy_.key_bits)};
     }
     /// As many planes as fit into `bits`, of every unit.
     const std::uint8_t* fixed_planes(const TileFormat& format, double bits,
@@ -348,6 +366,8 @@ class KvCache::Fused {
 
     /// Classes of tiles by the power of two of what an error of their scores does to the output.
     static constexpr Index tile_classes = 32;
+    /// Chunks whose first tile tells what channels count, at most.
+    static constexpr Index most_weighed = 16;
 
     Index part_of(Index head) const noexcept {
         const TileLayout& layout = *cache_.state_.layout;
@@ -363,9 +383,12 @@ class KvCache::Fused {
     std::uint8_t* class_planes(Index part, Index of_class) noexcept {
         return work_.class_planes_.data() + (part * tile_classes + of_class) * key_units();
     }
-    bool looks_again(Index t, Index part) noexcept {
-        return !std::equal(first_look(part), first_look(part) + key_units(),
-                           class_planes(part, class_of(t, part)));
+    Index first_bits(Index part) const noexcept { return work_.first_bits_[static_cast<std::size_t>(part)]; }
+    Index class_bits(Index part, Index of_class) const noexcept {
+        return work_.class_bits_[static_cast<std::size_t>(part * tile_classes + of_class)];
+    }
+    bool looks_again(Index t, Index part) const noexcept {
+        return class_bits(part, class_of(t, part)) != first_bits(part);
     }
     /// Whether scores of any of these tiles are to be computed.
     bool scores_any(Index first, Index count, const Work& work) noexcept {
@@ -398,24 +421,22 @@ class KvCache::Fused {
                 channels += s.bits > 0 ? s.channels : 0;
         return static_cast<Index>(std::floor(mean * static_cast<double>(channels) + 1e-6));
     }
-    /// What the channels (or latents) of all heads count: from the first tile of every chunk, for steps and
-    /// queries change little from tile to tile. And the planes of the first look.
-    void plan_first_look() noexcept {
-        FusedScratch& scratch = work_.scratch_[0];
+    /// What the channels (or latents) of one head, or of all that share them, count: from the first tiles of
+    /// some chunks, for steps and queries change little from tile to tile.
+    void weigh_keys(Index item, Index worker) noexcept {
+        FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
         const TileLayout& layout = *cache_.state_.layout;
         const bool latent = layout.latent != nullptr;
-
-        std::fill(work_.key_units_.begin(), work_.key_units_.end(), ReadUnit{0.0f, {}, 0});
+        const Index step = (chunks_ + most_weighed - 1) / most_weighed;
         Index looked = 0;
-        for (Index chunk = 0; chunk < chunks_; ++chunk) {
-            const Work all{chunk, 0, heads_, chunk * chunk_tiles,
-                           std::min((chunk + 1) * chunk_tiles, tile_count())};
-            Index t = all.begin;
-            while (t < all.end && hidden(tile(t))) ++t;
-            if (t == all.end) continue;
+        for (Index chunk = 0; chunk < chunks_; chunk += step) {
+            const Work work = work_of(chunk * across() + item);
+            Index t = work.begin;
+            while (t < work.end && hidden(tile(t))) ++t;
+            if (t == work.end) continue;
             ++looked;
             if (latent) turn_to(t, 1, false, scratch);
-            for_blocks(all, [&](Index head, Index row, Index rows) {
+            for_blocks(work, [&](Index head, Index row, Index rows) {
                 const Index part = part_of(head);
                 const float* queries = work_.rotated_.data() + row * key_dim_;
                 Index stride = key_dim_;
@@ -436,87 +457,103 @@ class KvCache::Fused {
                 }
             });
         }
+        // In the mean over rows and tiles.
+        const float all = static_cast<float>(std::max<Index>(1, looked * rows_ / parts()));
+        for (Index u = item * key_units(); u < (item + 1) * key_units(); ++u) {
+            ReadUnit& unit = work_.key_units_[static_cast<std::size_t>(u)];
+            unit.importance /= all;
+            for (int p = 0; p < unit.split.count; ++p)
+                work_.key_gains_[static_cast<std::size_t>(u)][static_cast<std::size_t>(p)] =
+                    plane_gain(unit.importance / static_cast<float>(unit.size), plane_worth(unit.split, p));
+        }
+    }
+    void plan_first_look() noexcept {
+        std::fill(work_.key_units_.begin(), work_.key_units_.end(), ReadUnit{0.0f, {}, 0});
+        each<&Fused::weigh_keys>(across());
         Index stored = 0;
         for (const ReadUnit& unit : work_.key_units_) stored += unit.size * unit.split.bits();
-        // In the mean over rows and tiles.
-        for (ReadUnit& unit : work_.key_units_)
-            unit.importance /= static_cast<float>(std::max<Index>(1, looked * rows_ / parts()));
         choose_planes(work_.key_units_, std::min(stored / 8, key_budget(policy_.key_bits) / 2),
                       work_.key_order_, work_.first_look_, 1);
+        for (Index p = 0; p < parts(); ++p)
+            work_.first_bits_[static_cast<std::size_t>(p)] =
+                bits_read(cache_.state_.layout->key_format(p), first_look(p));
         // Where no plane is small enough, nothing is known that a budget could be shared by.
         policy_.shared = policy_.shared && std::any_of(work_.first_look_.begin(), work_.first_look_.end(),
                                                        [](int planes) { return planes > 0; });
     }
-    /// The planes of keys that the second look reads, by class of tiles. A score that is off by one moves the
-    /// output by the token's weight times its value's distance from the output; the square of that is taken
-    /// as a fiftieth of the square of what the token's grids span, and so follows from importance_of().
-    void plan_keys() noexcept {
+    /// Sorts tiles into classes. A score that is off by one moves the output by the token's weight times its
+    /// value's distance from the output; the square of that is taken as a fiftieth of the square of what the
+    /// token's grids span, and so follows from tile_importance_. Returns the exponent field of that in the
+    /// first class: what an error of a tile's scores counts to a bit of one channel, where values' gains are
+    /// for a bit of all channels of a unit of tokens.
+    int classify_tiles() noexcept {
         const PlaneSplit& split = cache_.state_.layout->values.segments()[0].split;
-        // What a score of one tile counts to a bit of one channel; values' gains are for a bit of all
-        // channels of a unit of tokens.
-        const float dims = static_cast<float>(value_dim_) / static_cast<float>(tile_tokens),
-                    span = power_of_two(split.bits() == 16 ? 20 : 2 * split.bits()) / 50.0f *
-                           static_cast<float>(read_unit_depth(split)) * dims;
-        const auto field = [&](Index t, Index part) {
-            float sum = 0.0f;
-            for (Index block = 0; block < blocks(); ++block)
-                if (part_of(block / row_blocks()) == part)
-                    sum = std::accumulate(importance_of(t, block), importance_of(t, block) + value_units(),
-                                          sum);
-            // Of the nearest power of two.
-            return static_cast<int>(std::bit_cast<std::uint32_t>(1.41421356f * span * sum) >> 23);
+        // sqrt(2): of the nearest power of two.
+        const float span = 1.41421356f * power_of_two(split.bits() == 16 ? 20 : 2 * split.bits()) / 50.0f *
+                           static_cast<float>(read_unit_depth(split)) * key_dims();
+        const Index blocks_of_part = blocks() / parts();
+        const auto for_tiles = [&](const auto& body) {
+            for (Index t = 0; t < tile_count(); ++t)
+                for (Index p = 0; p < parts() && !hidden(tile(t)); ++p)
+                    body(p, t * blocks() + p * blocks_of_part,
+                         work_.tile_class_[static_cast<std::size_t>(t * parts() + p)]);
         };
         int top = 0;
-        Index tiles = 0;
-        for (Index t = 0; t < tile_count(); ++t) {
-            if (hidden(tile(t))) continue;
-            ++tiles;
-            for (Index p = 0; p < parts(); ++p) {
-                const int of_tile = field(t, p);
-                work_.tile_class_[static_cast<std::size_t>(t * parts() + p)] =
-                    static_cast<std::uint8_t>(of_tile);
-                top = std::max(top, of_tile);
-            }
-        }
+        for_tiles([&](Index, Index first, std::uint8_t& field) {
+            float sum = 0.0f;
+            for (Index block = first; block < first + blocks_of_part; ++block)
+                sum += work_.tile_importance_[static_cast<std::size_t>(block)];
+            field = static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(span * sum) >> 23);
+            top = std::max<int>(top, field);
+        });
         std::fill(work_.class_tiles_.begin(), work_.class_tiles_.end(), Index{0});
-        for (Index t = 0; t < tile_count(); ++t)
-            for (Index p = 0; p < parts() && !hidden(tile(t)); ++p) {
-                std::uint8_t& of_tile = work_.tile_class_[static_cast<std::size_t>(t * parts() + p)];
-                of_tile = static_cast<std::uint8_t>(std::min<Index>(top - of_tile, tile_classes - 1));
-                ++work_.class_tiles_[static_cast<std::size_t>(p * tile_classes + of_tile)];
-            }
-
-        GainHistogram& gains = work_.scratch_[0].gains();
-        if (!policy_.shared) gains.clear();
-        // body(tiles, what is read of a unit in the end and so far, the unit, gain of a plane).
+        for_tiles([&](Index p, Index, std::uint8_t& of_tile) {
+            of_tile = static_cast<std::uint8_t>(std::min<Index>(top - of_tile, tile_classes - 1));
+            ++work_.class_tiles_[static_cast<std::size_t>(p * tile_classes + of_tile)];
+        });
+        return top;
+    }
+    /// Channels of values for each token of a tile of keys: what makes their bits comparable.
+    float key_dims() const noexcept {
+        return static_cast<float>(value_dim_) / static_cast<float>(tile_tokens);
+    }
+    /// The planes of keys that the second look reads, by class of tiles.
+    void plan_keys() noexcept {
+        const int top = classify_tiles();
+        if (policy_.shared)
+            gain_values();
+        else
+            work_.gains_.clear();
+        // body(tiles, what is read of a unit in the end, and so far, the unit, gain of a plane).
         const auto for_units = [&](const auto& body) {
             for (Index p = 0; p < parts(); ++p)
                 for (Index c = 0; c < tile_classes; ++c) {
                     const Index have = work_.class_tiles_[static_cast<std::size_t>(p * tile_classes + c)];
                     const float tile = std::ldexp(1.0f, top - 127 - static_cast<int>(c));
                     for (Index u = 0; u < key_units() && have > 0; ++u) {
-                        const ReadUnit& unit =
-                            work_.key_units_[static_cast<std::size_t>(p * key_units() + u)];
-                        body(have, class_planes(p, c)[u], first_look(p)[u], unit, [&, tile](int plane) {
-                            return plane_gain(
-                                unit.importance * tile / static_cast<float>(std::max(unit.size, 1)),
-                                plane_worth(unit.split, plane));
-                        });
+                        const auto at = static_cast<std::size_t>(p * key_units() + u);
+                        const std::array<float, 3>& gains = work_.key_gains_[at];
+                        body(have, class_planes(p, c)[u], first_look(p)[u], work_.key_units_[at],
+                             [&gains, tile](int plane) {
+                                 return plane_gain(gains[static_cast<std::size_t>(plane)], tile);
+                             });
                     }
                 }
         };
         const double copies =
-            static_cast<double>(blocks()) / static_cast<double>(parts()) / static_cast<double>(dims);
+            static_cast<double>(blocks()) / static_cast<double>(parts()) / static_cast<double>(key_dims());
         double looked = 0.0;
         for_units([&](Index have, std::uint8_t& planes, int first, const ReadUnit& unit, const auto& gain) {
             planes = static_cast<std::uint8_t>(first);
             looked += static_cast<double>(have * unit.size * unit.split.prefix_bits(first));
             for (int plane = first; plane < unit.split.count; ++plane)
-                gains.add(gain(plane), copies * static_cast<double>(have * unit.size * unit.split[plane]));
+                work_.gains_.add(gain(plane),
+                                 copies * static_cast<double>(have * unit.size * unit.split[plane]));
         });
-        const double budget = copies * (static_cast<double>(tiles * key_budget(policy_.key_bits)) - looked) +
-                              (policy_.shared ? value_budget() : 0.0);
-        const float least = gains.least(std::max(budget, 0.0) + 1e-6);
+        const double budget =
+            copies * (static_cast<double>(visible_tiles() * key_budget(policy_.key_bits)) - looked) +
+            (policy_.shared ? value_budget() : 0.0);
+        const float least = work_.gains_.least(std::max(budget, 0.0) + 1e-6);
         double left = budget;
         const auto take_from = [&](float gain_from) {
             for_units([&](Index have, std::uint8_t& planes, int, const ReadUnit& unit, const auto& gain) {
@@ -530,18 +567,30 @@ class KvCache::Fused {
         take_from(least);
         // Of the next bucket, whose gains hardly differ, what the budget has room for.
         if (!policy_.shared) take_from(least / GainHistogram::bucket_ratio);
+        for (Index p = 0; p < parts(); ++p)
+            for (Index c = 0; c < tile_classes; ++c)
+                work_.class_bits_[static_cast<std::size_t>(p * tile_classes + c)] =
+                    work_.class_tiles_[static_cast<std::size_t>(p * tile_classes + c)] > 0
+                        ? bits_read(cache_.state_.layout->key_format(p), class_planes(p, c))
+                        : 0;
+    }
+    Index visible_tiles() const noexcept {
+        Index count = 0;
+        for (Index t = 0; t < tile_count(); ++t) count += hidden(tile(t)) ? 0 : 1;
+        return count;
     }
     /// Bits of values, by channel, that the mean allows.
     double value_budget() const noexcept {
-        Index tokens = 0;
-        for (Index t = 0; t < tile_count(); ++t) tokens += hidden(tile(t)) ? 0 : tile_tokens;
-        return policy_.value_bits * static_cast<double>(tokens * blocks());
+        return policy_.value_bits * static_cast<double>(visible_tiles() * tile_tokens * blocks());
     }
     /// The fewest planes with which no score is off by more than what half the tolerance allows, shared out
-    /// among channels evenly.
+    /// among channels evenly; nullptr: all. Where the first tile of a chunk needs all, the others get them
+    /// too without being asked: as good for the certificate, and asking takes as long as reading.
     const std::uint8_t* bounded_planes(const TileFormat& format, const std::byte* tile, const float* queries,
                                        Index stride, Index row, Index rows, Index chunk,
                                        FusedScratch& scratch) noexcept {
+        const auto at = static_cast<std::size_t>(chunk * blocks() + block_of(row));
+        if (work_.whole_keys_[at]) return nullptr;
         const std::span<ReadUnit> units =
             scratch.read_units().first(static_cast<std::size_t>(read_units(format)));
         key_importance(isa_, format, tile, queries, stride, rows, true, scratch, units.data());
@@ -549,6 +598,7 @@ class KvCache::Fused {
         const auto& rule = work_.rules_[static_cast<std::size_t>(row / query_tokens_)];
         const double scale = rule.plain() ? 1.0 : static_cast<double>(rule.scale());
         double channels = 0.0, error = 0.0;
+        bool whole = true;
         for (const ReadUnit& unit : units) channels += unit.size;
         const double allowed = 2.0 * std::atanh(std::min(0.25 * policy_.error, 0.999));
         for (std::size_t u = 0; u < units.size(); ++u) {
@@ -560,10 +610,12 @@ class KvCache::Fused {
             int have = units[u].split.bits() == 16 ? 1 : 0;
             while (have < units[u].split.count && !(off(have) * channels <= allowed * units[u].size)) ++have;
             scratch.planes()[u] = static_cast<std::uint8_t>(have);
+            whole = whole && have == units[u].split.count;
             error += off(have);
         }
-        double& most = work_.score_errors_[static_cast<std::size_t>(chunk * blocks() + block_of(row))];
-        most = std::max(most, error);
+        work_.whole_keys_[at] = whole;
+        if (whole) return nullptr;
+        work_.score_errors_[at] = std::max(work_.score_errors_[at], error);
         return scratch.planes().data();
     }
     /// What weights come to by read unit of values, once a tile's scores are weights.
@@ -582,12 +634,19 @@ class KvCache::Fused {
         }
         unit_weights(isa_, weights_of(t, row), rows, steps, kind, depth, units_of(t, row));
     }
-    /// Adds what a tile's planes come to, to the count of its chunk and head.
-    void count_read(const TileFormat& format, const std::uint8_t* planes, Index chunk, Index head,
-                    std::size_t side) noexcept {
+    /// Bits and elements that a chunk and head have read of keys (0) and values (1).
+    struct Count {
+        Index &bits, &elements;
+    };
+    Count count_of(Index chunk, Index head, std::size_t side) noexcept {
         const auto at = static_cast<std::size_t>(chunk * heads_ + head);
-        work_.elements_[at][side] += elements(format);
-        work_.bits_[at][side] += bits_read(format, planes);
+        return {work_.bits_[at][side], work_.elements_[at][side]};
+    }
+    void count_values(const std::uint8_t* planes, Index chunk, Index head) noexcept {
+        const TileFormat& format = cache_.state_.layout->values;
+        const Count count = count_of(chunk, head, 1);
+        count.bits += bits_read(format, planes);
+        count.elements += elements(format);
     }
     static Index elements(const TileFormat& format) noexcept {
         Index sum = 0;
@@ -681,16 +740,28 @@ class KvCache::Fused {
             }
             budget += (policy_.key_bits * elements - bits) / static_cast<double>(value_dim_);
         }
-        const float least = work_.scratch_[0].gains().least(std::max(budget, 0.0) + 1e-6);
+        gain_values();
+        const float least = work_.gains_.least(std::max(budget, 0.0) + 1e-6);
         std::fill(work_.least_.begin(), work_.least_.end(), least);
     }
-    /// How much all values count; by budget also what their planes gain, in the first worker's histogram.
+    /// How much all values count; by budget, in the first worker's histogram, how many units count how much.
     void weigh() noexcept {
         for (FusedScratch& scratch : work_.scratch_) scratch.gains().clear();
         each<&Fused::weigh_values>(blocks());
         if (bounded()) return;
         for (std::size_t w = 1; w < work_.scratch_.size(); ++w)
             work_.scratch_[0].gains().add(work_.scratch_[w].gains());
+    }
+    /// What the planes of all values gain.
+    void gain_values() noexcept {
+        const PlaneSplit& split = cache_.state_.layout->values.segments()[0].split;
+        const std::array<float, 3> worth = value_worths();
+        work_.gains_.clear();
+        work_.scratch_[0].gains().for_each([&](float importance, double units) {
+            for (int p = 0; p < split.count; ++p)
+                work_.gains_.add(plane_gain(importance, worth[static_cast<std::size_t>(p)]),
+                                 units * static_cast<double>(split[p] * read_unit_depth(split)));
+        });
     }
     /// What each plane of values gains, for a bit and an importance of 1.
     std::array<float, 3> value_worths() const noexcept {
@@ -704,38 +775,57 @@ class KvCache::Fused {
     void weigh_values(Index block, Index worker) noexcept {
         FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
         const Index head = block / row_blocks(), row = head * block_ + block % row_blocks() * fused_rows,
-                    rows = std::min(fused_rows, (head + 1) * block_ - row);
-        const PlaneSplit& split = cache_.state_.layout->values.segments()[0].split;
-        const Index depth = read_unit_depth(split), units = value_units();
+                    rows = std::min(fused_rows, (head + 1) * block_ - row), units = value_units();
+        const auto of_rows = [&](const std::vector<float>& all) {
+            return Eigen::Map<const Eigen::ArrayXf>(all.data() + row, rows);
+        };
+        const auto norms = of_rows(work_.norms_), tops = of_rows(work_.all_tops_);
+        Eigen::Array<float, Eigen::Dynamic, 1, 0, fused_rows, 1> by(rows);
         GainHistogram& gains = scratch.gains();
-        if (bounded()) gains.clear();
-        const std::array<float, 3> worth = value_worths();
-        std::array<double, 3> amount{};
-        for (int p = 0; p < split.count; ++p)
-            amount[static_cast<std::size_t>(p)] =
-                static_cast<double>(split[p]) * (bounded() ? 1.0 : static_cast<double>(depth));
         for (Index t = 0; t < tile_count(); ++t) {
             if (hidden(tile(t))) continue;
+            const Eigen::Map<const Eigen::ArrayXf> seen(tops_of(t, row), rows);
+            by = (seen > none).select(norms * (seen - tops).exp(), 0.0f);
             float* const importance = importance_of(t, block);
             std::fill_n(importance, units, 0.0f);
-            for (Index r = 0; r < rows; ++r) {
-                const auto at = static_cast<std::size_t>(row + r);
-                const float norm = work_.norms_[at] * rescale(t, row + r, work_.all_tops_[at]);
-                const float* const of_row = units_of(t, row + r);
-                if (bounded())
+            if (bounded()) {
+                for (Index r = 0; r < rows; ++r)
                     for (Index u = 0; u < units; ++u)
-                        importance[u] = std::max(importance[u], norm * of_row[u]);
-                else
-                    for (Index u = 0; u < units; ++u) importance[u] += norm * norm * of_row[u];
+                        importance[u] = std::max(importance[u], by[r] * units_of(t, row + r)[u]);
+                continue;
             }
-            for (Index u = 0; u < units; ++u)
-                for (std::size_t p = 0; p < static_cast<std::size_t>(split.count); ++p) {
-                    const float gain = plane_gain(importance[u], worth[p]);
-                    // Of a tolerance, what is off without the plane.
-                    gains.add(gain, bounded() ? amount[p] * static_cast<double>(gain) : amount[p]);
+            for (Index r = 0; r < rows; ++r) {
+                const float square = by[r] * by[r];
+                const float* const of_row = units_of(t, row + r);
+                for (Index u = 0; u < units; ++u) importance[u] += square * of_row[u];
+            }
+            float sum = 0.0f;
+            for (Index u = 0; u < units; ++u) {
+                sum += importance[u];
+                // As its bucket is counted, so that the budget holds.
+                importance[u] = GainHistogram::rounded_down(importance[u]);
+                gains.add(importance[u], 1.0);
+            }
+            work_.tile_importance_[static_cast<std::size_t>(t * blocks() + block)] = sum;
+        }
+        if (bounded()) bound_values(block, head, gains);
+    }
+    /// The least gain of a plane that is read, where what is not read may be off by what is left of the
+    /// tolerance.
+    void bound_values(Index block, Index head, GainHistogram& gains) noexcept {
+        const PlaneSplit& split = cache_.state_.layout->values.segments()[0].split;
+        const std::array<float, 3> worth = value_worths();
+        gains.clear();
+        for (Index t = 0; t < tile_count(); ++t) {
+            if (hidden(tile(t))) continue;
+            const float* const importance = importance_of(t, block);
+            for (Index u = 0; u < value_units(); ++u)
+                for (int p = 0; p < split.count; ++p) {
+                    const float gain = plane_gain(importance[u], worth[static_cast<std::size_t>(p)]);
+                    // What is off without the plane.
+                    gains.add(gain, static_cast<double>(split[p]) * static_cast<double>(gain));
                 }
         }
-        if (!bounded()) return;
         const double left = policy_.error - 2.0 * std::tanh(0.5 * score_error(block));
         work_.least_[static_cast<std::size_t>(block)] =
             gains.least_but(std::max(0.0, left) * largest_norm(head));
@@ -764,15 +854,15 @@ class KvCache::Fused {
         const float* const importance = importance_of(t, block);
         const float least = work_.least_[static_cast<std::size_t>(block)];
         double& error = work_.value_errors_[static_cast<std::size_t>(chunk * blocks() + block)];
-        for (Index u = 0; u < units; ++u) {
-            // Gains fall from plane to plane.
-            int have = 0;
-            for (int p = 0; p < split.count; ++p)
-                have += plane_gain(importance[u], worth[static_cast<std::size_t>(p)]) >= least;
-            planes[u] = static_cast<std::uint8_t>(have);
-            if (bounded())
-                error += static_cast<double>(importance[u]) * static_cast<double>(unread_reach(split, have));
-        }
+        // Gains fall from plane to plane.
+        std::fill_n(planes, units, std::uint8_t{0});
+        for (int p = 0; p < split.count; ++p)
+            for (Index u = 0; u < units; ++u)
+                planes[u] = static_cast<std::uint8_t>(
+                    planes[u] + (plane_gain(importance[u], worth[static_cast<std::size_t>(p)]) >= least));
+        if (!bounded()) return;
+        for (Index u = 0; u < units; ++u)
+            error += static_cast<double>(importance[u]) * static_cast<double>(unread_reach(split, planes[u]));
     }
     void add_values(Index item, Index worker) noexcept {
         FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];
@@ -792,7 +882,7 @@ class KvCache::Fused {
                 next = from(t + 1);
                 if (next < work.end) value_planes(next, row, rows, work.chunk, worth, next_planes);
                 const Tile& ahead = tile(next < work.end ? next : t);
-                count_read(format, planes, work.chunk, head, 1);
+                count_values(planes, work.chunk, head);
                 // Where there are no grids either, nothing is left to add.
                 if (format.segments()[0].bits == 16 &&
                     std::all_of(planes, planes + value_units(), [](std::uint8_t have) { return have == 0; }))
@@ -800,8 +890,7 @@ class KvCache::Fused {
                 for (Index r = 0; r < rows; ++r) {
                     const float by = rescale(t, row + r, to.largest[r]);
                     if (by == 1.0f) continue;
-                    float* const weights = weights_of(t, row + r);
-                    for (Index i = 0; i < tile_tokens; ++i) weights[i] *= by;
+                    Eigen::Map<Eigen::ArrayXf>(weights_of(t, row + r), tile_tokens) *= by;
                 }
                 fused_output(isa_, format, values(tile(t), head), values(ahead, head), weights_of(t, row),
                              rows, scratch, to.output, stride_, planes, two_parts(policy_.value_bits),

@@ -98,16 +98,22 @@ class AttentionWorkspace {
     // rows together, by tile, block of rows and unit; least_: the least gain that is read, by block; norms_:
     // 1 / sum of weights, by row, relative to all_tops_.
     std::vector<float> weights_, tops_, units_, importance_, least_, norms_, all_tops_;
-    // Of keys by budget: the units of all parts; the planes of them that the first look takes; by part and
-    // class of tiles what is read in the end; the class of each tile and part, and how many there are.
+    GainHistogram gains_;
+    // Of keys by budget: the units of all parts, and what their planes gain in a tile of importance 1; the
+    // planes that the first look takes; by part and class of tiles the planes and bits that are read in the
+    // end, and how many tiles there are; the class of each tile and part; by tile and block of rows the sum
+    // of importance_.
     std::vector<ReadUnit> key_units_;
+    std::vector<std::array<float, 3>> key_gains_;
     std::vector<std::uint8_t> first_look_, class_planes_, tile_class_;
     std::vector<std::uint16_t> key_order_;
-    std::vector<Index> class_tiles_;
+    std::vector<Index> first_bits_, class_bits_, class_tiles_;
+    std::vector<float> tile_importance_;
     // For the certificate: errors of scores and of values by part of the sequence and block of rows; the
     // largest norm of a value by part and head.
     std::vector<double> score_errors_, value_errors_;
     std::vector<float> value_norms_;
+    std::vector<std::uint8_t> whole_keys_;  ///< by part of the sequence and block: all planes are needed
 };
 
 /// Bounds of |x - x'| over all stored elements, in the frame in which they are stored (rotated, where the

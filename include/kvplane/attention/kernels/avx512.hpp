@@ -123,7 +123,7 @@ KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, In
     const std::int8_t *high_factors[rows], *low_factors[rows];
     __m512i whole[rows], first[rows];
     for (int r = 0; r < rows; ++r) {
-        whole[r] = first[r] = _mm512_setzero_si512();
+        whole[r] = first[r % rows] = _mm512_setzero_si512();
         high_factors[r] = call.factors + (row + r) * call.factor_stride;
         low_factors[r] = high_factors[r] + call.rows * call.factor_stride;
     }
@@ -158,63 +158,67 @@ KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, In
     }
 }
 
-/// One block of a PlaneSomeCall. Units read in part are codes whose lower bits are 0.
+/// The units of one depth, of one block of a PlaneSomeCall. What is read in part are codes whose lower bits
+/// are 0. What is read next is fetched in step, for all at once would wait for memory.
+template <int rows, bool low_parts, int depth>
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE void some_units(const PlaneSomeCall& call, Index at,
+                                                     const std::int8_t* factors, __m512i (&whole)[2 * rows],
+                                                     __m512i (&first)[rows]) noexcept {
+    const __m512i low_half = _mm512_set1_epi8(15), high_half = _mm512_set1_epi8(static_cast<char>(0xF0));
+    const Index count = call.units.count[depth], next_count = call.ahead.count[depth],
+                stride = call.factor_stride, low_at = call.rows * stride;
+    const std::uint16_t *const units = call.units.unit[depth], *const next = call.ahead.unit[depth];
+    const std::byte *const first_plane = call.first + at, *const second_plane = call.second + at;
+    const auto *const first_ahead = reinterpret_cast<const char*>(call.first_ahead + at),
+                      *const second_ahead = reinterpret_cast<const char*>(call.second_ahead + at);
+    for (Index i = 0; i < count; ++i) {
+        if (i < next_count) {
+            _mm_prefetch(first_ahead + next[i] * 64, _MM_HINT_T1);
+            if (depth == 2) _mm_prefetch(second_ahead + next[i] * 64, _MM_HINT_T1);
+        }
+        const Index u = units[i];
+        const std::int8_t* const of_unit = factors + u * 8;
+        const __m512i a = _mm512_loadu_si512(first_plane + u * 64),
+                      b = depth == 2 ? _mm512_loadu_si512(second_plane + u * 64) : _mm512_setzero_si512();
+        const __m512i even = depth == 2 ? either(low_half, b, shifted_left(a, 4))
+                                        : _mm512_and_si512(shifted_left(a, 4), high_half),
+                      odd = depth == 2 ? either(low_half, shifted_right(b, 4), a)
+                                       : _mm512_and_si512(a, high_half);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+            whole[r] = _mm512_dpbusd_epi32(whole[r], even, four_factors(of_unit + r * stride));
+            whole[rows + r] =
+                _mm512_dpbusd_epi32(whole[rows + r], odd, four_factors(of_unit + r * stride + 4));
+        }
+        if constexpr (low_parts) {
+            const __m512i even_field = _mm512_and_si512(a, low_half),
+                          odd_field = _mm512_and_si512(shifted_right(a, 4), low_half);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r) {
+                const std::int8_t* const low = of_unit + low_at + r * stride;
+                first[r] = _mm512_dpbusd_epi32(first[r], even_field, four_factors(low));
+                first[r] = _mm512_dpbusd_epi32(first[r], odd_field, four_factors(low + 4));
+            }
+        }
+    }
+    for (Index i = count; i < next_count; ++i) {
+        _mm_prefetch(first_ahead + next[i] * 64, _MM_HINT_T1);
+        if (depth == 2) _mm_prefetch(second_ahead + next[i] * 64, _MM_HINT_T1);
+    }
+}
 template <int rows, bool low_parts>
 KVPLANE_TARGET_AVX512 inline void some_block(const PlaneSomeCall& call, Index block, Index row) noexcept {
     const Index at = block * call.block_units * 64;
-    const __m512i low_half = _mm512_set1_epi8(15), high_half = _mm512_set1_epi8(static_cast<char>(0xF0));
-    const std::int8_t *high_factors[rows], *low_factors[rows];
-    __m512i whole[rows][2], first[rows];
-    for (int r = 0; r < rows; ++r) {
-        whole[r][0] = whole[r][1] = first[r] = _mm512_setzero_si512();
-        high_factors[r] = call.factors + (row + r) * call.factor_stride;
-        low_factors[r] = high_factors[r] + call.rows * call.factor_stride;
-    }
-    const auto multiply = [&](Index u, const __m512i& a, const __m512i(&code)[2]) KVPLANE_TARGET_AVX512 {
-        const __m512i field[2] = {_mm512_and_si512(a, low_half),
-                                  _mm512_and_si512(shifted_right(a, 4), low_half)};
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i)
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r) {
-                const Index place = (u * 2 + i) * 4;
-                whole[r][i] =
-                    _mm512_dpbusd_epi32(whole[r][i], code[i], four_factors(high_factors[r] + place));
-                if constexpr (low_parts)
-                    first[r] = _mm512_dpbusd_epi32(first[r], field[i], four_factors(low_factors[r] + place));
-            }
-    };
-    // What is read next is fetched in step, for all at once would wait for memory.
-    const Index both = call.units.count[2], one = call.units.count[1], next_both = call.ahead.count[2],
-                next_one = call.ahead.count[1];
-    for (Index i = 0; i < both || i < next_both; ++i) {
-        if (i < next_both) {
-            const Index next = at + call.ahead.unit[2][i] * 64;
-            _mm_prefetch(reinterpret_cast<const char*>(call.first_ahead + next), _MM_HINT_T1);
-            _mm_prefetch(reinterpret_cast<const char*>(call.second_ahead + next), _MM_HINT_T1);
-        }
-        if (i >= both) continue;
-        const Index u = call.units.unit[2][i];
-        const __m512i a = _mm512_loadu_si512(call.first + at + u * 64),
-                      b = _mm512_loadu_si512(call.second + at + u * 64);
-        const __m512i code[2] = {either(low_half, b, shifted_left(a, 4)),
-                                 either(low_half, shifted_right(b, 4), a)};
-        multiply(u, a, code);
-    }
-    for (Index i = 0; i < one || i < next_one; ++i) {
-        if (i < next_one)
-            _mm_prefetch(reinterpret_cast<const char*>(call.first_ahead + at + call.ahead.unit[1][i] * 64),
-                         _MM_HINT_T1);
-        if (i >= one) continue;
-        const Index u = call.units.unit[1][i];
-        const __m512i a = _mm512_loadu_si512(call.first + at + u * 64);
-        const __m512i code[2] = {_mm512_and_si512(shifted_left(a, 4), high_half),
-                                 _mm512_and_si512(a, high_half)};
-        multiply(u, a, code);
-    }
+    __m512i whole[2 * rows], first[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < 2 * rows; ++r) whole[r] = first[r % rows] = _mm512_setzero_si512();
+    const std::int8_t* const factors = call.factors + row * call.factor_stride;
+    some_units<rows, low_parts, 2>(call, at, factors, whole, first);
+    some_units<rows, low_parts, 1>(call, at, factors, whole, first);
     std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-        _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)whole[r][0] + (Words)whole[r][1]));
+        _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)whole[r] + (Words)whole[rows + r]));
         if constexpr (low_parts)
             _mm512_storeu_si512(sums + (call.rows + r) * 16, (__m512i)((Words)first[r] << 4));
     }

@@ -58,9 +58,13 @@ struct UnitsByDepth {
     /// planes: of each of `units`; nullptr: `all` of every one. room: depths * units numbers.
     UnitsByDepth(const std::uint8_t* planes, Index units, int all, std::uint16_t* room) noexcept {
         for (std::size_t d = 0; d < depths; ++d) unit[d] = room + static_cast<Index>(d) * units;
-        for (Index u = 0; u < units; ++u) {
-            const auto have = static_cast<std::size_t>(planes ? planes[u] : all);
-            unit[have][count[have]++] = static_cast<std::uint16_t>(u);
+        for (std::size_t d = 0; d < depths; ++d) {
+            Index listed = 0;  // without a branch for what no one can predict
+            for (Index u = 0; u < units; ++u) {
+                unit[d][listed] = static_cast<std::uint16_t>(u);
+                listed += (planes ? planes[u] : all) == static_cast<int>(d);
+            }
+            count[d] = listed;
         }
     }
 };
