@@ -540,6 +540,11 @@ class FusedScratch {
     std::span<std::uint8_t> planes() noexcept { return planes_; }
     std::span<std::uint16_t> order() noexcept { return order_; }
     GainHistogram& gains() noexcept { return gains_; }
+    /// What this worker has read: bits of codes, and elements.
+    struct Read {
+        Index key_bits = 0, keys = 0, value_bits = 0, values = 0;
+    };
+    Read& read() noexcept { return read_; }
     /// What unread bits count as: depth for the high parts of factors, then for the low ones.
     float* unread() noexcept { return unread_.data(); }
     std::uint8_t* active() noexcept { return active_.data(); }  ///< blocks of 16 of `depth`
@@ -554,6 +559,7 @@ class FusedScratch {
     std::vector<std::uint8_t> planes_;
     std::vector<std::uint16_t> order_;
     GainHistogram gains_;
+    Read read_;
     std::vector<float> unread_;
     std::vector<std::uint8_t> active_;
     std::vector<std::uint16_t> by_depth_;
@@ -1222,17 +1228,15 @@ inline void fused_softmax(Isa isa, float* scores, Index count, Index rows,
 }
 
 /// Adds another contribution of one row.
-inline void merge_partial(const PartialAttention& to, const PartialAttention& from, Index row) noexcept {
+inline void merge_partial(const PartialAttention& to, const PartialAttention& from) noexcept {
     constexpr float none = -std::numeric_limits<float>::infinity();
-    if (from.largest[row] == none) return;
-    const float top = std::max(to.largest[row], from.largest[row]);
-    const float keep = to.largest[row] == none ? 0.0f : std::exp(to.largest[row] - top),
-                take = std::exp(from.largest[row] - top);
-    to.sum[row] = to.sum[row] * keep + from.sum[row] * take;
-    for (Index c = 0; c < to.stride; ++c)
-        to.output[row * to.stride + c] =
-            to.output[row * to.stride + c] * keep + from.output[row * from.stride + c] * take;
-    to.largest[row] = top;
+    if (*from.largest == none) return;
+    const float top = std::max(*to.largest, *from.largest);
+    const float keep = *to.largest == none ? 0.0f : std::exp(*to.largest - top),
+                take = std::exp(*from.largest - top);
+    *to.sum = *to.sum * keep + *from.sum * take;
+    for (Index c = 0; c < to.stride; ++c) to.output[c] = to.output[c] * keep + from.output[c] * take;
+    *to.largest = top;
 }
 
 }  // namespace kvplane

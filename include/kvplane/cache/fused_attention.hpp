@@ -40,8 +40,10 @@ class KvCache::Fused {
         work_.output_.resize(parts * static_cast<std::size_t>(stride_));
         work_.rules_.reserve(static_cast<std::size_t>(cache.configuration_.query_heads));
         work_.rules_.clear();
-        work_.bits_.assign(static_cast<std::size_t>(chunks_ * heads_), {0, 0});
-        work_.elements_.assign(work_.bits_.size(), {0, 0});
+        work_.first_rows_.resize(static_cast<std::size_t>(rows_));
+        for (Index r = 0; r < rows_; ++r)
+            work_.first_rows_[static_cast<std::size_t>(r)] = r / block_ * block_;
+        for (FusedScratch& scratch : work_.scratch_) scratch.read() = {};
         if (by_weight() && chunks_ > 0) reserve_by_weight();
     }
 
@@ -97,14 +99,14 @@ class KvCache::Fused {
         }
         report();
         for (Index chunk = 1; chunk <= chunks_; ++chunk)
-            for (Index r = 0; r < rows_; ++r) merge_partial(part(0), part(chunk), r);
+            for (Index r = 0; r < rows_; ++r) merge_partial(part(0, r), part(chunk, r));
     }
 
     /// The output of query head `head`, token i; in the frame of the input.
     const float* output(Index head, Index i) noexcept {
         const Index row = head * query_tokens_ + i;
-        float* const values = work_.output_.data() + row * stride_;
-        const float sum = work_.sum_[static_cast<std::size_t>(row)];
+        float* const values = part(0, row).output;
+        const float sum = *part(0, row).sum;
         for (Index c = 0; c < value_dim_; ++c) values[c] = sum > 0.0f ? values[c] / sum : 0.0f;
         if (cache_.recipe().values.rotate) cache_.value_rotation_.rotate_back(values);
         return values;
@@ -122,8 +124,13 @@ class KvCache::Fused {
     static constexpr Index chunk_tiles = 16;
     static constexpr float none = -std::numeric_limits<float>::infinity();
 
-    PartialAttention part(Index chunk, Index row = 0) noexcept {
-        const Index at = chunk * rows_ + row;
+    /// Where a row's place for item i of `count` is: head by head, so that workers, which have different
+    /// heads or chunks, do not write into one cache line.
+    Index place(Index row, Index i, Index count) const noexcept {
+        return row + i * block_ + work_.first_rows_[static_cast<std::size_t>(row)] * (count - 1);
+    }
+    PartialAttention part(Index chunk, Index row) noexcept {
+        const Index at = place(row, chunk, chunks_ + 1);
         return {work_.largest_.data() + at, work_.sum_.data() + at, work_.output_.data() + at * stride_,
                 stride_};
     }
@@ -226,9 +233,8 @@ class KvCache::Fused {
         }
         float* const scores = by_weight() ? weights_of(t, row) : scratch.scores();
         const KeyRead read = key_read(format, t, next, key_part, queries, stride, row, rows, chunk, scratch);
-        const Count count = count_of(chunk, head, 0);
-        count.bits += read.bits - (look_again_ ? first_bits(key_part) : 0);
-        count.elements += look_again_ ? 0 : elements(format);
+        scratch.read().key_bits += read.bits - (look_again_ ? first_bits(key_part) : 0);
+        scratch.read().keys += look_again_ ? 0 : elements(format);
         const std::byte *const tile_values = values(tile, head), *const next_values =
                                                                      values(this->tile(next), head);
         fused_scores(isa_, format, keys(tile, key_part), keys(this->tile(next), key_part), queries, stride,
@@ -245,7 +251,7 @@ class KvCache::Fused {
                                                : nullptr;
         fused_output(isa_, layout.values, tile_values, next_values, scores, rows, scratch, to.output, stride_,
                      planes, two_parts(policy_.value_bits));
-        count_values(planes, chunk, head);
+        count_values(planes, scratch);
     }
 
     // Partial reads ----------------------------------------------------------------------------------------
@@ -294,18 +300,18 @@ class KvCache::Fused {
     float* weights_of(Index t, Index row) noexcept {
         return work_.weights_.data() + (t * rows_ + row) * tile_tokens;
     }
-    float* tops_of(Index t, Index row) noexcept { return work_.tops_.data() + t * rows_ + row; }
+    float* tops_of(Index t, Index row) noexcept { return work_.tops_.data() + place(row, t, tile_count()); }
     float* units_of(Index t, Index row) noexcept {
-        return work_.units_.data() + (t * rows_ + row) * value_units();
+        return work_.units_.data() + place(row, t, tile_count()) * value_units();
     }
     Index block_of(Index row) const noexcept {
         return row / block_ * row_blocks() + row % block_ / fused_rows;
     }
     float* importance_of(Index t, Index block) noexcept {
-        return work_.importance_.data() + (t * blocks() + block) * value_units();
+        return work_.importance_.data() + (block * tile_count() + t) * value_units();
     }
     float& value_norm(Index chunk, Index head) noexcept {
-        return work_.value_norms_[static_cast<std::size_t>(chunk * heads_ + head)];
+        return work_.value_norms_[static_cast<std::size_t>(head * (chunks_ + 1) + chunk)];
     }
     float largest_value() const noexcept { return static_cast<float>(cache_.state_.largest[1]); }
 
@@ -495,14 +501,13 @@ class KvCache::Fused {
         const auto for_tiles = [&](const auto& body) {
             for (Index t = 0; t < tile_count(); ++t)
                 for (Index p = 0; p < parts() && !hidden(tile(t)); ++p)
-                    body(p, t * blocks() + p * blocks_of_part,
-                         work_.tile_class_[static_cast<std::size_t>(t * parts() + p)]);
+                    body(p, t, work_.tile_class_[static_cast<std::size_t>(t * parts() + p)]);
         };
         int top = 0;
-        for_tiles([&](Index, Index first, std::uint8_t& field) {
+        for_tiles([&](Index p, Index t, std::uint8_t& field) {
             float sum = 0.0f;
-            for (Index block = first; block < first + blocks_of_part; ++block)
-                sum += work_.tile_importance_[static_cast<std::size_t>(block)];
+            for (Index block = p * blocks_of_part; block < (p + 1) * blocks_of_part; ++block)
+                sum += work_.tile_importance_[static_cast<std::size_t>(block * tile_count() + t)];
             field = static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(span * sum) >> 23);
             top = std::max<int>(top, field);
         });
@@ -589,7 +594,7 @@ class KvCache::Fused {
     const std::uint8_t* bounded_planes(const TileFormat& format, const std::byte* tile, const float* queries,
                                        Index stride, Index row, Index rows, Index chunk,
                                        FusedScratch& scratch) noexcept {
-        const auto at = static_cast<std::size_t>(chunk * blocks() + block_of(row));
+        const auto at = static_cast<std::size_t>(block_of(row) * chunks_ + chunk);
         if (work_.whole_keys_[at]) return nullptr;
         const std::span<ReadUnit> units =
             scratch.read_units().first(static_cast<std::size_t>(read_units(format)));
@@ -628,25 +633,16 @@ class KvCache::Fused {
         UnitWeight kind = UnitWeight::largest;
         if (policy_.kind != ReadPolicy::Kind::exponents) {
             kind = bounded() ? UnitWeight::reach : UnitWeight::squares;
-            float& norm = value_norm(chunk, head);
-            norm = std::max(
-                norm, value_steps(isa_, format, values(tile(t), head), largest_value(), bounded(), steps));
+            const float norm =
+                value_steps(isa_, format, values(tile(t), head), largest_value(), bounded(), steps);
+            if (bounded()) value_norm(chunk, head) = std::max(value_norm(chunk, head), norm);
         }
         unit_weights(isa_, weights_of(t, row), rows, steps, kind, depth, units_of(t, row));
     }
-    /// Bits and elements that a chunk and head have read of keys (0) and values (1).
-    struct Count {
-        Index &bits, &elements;
-    };
-    Count count_of(Index chunk, Index head, std::size_t side) noexcept {
-        const auto at = static_cast<std::size_t>(chunk * heads_ + head);
-        return {work_.bits_[at][side], work_.elements_[at][side]};
-    }
-    void count_values(const std::uint8_t* planes, Index chunk, Index head) noexcept {
+    void count_values(const std::uint8_t* planes, FusedScratch& scratch) const noexcept {
         const TileFormat& format = cache_.state_.layout->values;
-        const Count count = count_of(chunk, head, 1);
-        count.bits += bits_read(format, planes);
-        count.elements += elements(format);
+        scratch.read().value_bits += bits_read(format, planes);
+        scratch.read().values += elements(format);
     }
     static Index elements(const TileFormat& format) noexcept {
         Index sum = 0;
@@ -676,22 +672,30 @@ class KvCache::Fused {
         }
         return sum;
     }
+    FusedScratch::Read all_read() noexcept {
+        FusedScratch::Read all;
+        for (FusedScratch& scratch : work_.scratch_) {
+            all.key_bits += scratch.read().key_bits;
+            all.keys += scratch.read().keys;
+            all.value_bits += scratch.read().value_bits;
+            all.values += scratch.read().values;
+        }
+        return all;
+    }
     void report() noexcept {
-        double bits[2] = {}, elements[2] = {};
-        for (std::size_t i = 0; i < work_.bits_.size(); ++i)
-            for (std::size_t side = 0; side < 2; ++side) {
-                bits[side] += static_cast<double>(work_.bits_[i][side]);
-                elements[side] += static_cast<double>(work_.elements_[i][side]);
-            }
-        work_.report_ = {elements[0] > 0.0 ? bits[0] / elements[0] : 0.0,
-                         elements[1] > 0.0 ? bits[1] / elements[1] : 0.0,
-                         elements[1] > 0.0 ? (bits[0] + bits[1]) / (elements[0] + elements[1]) : 0.0};
+        const FusedScratch::Read read = all_read();
+        const auto mean = [](Index bits, Index elements) {
+            return elements > 0 ? static_cast<double>(bits) / static_cast<double>(elements) : 0.0;
+        };
+        work_.report_ = {
+            mean(read.key_bits, read.keys), mean(read.value_bits, read.values),
+            read.values > 0 ? mean(read.key_bits + read.value_bits, read.keys + read.values) : 0.0};
         if (!bounded() || chunks_ == 0) return;
         for (Index block = 0; block < blocks(); ++block) {
             const double norm = largest_norm(block / row_blocks());
             double error = 2.0 * std::tanh(0.5 * score_error(block)) * norm;
             for (Index chunk = 0; chunk < chunks_; ++chunk)
-                error += work_.value_errors_[static_cast<std::size_t>(chunk * blocks() + block)];
+                error += work_.value_errors_[static_cast<std::size_t>(block * chunks_ + chunk)];
             if (error == 0.0) continue;
             work_.report_.error_bound = std::max(work_.report_.error_bound, error);
             work_.report_.relative_error_bound = std::max(work_.report_.relative_error_bound, error / norm);
@@ -700,7 +704,7 @@ class KvCache::Fused {
     double score_error(Index block) const noexcept {
         double most = 0.0;
         for (Index chunk = 0; chunk < chunks_; ++chunk)
-            most = std::max(most, work_.score_errors_[static_cast<std::size_t>(chunk * blocks() + block)]);
+            most = std::max(most, work_.score_errors_[static_cast<std::size_t>(block * chunks_ + chunk)]);
         return most;
     }
     double largest_norm(Index head) noexcept {
@@ -733,12 +737,10 @@ class KvCache::Fused {
         if (bounded()) return;
         double budget = value_budget();
         if (policy_.shared) {  // and what keys have left, or taken, of it
-            double bits = 0.0, elements = 0.0;
-            for (std::size_t i = 0; i < work_.bits_.size(); ++i) {
-                bits += static_cast<double>(work_.bits_[i][0]);
-                elements += static_cast<double>(work_.elements_[i][0]);
-            }
-            budget += (policy_.key_bits * elements - bits) / static_cast<double>(value_dim_);
+            const FusedScratch::Read read = all_read();
+            budget +=
+                (policy_.key_bits * static_cast<double>(read.keys) - static_cast<double>(read.key_bits)) /
+                static_cast<double>(value_dim_);
         }
         gain_values();
         const float least = work_.gains_.least(std::max(budget, 0.0) + 1e-6);
@@ -806,7 +808,7 @@ class KvCache::Fused {
                 importance[u] = GainHistogram::rounded_down(importance[u]);
                 gains.add(importance[u], 1.0);
             }
-            work_.tile_importance_[static_cast<std::size_t>(t * blocks() + block)] = sum;
+            work_.tile_importance_[static_cast<std::size_t>(block * tile_count() + t)] = sum;
         }
         if (bounded()) bound_values(block, head, gains);
     }
@@ -853,7 +855,7 @@ class KvCache::Fused {
         }
         const float* const importance = importance_of(t, block);
         const float least = work_.least_[static_cast<std::size_t>(block)];
-        double& error = work_.value_errors_[static_cast<std::size_t>(chunk * blocks() + block)];
+        double& error = work_.value_errors_[static_cast<std::size_t>(block * chunks_ + chunk)];
         // Gains fall from plane to plane.
         std::fill_n(planes, units, std::uint8_t{0});
         for (int p = 0; p < split.count; ++p)
@@ -882,7 +884,7 @@ class KvCache::Fused {
                 next = from(t + 1);
                 if (next < work.end) value_planes(next, row, rows, work.chunk, worth, next_planes);
                 const Tile& ahead = tile(next < work.end ? next : t);
-                count_values(planes, work.chunk, head);
+                count_values(planes, scratch);
                 // Where there are no grids either, nothing is left to add.
                 if (format.segments()[0].bits == 16 &&
                     std::all_of(planes, planes + value_units(), [](std::uint8_t have) { return have == 0; }))

@@ -89,14 +89,13 @@ class AttentionWorkspace {
     /// channels of each pair exchanged, and as keys in channels are stored.
     std::vector<float> plain_, partner_, rotated_;
     std::vector<detail::ScoreRule<float>> rules_;  ///< by query head
-    std::vector<float> largest_, sum_, output_;    ///< by part of the sequence, and row
+    std::vector<float> largest_, sum_, output_;    ///< by head, part of the sequence, and row
     ReadReport report_;
-    std::vector<std::array<Index, 2>> bits_,
-        elements_;  ///< that parts of the sequence read, by part and head
-    // Of reads by weight. weights_: relative to the largest score so far, tops_, by tile, row (and token);
-    // units_: what they come to in every read unit of values, by tile, row and unit; importance_: of all
-    // rows together, by tile, block of rows and unit; least_: the least gain that is read, by block; norms_:
-    // 1 / sum of weights, by row, relative to all_tops_.
+    std::vector<Index> first_rows_;  ///< of the head of each row
+    // Of reads by weight. weights_: relative to the largest score so far, tops_, by tile, row and token, and
+    // by head, tile and row; units_: what they come to in every read unit of values, by head, tile, row and
+    // unit; importance_: of all rows together, by block of rows, tile and unit; least_: the least gain that
+    // is read, by block; norms_: 1 / sum of weights, by row, relative to all_tops_.
     std::vector<float> weights_, tops_, units_, importance_, least_, norms_, all_tops_;
     GainHistogram gains_;
     // Of keys by budget: the units of all parts, and what their planes gain in a tile of importance 1; the
