@@ -243,6 +243,32 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
     }
 }
 
+/// to[r][c] += the sum over t of x[r][t] (lower_t + step_t centre), for `channels` channels.
+template <int Lanes, int rows>
+KVPLANE_INLINE void add_middles(const float* x, const Eigen::half* step, const Eigen::half* lower,
+                                float centre, Index channels, float* to, Index stride) {
+    Floats<Lanes> sums[4]{}, middle, low, value;
+    for (Index t = 0; t < tile_tokens; t += Lanes) {
+        widen<Lanes>(middle, step + t);
+        middle *= centre;
+        if (lower) {
+            widen<Lanes>(low, lower + t);
+            middle += low;
+        }
+        for (int r = 0; r < rows; ++r) {
+            load(value, x + r * tile_tokens + t);
+            sums[r] += value * middle;
+        }
+    }
+    float sum[4];
+    reduce_rows<Lanes>(sums, sum, plus);
+    for (int r = 0; r < rows; ++r)
+        for (Index c = 0; c < channels; c += Lanes) {
+            load(value, to + r * stride + c);
+            store(to + r * stride + c, value + sum[r]);
+        }
+}
+
 /// to[i] += scale sums[i] + base (or = that, if fresh), block by block of 16, where sums are high 256 + low.
 template <int Lanes, bool fresh>
 KVPLANE_INLINE void add_sums(const std::int32_t* high, const std::int32_t* low, Index block_stride,
@@ -512,6 +538,8 @@ class FusedScratch {
         const auto units = static_cast<std::size_t>(std::max<Index>(depth, tile_tokens));
         unread_.resize(2 * units);
         active_.resize(units / unit_lanes + 1);
+        part_planes_.resize(units);
+        part_.units = -1;
         by_depth_.resize(2 * detail::UnitsByDepth::depths * units);
         read_units_.resize(units);
         planes_.resize(units);
@@ -545,13 +573,24 @@ class FusedScratch {
         Index key_bits = 0, keys = 0, value_bits = 0, values = 0;
     };
     Read& read() noexcept { return read_; }
-    /// What unread bits count as: depth for the high parts of factors, then for the low ones.
-    float* unread() noexcept { return unread_.data(); }
-    std::uint8_t* active() noexcept { return active_.data(); }  ///< blocks of 16 of `depth`
     /// Units of a tile (0) and of the one that is read next (1) by depth.
     detail::UnitsByDepth by_depth(int which, const std::uint8_t* planes, Index units, int all) noexcept {
+        if (which == 0) part_.units = -1;
         return {planes, units, all, by_depth_.data() + which * static_cast<Index>(by_depth_.size() / 2)};
     }
+    /// What a read of part of the planes comes to. It stays for the next tile, which is often read alike.
+    struct PartialRead {
+        PlaneSplit split;
+        Index units = -1, depth = 0;
+        bool two_parts = false;
+        detail::UnitsByDepth by_depth{};
+        /// Blocks of 16 channels or tokens of which some plane is read.
+        std::span<const std::uint8_t> active;
+        /// What unread bits count as, by channel or token: for the high parts of factors, for the low ones.
+        const float *unread = nullptr, *unread_low = nullptr;
+    };
+    const PartialRead& partial_read(const PlaneSplit& split, Index units, const std::uint8_t* planes,
+                                    Index depth, bool two_parts) noexcept;
 
   private:
     Index depth_ = 0;
@@ -561,7 +600,8 @@ class FusedScratch {
     GainHistogram gains_;
     Read read_;
     std::vector<float> unread_;
-    std::vector<std::uint8_t> active_;
+    std::vector<std::uint8_t> active_, part_planes_;
+    PartialRead part_;
     std::vector<std::uint16_t> by_depth_;
     std::vector<std::int8_t> factors_;
     std::vector<float> folded_, scores_, rows_, turned_, projected_, turns_;
@@ -586,6 +626,42 @@ inline Index read_units(const TileFormat& format) noexcept {
     return units;
 }
 
+/// Of unit u (read_unit_depth() channels or tokens) the first planes[u] are read, and the rest counts as its
+/// middle.
+inline const FusedScratch::PartialRead& FusedScratch::partial_read(const PlaneSplit& split, Index units,
+                                                                   const std::uint8_t* planes, Index depth,
+                                                                   bool two_parts) noexcept {
+    if (part_.units == units && part_.split == split && part_.depth == depth &&
+        part_.two_parts == two_parts && std::equal(planes, planes + units, part_planes_.data()))
+        return part_;
+    const detail::UnitsByDepth lists = by_depth(0, planes, units, split.count);
+    std::copy_n(planes, units, part_planes_.data());
+    const Index unit = read_unit_depth(split);
+    float reach[detail::UnitsByDepth::depths];
+    for (int p = 0; p <= split.count; ++p) reach[p] = unread_reach(split, p);
+    float *const high = unread_.data(), *const low = high + depth_;
+    // Whole units, for which the padding has room.
+    for (Index u = 0; u < units; ++u)
+        for (Index i = 0; i < unit; i += 8) std::fill_n(high + u * unit + i, 8, reach[planes[u]]);
+    std::fill(high + std::min(units * unit, depth), high + depth, 0.0f);
+    if (two_parts) {
+        // The low parts meet the first plane alone.
+        for (Index u = 0; u < units; ++u)
+            std::fill_n(low + u * unit, unit, planes[u] > 0 ? 0.0f : reach[0] - reach[1]);
+        std::fill(low + std::min(units * unit, depth), low + depth, 0.0f);
+    }
+    std::size_t active = 0;
+    for (Index b = 0; b < depth / unit_lanes; ++b) {
+        active_[active] = static_cast<std::uint8_t>(b);
+        const Index first = b * unit_lanes / unit, last = ((b + 1) * unit_lanes - 1) / unit;
+        bool any = false;
+        for (Index u = first; u <= std::min(last, units - 1); ++u) any = any || planes[u] > 0;
+        active += any;
+    }
+    part_ = {split, units, depth, two_parts, lists, std::span(active_).first(active), high, low};
+    return part_;
+}
+
 namespace detail {
 
 /// What a segment's decoder adds to a code where there is no lower: -(2^(bits - 1)).
@@ -604,8 +680,7 @@ class FusedSums {
     /// are 0. What rounding does to the part of the codes that all have in common, their middle, is added
     /// back with what `lower` adds, so that a rounded factor errs by a code's distance from the middle only.
     void factors(Isa isa, const TileFormat::Placed& segment, const float* x, Index stride,
-                 const Eigen::half* step, const Eigen::half* lower, Index count, Index depth,
-                 bool in_part) noexcept {
+                 const Eigen::half* step, const Eigen::half* lower, Index count, Index depth) noexcept {
         const float middle = 0.5f * (power_of_two(segment.bits) - 1.0f);
         run_on(isa, [&](auto lanes) KVPLANE_BODY {
             fused::by_rows(rows_, [&](auto rows, Index first) KVPLANE_BODY {
@@ -613,9 +688,9 @@ class FusedSums {
                     {x + first * stride, stride, count, step, lower,
                      middle + (lower ? 0.5f : symmetric_middle(segment.bits)), middle,
                      0.5f * (power_of_two(segment.split.shift(0)) - 1.0f), depth, scratch_.folded(),
-                     in_part ? scratch_.unread() : nullptr,
-                     in_part ? scratch_.unread() + scratch_.depth() : nullptr,
-                     in_part ? scratch_.active() : nullptr, active_, scratch_.factors(first),
+                     part_ ? part_->unread : nullptr, part_ ? part_->unread_low : nullptr,
+                     part_ ? part_->active.data() : nullptr,
+                     part_ ? static_cast<Index>(part_->active.size()) : 0, scratch_.factors(first),
                      two_parts_ ? scratch_.factors(rows_ + first) : nullptr, scratch_.depth(),
                      worth_.data() + first, base_.data() + first});
             });
@@ -647,31 +722,11 @@ class FusedSums {
         }
     }
 
-    /// Before factors() of a part of the planes: of unit u (read_unit_depth() channels or tokens) the first
-    /// planes[u] are read, and the rest counts as its middle.
-    void leave_out(const PlaneSplit& split, Index read_units, const std::uint8_t* planes,
+    /// Before factors() of a part of the planes. Whether any are read.
+    bool leave_out(const PlaneSplit& split, Index read_units, const std::uint8_t* planes,
                    Index depth) noexcept {
-        const Index unit = read_unit_depth(split);
-        float reach[UnitsByDepth::depths];
-        for (int p = 0; p <= split.count; ++p) reach[p] = unread_reach(split, p);
-        float *const high = scratch_.unread(), *const low = high + scratch_.depth();
-        active_ = 0;
-        for (Index b = 0; b < depth / unit_lanes; ++b) {
-            scratch_.active()[active_] = static_cast<std::uint8_t>(b);
-            const Index from = b * unit_lanes / unit, to = ((b + 1) * unit_lanes - 1) / unit;
-            bool any = false;
-            for (Index u = from; u <= std::min(to, read_units - 1); ++u) any = any || planes[u] > 0;
-            active_ += any;
-        }
-        // Whole units, for which the padding has room.
-        for (Index u = 0; u < read_units; ++u)
-            for (Index i = 0; i < unit; i += 8) std::fill_n(high + u * unit + i, 8, reach[planes[u]]);
-        std::fill(high + std::min(read_units * unit, depth), high + depth, 0.0f);
-        if (!two_parts_) return;
-        // The low parts meet the first plane alone.
-        for (Index u = 0; u < read_units; ++u)
-            std::fill_n(low + u * unit, unit, planes[u] > 0 ? 0.0f : reach[0] - reach[1]);
-        std::fill(low + std::min(read_units * unit, depth), low + depth, 0.0f);
+        part_ = &scratch_.partial_read(split, read_units, planes, depth, two_parts_);
+        return !part_->active.empty();
     }
 
     /// sum() over these planes. ahead_planes: of the tile that is read next.
@@ -683,10 +738,10 @@ class FusedSums {
         if (segment.bits == 8 && dot.some) {
             const Index units = units_of(4), skip = first_block * units * unit_bytes;
             const std::byte *const first = tile + skip, *const next = ahead + skip;
-            const UnitsByDepth some = scratch_.by_depth(0, planes, read_units, 0),
+            const UnitsByDepth some = part_->by_depth,
                                ahead_some = ahead_planes == planes
                                                 ? some
-                                                : scratch_.by_depth(1, ahead_planes, read_units, 0);
+                                                : scratch_.by_depth(1, ahead_planes, read_units, 2);
             dot.some({first + segment.plane_at[0], first + segment.plane_at[1], next + segment.plane_at[0],
                       next + segment.plane_at[1], blocks, units, some, ahead_some, scratch_.factors(0),
                       scratch_.depth(), rows_, sum_rows() - rows_, scratch_.sums(), sum_rows()});
@@ -709,6 +764,36 @@ class FusedSums {
                             scratch_.depth(), p == 0 ? sum_rows() : rows_, segment.split.shift(p),
                             scratch_.sums(), sum_rows(), true});
             }
+        }
+    }
+
+    /// What a run of values comes to of which nothing is read: its middles.
+    void add_middles(Isa isa, const TileFormat::Placed& segment, const float* weights,
+                     const Eigen::half* step, const Eigen::half* lower, Index blocks, float* to,
+                     Index row_stride) noexcept {
+        const float centre =
+            0.5f * (power_of_two(segment.bits) - 1.0f) + (lower ? 0.5f : symmetric_middle(segment.bits));
+        run_on(isa, [=, rows = rows_](auto lanes) KVPLANE_BODY {
+            fused::by_rows(rows, [=](auto together, Index first) KVPLANE_BODY {
+                fused::add_middles<lanes, together>(weights + first * tile_tokens, step, lower, centre,
+                                                    blocks * unit_lanes, to + first * row_stride, row_stride);
+            });
+        });
+    }
+    /// Asks for what sum_some() will read of the next tile.
+    template <class UnitsOf>
+    void fetch(const TileFormat::Placed& segment, const std::byte* ahead, Index first_block, Index blocks,
+               const UnitsOf& units_of, Index read_units, const std::uint8_t* planes) const noexcept {
+        const Index depth = read_unit_depth(segment.split);
+        for (int p = 0; p < segment.split.count; ++p) {
+            const int width = segment.split[p];
+            const Index all = units_of(width), each = depth / TileFormat::unit_depth(width);
+            const std::byte* const plane =
+                ahead + segment.plane_at[static_cast<std::size_t>(p)] + first_block * all * unit_bytes;
+            for (Index u = 0; u < read_units; ++u)
+                for (Index i = u * each; planes[u] > p && i < std::min((u + 1) * each, all); ++i)
+                    for (Index b = 0; b < blocks; ++b)
+                        __builtin_prefetch(plane + (b * all + i) * unit_bytes, 0, 2);
         }
     }
 
@@ -736,7 +821,7 @@ class FusedSums {
     FusedScratch& scratch_;
     Index rows_;
     bool two_parts_;
-    Index active_ = 0;  ///< blocks of 16 factors that meet a plane that is read
+    const FusedScratch::PartialRead* part_ = nullptr;
     std::array<float, fused_rows> worth_{}, base_{};
 };
 
@@ -880,7 +965,7 @@ inline void fused_scores(Isa isa, const TileFormat& format, const std::byte* til
         if (planes) sums.leave_out(segment.split, units, planes, depth);
         for (Index g = 0; g * group < tile_tokens; ++g) {
             sums.factors(isa, segment, queries + segment.first_channel, stride, step + g * channels,
-                         symmetric ? nullptr : lower + g * channels, channels, depth, planes != nullptr);
+                         symmetric ? nullptr : lower + g * channels, channels, depth);
             const auto units_of = [&](int width) {
                 const Index unit = TileFormat::unit_depth(width);
                 return (channels + unit - 1) / unit;
@@ -921,13 +1006,19 @@ inline void fused_output(Isa isa, const TileFormat& format, const std::byte* til
     detail::prefetch_grids(format, ahead);
     detail::FusedSums sums(scratch, rows, segment.bits > 4 && two_parts);
     const Index units = tile_tokens / read_unit_depth(segment.split);
-    if (planes) sums.leave_out(segment.split, units, planes, tile_tokens);
+    const bool reads = !planes || sums.leave_out(segment.split, units, planes, tile_tokens);
+    const auto units_of = [](int width) { return tile_tokens / TileFormat::unit_depth(width); };
     for (Index first = 0, g = 0; first < segment.channels; first += run, ++g) {
         const Index blocks = (std::min(run, segment.channels - first) + unit_lanes - 1) / unit_lanes;
-        sums.factors(isa, segment, weights, tile_tokens, step + g * tile_tokens,
-                     symmetric ? nullptr : lower + g * tile_tokens, tile_tokens, tile_tokens,
-                     planes != nullptr);
-        const auto units_of = [](int width) { return tile_tokens / TileFormat::unit_depth(width); };
+        const Eigen::half *const run_step = step + g * tile_tokens, *const run_lower =
+                                                                        symmetric ? nullptr
+                                                                                  : lower + g * tile_tokens;
+        if (!reads) {
+            sums.add_middles(isa, segment, weights, run_step, run_lower, blocks, output + first, stride);
+            sums.fetch(segment, ahead, first / unit_lanes, blocks, units_of, units, ahead_planes);
+            continue;
+        }
+        sums.factors(isa, segment, weights, tile_tokens, run_step, run_lower, tile_tokens, tile_tokens);
         if (planes)
             sums.sum_some(isa, segment, tile, ahead, first / unit_lanes, blocks, units_of, units, planes,
                           ahead_planes);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <vector>
 
@@ -67,17 +68,34 @@ class ThreadExecutor final : public Executor {
         round_.fetch_add(1, std::memory_order_release);
         round_.notify_all();
         work(0);
+        if (look_out([&] { return busy_.load(std::memory_order_acquire) == 0; })) return;
         for (std::uint32_t busy; (busy = busy_.load(std::memory_order_acquire)) != 0;) busy_.wait(busy);
     }
 
   private:
+    /// Looks out for what will soon be: to be woken takes 20 to 50 us, and an attention has several rounds.
+    template <class Happened>
+    static bool look_out(const Happened& happened) noexcept {
+        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+        do {
+            for (int i = 0; i < 16; ++i) {
+                if (happened()) return true;
+#if defined(__x86_64__) || defined(_M_X64)
+                __builtin_ia32_pause();
+#endif
+            }
+        } while (std::chrono::steady_clock::now() < until);
+        return false;
+    }
+
     void work(Index worker) noexcept {
         for (Index item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;)
             body_(context_, item, worker);
     }
     void serve(Index worker) noexcept {
         for (std::uint32_t seen = 0;;) {
-            round_.wait(seen, std::memory_order_acquire);
+            if (!look_out([&] { return round_.load(std::memory_order_relaxed) != seen; }))
+                round_.wait(seen, std::memory_order_acquire);
             seen = round_.load(std::memory_order_acquire);
             if (stopping_) return;
             work(worker);

@@ -373,7 +373,7 @@ class KvCache::Fused {
     /// Classes of tiles by the power of two of what an error of their scores does to the output.
     static constexpr Index tile_classes = 32;
     /// Chunks whose first tile tells what channels count, at most.
-    static constexpr Index most_weighed = 16;
+    static constexpr Index most_weighed = 8;
 
     Index part_of(Index head) const noexcept {
         const TileLayout& layout = *cache_.state_.layout;
@@ -863,8 +863,10 @@ class KvCache::Fused {
                 planes[u] = static_cast<std::uint8_t>(
                     planes[u] + (plane_gain(importance[u], worth[static_cast<std::size_t>(p)]) >= least));
         if (!bounded()) return;
+        std::array<float, 4> reach{};
+        for (int p = 0; p <= split.count; ++p) reach[static_cast<std::size_t>(p)] = unread_reach(split, p);
         for (Index u = 0; u < units; ++u)
-            error += static_cast<double>(importance[u]) * static_cast<double>(unread_reach(split, planes[u]));
+            error += static_cast<double>(importance[u]) * static_cast<double>(reach[planes[u]]);
     }
     void add_values(Index item, Index worker) noexcept {
         FusedScratch& scratch = work_.scratch_[static_cast<std::size_t>(worker)];

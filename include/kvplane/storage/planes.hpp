@@ -45,6 +45,7 @@ struct PlaneSplit {
     constexpr int prefix_bits(int planes) const noexcept {
         return bits() - (planes > 0 ? shift(planes - 1) : bits());
     }
+    constexpr bool operator==(const PlaneSplit&) const = default;
 };
 
 /// The split of a b-bit code, b in 1..8 or 16. Throws Error (option) for another width.

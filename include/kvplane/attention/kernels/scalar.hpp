@@ -51,14 +51,15 @@ struct PlanePairCall {
 
 /// The read units of a tile, or of one of its segments, by how many planes of them are read.
 struct UnitsByDepth {
-    static constexpr int depths = 4;  ///< 0 to 3 planes
+    static constexpr int depths = 4;  ///< 0 to 3 planes; of 0, nothing is listed
     std::array<std::uint16_t*, depths> unit{};
     std::array<Index, depths> count{};
 
-    /// planes: of each of `units`; nullptr: `all` of every one. room: depths * units numbers.
+    UnitsByDepth() = default;
+    /// planes: of each of `units`, at most `all`; nullptr: `all` of every one. room: depths * units numbers.
     UnitsByDepth(const std::uint8_t* planes, Index units, int all, std::uint16_t* room) noexcept {
-        for (std::size_t d = 0; d < depths; ++d) unit[d] = room + static_cast<Index>(d) * units;
-        for (std::size_t d = 0; d < depths; ++d) {
+        for (std::size_t d = 1; d <= static_cast<std::size_t>(all); ++d) {
+            unit[d] = room + static_cast<Index>(d) * units;
             Index listed = 0;  // without a branch for what no one can predict
             for (Index u = 0; u < units; ++u) {
                 unit[d][listed] = static_cast<std::uint16_t>(u);
