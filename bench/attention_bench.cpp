@@ -4,9 +4,9 @@
 // RECIPE@POLICY reads in part (recipes::read_policy). Counters: `bytes` of the cache that are
 // read, `bytes_per_second`, `bandwidth_share` = that over the read bandwidth that this run measures with as
 // many threads, before and after each case; `fp16_floor_ratio` = time over what reading an fp16 cache at that
-// bandwidth takes. Several caches take turns, 256 MiB together, so that all of it comes from memory. Usage:
-// attention_bench [--all] [--recipes=A,B] [benchmark's own options]; --all: every length and shape, not only
-// the main ones.
+// bandwidth takes. Several caches take turns, together twice what the last-level cache holds, so that
+// all of it comes from memory. Usage: attention_bench [--all] [--recipes=A,B] [benchmark's own options];
+// --all: every length and shape, not only the main ones.
 #include <benchmark/benchmark.h>
 
 #include <cstring>
@@ -46,7 +46,8 @@ Caches& caches_of(const std::string& recipe, const Shape& shape) {
     do {
         KvCache& cache = made->caches.emplace_back(c, made->pool);
         for (Index t = 0; t < shape.tokens; t += piece) cache.append(keys, values);
-    } while (made->caches[0].bytes() * static_cast<Index>(made->caches.size()) < (Index{256} << 20));
+    } while (made->caches[0].bytes() * static_cast<Index>(made->caches.size()) <
+             static_cast<Index>(kvplane_bench::beyond_caches()));
     key = wanted;
     return *made;
 }
@@ -105,7 +106,8 @@ int main(int count, char** arguments) {
     bool all = false;
     int kept = 0;
     std::string recipes =
-        "fp16,fp16@published,fp16@aligned,key_favored:8:8,key_favored:8:8@6,key_favored:8:8@5,key_favored:8:8@4,"
+        "fp16,fp16@published,fp16@aligned,key_favored:8:8,key_favored:8:8@6,key_favored:8:8@5,key_favored:8:"
+        "8@4,"
         "key_favored:8:8@3,key_favored:4:4,key_favored:4:2,key_favored:3:3,key_favored:2:2,standard,"
         "latent:3:3+heads_together=0,latent:2:2+heads_together=0";
     for (int i = 0; i < count; ++i) {

@@ -1,6 +1,8 @@
 // bench/bandwidth.hpp: the read bandwidth of this machine, measured in the run that reports a share of it.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -38,10 +40,19 @@ inline std::uint64_t sum_bytes(const std::byte* data, std::size_t bytes) {
 
 }  // namespace detail
 
-/// Bytes per second that `threads` threads together read from memory now: the best of three passes over 128
-/// MiB each (larger than the caches).
+/// Bytes of which little stays in the caches until it is read again: twice the last level, 256 MiB at least.
+inline std::size_t beyond_caches() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+    const long last_level = 0;
+#endif
+    return std::max(std::size_t{256} << 20, 2 * static_cast<std::size_t>(std::max(0L, last_level)));
+}
+
+/// Bytes per second that `threads` threads together read from memory now: the best of three passes.
 inline double read_bandwidth(int threads) {
-    constexpr std::size_t bytes = std::size_t{128} << 20;
+    static const std::size_t bytes = beyond_caches() / static_cast<std::size_t>(threads);
     static std::vector<std::vector<std::byte>> buffers;
     while (buffers.size() < static_cast<std::size_t>(threads)) buffers.emplace_back(bytes, std::byte{1});
     double best = 0.0;

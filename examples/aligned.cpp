@@ -2,7 +2,6 @@
 // a decode step reads, its time, and the error of its output.
 #include <chrono>
 #include <cstdio>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -33,24 +32,28 @@ constexpr const char* usage =
     "  --query-heads N     (32)\n"
     "  --head-dim N        (128)\n"
     "  --queries N         of the last tokens, one step each (16)\n"
+    "  --layers N          equal caches that take turns, so that a step reads from memory (8)\n"
     "  --threads N         (2)\n"
     "  --seed N            (1)\n";
 
-/// The last queries one after another: each is a decode step over all tokens.
+/// The last queries one after another: each is a decode step over all tokens. caches: of the same content;
+/// each step takes the next.
 struct Steps {
     Matrix outputs;
     double seconds = 0.0, key_bits = 0.0, value_bits = 0.0, certificate = 0.0;
 };
-Steps run(const KvCache& cache, const Matrix& queries, const ReadPolicy& policy, Executor& executor) {
+Steps run(const std::vector<KvCache>& caches, const Matrix& queries, const ReadPolicy& policy,
+          Executor& executor) {
     AttentionWorkspace workspace(&executor);
     AttentionParameters parameters;
     parameters.read = policy;
     Steps steps;
-    const CacheConfiguration& c = cache.configuration();
+    const CacheConfiguration& c = caches[0].configuration();
     steps.outputs.resize(queries.rows(), c.query_heads * c.value_head_dim);
     Matrix output(1, steps.outputs.cols());
-    cache.attend(queries.topRows(1), output, parameters, workspace);
+    caches[0].attend(queries.topRows(1), output, parameters, workspace);
     for (Index i = 0; i < queries.rows(); ++i) {
+        const KvCache& cache = caches[static_cast<std::size_t>(i + 1) % caches.size()];
         const auto start = Clock::now();
         cache.attend(queries.middleRows(i, 1), output, parameters, workspace);
         steps.seconds += std::chrono::duration<double>(Clock::now() - start).count();
@@ -66,40 +69,47 @@ Steps run(const KvCache& cache, const Matrix& queries, const ReadPolicy& policy,
     return steps;
 }
 
-void compare(const Layer& layer, const std::vector<std::string>& names, Index count, Executor& executor) {
+void compare(const Layer& layer, const std::vector<std::string>& names, Index count, Index turns,
+             Executor& executor) {
     HugePageResource memory;
     TilePool pool(&memory);
     const Matrix queries = layer.queries.bottomRows(std::min(count, layer.queries.rows()));
-    const auto filled = [&](const std::string& recipe) {
-        KvCache cache(configuration(layer, recipe), pool);
-        // A layer has no queries of its first tokens, which a basis of the cache's own would be fitted to.
-        if (cache.needs_queries())
-            cache.append(
-                layer.keys, layer.values,
-                Matrix::Zero(layer.keys.rows(), layer.query_heads * cache.configuration().key_head_dim));
-        else
-            cache.append(layer.keys, layer.values);
-        return cache;
+    const auto filled = [&](const std::string& recipe, Index copies) {
+        std::vector<KvCache> caches;
+        for (Index i = 0; i < copies; ++i) {
+            KvCache& cache = caches.emplace_back(configuration(layer, recipe), pool);
+            // A layer has no queries of its first tokens, which a basis of the cache's own would be fitted
+            // to.
+            if (cache.needs_queries())
+                cache.append(
+                    layer.keys, layer.values,
+                    Matrix::Zero(layer.keys.rows(), layer.query_heads * cache.configuration().key_head_dim));
+            else
+                cache.append(layer.keys, layer.values);
+        }
+        return caches;
     };
-    const Matrix exact = run(filled("fp16"), queries, ReadPolicy::all(), executor).outputs;
+    const Matrix exact = run(filled("fp16", 1), queries, ReadPolicy::all(), executor).outputs;
     std::string made;
-    std::optional<KvCache> cache;
+    std::vector<KvCache> caches;
     Steps full;
     for (const std::string& name : names) {
         const std::size_t at = name.find('@');
         const std::string recipe = name.substr(0, at);
         if (recipe != made) {
-            cache.emplace(filled(recipe));
-            full = run(*cache, queries, ReadPolicy::all(), executor);
+            caches.clear();
+            caches = filled(recipe, turns);
+            full = run(caches, queries, ReadPolicy::all(), executor);
             made = recipe;
         }
         const Steps some = at == std::string::npos
                                ? full
-                               : run(*cache, queries, recipes::read_policy(name.substr(at + 1)), executor);
-        const CacheConfiguration& c = cache->configuration();
-        const auto packed = static_cast<double>(cache->packed_tokens() * c.kv_heads) / 8.0;
+                               : run(caches, queries, recipes::read_policy(name.substr(at + 1)), executor);
+        const KvCache& cache = caches[0];
+        const CacheConfiguration& c = cache.configuration();
+        const auto packed = static_cast<double>(cache.packed_tokens() * c.kv_heads) / 8.0;
         const double bytes =
-            static_cast<double>(cache->bytes()) -
+            static_cast<double>(cache.bytes()) -
             packed * (static_cast<double>(c.key_head_dim) * (full.key_bits - some.key_bits) +
                       static_cast<double>(c.value_head_dim) * (full.value_bits - some.value_bits));
         std::printf("%-10s %-32s %11.0f %6.2f %6.2f %9.1f us %10.6f %10.6f", layer.name.c_str(), name.c_str(),
@@ -118,7 +128,7 @@ int main(int count, char** arguments) {
     try {
         const engine::CommandLine options(count, arguments,
                                           {"--recipes", "--tokens", "--kv-heads", "--query-heads",
-                                           "--head-dim", "--queries", "--threads", "--seed"},
+                                           "--head-dim", "--queries", "--layers", "--threads", "--seed"},
                                           {"--help"});
         if (options.has("--help")) return std::printf("%s", usage), 0;
         const auto names = options.has("--recipes")
@@ -140,11 +150,11 @@ int main(int count, char** arguments) {
                 (void)recipes::read_policy(name.substr(name.find('@') + 1));
         }
         ThreadExecutor executor(options.number("--threads", 2, 1));
-        const Index queries = options.number("--queries", 16, 1);
+        const Index queries = options.number("--queries", 16, 1), turns = options.number("--layers", 8, 1);
         const std::vector<Layer> layers = kvplane_examples::decode_layers(options, 32768, queries);
         std::printf("%-10s %-32s %11s %6s %6s %12s %10s %10s\n", "layer", "recipe@policy", "bytes read",
                     "keys", "values", "time", "error", "of reading");
-        for (const Layer& layer : layers) compare(layer, names, queries, executor);
+        for (const Layer& layer : layers) compare(layer, names, queries, turns, executor);
     } catch (const std::exception& error) {
         return std::fprintf(stderr, "aligned: %s\n", error.what()), 1;
     }
