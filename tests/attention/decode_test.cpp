@@ -259,14 +259,18 @@ Matrix partly_read(const Encoded& encoded, const std::vector<std::uint8_t>& plan
     }
     return all;
 }
-std::vector<std::uint8_t> random_planes(const TileFormat& format, Random& random) {
+/// some: of the units, about; of others no plane is read.
+std::vector<std::uint8_t> random_planes(const TileFormat& format, double some, Random& random) {
     std::vector<std::uint8_t> planes;
+    std::bernoulli_distribution any(some);
     for (const TileFormat::Placed& s : format.segments()) {
         if (s.bits == 0) continue;
         const Index depth = read_unit_depth(s.split),
                     size = format.side() == TileSide::keys ? s.channels : tile_tokens;
         for (Index first = 0; first < size; first += depth)
-            planes.push_back(static_cast<std::uint8_t>(random() % static_cast<unsigned>(s.split.count + 1)));
+            planes.push_back(
+                any(random) ? static_cast<std::uint8_t>(random() % static_cast<unsigned>(s.split.count + 1))
+                            : std::uint8_t{0});
     }
     EXPECT_EQ(static_cast<Index>(planes.size()), read_units(format));
     return planes;
@@ -277,9 +281,9 @@ TEST(PartialReads, AreThoseOfThePrefix) {
     Random random(kvplane_test::seed());
     FusedScratch scratch(256);
     for (const TileFormat& format : key_formats())
-        for (int again = 0; again < 3; ++again) {
+        for (const double some : {1.0, 0.2, 0.0}) {
             const Encoded keys(format, normal_matrix(tile_tokens, format.channels(), random));
-            const std::vector<std::uint8_t> planes = random_planes(format, random);
+            const std::vector<std::uint8_t> planes = random_planes(format, some, random);
             const Index rows = 1 + static_cast<Index>(random() % 8);
             const Matrix queries = normal_matrix(rows, format.channels(), random),
                          exact = queries * partly_read(keys, planes).transpose();
@@ -297,11 +301,15 @@ TEST(PartialReads, AreThoseOfThePrefix) {
     for (const Scheme scheme : {Scheme::cell, Scheme::symmetric})
         for (int bits = 2; bits <= 8; ++bits)
             for (const Index channels : {16, 40, 128})
-                for (const Index group : {Index{16}, whole_head}) {
+                for (const auto& [group, some] : {std::pair{Index{16}, 1.0},
+                                                  {whole_head, 1.0},
+                                                  {Index{16}, 0.0},
+                                                  {whole_head, 0.0},
+                                                  {whole_head, 0.2}}) {
                     const TileFormat format(TileSide::values, channels, bits,
                                             {Granularity::per_token, group, scheme});
                     const Encoded values(format, normal_matrix(tile_tokens, channels, random));
-                    const std::vector<std::uint8_t> planes = random_planes(format, random);
+                    const std::vector<std::uint8_t> planes = random_planes(format, some, random);
                     const Index rows = 1 + static_cast<Index>(random() % 8),
                                 stride = (channels + 15) / 16 * 16;
                     const Matrix weights = normal_matrix(rows, tile_tokens, random).array().exp(),
@@ -314,7 +322,7 @@ TEST(PartialReads, AreThoseOfThePrefix) {
                             ASSERT_LE((output.row(r).head(channels) - exact.row(r)).cwiseAbs().maxCoeff(),
                                       output_bound(values, weights.row(r)) +
                                           1e-4 * (1.0 + exact.row(r).cwiseAbs().maxCoeff()))
-                                << bits << " bits, " << channels << " channels, group " << group;
+                                << bits << " bits, " << channels << " channels";
                     });
                 }
 }
@@ -344,7 +352,8 @@ TEST(PartialReads, OfHalfPlanesAreThoseOfTheDecodedTile) {
                 Matrix read(tile_tokens, channels);
                 for (Index i = 0; i < (keys ? channels : tile_tokens); ++i) {
                     std::uint8_t& have = planes[static_cast<std::size_t>(i / 8)];
-                    if (i % 8 == 0) have = static_cast<std::uint8_t>(which < 0 ? static_cast<int>(random() % 4) : which);
+                    if (i % 8 == 0)
+                        have = static_cast<std::uint8_t>(which < 0 ? static_cast<int>(random() % 4) : which);
                     if (keys)
                         read.col(i) = at_depth[have].col(i);
                     else

@@ -310,6 +310,24 @@ TEST(ReadPolicies, ReadKeysWhereTheWeightsAre) {
     EXPECT_LE(error(shared), 0.4 * error(fixed));
 }
 
+/// A budget that all bits of keys fit into takes them in one look, and of values what is left is exact.
+TEST(ReadPolicies, ReadKeysThatFitInFull) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache cache(configuration("key_favored:8:8"), pool);
+    kvplane_test::append(cache, normal_matrix(random, 1500, 64), normal_matrix(random, 1500, 96));
+    const Matrix q = normal_matrix(random, 1, 128);
+    const Matrix all = read(cache, q, ReadPolicy::all()).output;
+    const PolicyRead whole = read(cache, q, ReadPolicy::aligned(8.0, 8.0)),
+                     some = read(cache, q, ReadPolicy::aligned(8.0, 4.0));
+    EXPECT_EQ(whole.report.key_bits, 8.0);
+    EXPECT_EQ(whole.report.value_bits, 8.0);
+    EXPECT_LE((whole.output - all).norm(), 1e-5 * all.norm());
+    EXPECT_EQ(some.report.key_bits, 8.0);
+    EXPECT_LE(some.report.value_bits, 4.0);
+    EXPECT_LE((some.output - all).norm(), 0.15 * all.norm());
+}
+
 TEST(ReadPolicies, DoNotDependOnThreadsNorAllocate) {
     std::mt19937_64 random(seed());
     TilePool pool;

@@ -81,10 +81,11 @@ class KvCache::Fused {
     void run() noexcept {
         const Index tile_items = chunks_ * across();
         const bool in_two = by_weight() && chunks_ > 0;
-        const bool aligned = in_two && policy_.kind == ReadPolicy::Kind::aligned;
-        if (aligned) plan_first_look();
+        looks_twice_ = in_two && policy_.kind == ReadPolicy::Kind::aligned &&
+                       (policy_.shared || policy_.key_bits < most_key_bits());
+        if (looks_twice_) plan_first_look();
         each<&Fused::process>(tile_items + heads_);
-        if (aligned) {
+        if (looks_twice_) {
             take_norms();
             weigh();
             plan_keys();
@@ -332,6 +333,7 @@ class KvCache::Fused {
         const std::uint8_t* planes = nullptr;
         switch (policy_.kind) {
             case ReadPolicy::Kind::aligned:
+                if (!looks_twice_) break;
                 return {first_look(part), first_look(part), first_bits(part), false};
             case ReadPolicy::Kind::fixed:
                 planes = fixed_planes(format, policy_.key_bits, scratch);
@@ -365,15 +367,16 @@ class KvCache::Fused {
         }
         return scratch.planes().data();
     }
-    // Keys are read by budget in two looks. The first takes an eighth of the bits, first planes of the
-    // channels that count most, and tells roughly what every token weighs. The second reads what T12 makes of
-    // the rest: an error of a score does to the output what the softmax weights of its tile allow, so that
-    // channels of tiles without weight get no more bits, and those of others many.
+    // Keys are read by budget in two looks, but for a budget of their own that all of them fit into. The
+    // first takes an eighth of the bits, first planes of the channels that count most, and tells roughly what
+    // every token weighs. The second reads what T12 makes of the rest: an error of a score does to the output
+    // what the softmax weights of its tile allow, so that channels of tiles without weight get no more bits,
+    // and those of others many.
 
     /// Classes of tiles by the power of two of what an error of their scores does to the output.
     static constexpr Index tile_classes = 32;
     /// Chunks whose first tile tells what channels count, at most.
-    static constexpr Index most_weighed = 8;
+    static constexpr Index most_weighed = 4;
 
     Index part_of(Index head) const noexcept {
         const TileLayout& layout = *cache_.state_.layout;
@@ -417,6 +420,13 @@ class KvCache::Fused {
     }
     float sum_of_weights(Index t, Index row) noexcept {
         return Eigen::Map<const Eigen::ArrayXf>(weights_of(t, row), tile_tokens).sum();
+    }
+    int most_key_bits() const noexcept {
+        int most = 0;
+        for (Index p = 0; p < parts(); ++p)
+            for (const TileFormat::Placed& s : cache_.state_.layout->key_format(p).segments())
+                most = std::max(most, s.bits);
+        return most;
     }
     /// Bits of all channels that have some, of a budget of so many in the mean.
     Index key_budget(double mean) const noexcept {
@@ -1037,7 +1047,7 @@ class KvCache::Fused {
     Isa isa_;
     Index query_tokens_, heads_, block_, rows_, key_dim_, value_dim_, stride_, first_position_, chunks_;
     bool together_ = false;  ///< all heads read the same tiles of keys, so they go together
-    bool look_again_ = false;
+    bool looks_twice_ = false, look_again_ = false;
     Index value_units_ = 0, key_units_ = 0;  ///< of a tile and head; of keys the most of any part
     TokenRows sink_rows_, window_rows_;
 };
