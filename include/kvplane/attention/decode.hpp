@@ -130,7 +130,7 @@ struct Factors {
     const float *unread, *unread_low;
     /// Blocks of 16 of which any plane is read, or nullptr: all. Other factors meet nothing and are not made:
     /// what rounding does to them would be taken back as what is unread.
-    const std::uint8_t* active;
+    const std::uint16_t* active;
     Index active_count;
     std::int8_t *high, *low;  ///< rows x factor_stride; low: nullptr for factors of one part
     Index factor_stride;
@@ -521,6 +521,9 @@ KVPLANE_INLINE void step_turn(const float* cosine, const float* sine, const floa
 class FusedScratch {
   public:
     explicit FusedScratch(Index channels = 0) { reserve(channels); }
+    /// Not copied: it points into itself.
+    FusedScratch(FusedScratch&&) noexcept = default;
+    FusedScratch& operator=(FusedScratch&&) noexcept = default;
     void reserve(Index channels) {
         const Index depth = detail::fused::padded_depth(std::max(channels, tile_tokens));
         if (depth <= depth_) return;
@@ -585,7 +588,7 @@ class FusedScratch {
         bool two_parts = false;
         detail::UnitsByDepth by_depth{};
         /// Blocks of 16 channels or tokens of which some plane is read.
-        std::span<const std::uint8_t> active;
+        std::span<const std::uint16_t> active;
         /// What unread bits count as, by channel or token: for the high parts of factors, for the low ones.
         const float *unread = nullptr, *unread_low = nullptr;
     };
@@ -600,7 +603,8 @@ class FusedScratch {
     GainHistogram gains_;
     Read read_;
     std::vector<float> unread_;
-    std::vector<std::uint8_t> active_, part_planes_;
+    std::vector<std::uint8_t> part_planes_;
+    std::vector<std::uint16_t> active_;
     PartialRead part_;
     std::vector<std::uint16_t> by_depth_;
     std::vector<std::int8_t> factors_;
@@ -652,7 +656,7 @@ inline const FusedScratch::PartialRead& FusedScratch::partial_read(const PlaneSp
     }
     std::size_t active = 0;
     for (Index b = 0; b < depth / unit_lanes; ++b) {
-        active_[active] = static_cast<std::uint8_t>(b);
+        active_[active] = static_cast<std::uint16_t>(b);
         const Index first = b * unit_lanes / unit, last = ((b + 1) * unit_lanes - 1) / unit;
         bool any = false;
         for (Index u = first; u <= std::min(last, units - 1); ++u) any = any || planes[u] > 0;

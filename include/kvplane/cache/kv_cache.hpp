@@ -69,7 +69,7 @@ struct ReadReport {
 };
 
 /// Memory that attention works in, and who runs it. Kept from call to call, so that a call of a shape that
-/// was seen before allocates nothing. One call at a time.
+/// was seen before allocates nothing. One call at a time; moved, not copied.
 class AttentionWorkspace {
   public:
     /// executor: nullptr for the calling thread alone; must outlive the workspace.

@@ -123,7 +123,7 @@ KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, In
     const std::int8_t *high_factors[rows], *low_factors[rows];
     __m512i whole[rows], first[rows];
     for (int r = 0; r < rows; ++r) {
-        whole[r] = first[r % rows] = _mm512_setzero_si512();
+        whole[r] = first[r] = _mm512_setzero_si512();
         high_factors[r] = call.factors + (row + r) * call.factor_stride;
         low_factors[r] = high_factors[r] + call.rows * call.factor_stride;
     }
@@ -159,11 +159,12 @@ KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, In
 }
 
 /// The units of one depth, of one block of a PlaneSomeCall. What is read in part are codes whose lower bits
-/// are 0. What is read next is fetched in step, for all at once would wait for memory.
+/// are 0. What is read next is fetched in step, for all at once would wait for memory. Of few rows the low
+/// parts have two sums each, lest one waits for the other; of 4 there are no registers for them.
 template <int rows, bool low_parts, int depth>
 KVPLANE_TARGET_AVX512 KVPLANE_INLINE void some_units(const PlaneSomeCall& call, Index at,
                                                      const std::int8_t* factors, __m512i (&whole)[2 * rows],
-                                                     __m512i (&first)[rows]) noexcept {
+                                                     __m512i (&first)[2 * rows]) noexcept {
     const __m512i low_half = _mm512_set1_epi8(15), high_half = _mm512_set1_epi8(static_cast<char>(0xF0));
     const Index count = call.units.count[depth], next_count = call.ahead.count[depth],
                 stride = call.factor_stride, low_at = call.rows * stride;
@@ -197,7 +198,8 @@ KVPLANE_TARGET_AVX512 KVPLANE_INLINE void some_units(const PlaneSomeCall& call, 
             for (int r = 0; r < rows; ++r) {
                 const std::int8_t* const low = of_unit + low_at + r * stride;
                 first[r] = _mm512_dpbusd_epi32(first[r], even_field, four_factors(low));
-                first[r] = _mm512_dpbusd_epi32(first[r], odd_field, four_factors(low + 4));
+                __m512i& other = first[rows > 2 ? r : rows + r];
+                other = _mm512_dpbusd_epi32(other, odd_field, four_factors(low + 4));
             }
         }
     }
@@ -209,9 +211,9 @@ KVPLANE_TARGET_AVX512 KVPLANE_INLINE void some_units(const PlaneSomeCall& call, 
 template <int rows, bool low_parts>
 KVPLANE_TARGET_AVX512 inline void some_block(const PlaneSomeCall& call, Index block, Index row) noexcept {
     const Index at = block * call.block_units * 64;
-    __m512i whole[2 * rows], first[rows];
+    __m512i whole[2 * rows], first[2 * rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < 2 * rows; ++r) whole[r] = first[r % rows] = _mm512_setzero_si512();
+    for (int r = 0; r < 2 * rows; ++r) whole[r] = first[r] = _mm512_setzero_si512();
     const std::int8_t* const factors = call.factors + row * call.factor_stride;
     some_units<rows, low_parts, 2>(call, at, factors, whole, first);
     some_units<rows, low_parts, 1>(call, at, factors, whole, first);
@@ -220,7 +222,8 @@ KVPLANE_TARGET_AVX512 inline void some_block(const PlaneSomeCall& call, Index bl
     for (int r = 0; r < rows; ++r) {
         _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)whole[r] + (Words)whole[rows + r]));
         if constexpr (low_parts)
-            _mm512_storeu_si512(sums + (call.rows + r) * 16, (__m512i)((Words)first[r] << 4));
+            _mm512_storeu_si512(sums + (call.rows + r) * 16,
+                                (__m512i)(((Words)first[r] + (Words)first[rows + r]) << 4));
     }
 }
 template <bool low_parts>
