@@ -84,6 +84,17 @@ KVPLANE_INLINE void widen(Floats<Lanes>& to, const Eigen::half* from) {
     upper_halves<Lanes>(bits, from, std::make_index_sequence<2 * Lanes>{});
     to = (Floats<Lanes>)((Words<Lanes>)(bits >> 3) & 0x8FFFE000u) * 0x1p112f;
 }
+/// The same for numbers of which many are subnormal: an operand that is takes some processors a hundred times
+/// as long, so this takes a difference of normal numbers.
+template <int Lanes>
+KVPLANE_INLINE void widen_subnormals(Floats<Lanes>& to, const Eigen::half* from) {
+    Ints<Lanes> bits;
+    upper_halves<Lanes>(bits, from, std::make_index_sequence<2 * Lanes>{});
+    const Ints<Lanes> magnitude = (bits >> 3) & 0x0FFFE000;
+    const Floats<Lanes> subnormal = (Floats<Lanes>)(magnitude + (113 << 23)) - 0x1p-14f;
+    const Ints<Lanes> value = magnitude < (1 << 23) ? (Ints<Lanes>)subnormal : magnitude + (112 << 23);
+    to = (Floats<Lanes>)((Words<Lanes>)value | ((Words<Lanes>)bits & 0x80000000u));
+}
 template <int Lanes>
 KVPLANE_INLINE void widen(Floats<Lanes>& to, const Eigen::bfloat16* from) {
     Ints<Lanes> bits;
