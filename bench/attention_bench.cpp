@@ -106,8 +106,8 @@ int main(int count, char** arguments) {
     bool all = false;
     int kept = 0;
     std::string recipes =
-        "fp16,fp16@published,fp16@aligned,key_favored:8:8,key_favored:8:8@6,key_favored:8:8@5,key_favored:8:"
-        "8@4,"
+        "fp16,fp16@published,fp16@aligned,key_favored:8:8,key_favored:8:8@6,key_favored:8:8@5,"
+        "key_favored:8:8@4,"
         "key_favored:8:8@3,key_favored:4:4,key_favored:4:2,key_favored:3:3,key_favored:2:2,standard,"
         "latent:3:3+heads_together=0,latent:2:2+heads_together=0";
     for (int i = 0; i < count; ++i) {

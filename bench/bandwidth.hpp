@@ -52,15 +52,16 @@ inline std::size_t beyond_caches() {
 
 /// Bytes per second that `threads` threads together read from memory now: the best of three passes.
 inline double read_bandwidth(int threads) {
-    static const std::size_t bytes = beyond_caches() / static_cast<std::size_t>(threads);
-    static std::vector<std::vector<std::byte>> buffers;
-    while (buffers.size() < static_cast<std::size_t>(threads)) buffers.emplace_back(bytes, std::byte{1});
+    static const std::vector<std::byte> buffer(beyond_caches(), std::byte{1});
+    const std::size_t bytes = buffer.size() / static_cast<std::size_t>(threads);
     double best = 0.0;
     volatile std::uint64_t sink = 0;
     for (int pass = 0; pass < 3; ++pass) {
         const auto start = std::chrono::steady_clock::now();
         std::vector<std::thread> readers;
-        const auto read = [&](std::size_t i) { sink = sink + detail::sum_bytes(buffers[i].data(), bytes); };
+        const auto read = [&](std::size_t i) {
+            sink = sink + detail::sum_bytes(buffer.data() + i * bytes, bytes);
+        };
         for (int i = 1; i < threads; ++i) readers.emplace_back(read, static_cast<std::size_t>(i));
         read(0);
         for (auto& reader : readers) reader.join();

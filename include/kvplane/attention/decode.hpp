@@ -547,7 +547,6 @@ class FusedScratch {
         by_depth_.resize(2 * detail::UnitsByDepth::depths * units);
         read_units_.resize(units);
         planes_.resize(units);
-        order_.resize(3 * units);
         turns_.resize(static_cast<std::size_t>(2 * (fused_tiles + 1) * depth));
     }
     /// Unquantized tokens that are taken together.
@@ -567,10 +566,9 @@ class FusedScratch {
     /// them; those of the turn from one tile to the next stand at fused_tiles.
     float* turn(Index tile) noexcept { return turns_.data() + 2 * tile * depth_; }
 
-    /// For plans of partial reads, `depth` each, of the order three times that.
+    /// For plans of partial reads, `depth` each.
     std::span<ReadUnit> read_units() noexcept { return read_units_; }
     std::span<std::uint8_t> planes() noexcept { return planes_; }
-    std::span<std::uint16_t> order() noexcept { return order_; }
     GainHistogram& gains() noexcept { return gains_; }
     /// What this worker has read: bits of codes, and elements.
     struct Read {
@@ -600,7 +598,6 @@ class FusedScratch {
     Index depth_ = 0;
     std::vector<ReadUnit> read_units_;
     std::vector<std::uint8_t> planes_;
-    std::vector<std::uint16_t> order_;
     GainHistogram gains_;
     Read read_;
     std::vector<float> unread_;

@@ -236,8 +236,7 @@ class KvCache::Fused {
         const KeyRead read = key_read(format, t, next, key_part, queries, stride, row, rows, chunk, scratch);
         scratch.read().key_bits += read.bits - (look_again_ ? first_bits(key_part) : 0);
         scratch.read().keys += look_again_ ? 0 : elements(format);
-        const std::byte *const tile_values = values(tile, head), *const next_values =
-                                                                     values(this->tile(next), head);
+        const std::byte* const next_values = values(this->tile(next), head);
         fused_scores(isa_, format, keys(tile, key_part), keys(this->tile(next), key_part), queries, stride,
                      rows, offsets, scratch, scores, read.planes, read.two_parts, read.ahead);
         apply(row, rows, tile.first, tile.tokens, tile_tokens, scores);
@@ -250,8 +249,8 @@ class KvCache::Fused {
         const std::uint8_t* const planes = policy_.kind == ReadPolicy::Kind::fixed
                                                ? fixed_planes(layout.values, policy_.value_bits, scratch)
                                                : nullptr;
-        fused_output(isa_, layout.values, tile_values, next_values, scores, rows, scratch, to.output, stride_,
-                     planes, two_parts(policy_.value_bits));
+        fused_output(isa_, layout.values, values(tile, head), next_values, scores, rows, scratch, to.output,
+                     stride_, planes, two_parts(policy_.value_bits));
         count_values(planes, scratch);
     }
 
@@ -286,8 +285,8 @@ class KvCache::Fused {
         work_.key_units_.resize(of_keys);
         work_.first_look_.resize(of_keys);
         work_.class_planes_.resize(of_keys * tile_classes);
-        work_.tile_class_.resize(tiles * cache_.state_.layout->key_at.size());
-        work_.class_tiles_.resize(cache_.state_.layout->key_at.size() * tile_classes);
+        work_.tile_class_.resize(tiles * layout.key_at.size());
+        work_.class_tiles_.resize(layout.key_at.size() * tile_classes);
         work_.key_order_.resize(3 * of_keys);
         work_.key_gains_.resize(of_keys);
         work_.first_bits_.resize(layout.key_at.size());

@@ -100,7 +100,7 @@ class AttentionWorkspace {
     GainHistogram gains_;
     // Of keys by budget: the units of all parts, and what their planes gain in a tile of importance 1; the
     // planes that the first look takes; by part and class of tiles the planes and bits that are read in the
-    // end, and how many tiles there are; the class of each tile and part; by tile and block of rows the sum
+    // end, and how many tiles there are; the class of each tile and part; by block of rows and tile the sum
     // of importance_.
     std::vector<ReadUnit> key_units_;
     std::vector<std::array<float, 3>> key_gains_;
@@ -108,11 +108,11 @@ class AttentionWorkspace {
     std::vector<std::uint16_t> key_order_;
     std::vector<Index> first_bits_, class_bits_, class_tiles_;
     std::vector<float> tile_importance_;
-    // For the certificate: errors of scores and of values by part of the sequence and block of rows; the
-    // largest norm of a value by part and head.
+    // For the certificate, by block of rows and part of the sequence: errors of scores and of values, and
+    // whether keys are needed in full; by head and part the largest norm of a value.
     std::vector<double> score_errors_, value_errors_;
     std::vector<float> value_norms_;
-    std::vector<std::uint8_t> whole_keys_;  ///< by part of the sequence and block: all planes are needed
+    std::vector<std::uint8_t> whole_keys_;
 };
 
 /// Bounds of |x - x'| over all stored elements, in the frame in which they are stored (rotated, where the
