@@ -12,11 +12,13 @@
 namespace {
 std::atomic<long> allocations{0};
 std::atomic<bool> out_of_memory{false};
+std::atomic<long> allocations_left{-1};  // negative: no end
 }  // namespace
 
 // Every allocation of this program. Not inlined, or g++ would see free() meet operator new.
 __attribute__((noinline)) void* operator new(std::size_t size) {
     ++allocations;
+    if (allocations_left >= 0 && allocations_left-- == 0) throw std::bad_alloc();
     void* const memory = out_of_memory ? nullptr : std::malloc(size ? size : 1);
     if (!memory) throw std::bad_alloc();
     return memory;
@@ -237,6 +239,11 @@ TEST(ReadPolicies, ReadAtMostTheirBudgetAndErrLessTheMoreTheyRead) {
         const PolicyRead all = read(cache, q, ReadPolicy::all());
         double before = std::numeric_limits<double>::infinity();
         for (const double bits : {0.0, 1.0, 2.5, 4.0, 6.0, 8.0, 12.0, 16.0}) {
+            if (recipe == "fp16" && bits < 8.0) {
+                refusal(ErrorCode::option, [&] { read(cache, q, ReadPolicy::aligned(bits, bits)); });
+                refusal(ErrorCode::option, [&] { read(cache, q, ReadPolicy::aligned(bits)); });
+                continue;
+            }
             const PolicyRead aligned = read(cache, q, ReadPolicy::aligned(bits, bits)),
                              shared = read(cache, q, ReadPolicy::aligned(bits));
             EXPECT_LE(aligned.report.key_bits, bits + 1e-9) << recipe;
@@ -337,16 +344,17 @@ TEST(ReadPolicies, DoNotDependOnThreadsNorAllocate) {
         kvplane_test::append(cache, normal_matrix(random, 5000, 64), normal_matrix(random, 5000, 96));
         cache.drop_before(600);
         const Matrix q = normal_matrix(random, 3, 128);
-        const PolicyRead serial = read(cache, q, ReadPolicy::aligned(3.0));
+        const ReadPolicy policy = ReadPolicy::aligned(recipe == "fp16" ? 9.0 : 3.0);
+        const PolicyRead serial = read(cache, q, policy);
         for (const Index threads : {2, 5}) {
             ThreadExecutor executor(threads);
-            const PolicyRead other = read(cache, q, ReadPolicy::aligned(3.0), &executor);
+            const PolicyRead other = read(cache, q, policy, &executor);
             ASSERT_EQ(other.output, serial.output) << recipe;
             EXPECT_EQ(other.report.value_bits, serial.report.value_bits);
         }
         AttentionWorkspace workspace;
         AttentionParameters parameters;
-        parameters.read = ReadPolicy::aligned(3.0);
+        parameters.read = policy;
         Matrix output(3, 4 * 48);
         cache.attend(q, output, parameters, workspace);
         const long before = allocations;
@@ -479,18 +487,209 @@ TEST(ReadPolicies, RefuseWhatTheyCannotRead) {
     const std::string sentence =
         refusal(ErrorCode::option, [&] { cache.attend(normal_matrix(random, 1, 128), output, parameters); });
     EXPECT_NE(sentence.find("block32:8"), std::string::npos) << sentence;
-    // A query that is not a number: all planes are read.
     KvCache packed(configuration("key_favored:8:8"), pool);
     kvplane_test::append(packed, normal_matrix(random, 600, 64), normal_matrix(random, 600, 96));
-    const Matrix nan = Matrix::Constant(1, 128, std::numeric_limits<float>::quiet_NaN());
-    for (const ReadPolicy& policy : {ReadPolicy::aligned(4.0), ReadPolicy::tolerance(0.1)})
-        EXPECT_EQ(read(packed, nan, policy).report.key_bits, 8.0);
     parameters.read = ReadPolicy::exponents();
     refusal(ErrorCode::option, [&] { packed.attend(normal_matrix(random, 1, 128), output, parameters); });
     for (const double error : {-1.0, std::numeric_limits<double>::infinity()}) {
         parameters.read = ReadPolicy::tolerance(error);
         refusal(ErrorCode::option, [&] { packed.attend(normal_matrix(random, 1, 128), output, parameters); });
     }
+}
+
+std::vector<ReadPolicy> policies(const std::string& recipe) {
+    const double bits = recipe == "fp16" ? 9.0 : 4.0;
+    std::vector<ReadPolicy> all = {ReadPolicy::all(), ReadPolicy::fixed(8.0), ReadPolicy::aligned(bits),
+                                   ReadPolicy::aligned(bits, bits), ReadPolicy::tolerance(0.1)};
+    if (recipe == "fp16") all.push_back(ReadPolicy::exponents());
+    return all;
+}
+
+/// One row that is not finite comes out as NaN and leaves every other row as a row of zeros would.
+TEST(ReadPolicies, KeepARowThatIsNotFiniteToItself) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    for (const std::string recipe : {"key_favored:8:8", "fp16", "latent:8:8+fit_tokens=256"}) {
+        KvCache cache(configuration(recipe), pool);
+        kvplane_test::append(cache, normal_matrix(random, 900, 64), normal_matrix(random, 900, 96));
+        Matrix q = normal_matrix(random, 2, 128);
+        const Index head = static_cast<Index>(random() % 4), row = static_cast<Index>(random() % 2);
+        for (const ReadPolicy& policy : policies(recipe))
+            for (const float bad :
+                 {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+                  -std::numeric_limits<float>::infinity()}) {
+                q.row(row).segment(head * 32, 32).setZero();
+                const Matrix without = read(cache, q, ReadPolicy::all()).output;
+                q(row, head * 32 + 5) = bad;
+                const Matrix with = read(cache, q, policy).output;
+                for (Index r = 0; r < 2; ++r)
+                    for (Index h = 0; h < 4; ++h) {
+                        const auto values = with.row(r).segment(h * 48, 48);
+                        if (r == row && h == head)
+                            EXPECT_TRUE(values.array().isNaN().all()) << recipe;
+                        else if (policy.kind == ReadPolicy::Kind::all)
+                            EXPECT_EQ(values, without.row(r).segment(h * 48, 48)) << recipe;
+                        else
+                            EXPECT_TRUE(values.allFinite()) << recipe;
+                    }
+            }
+        // The path of many query tokens too.
+        Matrix many = normal_matrix(random, 9, 128), out(9, 4 * 48);
+        cache.attend(many, out);
+        const Matrix before = out;
+        many(4, 40) = std::numeric_limits<float>::infinity();
+        cache.attend(many, out);
+        EXPECT_TRUE(out.row(4).segment(48, 48).array().isNaN().all()) << recipe;
+        out.row(4).segment(48, 48) = before.row(4).segment(48, 48);
+        EXPECT_EQ(out, before) << recipe;
+    }
+}
+
+/// Numbers in the parameters that are not finite are refused by name, before anything is written.
+TEST(ReadPolicies, RefuseParametersThatAreNotFinite) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    constexpr float infinity = std::numeric_limits<float>::infinity(),
+                    nan = std::numeric_limits<float>::quiet_NaN();
+    KvCache cache(configuration("key_favored:8:8"), pool);
+    kvplane_test::append(cache, normal_matrix(random, 300, 64), normal_matrix(random, 300, 96));
+    const Matrix q = normal_matrix(random, 1, 128);
+    for (const ReadPolicy& policy : policies("key_favored:8:8")) {
+        Matrix output = Matrix::Constant(1, 4 * 48, 7.0f);
+        const auto refused = [&](AttentionParameters parameters, ErrorCode code) {
+            parameters.read = policy;
+            const std::string sentence = refusal(code, [&] { cache.attend(q, output, parameters); });
+            EXPECT_EQ(output, Matrix::Constant(1, 4 * 48, 7.0f));
+            return sentence;
+        };
+        for (const float bad : {infinity, nan}) {
+            Matrix bias = Matrix::Zero(1, 300);
+            bias(0, 170) = bad;
+            const std::string sentence = refused({.bias = &bias}, ErrorCode::not_finite);
+            EXPECT_NE(sentence.find("key 170"), std::string::npos) << sentence;
+            const std::vector<float> slopes = {0.1f, bad, 0.1f, 0.1f};
+            refused({.alibi_slopes = slopes}, ErrorCode::not_finite);
+            refused({.softcap = static_cast<double>(bad)}, ErrorCode::option);
+        }
+        refused({.scale = 1e39}, ErrorCode::option);
+        Matrix plain = output, capped = output;
+        cache.attend(q, plain, {.read = policy});
+        cache.attend(q, capped, {.softcap = 1e39, .read = policy});
+        EXPECT_EQ(plain, capped) << "a softcap beyond every score does nothing";
+    }
+}
+
+/// Scores that the first look takes for large ones and that turn out small must not stay as a maximum: the
+/// output would be 0, or NaN would index.
+TEST(ReadPolicies, ForgetWhatTheFirstLookOnlySeemedToSee) {
+    TilePool pool;
+    for (const float size : {60.0f, 200.0f, 2000.0f}) {
+        KvCache cache(configuration("key_favored:8:8+sinks=0+recent=0+rotate_values=0", 1, 1, 64, 64), pool);
+        Matrix keys = Matrix::Zero(512, 64), values = Matrix::Zero(512, 64);
+        // One token scores `size` in its first 16 channels and takes it back in the others, its neighbour
+        // does the opposite.
+        keys.row(5).head(16).setConstant(size / 16.0f);
+        keys.row(5).tail(48).setConstant(-size / 48.0f);
+        keys.row(6) = -keys.row(5);
+        for (Index t = 0; t < 512; ++t) values.row(t).setConstant(1.0f + static_cast<float>(t % 2));
+        cache.append(keys, values);
+        const Matrix q = Matrix::Ones(1, 64);
+        AttentionParameters parameters{.scale = 1.0, .read = ReadPolicy::aligned(4.5, 4.0)};
+        AttentionWorkspace workspace;
+        Matrix output(1, 64), all(1, 64);
+        cache.attend(q, all, {.scale = 1.0});
+        cache.attend(q, output, parameters, workspace);
+        EXPECT_LE(workspace.report().value_bits, 4.0 + 1e-9) << size;
+        EXPECT_LE((output - all).cwiseAbs().maxCoeff(), 0.6f) << size;
+        EXPECT_GE(output.minCoeff(), 0.9f) << size;
+    }
+}
+TEST(ReadPolicies, StayFiniteWithScoresOfAnySpread) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    for (const float spread : {20.0f, 50.0f, 100.0f})
+        for (const std::string recipe : {"key_favored:8:8", "standard", "latent:8:8+fit_tokens=256"}) {
+            KvCache cache(configuration(recipe), pool);
+            const Matrix values = normal_matrix(random, 1500, 96);
+            kvplane_test::append(cache, normal_matrix(random, 1500, 64), values);
+            const Matrix q = normal_matrix(random, 3, 128, spread);
+            for (const double bits : {1.0, 3.0, 4.5}) {
+                for (const ReadPolicy& policy :
+                     {ReadPolicy::aligned(bits), ReadPolicy::aligned(bits, bits)}) {
+                    const PolicyRead some = read(cache, q, policy);
+                    ASSERT_TRUE(some.output.allFinite()) << recipe;
+                    // Weights add up to 1: no head's output is larger than its values, and none is nothing.
+                    ASSERT_LE(some.output.cwiseAbs().maxCoeff(), 1.5f * values.cwiseAbs().maxCoeff() + 1.0f);
+                    for (Index h = 0; h < 4; ++h)
+                        ASSERT_GT(some.output.middleCols(h * 48, 48).rowwise().norm().minCoeff(), 1e-3f)
+                            << recipe << ", " << bits << " bits, spread " << spread;
+                }
+            }
+        }
+}
+
+/// The last place of fp16 values is never below 2^-24, which the certificate has to count.
+TEST(ReadPolicies, CertifyTinyHalfValues) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache cache(configuration("key_favored:8:16+rotate_values=0"), pool);
+    const float size = 3e-6f;
+    kvplane_test::append(cache, normal_matrix(random, 900, 64), normal_matrix(random, 900, 96, size));
+    const Matrix q = normal_matrix(random, 2, 128, 3.0f), all = read(cache, q, ReadPolicy::all()).output;
+    for (const double tolerance : {0.5, 0.1, 0.01}) {
+        const PolicyRead some = read(cache, q, ReadPolicy::tolerance(tolerance));
+        EXPECT_LE(some.report.relative_error_bound, tolerance * (1.0 + 1e-6));
+        for (Index h = 0; h < 4; ++h)
+            for (Index i = 0; i < 2; ++i)
+                EXPECT_LE((some.output - all).row(i).segment(h * 48, 48).norm(),
+                          some.report.error_bound + 2e-3 * all.row(i).segment(h * 48, 48).norm());
+    }
+}
+
+TEST(ReadPolicies, RefuseFewerBitsOfHalfNumbersThanAreOne) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    for (const std::string recipe : {"fp16", "key_favored:8:16", "key_favored:16:4"}) {
+        KvCache cache(configuration(recipe), pool);
+        kvplane_test::append(cache, normal_matrix(random, 300, 64), normal_matrix(random, 300, 96));
+        const Matrix q = normal_matrix(random, 1, 128);
+        for (const ReadPolicy& policy :
+             {ReadPolicy::fixed(4.0), ReadPolicy::aligned(7.9), ReadPolicy::aligned(7.9, 7.9)}) {
+            const std::string sentence = refusal(ErrorCode::option, [&] { read(cache, q, policy); });
+            EXPECT_NE(sentence.find(recipe), std::string::npos) << sentence;
+            EXPECT_NE(sentence.find("at least 8"), std::string::npos) << sentence;
+        }
+        const Matrix all = read(cache, q, ReadPolicy::all()).output,
+                     first = read(cache, q, ReadPolicy::fixed(8.0)).output;
+        EXPECT_LE((first - all).norm(), 0.4f * all.norm()) << recipe;
+    }
+}
+
+/// A call that runs out of memory leaves a workspace that the next call can use.
+TEST(FusedAttention, AWorkspaceOutlivesTheEndOfMemory) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache small(configuration("standard"), pool), large(configuration("standard", 2, 4, 512, 512), pool);
+    kvplane_test::append(small, normal_matrix(random, 300, 64), normal_matrix(random, 300, 96));
+    kvplane_test::append(large, normal_matrix(random, 300, 1024), normal_matrix(random, 300, 1024));
+    const Matrix q = normal_matrix(random, 1, 2048);
+    const Matrix expected = attend(large, q, nullptr);
+    Matrix output(1, 2048), little(1, 4 * 48);
+    int failed = 0;
+    for (bool done = false; !done; ++failed) {
+        AttentionWorkspace workspace;
+        small.attend(q.leftCols(128), little, {}, workspace);
+        allocations_left = failed;
+        try {
+            large.attend(q, output, {}, workspace);
+            done = true;
+        } catch (const std::bad_alloc&) {
+        }
+        allocations_left = -1;
+        if (!done) large.attend(q, output, {}, workspace);
+        EXPECT_EQ(output, expected) << "after the failure of allocation " << failed;
+    }
+    EXPECT_GT(failed, 10);
 }
 
 TEST(ThreadExecutor, RunsEveryItemOnceAndNoWorkerTwiceAtATime) {

@@ -228,12 +228,15 @@ class GainHistogram {
     }
 
   private:
-    // The exponent and 4 bits of the fraction.
-    static std::size_t bucket(float gain) noexcept { return std::bit_cast<std::uint32_t>(gain) >> 19; }
+    // The exponent and 4 bits of the fraction. What is not a gain (NaN, or below 0) counts as the largest.
+    static std::size_t bucket(float gain) noexcept {
+        return std::min<std::size_t>(std::bit_cast<std::uint32_t>(gain) >> 19, buckets - 1);
+    }
     static float edge(std::size_t bucket) noexcept {
         return std::bit_cast<float>(static_cast<std::uint32_t>(bucket << 19));
     }
-    std::array<double, 0x7F800000u / (1u << 19) + 1> amounts_{};
+    static constexpr std::size_t buckets = 0x7F800000u / (1u << 19) + 1;
+    std::array<double, buckets> amounts_{};
 };
 
 }  // namespace kvplane

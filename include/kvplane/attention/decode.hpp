@@ -528,7 +528,6 @@ class FusedScratch {
     void reserve(Index channels) {
         const Index depth = detail::fused::padded_depth(std::max(channels, tile_tokens));
         if (depth <= depth_) return;
-        depth_ = depth;
         const auto size = static_cast<std::size_t>(fused_rows * depth);
         factors_.resize(2 * size);
         folded_.resize(4 * static_cast<std::size_t>(depth));
@@ -548,6 +547,7 @@ class FusedScratch {
         read_units_.resize(units);
         planes_.resize(units);
         turns_.resize(static_cast<std::size_t>(2 * (fused_tiles + 1) * depth));
+        depth_ = depth;  // last: where memory ends before, the arrays that there are still fit the old depth
     }
     /// Unquantized tokens that are taken together.
     static constexpr Index token_rows = 32;
@@ -1223,7 +1223,8 @@ inline float value_steps(Isa isa, const TileFormat& format, const std::byte* til
                          float* squares) noexcept {
     const TileFormat::Placed& s = format.segments()[0];
     if (s.bits == 16) {
-        const float step = largest * 0x1p-10f, size = static_cast<float>(s.channels);
+        // The last place of the largest value, which is never below that of subnormal numbers.
+        const float step = std::max(largest * 0x1p-10f, 0x1p-24f), size = static_cast<float>(s.channels);
         std::fill_n(squares, tile_tokens, reach ? step * std::sqrt(size) : step * step * size);
         return largest * std::sqrt(size);
     }

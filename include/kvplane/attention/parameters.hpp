@@ -54,10 +54,10 @@ struct ReadPolicy {
 ///     s = scale q.k;   s = softcap tanh(s / softcap) where there is a softcap;   s += slope_h (t - p) + bias
 ///
 /// and key t is seen when t <= p, and, with a sliding window, p - t < window or t < sinks. A query that sees
-/// nothing gets zeros.
+/// nothing gets zeros; a query row that is not finite gets NaN, and no other row notices.
 struct AttentionParameters {
     double scale = 0.0;                        ///< of q.k; 0: 1 / sqrt(head_dim)
-    double softcap = 0.0;                      ///< 0: none; applied before masking
+    double softcap = 0.0;                      ///< 0, or 1e30 and more: none; applied before masking
     Index sliding_window = 0;                  ///< keys a query sees, itself included; 0: all
     Index sinks = 0;                           ///< first tokens that stay visible in spite of the window
     std::span<const float> alibi_slopes = {};  ///< one a query head, or none
@@ -69,17 +69,26 @@ struct AttentionParameters {
     double key_fraction = 1.0;
     Index selection_latents = 0;  ///< how many latents of a part choose; 0: a quarter of the part's channels
     /// For up to 8 query tokens and recipes of the fused path; other recipes refuse all but `all`. More query
-    /// tokens read all, and so do queries that are not finite.
+    /// tokens read all.
     ReadPolicy read = {};
 };
 
 namespace detail {
 
+/// Throws Error (not_finite) where a bias is NaN or +infinity; -infinity masks.
+inline void require_bias(const Matrix& bias) {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    for (Index row = 0; row < bias.rows(); ++row)
+        for (Index key = 0; key < bias.cols(); ++key)
+            require(bias(row, key) < infinity, ErrorCode::not_finite, "attention: a bias of ", bias(row, key),
+                    " in row ", row, " for key ", key, ", expected finite numbers, or -infinity to mask");
+}
+
 inline void require_parameters(const AttentionParameters& parameters, Index query_heads, Index query_tokens,
                                Index keys) {
-    require(std::isfinite(parameters.scale) && parameters.scale >= 0.0, ErrorCode::option,
-            "attention: a scale of ", parameters.scale,
-            ", expected a positive number, or 0 for 1 / sqrt(head_dim)");
+    require(parameters.scale >= 0.0 && parameters.scale <= std::numeric_limits<float>::max(),
+            ErrorCode::option, "attention: a scale of ", parameters.scale,
+            ", expected a positive number that a float holds, or 0 for 1 / sqrt(head_dim)");
     require(std::isfinite(parameters.softcap) && parameters.softcap >= 0.0, ErrorCode::option,
             "attention: a softcap of ", parameters.softcap, ", expected a positive number, or 0 for none");
     require(
@@ -101,12 +110,16 @@ inline void require_parameters(const AttentionParameters& parameters, Index quer
         parameters.alibi_slopes.empty() || static_cast<Index>(parameters.alibi_slopes.size()) == query_heads,
         ErrorCode::shape, "attention: ", parameters.alibi_slopes.size(), " ALiBi slopes, expected ",
         query_heads, ", one a query head");
+    for (const float slope : parameters.alibi_slopes)
+        require(std::isfinite(slope), ErrorCode::not_finite, "attention: an ALiBi slope of ", slope,
+                ", expected finite numbers");
     require(!parameters.bias ||
                 (parameters.bias->cols() == keys && (parameters.bias->rows() == query_tokens ||
                                                      parameters.bias->rows() == query_heads * query_tokens)),
             ErrorCode::shape, "attention: a bias of ", parameters.bias ? parameters.bias->rows() : 0, " x ",
             parameters.bias ? parameters.bias->cols() : 0, ", expected ", query_tokens, " (or ",
             query_heads * query_tokens, ") x ", keys);
+    if (parameters.bias) require_bias(*parameters.bias);
 }
 
 /// What a query at position p does to a score; -infinity where it does not see key t.
@@ -117,7 +130,8 @@ class ScoreRule {
         : parameters_(parameters),
           scale_(static_cast<Real>(parameters.scale > 0.0 ? parameters.scale
                                                           : 1.0 / std::sqrt(static_cast<double>(head_dim)))),
-          softcap_(static_cast<Real>(parameters.softcap)),
+          // Beyond, tanh(x) is x for every score that there can be.
+          softcap_(parameters.softcap < 1e30 ? static_cast<Real>(parameters.softcap) : Real(0)),
           slope_(parameters.alibi_slopes.empty()
                      ? Real(0)
                      : static_cast<Real>(parameters.alibi_slopes[static_cast<std::size_t>(head)])),

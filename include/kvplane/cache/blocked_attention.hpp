@@ -328,7 +328,7 @@ class KvCache::Blocked {
         const Index first_head = block.first_head * cache_.configuration_.group();
         for (Index r = 0; r < rows; ++r)
             output_.row(queries.token(r)).segment((first_head + r / block.tokens) * value_dim, value_dim) =
-                weighted.row(r) * (sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f);
+                weighted.row(r) * (sum[r] == 0.0f ? 0.0f : 1.0f / sum[r]);
     }
 
     const KvCache& cache_;

@@ -41,6 +41,7 @@ class KvCache::Fused {
         work_.rules_.reserve(static_cast<std::size_t>(cache.configuration_.query_heads));
         work_.rules_.clear();
         work_.first_rows_.resize(static_cast<std::size_t>(rows_));
+        work_.finite_rows_.resize(static_cast<std::size_t>(rows_));
         for (Index r = 0; r < rows_; ++r)
             work_.first_rows_[static_cast<std::size_t>(r)] = r / block_ * block_;
         for (FusedScratch& scratch : work_.scratch_) scratch.read() = {};
@@ -49,19 +50,23 @@ class KvCache::Fused {
 
     template <CacheScalar Scalar>
     void take(const HeadRows<Scalar>& queries, const AttentionParameters& parameters) noexcept {
-        bool finite = true;
         for (Index head = 0; head < queries.heads(); ++head) {
             work_.rules_.emplace_back(parameters, head, query_tokens_, key_dim_);
             const float scale = work_.rules_.back().plain() ? work_.rules_.back().scale() : 1.0f;
             for (Index i = 0; i < query_tokens_; ++i) {
-                float* const row = work_.plain_.data() + (head * query_tokens_ + i) * key_dim_;
+                const Index r = head * query_tokens_ + i;
+                float* const row = work_.plain_.data() + r * key_dim_;
+                bool finite = true;
                 for (Index c = 0; c < key_dim_; ++c) {
                     row[c] = scale * static_cast<float>(*queries.at(head, i, c));
                     finite = finite && std::isfinite(row[c]);
                 }
+                // A row that is not finite gets NaN in the end, and must not reach the plans that it shares
+                // with others.
+                work_.finite_rows_[static_cast<std::size_t>(r)] = finite;
+                if (!finite) std::fill_n(row, key_dim_, 0.0f);
             }
         }
-        if (!finite) policy_ = ReadPolicy::all();
         std::copy(work_.plain_.begin(), work_.plain_.end(), work_.rotated_.begin());
         if (cache_.recipe().keys.rotate)
             for (Index r = 0; r < rows_; ++r)
@@ -107,8 +112,12 @@ class KvCache::Fused {
     const float* output(Index head, Index i) noexcept {
         const Index row = head * query_tokens_ + i;
         float* const values = part(0, row).output;
+        if (!work_.finite_rows_[static_cast<std::size_t>(row)]) {
+            std::fill_n(values, value_dim_, std::numeric_limits<float>::quiet_NaN());
+            return values;
+        }
         const float sum = *part(0, row).sum;
-        for (Index c = 0; c < value_dim_; ++c) values[c] = sum > 0.0f ? values[c] / sum : 0.0f;
+        for (Index c = 0; c < value_dim_; ++c) values[c] = sum == 0.0f ? 0.0f : values[c] / sum;
         if (cache_.recipe().values.rotate) cache_.value_rotation_.rotate_back(values);
         return values;
     }
@@ -240,12 +249,18 @@ class KvCache::Fused {
         fused_scores(isa_, format, keys(tile, key_part), keys(this->tile(next), key_part), queries, stride,
                      rows, offsets, scratch, scores, read.planes, read.two_parts, read.ahead);
         apply(row, rows, tile.first, tile.tokens, tile_tokens, scores);
-        const PartialAttention to = part(chunk, row);
-        fused_softmax(isa_, scores, tile_tokens, rows, to);
         if (by_weight()) {
+            // Each tile keeps its own largest score: what other tiles seem to hold may turn out otherwise.
+            std::array<float, fused_rows> sums{};
+            std::fill_n(tops_of(t, row), rows, none);
+            fused_softmax(isa_, scores, tile_tokens, rows, {tops_of(t, row), sums.data(), nullptr, 0});
+            for (Index r = 0; r < rows; ++r)
+                add_weights(part(chunk, row + r), *tops_of(t, row + r), sums[static_cast<std::size_t>(r)]);
             detail::prefetch_grids(layout.values, next_values);
             return note_weights(t, head, row, rows, chunk, scratch);
         }
+        const PartialAttention to = part(chunk, row);
+        fused_softmax(isa_, scores, tile_tokens, rows, to);
         const std::uint8_t* const planes = policy_.kind == ReadPolicy::Kind::fixed
                                                ? fixed_planes(layout.values, policy_.value_bits, scratch)
                                                : nullptr;
@@ -408,14 +423,16 @@ class KvCache::Fused {
     }
     /// A tile whose scores stay as the first look left them.
     void keep_scores(Index t, Index row, Index rows, Index chunk) noexcept {
-        const PartialAttention to = part(chunk, row);
-        for (Index r = 0; r < rows; ++r) {
-            const float seen = *tops_of(t, row + r), top = std::max(to.largest[r], seen);
-            if (seen == none) continue;
-            const float sum = sum_of_weights(t, row + r) * std::exp(seen - top);
-            to.sum[r] = (to.largest[r] == none ? 0.0f : to.sum[r] * std::exp(to.largest[r] - top)) + sum;
-            to.largest[r] = top;
-        }
+        for (Index r = 0; r < rows; ++r)
+            add_weights(part(chunk, row + r), *tops_of(t, row + r), sum_of_weights(t, row + r));
+    }
+    /// Adds weights that are relative to `top` to the sum of a row.
+    static void add_weights(const PartialAttention& to, float top, float sum) noexcept {
+        if (top == none) return;
+        const float larger = std::max(*to.largest, top);
+        const float there = *to.largest == none ? 0.0f : *to.sum * std::exp(*to.largest - larger);
+        *to.sum = there + sum * std::exp(top - larger);
+        *to.largest = larger;
     }
     float sum_of_weights(Index t, Index row) noexcept {
         return Eigen::Map<const Eigen::ArrayXf>(weights_of(t, row), tile_tokens).sum();
@@ -635,7 +652,6 @@ class KvCache::Fused {
     /// What weights come to by read unit of values, once a tile's scores are weights.
     void note_weights(Index t, Index head, Index row, Index rows, Index chunk,
                       FusedScratch& scratch) noexcept {
-        std::copy_n(part(chunk, row).largest, rows, tops_of(t, row));
         const TileFormat& format = cache_.state_.layout->values;
         const Index depth = read_unit_depth(format.segments()[0].split);
         float* const steps = scratch.scores();
@@ -731,7 +747,8 @@ class KvCache::Fused {
                 if (const PartialAttention p = part(chunk, r); *p.largest != none)
                     sum += *p.sum * std::exp(*p.largest - top);
             work_.all_tops_[static_cast<std::size_t>(r)] = top;
-            work_.norms_[static_cast<std::size_t>(r)] = sum > 0.0f ? 1.0f / sum : 0.0f;
+            const bool counts = sum > 0.0f && work_.finite_rows_[static_cast<std::size_t>(r)];
+            work_.norms_[static_cast<std::size_t>(r)] = counts ? 1.0f / sum : 0.0f;
         }
     }
     /// What a row's weights of tile t are to be multiplied by to be relative to `top`.

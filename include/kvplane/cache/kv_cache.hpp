@@ -92,6 +92,7 @@ class AttentionWorkspace {
     std::vector<float> largest_, sum_, output_;    ///< by head, part of the sequence, and row
     ReadReport report_;
     std::vector<Index> first_rows_;  ///< of the head of each row
+    std::vector<std::uint8_t> finite_rows_;
     // Of reads by weight. weights_: relative to the largest score so far, tops_, by tile, row and token, and
     // by head, tile and row; units_: what they come to in every read unit of values, by head, tile, row and
     // unit; importance_: of all rows together, by block of rows, tile and unit; least_: the least gain that
@@ -393,6 +394,18 @@ class KvCache {
             parameters.read.kind == ReadPolicy::Kind::all || !state_.layout || reads_planes(*state_.layout),
             ErrorCode::option, "attend: recipe '", recipe().name,
             "' is not read by planes; expected ReadPolicy::all()");
+        const bool half_keys = !recipe().latents && recipe().keys.bits == 16,
+                   half_values = recipe().values.bits == 16;
+        const ReadPolicy& read = parameters.read;
+        const bool by_bits = read.kind == ReadPolicy::Kind::fixed || read.kind == ReadPolicy::Kind::aligned;
+        require(
+            !by_bits || ((!half_keys || read.key_bits >= 8.0) && (!half_values || read.value_bits >= 8.0)),
+            ErrorCode::option, "attend: a read of ", read.key_bits, " bits of keys and ", read.value_bits,
+            " of values, but recipe '", recipe().name, "' keeps ",
+            half_keys && half_values ? "both"
+            : half_keys              ? "keys"
+                                     : "values",
+            " in fp16, of which no fewer than 8 bits are a number; expected at least 8");
         require(parameters.read.kind != ReadPolicy::Kind::exponents || recipe().values.bits == 16 ||
                     (!recipe().latents && recipe().keys.bits == 16),
                 ErrorCode::option, "attend: recipe '", recipe().name,
