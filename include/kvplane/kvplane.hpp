@@ -17,6 +17,7 @@
 #include "kvplane/cache/latent_keys.hpp"
 #include "kvplane/cache/tile_pool.hpp"
 #include "kvplane/cache/token_rows.hpp"
+#include "kvplane/compiled.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/isa.hpp"
 #include "kvplane/matrix.hpp"
@@ -33,7 +34,7 @@
 #include "kvplane/transform/latent_basis.hpp"
 #include "kvplane/transform/rope.hpp"
 #include "kvplane/version.hpp"
-#if __has_include(<nlohmann/json.hpp>)
+#if KVPLANE_WITH_JSON
 #include "kvplane/cache/serialize.hpp"
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/io/safetensors.hpp"

@@ -17,9 +17,21 @@
 #include <unsupported/Eigen/CXX11/Tensor>
 #include <utility>
 
+#include "kvplane/compiled.hpp"
 #include "kvplane/error.hpp"
 
 namespace kvplane {
+
+#if defined(KVPLANE_COMPILED)
+namespace detail {
+
+/// Refers to the library. Where it was compiled with another -mavx2, -mavx512f or -march=native than the
+/// program, such that matrices of one cannot be freed by the other, the program does not link.
+[[gnu::used]] static bool (*const library_aligns_eigen_matrices)() noexcept =
+    &library_aligns_eigen_matrices_to<EIGEN_DEFAULT_ALIGN_BYTES>;
+
+}  // namespace detail
+#endif
 
 using Index = Eigen::Index;
 

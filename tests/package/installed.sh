@@ -11,6 +11,10 @@ cmake -S "$source" -B "$folder/build" -DCMAKE_PREFIX_PATH="$folder/prefix" -DCMA
 grep -q "$folder/prefix" "$folder/build/CMakeCache.txt"
 cmake --build "$folder/build" >/dev/null
 "$folder/build/consumer"
+[ ! -e "$folder/prefix/include/kvplane/README.md" ]
+if [ -n "$(find "$folder/prefix" -name libkvplane_compiled.a)" ]; then
+    "$folder/build/compiled_consumer"
+fi
 
 export PKG_CONFIG_PATH=$folder/prefix/share/pkgconfig
 [ "$(pkg-config --modversion kvplane)" = "$version" ]
