@@ -5,14 +5,13 @@
 // kvplane::Error; with -fno-exceptions it goes to stderr and the program aborts.
 #pragma once
 
-#include <sstream>
+#include <concepts>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
-#if !defined(__cpp_exceptions)
-#include <cstdio>
-#include <cstdlib>
-#endif
+#include "kvplane/compiled.hpp"
 
 namespace kvplane {
 
@@ -64,19 +63,46 @@ class Error : public std::runtime_error {
     ErrorCode code_;
 };
 
-/// Refuses: throws Error, or aborts with the same sentence where exceptions are off. The parts are
-/// streamed one after another: fail(ErrorCode::shape, "keys: ", 3, " rows, expected 4").
+namespace detail {
+
+/// One part of a sentence: text, a character or a number.
+class Part {
+  public:
+    Part(const char* text) noexcept : kind_(Kind::text), text_(text) {}
+    Part(std::string_view text) noexcept : kind_(Kind::text), text_(text) {}
+    Part(const std::string& text) noexcept : kind_(Kind::text), text_(text) {}
+    Part(char character) noexcept : kind_(Kind::character), character_(character) {}
+    template <std::signed_integral Number>
+    Part(Number number) noexcept : kind_(Kind::signed_number), signed_(number) {}
+    template <std::unsigned_integral Number>
+    Part(Number number) noexcept : kind_(Kind::unsigned_number), unsigned_(number) {}
+    Part(double number) noexcept : kind_(Kind::real_number), real_(number) {}
+    Part(float number) noexcept : Part(static_cast<double>(number)) {}
+
+    /// Numbers look as std::ostream prints them: real ones with six significant digits.
+    void append_to(std::string& sentence) const;
+
+  private:
+    enum class Kind : unsigned char { text, character, signed_number, unsigned_number, real_number };
+    Kind kind_;
+    union {
+        std::string_view text_;
+        char character_;
+        long long signed_;
+        unsigned long long unsigned_;
+        double real_;
+    };
+};
+
+[[noreturn]] void refuse(ErrorCode code, std::initializer_list<Part> parts);
+
+}  // namespace detail
+
+/// Refuses: throws Error, or aborts with the same sentence where exceptions are off. The parts follow one
+/// another: fail(ErrorCode::shape, "keys: ", 3, " rows, expected 4").
 template <class... Parts>
 [[noreturn]] void fail(ErrorCode code, const Parts&... parts) {
-    std::ostringstream sentence;
-    sentence << "kvplane: ";
-    (sentence << ... << parts);
-#if defined(__cpp_exceptions)
-    throw Error(code, sentence.str());
-#else
-    std::fprintf(stderr, "%s (%s)\n", sentence.str().c_str(), name(code));
-    std::abort();
-#endif
+    detail::refuse(code, {detail::Part(parts)...});
 }
 
 /// fail() unless the condition holds. The parts are only put together when it does not.
@@ -87,3 +113,7 @@ void require(bool condition, ErrorCode code, const Parts&... parts) {
 }
 
 }  // namespace kvplane
+
+#if !defined(KVPLANE_COMPILED)
+#include "kvplane/impl/error.hpp"
+#endif
