@@ -58,6 +58,19 @@ inline std::vector<NamedMatrix> difficult_matrices(kvplane::Index tokens, kvplan
     };
 }
 
+/// fp16 numbers of the scales 2^0 to 2^-24, the smallest of them subnormal fp16.
+inline std::vector<NamedMatrix> half_matrices(kvplane::Index tokens, kvplane::Index channels,
+                                              Random& random) {
+    std::vector<NamedMatrix> matrices;
+    for (int scale = 0; scale <= 24; ++scale)
+        matrices.push_back(
+            {"2^-" + std::to_string(scale),
+             kvplane::Matrix((std::ldexp(1.0f, -scale) * normal_matrix(tokens, channels, random))
+                                 .cast<Eigen::half>()
+                                 .cast<float>())});
+    return matrices;
+}
+
 /// Runs body(isa) with every instruction set of this machine forced, and fails if that was none.
 template <class Body>
 void for_each_isa(const Body& body) {

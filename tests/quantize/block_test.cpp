@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 
+#include "flushed_subnormals.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
@@ -42,7 +43,8 @@ struct Result {
     }
 };
 
-Result quantized(BlockQuantizer& quantizer, const Matrix& values, const GridRule& rule, int bits) {
+template <class Input>
+Result quantized(BlockQuantizer& quantizer, const Input& values, const GridRule& rule, int bits) {
     Codes codes = Codes::Constant(values.rows(), values.cols(), 0xEE);
     quantizer.quantize(head_rows(values), "block", 0, 0, values.rows(), 0, values.cols(), rule, bits,
                        codes.data(), codes.cols());
@@ -92,6 +94,30 @@ TEST(BlockQuantizer, IsTheSameAfterAnyOtherBlock) {
                     }
                 }
         }
+}
+
+/// Where another library makes the thread flush subnormal numbers, fp16 input gets the same codes and grids.
+TEST(BlockQuantizer, GivesTheSameWithSubnormalsFlushed) {
+    if (!kvplane_test::can_flush_subnormals) GTEST_SKIP() << "no such mode known for this processor";
+    Random random(kvplane_test::seed());
+    for (const auto& [scale, values] : kvplane_test::half_matrices(40, 48, random)) {
+        const RowMajorMatrix<Eigen::half> halves = values.cast<Eigen::half>();
+        kvplane_test::for_each_isa([&](kvplane::Isa) {
+            for (const GridRule& rule : all_rules())
+                for (const int bits : {2, 5}) {
+                    SCOPED_TRACE(scale + ", " + name(rule.granularity) + " " + std::to_string(rule.group) +
+                                 ", " + name(rule.scheme) + ", " + std::to_string(bits) + " bits");
+                    BlockQuantizer quantizer;
+                    const Result expected = quantized(quantizer, values, rule, bits);
+                    const auto flushed = [&](const auto& input) {
+                        return kvplane_test::with_flushed_subnormals(
+                            [&] { return quantized(quantizer, input, rule, bits); });
+                    };
+                    EXPECT_TRUE(flushed(values) == expected) << "from fp32";
+                    EXPECT_TRUE(flushed(halves) == expected) << "from fp16";
+                }
+        });
+    }
 }
 
 /// A part of the rows is quantized like that part alone, and nothing around the codes is written.

@@ -211,31 +211,6 @@ TEST(Kernels, WidenEveryHalf) {
 TEST(Kernels, WidenEveryBfloat16) {
     widens_every_pattern<Eigen::bfloat16>();
 }
-/// The other way to widen gives the same, and no operand of it is subnormal.
-TEST(Kernels, WidenEveryHalfWithoutSubnormalOperands) {
-    std::vector<Eigen::half> all(65536);
-    for (int i = 0; i < 65536; ++i)
-        all[static_cast<std::size_t>(i)] = from_bits<Eigen::half>(static_cast<std::uint16_t>(i));
-    for_each_isa([&](Isa isa) {
-        std::vector<float> wide(all.size());
-        kvplane::run_on(isa, [from = all.data(), to = wide.data()](auto lanes) KVPLANE_BODY {
-            for (int i = 0; i < 65536; i += lanes) {
-                kvplane::detail::quantize::Floats<lanes> x;
-                kvplane::detail::quantize::widen_subnormals<lanes>(x, from + i);
-                kvplane::detail::quantize::store(to + i, x);
-            }
-        });
-        for (std::size_t i = 0; i < all.size(); ++i) {
-            const auto expected = static_cast<float>(all[i]);
-            if (std::isfinite(expected)) {
-                ASSERT_EQ(bits_of(wide[i]), bits_of(expected)) << i;
-            } else {
-                ASSERT_GE(std::abs(wide[i]), 65536.0f) << i;
-            }
-        }
-    });
-}
-
 // -- Fits -------------------------------------------------------------------------------------------------
 
 /// Extremes of many groups against fit_grid, all five arrays.

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "flushed_subnormals.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
@@ -212,6 +213,30 @@ TEST(Quantize, IsTheSameOnEveryInstructionSet) {
                 SCOPED_TRACE(method.text());
                 expect_definition(method, input, 3);
             });
+}
+
+/// Where another library makes the thread flush subnormal numbers, fp16 input is read back as ever.
+TEST(Quantize, IsTheSameWithSubnormalsFlushed) {
+    if (!kvplane_test::can_flush_subnormals) GTEST_SKIP() << "no such mode known for this processor";
+    Random random(kvplane_test::seed());
+    for (const auto& [scale, values] : kvplane_test::half_matrices(40, 48, random)) {
+        const RowMajorMatrix<Eigen::half> halves = values.cast<Eigen::half>();
+        for (const Method& method : all_methods({2, 3, 4, 8}))
+            kvplane_test::for_each_isa([&](kvplane::Isa) {
+                SCOPED_TRACE(scale + ", " + method.text());
+                const Quantized expected = quantized(method, values);
+                const Quantized flushed =
+                    kvplane_test::with_flushed_subnormals([&] { return quantized(method, halves); });
+                EXPECT_EQ(differing(flushed.dequantize(), expected.dequantize()), 0) << "quantized";
+                for (int depth = 1; depth <= method.bits; ++depth)
+                    EXPECT_EQ(differing(kvplane_test::with_flushed_subnormals(
+                                            [&] { return expected.dequantize(depth); }),
+                                        expected.dequantize(depth)),
+                              0)
+                        << "read at " << depth << " bits";
+                EXPECT_EQ(flushed.error_bound(), expected.error_bound());
+            });
+    }
 }
 
 TEST(Quantize, OneGroupForAllTokensMayBeAskedForByAnyLargeNumber) {

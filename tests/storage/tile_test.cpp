@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "flushed_subnormals.hpp"
 #include "kvplane/quantize/scalar.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
@@ -66,7 +67,8 @@ struct DocumentedTile {
         for (const ChannelSegment& segment : of_segments) {
             const Index size = segment.channels;
             const int bits = segment.bits;
-            DocumentedSegment s{channels, size, bits, segment.scheme.value_or(rule.scheme), {}, 0, 0, 0, {}, 0};
+            DocumentedSegment s{channels, size, bits, segment.scheme.value_or(rule.scheme), {}, 0, 0,
+                                0,        {},   0};
             s.planes = bits == 16 ? std::vector<int>{8, 4, 4} : planes[static_cast<std::size_t>(bits)];
             if (bits >= 1 && bits <= 8) {
                 s.grids =
@@ -283,8 +285,7 @@ TEST(TileFormat, StatesTrueBits) {
     EXPECT_EQ(bits(TileSide::values, 64, 16, token), 16.0);
     EXPECT_EQ(bits(TileSide::keys, 64, 16, token), 16.0 + 8.0 / 128.0) << "a byte a channel";
     EXPECT_EQ(bits(TileSide::keys, 64, 0, channel), 0.0);
-    EXPECT_EQ(bits(TileSide::keys, 72, 4, channel), 4.0 + 320.0 * 8.0 / (128 * 72))
-        << "slack counts";
+    EXPECT_EQ(bits(TileSide::keys, 72, 4, channel), 4.0 + 320.0 * 8.0 / (128 * 72)) << "slack counts";
     EXPECT_EQ(TileFormat(TileSide::keys, Segments{}, channel).bytes(), 0);
     EXPECT_EQ(TileFormat(TileSide::keys, Segments{}, channel).bits_per_element(), 0.0);
 }
@@ -556,6 +557,24 @@ TEST(TileDecode, EveryFp16Value) {
                 if (depth < 16) continue;
                 ASSERT_EQ(differing(close, halves.cast<float>()), 0);
             }
+        }
+}
+
+/// Where another library makes the thread flush subnormal numbers, fp16 input gives the same bytes, and they
+/// are read as ever.
+TEST(TileEncode, GivesTheSameWithSubnormalsFlushed) {
+    if (!kvplane_test::can_flush_subnormals) GTEST_SKIP() << "no such mode known for this processor";
+    Random random(kvplane_test::seed());
+    const std::vector<GridRule> rules{{Granularity::per_channel, 32}, {Granularity::per_token, 32}};
+    for (const Case& c : all_cases({40}, rules))
+        for (const auto& [scale, values] : kvplane_test::half_matrices(128, c.channels(), random)) {
+            SCOPED_TRACE(c.text() + ", " + scale);
+            const Tile expected = encoded(c, values);
+            EXPECT_EQ(kvplane_test::with_flushed_subnormals([&] { return encoded(c, values); }), expected);
+            EXPECT_EQ(
+                differing(kvplane_test::with_flushed_subnormals([&] { return decoded(c, expected, 128); }),
+                          decoded(c, expected, 128)),
+                0);
         }
 }
 

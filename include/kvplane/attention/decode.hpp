@@ -54,7 +54,6 @@ using quantize::load;
 using quantize::store;
 using quantize::Vector;
 using quantize::widen;
-using quantize::widen_subnormals;
 using quantize::Words;
 
 /// Channels or tokens that the factors of a row are padded to: the depth of the deepest unit.
@@ -437,7 +436,7 @@ KVPLANE_INLINE void project_strips(const float* queries, Index query_stride, con
     Floats<Lanes> sums[rows][strips]{};
     for (Index c = 0; c < channels; ++c) {
         Floats<Lanes> column[strips];
-        for (int s = 0; s < strips; ++s) widen_subnormals<Lanes>(column[s], columns + c * kept + s * Lanes);
+        for (int s = 0; s < strips; ++s) widen<Lanes>(column[s], columns + c * kept + s * Lanes);
         for (int r = 0; r < rows; ++r)
             for (int s = 0; s < strips; ++s) sums[r][s] += column[s] * queries[r * query_stride + c];
     }

@@ -76,18 +76,12 @@ KVPLANE_INLINE void upper_halves(Ints<Lanes>& to, const void* from, std::index_s
     to = (Ints<Lanes>)__builtin_shufflevector(narrow, zero, (Place % 2 ? Place / 2 : Lanes)...);
 }
 
-/// fp16 bits moved to fp32's place, sign extended, and the exponent bias corrected by an exact product:
-/// subnormals come out right, infinities and NaN as 65536 and more, which is all the range check needs.
+/// fp16 to fp32, exactly. No operand and no result of the arithmetic is a subnormal fp32 number: a product
+/// with 2^112 would be shorter, but takes fp16's subnormals for zero where another library has set
+/// denormals-are-zero, and some processors a hundred times as long. Infinities and NaN come out as 65536 and
+/// more, which is all the range check needs.
 template <int Lanes>
 KVPLANE_INLINE void widen(Floats<Lanes>& to, const Eigen::half* from) {
-    Ints<Lanes> bits;
-    upper_halves<Lanes>(bits, from, std::make_index_sequence<2 * Lanes>{});
-    to = (Floats<Lanes>)((Words<Lanes>)(bits >> 3) & 0x8FFFE000u) * 0x1p112f;
-}
-/// The same for numbers of which many are subnormal: an operand that is takes some processors a hundred times
-/// as long, so this takes a difference of normal numbers.
-template <int Lanes>
-KVPLANE_INLINE void widen_subnormals(Floats<Lanes>& to, const Eigen::half* from) {
     Ints<Lanes> bits;
     upper_halves<Lanes>(bits, from, std::make_index_sequence<2 * Lanes>{});
     const Ints<Lanes> magnitude = (bits >> 3) & 0x0FFFE000;
