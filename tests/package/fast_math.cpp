@@ -1,0 +1,2 @@
+// Compiled with flags that kvplane refuses: the lowest header is enough to be told.
+#include "kvplane/error.hpp"
