@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "kvplane/quantize/kernels.hpp"
+#include "kvplane/simd/vector.hpp"
 
 namespace kvplane_bench {
 
@@ -18,13 +18,13 @@ namespace detail {
 /// Adds up a buffer in whole vectors, four streams at a time: nothing but loads.
 template <int Lanes>
 KVPLANE_INLINE std::uint64_t sum_words(const std::byte* data, std::size_t bytes) {
-    using Words = kvplane::detail::quantize::Words<Lanes>;
+    using Words = kvplane::detail::simd::Words<Lanes>;
     constexpr std::size_t step = sizeof(Words);
     Words sums[4]{};
     for (std::size_t at = 0; at + 4 * step <= bytes; at += 4 * step)
         for (std::size_t i = 0; i < 4; ++i) {
             Words words;
-            kvplane::detail::quantize::load(words, data + at + i * step);
+            kvplane::detail::simd::load(words, data + at + i * step);
             sums[i] += words;
         }
     const Words all = sums[0] + sums[1] + sums[2] + sums[3];

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 #include "kvplane/matrix.hpp"
 
 namespace kvplane_test {

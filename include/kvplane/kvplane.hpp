@@ -19,7 +19,7 @@
 #include "kvplane/cache/token_rows.hpp"
 #include "kvplane/compiled.hpp"
 #include "kvplane/error.hpp"
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/metrics.hpp"
 #include "kvplane/quantize/block.hpp"

@@ -1,5 +1,5 @@
 // The kernel for AVX-VNNI, in AVX-512VL's encoding of its one instruction where the machine has that alone.
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 
 #define KVPLANE_DPBUSD_256 _mm256_dpbusd_epi32
 #define KVPLANE_TARGET_DPBUSD_256 KVPLANE_TARGET_AVX512

@@ -349,9 +349,17 @@ Matrix decoded(Isa isa, const GridPlan& plan, const std::vector<std::uint8_t>& c
     if (plan.by_channel)
         decode_columns(isa, prefixes.data(), code_stride, plan.tokens, plan.channels, grids.lower.data(),
                        step.data(), values.data(), values.cols());
-    else
-        decode_rows(isa, prefixes.data(), code_stride, plan.tokens, plan.channels, plan.group,
-                    grids.lower.data(), step.data(), values.data(), values.cols());
+    else  // as containers do it: a row of grids for each token
+        for (Index t = 0; t < plan.tokens; ++t) {
+            std::vector<float> row_lower, row_step;
+            for (Index c = 0; c < plan.channels; ++c) {
+                row_lower.push_back(grids.lower[plan.grid(t, c)]);
+                row_step.push_back(step[plan.grid(t, c)]);
+            }
+            decode_columns(isa, prefixes.data() + t * code_stride, code_stride, 1, plan.channels,
+                           row_lower.data(), row_step.data(), values.data() + t * values.cols(),
+                           values.cols());
+        }
     return values;
 }
 

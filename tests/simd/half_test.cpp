@@ -1,5 +1,7 @@
 // fp16 arithmetic of vectors: every number widened, rounded and narrowed as Eigen does it one by one, on every
 // instruction set, and the same where the thread flushes subnormal numbers.
+#include "kvplane/simd/half.hpp"
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -7,13 +9,12 @@
 #include <vector>
 
 #include "flushed_subnormals.hpp"
-#include "kvplane/quantize/kernels.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
 namespace {
 
-namespace simd = kvplane::detail::quantize;
+namespace simd = kvplane::detail::simd;
 using kvplane::fp16_max;
 using kvplane::Index;
 using kvplane::Isa;

@@ -34,9 +34,11 @@
 #include "kvplane/allocate/precision_alignment.hpp"
 #include "kvplane/attention/dispatch.hpp"
 #include "kvplane/attention/half_planes.hpp"
-#include "kvplane/isa.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/kernels.hpp"
+#include "kvplane/simd/half.hpp"
+#include "kvplane/simd/isa.hpp"
+#include "kvplane/simd/vector.hpp"
 #include "kvplane/storage/tile.hpp"
 
 namespace kvplane {
@@ -48,72 +50,23 @@ inline constexpr Index fused_tiles = 4;
 
 namespace detail::fused {
 
-using quantize::Floats;
-using quantize::Ints;
-using quantize::load;
-using quantize::store;
-using quantize::Vector;
-using quantize::widen;
-using quantize::Words;
+using simd::by_rows;
+using simd::exponential;
+using simd::Floats;
+using simd::Ints;
+using simd::larger;
+using simd::load;
+using simd::plus;
+using simd::reduce_rows;
+using simd::store;
+using simd::sum_lanes;
+using simd::Vector;
+using simd::widen;
+using simd::Words;
 
 /// Channels or tokens that the factors of a row are padded to: the depth of the deepest unit.
 constexpr Index padded_depth(Index count) noexcept {
     return (count + 31) / 32 * 32;
-}
-
-/// Two vectors of `from` rows each, Lanes / from lanes a row, to one of 2 from rows.
-template <int Lanes, int from, class Combine, std::size_t... Place>
-KVPLANE_INLINE void merge_rows(Floats<Lanes>& to, const Floats<Lanes>& a, const Floats<Lanes>& b,
-                               const Combine& combine, std::index_sequence<Place...>) {
-    constexpr int half = Lanes / from / 2;
-    // Of both, the lower half of every row, and the upper.
-    const Floats<Lanes> low = __builtin_shufflevector(a, b, (Place / half * 2 * half + Place % half)...),
-                        high =
-                            __builtin_shufflevector(a, b, (Place / half * 2 * half + Place % half + half)...);
-    combine(to, low, high);
-}
-template <int Lanes, int width, class Combine, std::size_t... Place>
-KVPLANE_INLINE void fold_lanes(Floats<Lanes>& x, const Combine& combine,
-                               std::index_sequence<Place...> places) {
-    if constexpr (width > 1) {
-        const Floats<Lanes> other = __builtin_shufflevector(x, x, (Place ^ (width / 2))...);
-        combine(x, x, other);
-        fold_lanes<Lanes, width / 2>(x, combine, places);
-    }
-}
-/// The lanes of each of 4 rows combined to one number.
-template <int Lanes, class Combine>
-KVPLANE_INLINE void reduce_rows(const Floats<Lanes>* rows, float* to, const Combine& combine) {
-    constexpr auto places = std::make_index_sequence<Lanes>{};
-    Floats<Lanes> first, second, all;
-    merge_rows<Lanes, 1>(first, rows[0], rows[1], combine, places);
-    merge_rows<Lanes, 1>(second, rows[2], rows[3], combine, places);
-    merge_rows<Lanes, 2>(all, first, second, combine, places);
-    fold_lanes<Lanes, Lanes / 4>(all, combine, places);
-    for (int r = 0; r < 4; ++r) to[r] = all[r * (Lanes / 4)];
-}
-inline constexpr auto plus = [](auto& to, const auto& a, const auto& b) KVPLANE_BODY { to = a + b; };
-inline constexpr auto larger = [](auto& to, const auto& a, const auto& b)
-                                   KVPLANE_BODY { to = a < b ? b : a; };
-
-template <int Lanes>
-KVPLANE_INLINE float sum_lanes(const Floats<Lanes>& x) {
-    Floats<Lanes> all = x;
-    fold_lanes<Lanes, Lanes>(all, plus, std::make_index_sequence<Lanes>{});
-    return all[0];
-}
-
-/// Rows taken in step with each other, body(number of them, the first): 4 at a time, then what is left.
-template <class Body>
-KVPLANE_INLINE void by_rows(Index rows, const Body& body) {
-    Index row = 0;
-    for (; row + 4 <= rows; row += 4) body(LaneCount<4>{}, row);
-    if (rows - row == 3)
-        body(LaneCount<3>{}, row);
-    else if (rows - row == 2)
-        body(LaneCount<2>{}, row);
-    else if (rows - row == 1)
-        body(LaneCount<1>{}, row);
 }
 
 /// Factors of some rows: x step, rounded at a row's own scale.
@@ -201,7 +154,7 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
             load(x, from + at);
             const auto bits = (Words<Lanes>)(x * scale + magic);
             all += bits;
-            quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>((low ? low : high) + at),
+            simd::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>((low ? low : high) + at),
                                              (Ints<Lanes>)bits);
             Floats<Lanes> unread;
             if (f.unread && !low) {
@@ -220,7 +173,7 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
                 unreads[r] += (x * scale + magic - magic - of_high) * unread;
             }
             all_high += upper;
-            quantize::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(high + at), (Ints<Lanes>)upper);
+            simd::store_low_bytes<Lanes>(reinterpret_cast<std::uint8_t*>(high + at), (Ints<Lanes>)upper);
         };
         for (Index b = 0; b < active; ++b) {
             const Index at = unit_lanes * (f.active ? f.active[b] : b);
@@ -290,24 +243,6 @@ KVPLANE_INLINE void add_sums(const std::int32_t* high, const std::int32_t* low, 
             }
             store(to + b * unit_lanes + i, sum);
         }
-}
-
-/// x = e^x for x <= 0, to 3e-7 relative; 0 below -87.7, where numbers cease to be normal, -infinity included.
-template <int Lanes>
-KVPLANE_INLINE void exponential(Floats<Lanes>& x) {
-    constexpr float log2_e = 1.44269504f, magic = 12582912.0f;
-    // -88 gives 2^-127, whose bits are 0.
-    const Floats<Lanes> bounded = x < -88.0f ? Floats<Lanes>{} - 88.0f : x;
-    const Floats<Lanes> scaled = bounded * log2_e + magic;
-    const Floats<Lanes> f = bounded * log2_e - (scaled - magic);
-    // 2^f for |f| <= 1/2, the polynomial of least relative error (7.5e-8).
-    Floats<Lanes> p = f * 1.327647217e-3f + 9.675541331e-3f;
-    p = p * f + 5.550713273e-2f;
-    p = p * f + 0.2402211972f;
-    p = p * f + 0.6931469671f;
-    p = p * f + 1.000000072f;
-    const Ints<Lanes> power = ((Ints<Lanes>)scaled - (0x4B400000 - 127)) << 23;
-    x = p * (Floats<Lanes>)power;
 }
 
 /// x = e^(x - largest); returns the sum, lane by lane.

@@ -8,7 +8,7 @@
 #include "kvplane/attention/kernels/avx512.hpp"
 #include "kvplane/attention/kernels/neon.hpp"
 #include "kvplane/attention/kernels/scalar.hpp"
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 
 namespace kvplane::detail {
 

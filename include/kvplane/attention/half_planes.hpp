@@ -12,8 +12,7 @@
 #include <cstdint>
 
 #include "kvplane/attention/kernels/scalar.hpp"
-#include "kvplane/isa.hpp"
-#include "kvplane/quantize/kernels.hpp"
+#include "kvplane/simd/vector.hpp"
 #include "kvplane/storage/tile.hpp"
 
 namespace kvplane::detail::fused {
@@ -32,17 +31,17 @@ struct HalfBlock {
 /// sums[row] += the products of 8 values of 16 / Lanes vectors of lanes, of which `have` planes are read.
 template <int Lanes, int rows, int have>
 KVPLANE_INLINE void half_unit(const HalfBlock& block, Index unit, const float* const* factors,
-                              quantize::Floats<Lanes> (&sums)[rows][unit_lanes / Lanes]) {
-    using quantize::Floats;
-    using quantize::Ints;
-    using quantize::Words;
+                              simd::Floats<Lanes> (&sums)[rows][unit_lanes / Lanes]) {
+    using simd::Floats;
+    using simd::Ints;
+    using simd::Words;
     for (int v = 0; v < unit_lanes / Lanes; ++v) {
         Words<Lanes> first[2], second{}, third{};
         const Index at = unit * unit_bytes + v * Lanes * 4;
-        quantize::load(first[0], block.plane[0] + unit * unit_bytes + at);
-        quantize::load(first[1], block.plane[0] + (unit + 1) * unit_bytes + at);
-        if constexpr (have > 1) quantize::load(second, block.plane[1] + at);
-        if constexpr (have > 2) quantize::load(third, block.plane[2] + at);
+        simd::load(first[0], block.plane[0] + unit * unit_bytes + at);
+        simd::load(first[1], block.plane[0] + (unit + 1) * unit_bytes + at);
+        if constexpr (have > 1) simd::load(second, block.plane[1] + at);
+        if constexpr (have > 2) simd::load(third, block.plane[2] + at);
 #pragma GCC unroll 8
         for (int i = 0; i < half_depth; ++i) {
             // Bits 31 (sign) and 27 to 21, then 20 to 17, then 16 to 13.
@@ -63,7 +62,7 @@ KVPLANE_INLINE void half_unit(const HalfBlock& block, Index unit, const float* c
 template <int Lanes, int rows, int have>
 KVPLANE_INLINE void half_units(const HalfBlock& block, const UnitsByDepth& units, const UnitsByDepth& ahead,
                                const float* const* factors,
-                               quantize::Floats<Lanes> (&sums)[rows][unit_lanes / Lanes]) {
+                               simd::Floats<Lanes> (&sums)[rows][unit_lanes / Lanes]) {
     const Index count = units.count[have], fetched = ahead.count[have];
     for (Index i = 0; i < std::max(count, fetched); ++i) {
         if (i < fetched) {
@@ -86,7 +85,7 @@ KVPLANE_INLINE void half_block(const HalfBlock& block, const UnitsByDepth& units
                                const float* factors, Index stride, bool fresh, const float* more, float* to,
                                Index to_stride) {
     constexpr int vectors = unit_lanes / Lanes;
-    quantize::Floats<Lanes> sums[rows][vectors]{};
+    simd::Floats<Lanes> sums[rows][vectors]{};
     const float* row[rows];
     for (int r = 0; r < rows; ++r) row[r] = factors + r * stride;
     half_units<Lanes, rows, 3>(block, units, ahead, row, sums);
@@ -95,14 +94,14 @@ KVPLANE_INLINE void half_block(const HalfBlock& block, const UnitsByDepth& units
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < vectors; ++v) {
             float* const at = to + r * to_stride + v * Lanes;
-            quantize::Floats<Lanes> sum = sums[r][v] * half_factor, there;
+            simd::Floats<Lanes> sum = sums[r][v] * half_factor, there;
             if (fresh) {
                 if (more) sum += more[r];
             } else {
-                quantize::load(there, at);
+                simd::load(there, at);
                 sum += there;
             }
-            quantize::store(at, sum);
+            simd::store(at, sum);
         }
 }
 

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/quantize/kernels.hpp"

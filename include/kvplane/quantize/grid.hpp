@@ -18,12 +18,12 @@
 // that value rounded to fp16 (symmetric: unless it is zero, it keeps a step like any other).
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 #include "kvplane/error.hpp"
+#include "kvplane/simd/half.hpp"
 
 namespace kvplane {
 
@@ -50,22 +50,6 @@ constexpr const char* name(Scheme scheme) noexcept {
 /// bits spends so much of the range on them that exact cells are better.
 constexpr Scheme scheme_for(int bits) noexcept {
     return bits <= 2 ? Scheme::cell : Scheme::min_max;
-}
-
-/// The largest finite fp16 magnitude; inputs beyond it are refused.
-inline constexpr float fp16_max = 65504.0f;
-
-/// The nearest fp16 values not above and not below x, for |x| <= fp16_max; infinite beyond it.
-inline Eigen::half half_below(float x) {
-    Eigen::half h(x);
-    if (static_cast<float>(h) <= x) return h;
-    const std::uint16_t bits = h.x;
-    if (bits == 0x0000) return Eigen::numext::bit_cast<Eigen::half>(std::uint16_t{0x8001});
-    return Eigen::numext::bit_cast<Eigen::half>(
-        static_cast<std::uint16_t>((bits & 0x8000) ? bits + 1 : bits - 1));
-}
-inline Eigen::half half_above(float x) {
-    return -half_below(-x);
 }
 
 /// 2^exponent as float, exactly, for small exponents.

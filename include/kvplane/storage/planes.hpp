@@ -22,7 +22,7 @@
 #include <cstring>
 
 #include "kvplane/error.hpp"
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 
 namespace kvplane {
 

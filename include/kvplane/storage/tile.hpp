@@ -39,7 +39,7 @@
 #include <vector>
 
 #include "kvplane/error.hpp"
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/block.hpp"
 #include "kvplane/quantize/grid.hpp"
@@ -264,13 +264,13 @@ void unpack_key_plane(const std::byte* plane, Index channels, bool first, std::u
     }
 }
 
-using Bytes16 = quantize::Vector<std::uint8_t, 16>;
+using Bytes16 = simd::Vector<std::uint8_t, 16>;
 
 /// Four rows of 16 bytes to 16 lanes of 4 bytes: what stands at byte j of a lane comes from row j.
 inline void interleave_rows(const Bytes16 (&row)[4], std::byte* unit) noexcept {
 #define KVPLANE_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define KVPLANE_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-    using Pairs = quantize::Vector<std::uint16_t, 8>;
+    using Pairs = simd::Vector<std::uint16_t, 8>;
     const Bytes16 even[2] = {__builtin_shufflevector(row[0], row[1], KVPLANE_LOW),
                              __builtin_shufflevector(row[0], row[1], KVPLANE_HIGH)};
     const Bytes16 odd[2] = {__builtin_shufflevector(row[2], row[3], KVPLANE_LOW),
@@ -279,8 +279,8 @@ inline void interleave_rows(const Bytes16 (&row)[4], std::byte* unit) noexcept {
 #undef KVPLANE_HIGH
     for (int i = 0; i < 2; ++i) {
         const auto a = (Pairs)even[i], b = (Pairs)odd[i];
-        quantize::store(unit + 32 * i, __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11));
-        quantize::store(unit + 32 * i + 16, __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15));
+        simd::store(unit + 32 * i, __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11));
+        simd::store(unit + 32 * i + 16, __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15));
     }
 }
 
@@ -289,7 +289,7 @@ inline void separate_rows(const std::byte* unit, Bytes16 (&row)[4]) noexcept {
 #define KVPLANE_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define KVPLANE_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
     Bytes16 part[4];
-    for (int i = 0; i < 4; ++i) quantize::load(part[i], unit + 16 * i);
+    for (int i = 0; i < 4; ++i) simd::load(part[i], unit + 16 * i);
     const Bytes16 even[2] = {__builtin_shufflevector(part[0], part[1], KVPLANE_EVEN),
                              __builtin_shufflevector(part[2], part[3], KVPLANE_EVEN)};
     const Bytes16 odd[2] = {__builtin_shufflevector(part[0], part[1], KVPLANE_ODD),
@@ -312,7 +312,7 @@ void pack_value_plane(CodeRows from, Index channels, int shift, std::byte* plane
             Bytes16 row[4]{};
             for (Index i = 0; i < depth; ++i) {
                 Bytes16 codes;
-                quantize::load(codes, from.codes + (t + i) * from.stride + c);
+                simd::load(codes, from.codes + (t + i) * from.stride + c);
                 row[i % 4] |= (codes >> static_cast<std::uint8_t>(shift) & mask)
                               << static_cast<std::uint8_t>(i / 4 * width);
             }
@@ -334,10 +334,10 @@ void unpack_value_plane(const std::byte* plane, Index channels, bool first, std:
                 std::uint8_t* at = codes + (t + i) * stride + c;
                 Bytes16 high{};
                 if (!first) {
-                    quantize::load(high, at);
+                    simd::load(high, at);
                     high <<= static_cast<std::uint8_t>(width % 8);
                 }
-                quantize::store(at, high | (row[i % 4] >> static_cast<std::uint8_t>(i / 4 * width) & mask));
+                simd::store(at, high | (row[i % 4] >> static_cast<std::uint8_t>(i / 4 * width) & mask));
             }
         }
 }

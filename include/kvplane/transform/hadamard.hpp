@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "kvplane/error.hpp"
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/kernels.hpp"
 
@@ -26,17 +26,17 @@ namespace detail {
 /// (a, b) to (a + b, a - b), vector by vector.
 template <int Lanes>
 KVPLANE_INLINE void butterfly(float* a, float* b) {
-    quantize::Floats<Lanes> x, y;
-    quantize::load(x, a);
-    quantize::load(y, b);
-    quantize::store(a, x + y);
-    quantize::store(b, x - y);
+    simd::Floats<Lanes> x, y;
+    simd::load(x, a);
+    simd::load(y, b);
+    simd::store(a, x + y);
+    simd::store(b, x - y);
 }
 template <int Lanes, int half, std::size_t... Lane>
-KVPLANE_INLINE void butterflies_of(quantize::Floats<Lanes>& x, std::index_sequence<Lane...> lanes) {
+KVPLANE_INLINE void butterflies_of(simd::Floats<Lanes>& x, std::index_sequence<Lane...> lanes) {
     if constexpr (half < Lanes) {
-        const quantize::Floats<Lanes> other = __builtin_shufflevector(x, x, (Lane ^ half)...);
-        const quantize::Floats<Lanes> sign = {(Lane & half ? -1.0f : 1.0f)...};
+        const simd::Floats<Lanes> other = __builtin_shufflevector(x, x, (Lane ^ half)...);
+        const simd::Floats<Lanes> sign = {(Lane & half ? -1.0f : 1.0f)...};
         x = other + x * sign;
         butterflies_of<Lanes, 2 * half>(x, lanes);
     }
@@ -58,27 +58,27 @@ KVPLANE_INLINE void hadamard(float* x, Index size, float scale, const float* sig
         for (Index i = 0; i < size; ++i) x[i] = x[i] * scale * (signs_after ? signs_after[i] : 1.0f);
         return;
     }
-    quantize::Floats<Lanes> value, sign;
+    simd::Floats<Lanes> value, sign;
     for (Index i = 0; i < size; i += Lanes) {
-        quantize::load(value, x + i);
+        simd::load(value, x + i);
         if (signs_before) {
-            quantize::load(sign, signs_before + i);
+            simd::load(sign, signs_before + i);
             value *= sign;
         }
         butterflies_of<Lanes, 1>(value, std::make_index_sequence<Lanes>{});
-        quantize::store(x + i, value);
+        simd::store(x + i, value);
     }
     for (Index half = Lanes; half < size; half *= 2)
         for (Index block = 0; block < size; block += 2 * half)
             for (Index i = block; i < block + half; i += Lanes) butterfly<Lanes>(x + i, x + i + half);
     for (Index i = 0; i < size; i += Lanes) {
-        quantize::load(value, x + i);
+        simd::load(value, x + i);
         value *= scale;
         if (signs_after) {
-            quantize::load(sign, signs_after + i);
+            simd::load(sign, signs_after + i);
             value *= sign;
         }
-        quantize::store(x + i, value);
+        simd::store(x + i, value);
     }
 }
 /// Every block of the diagonal, of one head.

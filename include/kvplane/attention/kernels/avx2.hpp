@@ -6,7 +6,7 @@
 // 2^15 - 2^12 at most. Sums are exact.
 #pragma once
 
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 
 #if defined(KVPLANE_X86)
 #include <immintrin.h>

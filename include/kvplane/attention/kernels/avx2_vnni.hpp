@@ -6,7 +6,7 @@
 // defines both macros below and so runs the same kernel.
 #pragma once
 
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 
 #if defined(KVPLANE_X86)
 #include <immintrin.h>

@@ -5,7 +5,7 @@
 // to 5 cycles. Sums are exact.
 #pragma once
 
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 
 #if defined(KVPLANE_X86)
 #include <immintrin.h>

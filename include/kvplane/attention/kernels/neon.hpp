@@ -4,7 +4,7 @@
 // sums are exact.
 #pragma once
 
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 
 #if defined(KVPLANE_NEON)
 #include <arm_neon.h>

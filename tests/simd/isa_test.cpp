@@ -1,8 +1,9 @@
 // Instruction sets: what is listed, what a name stands for, that forcing one makes it run, and what the
 // environment variable KVPLANE_ISA does to a process that starts with it.
-#include "kvplane/isa.hpp"
+#include "kvplane/simd/isa.hpp"
 
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -107,7 +108,9 @@ TEST(RunOn, RunsTheBodyOfThatInstructionSet) {
     for (const Isa isa : supported_isas()) {
         const int lanes = kvplane::run_on(isa, [](auto count) KVPLANE_BODY { return int{count}; });
         EXPECT_EQ(lanes, isa == Isa::avx512 ? 16 : isa >= Isa::avx2 ? 8 : 4) << name(isa);
+        EXPECT_EQ(lanes, kvplane::all_isas[static_cast<std::size_t>(isa)].lanes) << name(isa);
     }
+    EXPECT_EQ(kvplane::run_on(static_cast<Isa>(99), [](auto count) KVPLANE_BODY { return int{count}; }), 4);
 }
 
 // -- KVPLANE_ISA ------------------------------------------------------------------------------------------
@@ -157,6 +160,13 @@ TEST_F(KvplaneIsaVariable, NamesTheOneToUse) {
 TEST_F(KvplaneIsaVariable, IsRefusedWhenUnknown) {
     expect_exit("sse9", 100, "instruction set 'sse9': expected scalar, neon, avx2, avx2_vnni or avx512");
     expect_exit("AVX2", 100, "'AVX2'");
+}
+/// A program that ends because the first to ask must not throw ends with the sentence all the same.
+TEST_F(KvplaneIsaVariable, IsRefusedWithASentenceWhereNothingMayBeThrown) {
+    setenv("KVPLANE_ISA", "sse9", 1);
+    const auto ask = []() noexcept { return current_isa(); };
+    EXPECT_EXIT(ask(), testing::KilledBySignal(SIGABRT), "kvplane: KVPLANE_ISA: instruction set 'sse9'");
+    unsetenv("KVPLANE_ISA");
 }
 
 }  // namespace
