@@ -14,7 +14,8 @@
 #include <vector>
 
 #include "bandwidth.hpp"
-#include "kvplane/cache/configuration.hpp"
+#include "kvplane/latent/coder.hpp"
+#include "kvplane/latent/fit.hpp"
 
 namespace {
 

@@ -307,12 +307,12 @@ SpectrumReport report_spectrum(const Layer& layer, const std::vector<Measurement
     const LatentRecipe two = *recipes::parse("svdq:2").latents, less = *recipes::parse("svdq:1.25").latents;
     const LatentStatistics all = statistics(layer, layer.keys.rows(), layer.queries.rows());
     const LatentBasis basis = fit_latent_basis(all, &*layer.configuration.rope, two.basis);
-    const LatentBasis::Part& part = basis.parts().front();
+    const LatentBasis::Subspace& subspace = basis.subspaces().front();
     SpectrumReport report;
-    report.decay = theory::fitted_decay(part.spectrum.head(part.rank));
+    report.decay = theory::fitted_decay(subspace.spectrum.head(subspace.rank));
     report.gain = theory::svdq_gain(report.decay);
     for (const LatentRecipe& recipe : {two, less})
-        report.rates.push_back(rate_error(part.spectrum, recipe.groups));
+        report.rates.push_back(rate_error(subspace.spectrum, recipe.groups));
     const double by_channel = find(measured, "key_favored:2:16").key_error;
     report.measured_gain = std::pow(find(measured, svdq.recipe).key_error / by_channel, 2);
     report.measured_own_gain = std::pow(measure(layer, svdq, all, pool).key_error / by_channel, 2);

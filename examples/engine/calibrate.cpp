@@ -5,8 +5,8 @@
 #include "engine/command_line.hpp"
 #include "engine/model.hpp"
 #include "engine/tokenizer.hpp"
-#include "kvplane/cache/configuration.hpp"
 #include "kvplane/io/latent_file.hpp"
+#include "kvplane/latent/fit.hpp"
 #include "kvplane/recipes.hpp"
 
 namespace {

@@ -13,11 +13,11 @@
 #include <utility>
 #include <vector>
 
-#include "kvplane/allocate/latent_schedule.hpp"
 #include "kvplane/io/safetensors.hpp"
+#include "kvplane/latent/basis.hpp"
+#include "kvplane/latent/schedule.hpp"
 #include "kvplane/quantize/scalar.hpp"
 #include "kvplane/theory/bounds.hpp"
-#include "kvplane/transform/latent_basis.hpp"
 #include "real_layers.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
@@ -55,11 +55,11 @@ LatentBasis svdq_basis(const Matrix& keys) {
 }
 /// Its latents, of variance lambda: L = (K - mean) U.
 Matrix latents_of(const LatentBasis& basis, const Matrix& keys) {
-    const Eigen::RowVectorXf deviation = basis.parts()[0].spectrum.cwiseSqrt().transpose().cast<float>();
+    const Eigen::RowVectorXf deviation = basis.subspaces()[0].spectrum.cwiseSqrt().transpose().cast<float>();
     return basis.encode(BeforeRope{keys, 0}).array().rowwise() * deviation.array();
 }
 Matrix keys_of(const LatentBasis& basis, const Matrix& latents) {
-    Eigen::RowVectorXf inverse = basis.parts()[0].spectrum.cwiseSqrt().transpose().cast<float>();
+    Eigen::RowVectorXf inverse = basis.subspaces()[0].spectrum.cwiseSqrt().transpose().cast<float>();
     for (float& x : inverse) x = x > 0.0f ? 1.0f / x : 0.0f;
     return basis.decode<KeyFrame::before_rope>(Matrix(latents.array().rowwise() * inverse.array()), 0).rows;
 }
@@ -129,7 +129,7 @@ TEST(T6, TruncationIsEckartYoung) {
         const auto tokens = static_cast<double>(keys.rows());
         const Index channels = keys.cols();
         const LatentBasis basis = svdq_basis(keys);
-        const Eigen::VectorXd& spectrum = basis.parts()[0].spectrum;
+        const Eigen::VectorXd& spectrum = basis.subspaces()[0].spectrum;
         const Matrix latents = latents_of(basis, keys);
         EXPECT_NEAR(
             squared_distance(latents, Matrix::Zero(keys.rows(), channels)) / (tokens * spectrum.sum()), 1.0,
@@ -158,7 +158,7 @@ TEST(T6, NoProjectionDoesBetter) {
     const LatentBasis basis = svdq_basis(keys);
     const MatrixD centered = keys.cast<double>().rowwise() - keys.cast<double>().colwise().mean();
     const Eigen::VectorXd singular = Eigen::JacobiSVD<Eigen::MatrixXd>(centered).singularValues();
-    EXPECT_LT((basis.parts()[0].spectrum * 200.0 - singular.cwiseAbs2()).cwiseAbs().maxCoeff(),
+    EXPECT_LT((basis.subspaces()[0].spectrum * 200.0 - singular.cwiseAbs2()).cwiseAbs().maxCoeff(),
               1e-9 * singular[0] * singular[0]);
     for (const Index kept : {1, 5, 20}) {
         const double least = theory::truncation_error(singular.cwiseAbs2(), kept);
@@ -181,7 +181,7 @@ TEST(T6, IsTheFormula) {
     refusal(ErrorCode::not_finite, [] { theory::truncation_error(Eigen::Vector2d(NAN, 1.0), 1); });
 }
 
-// -- T6b (on a real model: transform/latent_basis_test.cpp)
+// -- T6b (on a real model: latent/basis_test.cpp)
 // --------------------------------------------------
 
 TEST(T6b, IsTheFormula) {
@@ -207,14 +207,14 @@ TEST(T6b, HoldsForDrawnQueries) {
     for (const bool weighted : {false, true}) {
         const LatentBasis basis = kvplane::fit_latent_basis(
             statistics, nullptr, {.frame = KeyFrame::before_rope, .query_weighted = weighted});
-        const LatentBasis::Part& part = basis.parts()[0];
+        const LatentBasis::Subspace& subspace = basis.subspaces()[0];
         const Matrix latents = basis.encode(BeforeRope{keys, 0});
         const Matrix close = quantized(latents, spread(two_bits, 32));
         const MatrixD error = (keys - basis.decode<KeyFrame::before_rope>(close, 0).rows).cast<double>();
         const double measured = (fresh.cast<double>() * error.transpose()).squaredNorm() / (2048.0 * 1024.0);
         const Eigen::VectorXd errors =
             (latents - close).cast<double>().colwise().squaredNorm().transpose() / 1024.0;
-        const double predicted = theory::expected_score_error(part.spectrum, errors);
+        const double predicted = theory::expected_score_error(subspace.spectrum, errors);
         if (weighted) {
             EXPECT_NEAR(measured / predicted, 1.0, 0.05);
         }
@@ -228,7 +228,7 @@ TEST(T6b, HoldsForDrawnQueries) {
 TEST(T6b, EigenvectorsHaveTheLeastGeometricMean) {
     Random random(kvplane_test::seed());
     const Matrix keys = synthetic_keys(decaying(24, 4.0), 500, random);
-    const Eigen::VectorXd spectrum = svdq_basis(keys).parts()[0].spectrum;
+    const Eigen::VectorXd spectrum = svdq_basis(keys).subspaces()[0].spectrum;
     const MatrixD centered = keys.cast<double>().rowwise() - keys.cast<double>().colwise().mean();
     const MatrixD covariance = centered.transpose() * centered / 500.0;
     const double least = spectrum.array().log().mean();
@@ -263,7 +263,7 @@ Bounded svdq_in_cells(const Matrix& keys, std::span<const int> bits) {
     }
     // Grids cover 128 tokens: the bound is a sum over them, the truncated part counted once.
     double bound = 0;
-    const Eigen::VectorXd squared = basis.parts()[0].spectrum * static_cast<double>(keys.rows());
+    const Eigen::VectorXd squared = basis.subspaces()[0].spectrum * static_cast<double>(keys.rows());
     for (std::size_t group = 0; group < ranges.size(); ++group) {
         const Index count = std::min<Index>(128, keys.rows() - static_cast<Index>(group) * 128);
         bound += theory::svdq_error_bound(
@@ -386,7 +386,7 @@ TEST(T8, PredictsTheGainOnSyntheticLatents) {
             const double measured = measured_ratio(keys, spread(widths, 64), mean_bits);
             EXPECT_NEAR(measured / predicted, 1.0, 0.05);
         }
-        EXPECT_NEAR(theory::fitted_decay(svdq_basis(keys).parts()[0].spectrum), decay, 0.1);
+        EXPECT_NEAR(theory::fitted_decay(svdq_basis(keys).subspaces()[0].spectrum), decay, 0.1);
     }
 }
 
@@ -450,7 +450,7 @@ TEST(T8, OnARealModel) {
     for (const RealLayer& real : real_layers()) {
         SCOPED_TRACE(testing::Message() << "layer " << real.layer);
         const LatentBasis basis = svdq_basis(real.keys_before_rope);
-        const Eigen::VectorXd& spectrum = basis.parts()[0].spectrum;
+        const Eigen::VectorXd& spectrum = basis.subspaces()[0].spectrum;
         const double decay = theory::fitted_decay(spectrum),
                      tokens = static_cast<double>(real.keys_before_rope.rows());
         const double energy = tokens * spectrum.sum();
@@ -488,7 +488,7 @@ TEST(T8, OnARealModel) {
     }
 }
 
-// -- T9 (its table and all schedules: allocate/latent_schedule_test.cpp)
+// -- T9 (its table and all schedules: latent/schedule_test.cpp)
 // --------------------------------------
 
 TEST(T9, WaterFillsInReverse) {
@@ -552,7 +552,7 @@ TEST(T9, MeasuredErrorsStayAboveTheLimit) {
     Random random(kvplane_test::seed());
     const Matrix keys = synthetic_keys(decaying(64, 6.0), 2048, random);
     const LatentBasis basis = svdq_basis(keys);
-    const Eigen::VectorXd& spectrum = basis.parts()[0].spectrum;
+    const Eigen::VectorXd& spectrum = basis.subspaces()[0].spectrum;
     const Matrix latents = latents_of(basis, keys);
     for (const double true_bits : {0.75, 1.25, 2.0, 3.0, 5.0}) {
         const kvplane::LatentSchedule schedule = kvplane::best_schedule(spectrum, true_bits);

@@ -81,7 +81,7 @@ class KvCache::Reader {
                (side == 0 ? layout.key_at : layout.value_at)[static_cast<std::size_t>(head)];
     }
     const std::byte* latent_tile(const Run& run, Index head) const {
-        return tile(run, 0, cache_.state_.layout->latent->part_of_head(head));
+        return tile(run, 0, cache_.state_.layout->latent->subspace_of_head(head));
     }
 
     void projected_scores(const Run& run, const LatentKeys& keys, const Queries& queries, Index most,
@@ -180,16 +180,16 @@ inline void KvCache::Reader::projected_scores(const Run& run, const LatentKeys& 
     if (keys.frame() == KeyFrame::tile) keys.embedding().turn(turned_, -run.first);
     const Matrix* latents = nullptr;
     for (Index h = 0; h < queries.block.heads; ++h) {
-        const Index head = queries.block.first_head + h, part = keys.part_of_head(head),
+        const Index head = queries.block.first_head + h, subspace = keys.subspace_of_head(head),
                     at = keys.head_offset(head);
-        if (!latents || keys.parts() > 1)
-            latents = &latents_->latents(part, latent_tile(run, head), run.count);
+        if (!latents || keys.subspaces() > 1)
+            latents = &latents_->latents(subspace, latent_tile(run, head), run.count);
         const Index kept = std::min(most, latents->cols());
         const auto turned = turned_.middleRows(h * per_head, per_head);
-        projected_.noalias() = turned * latents_->decode_matrix(part).block(at, 0, dim, kept);
+        projected_.noalias() = turned * latents_->from_latents(subspace).block(at, 0, dim, kept);
         auto to = scores.middleRows(h * per_head, per_head);
         to.noalias() = projected_ * latents->leftCols(kept).transpose();
-        to.colwise() += turned * keys.part(part).mean.segment(at, dim).transpose();
+        to.colwise() += turned * keys.subspace(subspace).mean.segment(at, dim).transpose();
     }
 }
 
@@ -235,7 +235,7 @@ class KvCache::Blocked {
           output_(queries.rows(), cache.configuration_.query_heads * cache.dim(1)) {
         const LatentKeys* const keys = cache.latent_keys();
         // One part holds the latents of all heads, which so decode it together.
-        const Index heads = cache.configuration_.kv_heads, together = keys && keys->parts() == 1 ? heads : 1;
+        const Index heads = cache.configuration_.kv_heads, together = keys && keys->subspaces() == 1 ? heads : 1;
         for (Index head = 0; head < heads; head += together)
             for (Index first = 0; first < queries.rows(); first += block_tokens)
                 blocks_.push_back({head, together, first, std::min(block_tokens, queries.rows() - first)});

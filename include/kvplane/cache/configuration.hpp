@@ -7,12 +7,13 @@
 #include <string>
 #include <vector>
 
-#include "kvplane/cache/latent_keys.hpp"
 #include "kvplane/error.hpp"
+#include "kvplane/latent/fit.hpp"
+#include "kvplane/latent/keys.hpp"
+#include "kvplane/latent/schedule.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/block.hpp"
 #include "kvplane/storage/tile.hpp"
-#include "kvplane/transform/latent_basis.hpp"
 #include "kvplane/transform/rope.hpp"
 
 namespace kvplane {
@@ -24,26 +25,6 @@ struct SideRecipe {
     bool rotate = false;  ///< by a randomized Hadamard transform of each head
 
     bool operator==(const SideRecipe&) const = default;
-};
-
-/// Keys in latents instead of channels. The basis is part of the model (CacheConfiguration::latent_keys), or
-/// the cache fits one to the first tokens of its own sequence.
-struct LatentRecipe {
-    BasisSettings basis;
-    /// Widths of equal groups of latents, as SVDq gives them; empty: the best widths for `bits`.
-    std::vector<int> groups;
-    /// What keys may take where widths are chosen: as much as grids by channel of so many bits, which is a
-    /// quarter of a bit more, for 128 tokens share a grid of 32 bits. A basis of the cache's own is counted
-    /// in, spread over basis.context tokens.
-    double bits = 3.0;
-    /// Widths of given bases are chosen over all layers together, not for each at the same budget.
-    bool layers_together = true;
-    /// A basis of the cache's own covers all heads (basis.heads_together says so of one that is given). Its
-    /// bytes count, and are as many times more as there are heads.
-    bool own_heads_together = false;
-    Index fit_tokens = 512;  ///< tokens after the sinks that a basis of the cache's own is fitted to
-
-    bool operator==(const LatentRecipe&) const = default;
 };
 
 /// How a cache stores tokens. recipes.hpp has the named ones.
@@ -192,7 +173,7 @@ inline TileLayout tile_layout(const CacheConfiguration& c,
                       {},
                       {},
                       0};
-    const Index parts = layout.latent ? layout.latent->parts() : c.kv_heads;
+    const Index parts = layout.latent ? layout.latent->subspaces() : c.kv_heads;
     if (layout.latent)
         for (Index p = 0; p < parts; ++p) layout.keys.push_back(layout.latent->format(p));
     else
@@ -206,74 +187,6 @@ inline TileLayout tile_layout(const CacheConfiguration& c,
         take(layout.value_at, layout.values.bytes());
     }
     return layout;
-}
-
-namespace detail {
-
-/// The same schedule with no bits for what the statistics do not determine.
-inline void limit_to_rank(LatentSchedule& schedule, Index rank) {
-    const Index channels = schedule.channels();
-    Index left = rank;
-    std::vector<ChannelSegment> segments;
-    for (const ChannelSegment& segment : schedule.segments) {
-        const Index kept = segment.bits > 0 ? std::min(left, segment.channels) : 0;
-        if (kept > 0) segments.push_back({kept, segment.bits});
-        left -= kept;
-    }
-    schedule.segments = segments;
-    if (schedule.channels() < channels) schedule.segments.push_back({channels - schedule.channels(), 0});
-}
-
-}  // namespace detail
-
-/// Bases and widths of all layers of a model from their statistics, as the recipe asks. context_tokens: over
-/// how many tokens the basis' bytes are spread; 0: they do not count, as where the basis is part of the
-/// model. cut: latents that the statistics do not determine get no bits, where a schedule by groups that asks
-/// for them is refused else. Throws Error (shape, option) as fit_latent_basis, grouped_schedule and
-/// best_schedules do.
-inline std::vector<std::shared_ptr<const LatentKeys>> fit_latent_keys(
-    std::span<const LatentStatistics> layers, const std::optional<RopeSettings>& rope,
-    const LatentRecipe& recipe, Index context_tokens = 0, bool cut = false) {
-    std::vector<LatentBasis> bases;
-    std::vector<Eigen::VectorXd> spectra;
-    ScheduleSettings settings;
-    for (const LatentStatistics& layer : layers) {
-        bases.push_back(fit_latent_basis(layer, rope ? &*rope : nullptr, recipe.basis));
-        for (const LatentBasis::Part& part : bases.back().parts()) spectra.push_back(part.spectrum);
-    }
-    if (bases.empty()) return {};
-    const double tiles = static_cast<double>(context_tokens) / static_cast<double>(tile_tokens);
-    if (context_tokens > 0)
-        settings.basis_bytes_per_latent = static_cast<double>(bases[0].bytes_per_latent()) / tiles;
-    std::vector<LatentSchedule> schedules;
-    const std::size_t parts = bases[0].parts().size();
-    if (recipe.groups.empty()) {
-        const std::size_t together = recipe.layers_together ? spectra.size() : parts;
-        for (std::size_t first = 0; first < spectra.size(); first += together)
-            for (LatentSchedule& schedule :
-                 best_schedules(std::span(spectra).subspan(first, together), recipe.bits + 0.25, settings))
-                schedules.push_back(std::move(schedule));
-    } else {
-        for (const Eigen::VectorXd& spectrum : spectra)
-            schedules.push_back(grouped_schedule(spectrum, recipe.groups, settings));
-    }
-    std::vector<std::shared_ptr<const LatentKeys>> fitted;
-    // A run may end beyond the rank by less than a step; a cache of its own must take what keys it gets.
-    if (recipe.groups.empty() || cut)
-        for (std::size_t i = 0; i < schedules.size(); ++i)
-            detail::limit_to_rank(schedules[i], bases[i / parts].parts()[i % parts].rank);
-    for (std::size_t layer = 0; layer < bases.size(); ++layer)
-        fitted.push_back(std::make_shared<const LatentKeys>(
-            bases[layer], std::span(schedules).subspan(layer * parts, parts)));
-    return fitted;
-}
-
-/// Those of one layer.
-inline std::shared_ptr<const LatentKeys> fit_latent_keys(const LatentStatistics& statistics,
-                                                         const std::optional<RopeSettings>& rope,
-                                                         const LatentRecipe& recipe, Index context_tokens = 0,
-                                                         bool cut = false) {
-    return fit_latent_keys({&statistics, 1}, rope, recipe, context_tokens, cut).front();
 }
 
 }  // namespace kvplane

@@ -27,7 +27,7 @@ class KvCache::Fused {
           sink_rows_(cache.sink_rows()),
           window_rows_(cache.window_rows()) {
         const TileLayout* const layout = cache.state_.layout.get();
-        together_ = layout && layout->latent && layout->latent->parts() == 1 && heads_ > 1;
+        together_ = layout && layout->latent && layout->latent->subspaces() == 1 && heads_ > 1;
         const Index widest = std::max({key_dim_ * (together_ ? heads_ : 1), stride_, tile_tokens});
         work_.scratch_.resize(static_cast<std::size_t>(work_.executor().workers()));
         for (FusedScratch& scratch : work_.scratch_) scratch.reserve(widest);
@@ -394,7 +394,7 @@ class KvCache::Fused {
 
     Index part_of(Index head) const noexcept {
         const TileLayout& layout = *cache_.state_.layout;
-        return layout.latent ? layout.latent->part_of_head(head) : head;
+        return layout.latent ? layout.latent->subspace_of_head(head) : head;
     }
     Index parts() const noexcept { return static_cast<Index>(cache_.state_.layout->key_at.size()); }
     const std::uint8_t* first_look(Index part) const noexcept {
@@ -989,8 +989,8 @@ class KvCache::Fused {
     void project(Index head, Index row, Index rows, Index count, float* offsets,
                  FusedScratch& scratch) const noexcept {
         const LatentKeys& keys = *cache_.state_.layout->latent;
-        const LatentKeys::Part& part = keys.part(keys.part_of_head(head));
-        const Index at = keys.head_offset(head), kept = part.kept(), depth = scratch.depth();
+        const LatentKeys::Subspace& subspace = keys.subspace(keys.subspace_of_head(head));
+        const Index at = keys.head_offset(head), kept = subspace.kept(), depth = scratch.depth();
         run_on(isa_, [&](auto lanes) KVPLANE_BODY {
             for (Index i = 0; i < count; ++i)
                 for (Index r = 0; r < rows; ++r) {
@@ -998,19 +998,19 @@ class KvCache::Fused {
                     const float* const turn = scratch.turn(i);
                     offsets[i * rows + r] = detail::fused::turn_row<lanes>(
                         work_.plain_.data() + from, work_.partner_.data() + from, turn, turn + depth,
-                        part.mean.data() + at, key_dim_, scratch.turned() + (i * rows + r) * depth);
+                        subspace.mean.data() + at, key_dim_, scratch.turned() + (i * rows + r) * depth);
                 }
         });
         if (keys.settings().directions == LatentDirections::eigenvectors) {
-            detail::project(isa_, scratch.turned(), depth, count * rows, part.decode.data() + at * kept,
-                            key_dim_, kept, part.decode_scale.data(), scratch.projected(), depth);
+            detail::project(isa_, scratch.turned(), depth, count * rows, subspace.from_latents.data() + at * kept,
+                            key_dim_, kept, subspace.from_latents_scale.data(), scratch.projected(), depth);
             return;
         }
         for (Index r = 0; r < count * rows; ++r)
             for (Index j = 0; j < kept; ++j) {
-                const Index c = static_cast<Index>(part.channels[static_cast<std::size_t>(j)]) - at;
+                const Index c = static_cast<Index>(subspace.channels[static_cast<std::size_t>(j)]) - at;
                 scratch.projected()[r * depth + j] =
-                    c >= 0 && c < key_dim_ ? scratch.turned()[r * depth + c] * part.decode_scale[j] : 0.0f;
+                    c >= 0 && c < key_dim_ ? scratch.turned()[r * depth + c] * subspace.from_latents_scale[j] : 0.0f;
             }
     }
 

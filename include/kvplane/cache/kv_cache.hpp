@@ -39,10 +39,11 @@
 #include "kvplane/attention/executor.hpp"
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/cache/configuration.hpp"
-#include "kvplane/cache/latent_keys.hpp"
 #include "kvplane/cache/tile_pool.hpp"
 #include "kvplane/cache/token_rows.hpp"
 #include "kvplane/error.hpp"
+#include "kvplane/latent/coder.hpp"
+#include "kvplane/latent/fit.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/scalar.hpp"
 #include "kvplane/storage/tile.hpp"
@@ -387,7 +388,7 @@ class KvCache {
     Index selection_latents(const AttentionParameters& parameters) const noexcept {
         if (parameters.selection_latents > 0) return parameters.selection_latents;
         const LatentKeys* const keys = latent_keys();
-        return keys ? std::max<Index>(1, keys->part_channels() / 4) : 1;
+        return keys ? std::max<Index>(1, keys->subspace_channels() / 4) : 1;
     }
     void require_readable(const AttentionParameters& parameters) const {
         require(

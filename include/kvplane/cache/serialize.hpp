@@ -73,21 +73,21 @@ class Checksum {
 /// A number that stands for a basis in a configuration.
 inline std::string checksum(const LatentKeys& keys) {
     Checksum sum;
-    for (Index p = 0; p < keys.parts(); ++p) {
-        const LatentKeys::Part& part = keys.part(p);
-        for (const ChannelSegment& segment : part.segments) {
+    for (Index i = 0; i < keys.subspaces(); ++i) {
+        const LatentKeys::Subspace& subspace = keys.subspace(i);
+        for (const ChannelSegment& segment : subspace.segments) {
             sum.add_word(static_cast<std::uint64_t>(segment.channels));
             sum.add_word(static_cast<std::uint64_t>(segment.bits));
         }
         const auto add = [&](const auto& numbers) {
             sum.add(std::as_bytes(std::span(numbers.data(), static_cast<std::size_t>(numbers.size()))));
         };
-        add(part.mean);
-        add(part.encode_scale);
-        add(part.decode_scale);
-        add(part.decode);
-        add(part.encode);
-        add(part.channels);
+        add(subspace.mean);
+        add(subspace.to_latents_scale);
+        add(subspace.from_latents_scale);
+        add(subspace.from_latents);
+        add(subspace.to_latents);
+        add(subspace.channels);
     }
     return sum.text();
 }

@@ -20,10 +20,10 @@
 #include <string>
 #include <vector>
 
-#include "kvplane/cache/latent_keys.hpp"
+#include "kvplane/latent/keys.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/io/safetensors.hpp"
-#include "kvplane/transform/latent_basis.hpp"
+#include "kvplane/latent/statistics.hpp"
 
 namespace kvplane {
 
@@ -158,49 +158,49 @@ class LatentFile {
     std::string source_;
 };
 
-inline void add_part(SafetensorsWriter& writer, const std::string& prefix, const LatentKeys::Part& part) {
+inline void add_subspace(SafetensorsWriter& writer, const std::string& prefix, const LatentKeys::Subspace& subspace) {
     std::vector<std::int64_t> segments;
-    for (const ChannelSegment& segment : part.segments) {
+    for (const ChannelSegment& segment : subspace.segments) {
         segments.push_back(segment.channels);
         segments.push_back(segment.bits);
     }
-    writer.add(prefix + "segments", {static_cast<Index>(part.segments.size()), 2}, DType::int64,
+    writer.add(prefix + "segments", {static_cast<Index>(subspace.segments.size()), 2}, DType::int64,
                std::as_bytes(std::span(segments)));
-    writer.add(prefix + "mean", part.mean);
-    writer.add(prefix + "encode_scale", part.encode_scale);
-    writer.add(prefix + "decode_scale", part.decode_scale);
-    writer.add(prefix + "decode", part.decode);
-    writer.add(prefix + "encode", part.encode);
-    writer.add(prefix + "channels", {static_cast<Index>(part.channels.size())}, DType::int64,
-               std::as_bytes(std::span(part.channels)));
+    writer.add(prefix + "mean", subspace.mean);
+    writer.add(prefix + "encode_scale", subspace.to_latents_scale);
+    writer.add(prefix + "decode_scale", subspace.from_latents_scale);
+    writer.add(prefix + "decode", subspace.from_latents);
+    writer.add(prefix + "encode", subspace.to_latents);
+    writer.add(prefix + "channels", {static_cast<Index>(subspace.channels.size())}, DType::int64,
+               std::as_bytes(std::span(subspace.channels)));
 }
 
-inline LatentKeys::Part read_part(const LatentFile& file, const std::string& prefix, Index channels,
+inline LatentKeys::Subspace read_subspace(const LatentFile& file, const std::string& prefix, Index channels,
                                   bool by_channel, bool two_matrices) {
-    LatentKeys::Part part;
+    LatentKeys::Subspace subspace;
     const Index runs = file.size(prefix + "segments") / 2, kept = file.size(prefix + "decode_scale");
     const auto segments = file.matrix<std::int64_t>(prefix + "segments", runs, 2);
     for (Index run = 0; run < runs; ++run) {
         const auto bits = static_cast<int>(std::clamp<std::int64_t>(segments(run, 1), -1, 99));
         const auto width = std::clamp<std::int64_t>(segments(run, 0), 0, Index{1} << 30);
-        part.segments.push_back({width, bits, scheme_for(bits)});
+        subspace.segments.push_back({width, bits, scheme_for(bits)});
     }
-    part.mean = file.matrix<float>(prefix + "mean", 1, channels);
-    part.encode_scale = file.matrix<float>(prefix + "encode_scale", 1, kept);
-    part.decode_scale = file.matrix<float>(prefix + "decode_scale", 1, kept);
+    subspace.mean = file.matrix<float>(prefix + "mean", 1, channels);
+    subspace.to_latents_scale = file.matrix<float>(prefix + "encode_scale", 1, kept);
+    subspace.from_latents_scale = file.matrix<float>(prefix + "decode_scale", 1, kept);
     if (by_channel) {
         const auto numbers = file.matrix<std::int64_t>(prefix + "channels", 1, kept);
-        part.channels.assign(numbers.data(), numbers.data() + kept);
-        return part;
+        subspace.channels.assign(numbers.data(), numbers.data() + kept);
+        return subspace;
     }
-    part.decode = file.matrix<Eigen::half>(prefix + "decode", channels, kept);
-    if (two_matrices) part.encode = file.matrix<Eigen::half>(prefix + "encode", channels, kept);
-    return part;
+    subspace.from_latents = file.matrix<Eigen::half>(prefix + "decode", channels, kept);
+    if (two_matrices) subspace.to_latents = file.matrix<Eigen::half>(prefix + "encode", channels, kept);
+    return subspace;
 }
 
 inline void add_latent_keys(SafetensorsWriter& writer, const std::string& prefix, const LatentKeys& keys) {
-    for (Index p = 0; p < keys.parts(); ++p)
-        add_part(writer, prefix + "parts." + std::to_string(p) + ".", keys.part(p));
+    for (Index s = 0; s < keys.subspaces(); ++s)
+        add_subspace(writer, prefix + "parts." + std::to_string(s) + ".", keys.subspace(s));
 }
 
 /// The heads and settings are those of the file or the configuration. Throws Error (format, shape, ...).
@@ -208,14 +208,14 @@ inline std::shared_ptr<const LatentKeys> read_latent_keys(const LatentFile& file
                                                           const BasisSettings& settings, Index kv_heads,
                                                           Index query_heads, Index head_dim,
                                                           const std::optional<RopeSettings>& rope) {
-    std::vector<LatentKeys::Part> parts;
+    std::vector<LatentKeys::Subspace> subspaces;
     const Index count = settings.heads_together ? 1 : kv_heads, channels = kv_heads * head_dim / count;
-    for (Index p = 0; p < count; ++p)
-        parts.push_back(read_part(file, prefix + "parts." + std::to_string(p) + ".", channels,
+    for (Index s = 0; s < count; ++s)
+        subspaces.push_back(read_subspace(file, prefix + "parts." + std::to_string(s) + ".", channels,
                                   settings.directions == LatentDirections::channels,
                                   settings.query_weighted));
     return std::make_shared<const LatentKeys>(settings, kv_heads, query_heads, head_dim, rope,
-                                              std::move(parts));
+                                              std::move(subspaces));
 }
 
 inline void add_queries(SafetensorsWriter& writer, const std::string& prefix,

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "kvplane/allocate/latent_schedule.hpp"
+#include "kvplane/latent/schedule.hpp"
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "test_inputs.hpp"

@@ -1,19 +1,20 @@
-// The latent basis: its statistics (streams, merges), the closed form of moments of turned rows, what latents
-// look like in every frame, what is kept and lost, and the score errors it predicts (T6b) on a real model.
+// The latent basis: what latents look like in every frame, what is kept and lost, and the score errors it
+// predicts (T6b) on a real model.
+#include "kvplane/latent/basis.hpp"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
-#include <numbers>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "kvplane/allocate/latent_schedule.hpp"
 #include "kvplane/io/safetensors.hpp"
+#include "kvplane/latent/schedule.hpp"
 #include "kvplane/quantize/scalar.hpp"
 #include "kvplane/theory/bounds.hpp"
-#include "kvplane/transform/latent_basis.hpp"
+#include "latent_support.hpp"
 #include "real_layers.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
@@ -34,287 +35,14 @@ using kvplane::RopeLayout;
 using kvplane::RopeSettings;
 using kvplane::RotaryEmbedding;
 using kvplane::SecondMoments;
+using kvplane_test::by_definition;
+using kvplane_test::correlated;
+using kvplane_test::Moments;
 using kvplane_test::normal_matrix;
 using kvplane_test::Random;
 using kvplane_test::refusal;
 using BeforeRope = FramedKeys<KeyFrame::before_rope>;
 namespace theory = kvplane::theory;
-
-/// Correlated rows with a mean: normal * mixing + mean.
-Matrix correlated(const Matrix& normal, const Matrix& mixing, const Eigen::RowVectorXf& mean) {
-    Matrix rows = normal * mixing;
-    rows.rowwise() += mean;
-    return rows;
-}
-Matrix correlated(Index tokens, Index channels, Random& random) {
-    const Matrix mixing =
-        Matrix::Identity(channels, channels) + 0.4f * normal_matrix(channels, channels, random);
-    const Eigen::RowVectorXf mean = 2.0f * normal_matrix(1, channels, random).row(0);
-    return correlated(normal_matrix(tokens, channels, random), mixing, mean);
-}
-
-// -- Second moments ---------------------------------------------------------------------------------------
-
-struct Moments {
-    Eigen::VectorXd mean;
-    MatrixD covariance;
-};
-/// In long double, two passes.
-Moments by_definition(const Matrix& rows) {
-    using Wide = Eigen::Matrix<long double, Eigen::Dynamic, Eigen::Dynamic>;
-    const Wide wide = rows.cast<long double>();
-    const Eigen::Matrix<long double, 1, Eigen::Dynamic> mean =
-        wide.colwise().sum() / static_cast<long double>(rows.rows());
-    const Wide centered = wide.rowwise() - mean;
-    return {mean.transpose().cast<double>(),
-            (centered.transpose() * centered / static_cast<long double>(rows.rows())).cast<double>()};
-}
-
-/// Covariances relative to the deviations, means relative to themselves and those.
-void expect_moments(const SecondMoments& moments, const Moments& expected, double allowed) {
-    const Eigen::VectorXd deviation = expected.covariance.diagonal().cwiseSqrt();
-    const MatrixD covariance = moments.covariance();
-    for (Index i = 0; i < deviation.size(); ++i) {
-        EXPECT_NEAR(moments.mean()[i], expected.mean[i],
-                    1e-15 * 100.0 * std::abs(expected.mean[i]) + allowed * deviation[i]);
-        for (Index j = 0; j < deviation.size(); ++j)
-            EXPECT_NEAR(covariance(i, j), expected.covariance(i, j), allowed * deviation[i] * deviation[j])
-                << i << ", " << j;
-    }
-}
-
-TEST(SecondMoments, AStreamOfAnyChunksIsTheWhole) {
-    Random random(kvplane_test::seed());
-    const Matrix rows = correlated(300, 9, random);
-    const Moments expected = by_definition(rows);
-    for (const Index chunk : {1, 2, 3, 7, 64, 299, 300}) {
-        SCOPED_TRACE(testing::Message() << "chunks of " << chunk);
-        SecondMoments moments(9);
-        for (Index at = 0; at < rows.rows(); at += chunk) {
-            moments.add(rows.middleRows(at, std::min(chunk, rows.rows() - at)));
-            moments.add(rows.topRows(0));
-        }
-        EXPECT_EQ(moments.count(), 300.0);
-        expect_moments(moments, expected, 1e-12);
-    }
-}
-
-TEST(SecondMoments, MergedPartsAreTheWhole) {
-    Random random(kvplane_test::seed());
-    const Matrix rows = correlated(257, 6, random);
-    const Moments expected = by_definition(rows);
-    for (const Index split : {0, 1, 2, 100, 256, 257}) {
-        SCOPED_TRACE(testing::Message() << "the first " << split);
-        SecondMoments first(6), second(6);
-        first.add(rows.topRows(split));
-        second.add(rows.bottomRows(rows.rows() - split));
-        SecondMoments reversed = second;
-        first.merge(second);
-        EXPECT_EQ(first.count(), 257.0);
-        expect_moments(first, expected, 1e-12);
-        SecondMoments other(6);
-        other.add(rows.topRows(split));
-        reversed.merge(other);
-        expect_moments(reversed, expected, 1e-12);
-    }
-    SecondMoments twice(6);
-    twice.add(rows);
-    const SecondMoments copy = twice;
-    twice.merge(copy);
-    twice.merge(twice);  // with itself, too
-    EXPECT_EQ(twice.count(), 4.0 * 257.0);
-    expect_moments(twice, expected, 1e-12);
-}
-
-/// Sums of squares would keep 1e-5 of this variance at best.
-TEST(SecondMoments, HugeMeans) {
-    Random random(kvplane_test::seed());
-    const Matrix rows = correlated(0.01f * normal_matrix(1000, 5, random), Matrix::Identity(5, 5),
-                                   Eigen::RowVectorXf::Constant(5, 3000.0f));
-    const Moments expected = by_definition(rows);
-    SecondMoments whole(5), single(5);
-    whole.add(rows);
-    for (Index t = 0; t < rows.rows(); ++t) single.add(rows.row(t));
-    expect_moments(whole, expected, 1e-9);
-    expect_moments(single, expected, 1e-9);
-}
-
-TEST(SecondMoments, EmptyAndSingle) {
-    SecondMoments moments(3);
-    EXPECT_EQ(moments.count(), 0.0);
-    EXPECT_EQ(moments.covariance(), MatrixD::Zero(3, 3));
-    moments.merge(SecondMoments(3));
-    EXPECT_EQ(moments.count(), 0.0);
-    moments.add(Eigen::RowVector3f(1.0f, 2.0f, 3.0f));
-    EXPECT_EQ(moments.mean(), Eigen::Vector3d(1.0, 2.0, 3.0));
-    EXPECT_EQ(moments.covariance(), MatrixD::Zero(3, 3));
-}
-
-TEST(SecondMoments, ComesBackFromItsParts) {
-    Random random(kvplane_test::seed());
-    const Matrix rows = correlated(50, 4, random), more = correlated(31, 4, random);
-    SecondMoments moments(4);
-    moments.add(rows);
-    EXPECT_EQ(moments.covariance(), MatrixD(moments.scatter() / 50.0));
-    SecondMoments restored(moments.count(), moments.mean(), moments.scatter());
-    moments.add(more);
-    restored.add(more);
-    EXPECT_EQ(restored.count(), 81.0);
-    EXPECT_EQ(restored.mean(), moments.mean()) << "to the last bit";
-    EXPECT_EQ(restored.scatter(), moments.scatter());
-}
-
-TEST(SecondMoments, Refusals) {
-    SecondMoments moments(4);
-    const Matrix good = Matrix::Ones(3, 4);
-    moments.add(good);
-    EXPECT_NE(
-        refusal(ErrorCode::shape, [&] { moments.add(Matrix::Ones(3, 5)); }).find("5 channels, expected 4"),
-        std::string::npos);
-    for (const float bad :
-         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-        Matrix rows = Matrix::Ones(6, 4);
-        rows(4, 2) = bad;
-        const std::string sentence = refusal(ErrorCode::not_finite, [&] { moments.add(rows, "keys"); });
-        EXPECT_NE(sentence.find("keys"), std::string::npos) << sentence;
-        EXPECT_NE(sentence.find("token 4, channel 2"), std::string::npos) << sentence;
-    }
-    refusal(ErrorCode::shape, [&] { moments.merge(SecondMoments(5)); });
-    EXPECT_EQ(moments.count(), 3.0) << "a refusal changes nothing";
-    EXPECT_EQ(moments.mean(), Eigen::Vector4d::Ones());
-    const Eigen::VectorXd mean = Eigen::VectorXd::Zero(2);
-    const MatrixD identity = MatrixD::Identity(2, 2);
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    refusal(ErrorCode::shape, [&] { SecondMoments(3.0, mean, MatrixD::Identity(3, 3)); });
-    refusal(ErrorCode::option, [&] { SecondMoments(-1.0, mean, identity); });
-    refusal(ErrorCode::option, [&] { SecondMoments(nan, mean, identity); });
-    refusal(ErrorCode::not_finite, [&] { SecondMoments(3.0, Eigen::Vector2d(nan, 0.0), identity); });
-    refusal(ErrorCode::not_finite, [&] { SecondMoments(3.0, mean, nan * identity); });
-    refusal(ErrorCode::option, [&] { SecondMoments(3.0, mean, -identity); });
-}
-
-// -- Statistics -------------------------------------------------------------------------------------------
-
-TEST(LatentStatistics, MergedPartsAreTheWhole) {
-    Random random(kvplane_test::seed());
-    const Matrix keys = correlated(90, 12, random), queries = correlated(70, 24, random);
-    LatentStatistics whole(2, 4, 6), first(2, 4, 6), second(2, 4, 6);
-    whole.add_keys({keys, 0});
-    whole.add_queries(queries);
-    first.add_keys({keys.topRows(40), 0});
-    first.add_queries(queries.topRows(1));
-    second.add_keys({keys.bottomRows(50), 40});
-    second.add_queries(queries.bottomRows(69));
-    first.merge(second);
-    EXPECT_EQ(first.kv_heads(), 2);
-    EXPECT_EQ(first.query_heads(), 4);
-    EXPECT_EQ(first.head_dim(), 6);
-    expect_moments(first.keys(), by_definition(keys), 1e-12);
-    for (Index head = 0; head < 2; ++head) {
-        Matrix of_head(140, 6);  // the query heads 2 head and 2 head + 1, one query a row
-        of_head << queries.middleCols(12 * head, 6), queries.middleCols(12 * head + 6, 6);
-        EXPECT_EQ(first.queries(head).count(), 140.0);
-        expect_moments(first.queries(head), by_definition(of_head), 1e-12);
-        expect_moments(whole.queries(head), by_definition(of_head), 1e-12);
-    }
-    EXPECT_EQ(whole.bytes(), 8 * (1 + 12 + 144) + 2 * 8 * (1 + 6 + 36));
-
-    const LatentStatistics restored(4, whole.keys(), {whole.queries(0), whole.queries(1)});
-    EXPECT_EQ(restored.head_dim(), 6);
-    first.merge(restored);
-    EXPECT_EQ(first.keys().count(), 180.0);
-}
-
-TEST(LatentStatistics, Refusals) {
-    for (const auto& [kv_heads, query_heads, head_dim] :
-         {std::array<Index, 3>{0, 4, 8}, {2, 3, 8}, {2, 0, 8}, {2, 4, 0}, {-1, 4, 8}, {4, 2, 8}}) {
-        const Index kv = kv_heads, query = query_heads, dim = head_dim;
-        refusal(ErrorCode::option, [=] { LatentStatistics(kv, query, dim); });
-    }
-    LatentStatistics statistics(2, 4, 8);
-    for (const auto& other : {LatentStatistics(1, 4, 8), LatentStatistics(2, 2, 8), LatentStatistics(2, 4, 6),
-                              LatentStatistics(1, 4, 16)})
-        refusal(ErrorCode::mismatch, [&] { statistics.merge(other); });
-    refusal(ErrorCode::shape, [&] { statistics.add_keys({Matrix::Ones(3, 8), 0}); });
-    refusal(ErrorCode::shape, [&] { statistics.add_queries(Matrix::Ones(3, 16)); });
-    Matrix bad = Matrix::Ones(3, 32);
-    bad(2, 31) = std::numeric_limits<float>::quiet_NaN();
-    refusal(ErrorCode::not_finite, [&] { statistics.add_queries(bad); });
-    EXPECT_EQ(statistics.queries(0).count(), 0.0) << "a refusal changes nothing";
-    bad = Matrix::Ones(3, 16);
-    bad(1, 9) = std::numeric_limits<float>::infinity();
-    EXPECT_NE(refusal(ErrorCode::not_finite,
-                      [&] {
-                          statistics.add_keys({bad, 0});
-                      })
-                  .find("keys: the value at token 1, channel 9"),
-              std::string::npos);
-    refusal(ErrorCode::shape, [] { LatentStatistics(2, SecondMoments(8), {}); });
-    refusal(ErrorCode::shape, [] {
-        LatentStatistics(1, SecondMoments(8), {SecondMoments(4), SecondMoments(4)});
-    });
-    refusal(ErrorCode::shape, [] {
-        LatentStatistics(3, SecondMoments(8), {SecondMoments(4), SecondMoments(4)});
-    });
-    refusal(ErrorCode::shape, [] {
-        LatentStatistics(2, SecondMoments(8), {SecondMoments(4), SecondMoments(3)});
-    });
-}
-
-// -- Moments of turned rows -------------------------------------------------------------------------------
-
-struct Turning {
-    std::string name;
-    Index head_dim, heads;
-    RotaryEmbedding rope;
-};
-std::vector<Turning> turnings() {
-    std::vector<Turning> all;
-    for (const RopeLayout layout : {RopeLayout::interleaved, RopeLayout::halves}) {
-        const std::string of = name(layout);
-        const auto add = [&](const char* what, Index dim, Index heads, RopeSettings settings) {
-            settings.layout = layout;
-            all.push_back({of + ", " + what, dim, heads, RotaryEmbedding(dim, settings)});
-        };
-        add("all", 8, 1, {});
-        add("three heads", 6, 3, {});
-        add("partial", 10, 2, {.dims = 4});
-        add("odd", 7, 2, {.dims = 4});
-        add("two of three", 3, 2, {.dims = 2});
-        add("a still pair", 9, 1, {.dims = 6, .frequencies = {0.9, 0.0, 0.01}});
-        add("equal and opposite", 8, 1, {.frequencies = {0.3, 0.3, -0.3, 1e-14}});
-        add("whole turns", 6, 1, {.frequencies = {2.0 * std::numbers::pi, std::numbers::pi, 3.0}});
-    }
-    all.push_back({"none", 5, 2, RotaryEmbedding::none(5)});
-    return all;
-}
-
-TEST(TurnAverage, IsTheAverageOverTurns) {
-    Random random(kvplane_test::seed());
-    for (const Turning& test : turnings())
-        for (const Index count : {1, 2, 3, 128, 1000}) {
-            SCOPED_TRACE(testing::Message() << test.name << ", " << count << " turns");
-            const Index channels = test.head_dim * test.heads;
-            const MatrixD root = normal_matrix(channels, channels, random).cast<double>();
-            const MatrixD moment = root * root.transpose();
-            const Eigen::VectorXd mean = normal_matrix(1, channels, random).cast<double>().row(0).transpose();
-            MatrixD moments = MatrixD::Zero(channels, channels), means = MatrixD::Zero(1, channels);
-            for (Index t = 0; t < count; ++t) {
-                MatrixD turned = moment;
-                test.rope.turn(turned, t);
-                MatrixD both = turned.transpose();
-                test.rope.turn(both, t);
-                moments += both / static_cast<double>(count);
-                MatrixD one = mean.transpose();
-                test.rope.turn(one, t);
-                means += one / static_cast<double>(count);
-            }
-            const kvplane::detail::TurnAverage average(test.rope, count);
-            EXPECT_LT((average.second_moment(moment) - moments).cwiseAbs().maxCoeff(), 1e-11 * moment.norm());
-            EXPECT_LT((average.mean(mean) - means.row(0).transpose()).cwiseAbs().maxCoeff(),
-                      1e-11 * mean.norm());
-        }
-}
 
 // -- Latents ----------------------------------------------------------------------------------------------
 
@@ -374,7 +102,7 @@ Matrix decode_any(const LatentBasis& basis, const Matrix& latents, Index kept = 
 }
 
 /// In each frame, on the keys as that frame turns them: mean 0, variance 1, and (eigenvectors, unweighted or
-/// not) no correlation within a part.
+/// not) no correlation within a subspace.
 TEST(LatentBasis, LatentsAreWhite) {
     Random random(kvplane_test::seed());
     const Matrix keys = correlated(150, 16, random), queries = correlated(80, 32, random);
@@ -391,7 +119,7 @@ TEST(LatentBasis, LatentsAreWhite) {
         EXPECT_LT(moments.mean.cwiseAbs().maxCoeff(), 1e-4);
         EXPECT_LT((moments.covariance.diagonal().array() - 1.0).abs().maxCoeff(), 1e-3);
         if (settings.directions == LatentDirections::channels) continue;
-        const Index width = basis.part_channels();
+        const Index width = basis.subspace_channels();
         for (Index at = 0; at < 16; at += width)
             EXPECT_LT((moments.covariance.block(at, at, width, width) - MatrixD::Identity(width, width))
                           .cwiseAbs()
@@ -409,7 +137,8 @@ TEST(LatentBasis, DecodeUndoesEncodeAtFullRank) {
         for (const BasisSettings& settings : all_settings()) {
             SCOPED_TRACE(describe(settings));
             const LatentBasis basis = kvplane::fit_latent_basis(statistics, rope, settings);
-            for (const LatentBasis::Part& part : basis.parts()) EXPECT_EQ(part.rank, basis.part_channels());
+            for (const LatentBasis::Subspace& subspace : basis.subspaces())
+                EXPECT_EQ(subspace.rank, basis.subspace_channels());
             const Matrix close = decode_any(basis, encode_any(basis, others));
             EXPECT_LT((close - others).norm(), 2e-5f * others.norm());
             EXPECT_EQ(basis.rope() == nullptr, rope == nullptr);
@@ -426,7 +155,8 @@ TEST(LatentBasis, FramesAgreeWithoutRope) {
         kvplane::fit_latent_basis(statistics, nullptr, {.frame = KeyFrame::before_rope});
     for (const KeyFrame frame : {KeyFrame::after_rope, KeyFrame::tile}) {
         const LatentBasis other = kvplane::fit_latent_basis(statistics, nullptr, {.frame = frame});
-        for (std::size_t p = 0; p < 2; ++p) EXPECT_EQ(before.parts()[p].spectrum, other.parts()[p].spectrum);
+        for (std::size_t p = 0; p < 2; ++p)
+            EXPECT_EQ(before.subspaces()[p].spectrum, other.subspaces()[p].spectrum);
     }
 }
 
@@ -437,11 +167,11 @@ TEST(LatentBasis, RankIsWhatTheStatisticsDetermine) {
     const auto expect_rank = [&](const Matrix& keys, Index rank) {
         const LatentBasis basis =
             kvplane::fit_latent_basis(statistics_of(keys, queries, 1, 1), &small_rope, settings);
-        const LatentBasis::Part& part = basis.parts().front();
-        ASSERT_EQ(part.rank, rank);
-        EXPECT_EQ(part.spectrum.tail(16 - rank).sum(), 0.0);
-        EXPECT_EQ(part.encode.rightCols(16 - rank).squaredNorm(), 0.0f);
-        EXPECT_GT(part.spectrum[rank - 1], 0.0);
+        const LatentBasis::Subspace& subspace = basis.subspaces().front();
+        ASSERT_EQ(subspace.rank, rank);
+        EXPECT_EQ(subspace.spectrum.tail(16 - rank).sum(), 0.0);
+        EXPECT_EQ(subspace.to_latents.rightCols(16 - rank).squaredNorm(), 0.0f);
+        EXPECT_GT(subspace.spectrum[rank - 1], 0.0);
         const Matrix latents = encode_any(basis, keys);
         EXPECT_LT((decode_any(basis, latents) - keys).norm(), 1e-4f * keys.norm())
             << "the keys themselves are in it";
@@ -460,7 +190,7 @@ TEST(LatentBasis, RankIsWhatTheStatisticsDetermine) {
     }
     const LatentBasis constant = kvplane::fit_latent_basis(
         statistics_of(Matrix::Constant(20, 16, 0.5f), queries, 1, 1), &small_rope, settings);
-    EXPECT_EQ(constant.parts().front().rank, 0);
+    EXPECT_EQ(constant.subspaces().front().rank, 0);
     EXPECT_EQ(decode_any(constant, encode_any(constant, Matrix::Constant(3, 16, 0.5f))),
               Matrix::Constant(3, 16, 0.5f));
 }
@@ -475,7 +205,7 @@ TEST(LatentBasis, ChannelsAreChannels) {
                                                              .query_weighted = weighted,
                                                              .directions = LatentDirections::channels});
         for (Index head = 0; head < 2; ++head) {
-            const LatentBasis::Part& part = basis.parts()[static_cast<std::size_t>(head)];
+            const LatentBasis::Subspace& subspace = basis.subspaces()[static_cast<std::size_t>(head)];
             std::vector<int> seen(8, 0);
             const Moments key = by_definition(keys.middleCols(8 * head, 8));
             Matrix of_head(160, 8);
@@ -486,12 +216,13 @@ TEST(LatentBasis, ChannelsAreChannels) {
                                            160.0)
                          : Eigen::VectorXd::Ones(8);
             for (Index j = 0; j < 8; ++j) {
-                ASSERT_EQ((part.encode.col(j).array() != 0.0f).count(), 1);
+                ASSERT_EQ((subspace.to_latents.col(j).array() != 0.0f).count(), 1);
                 Index channel = 0;
-                part.encode.col(j).cwiseAbs().maxCoeff(&channel);
+                subspace.to_latents.col(j).cwiseAbs().maxCoeff(&channel);
                 ++seen[static_cast<std::size_t>(channel)];
-                EXPECT_NEAR(part.encode(channel, j), 1.0 / std::sqrt(key.covariance(channel, channel)), 1e-5);
-                EXPECT_NEAR(part.spectrum[j] / (key.covariance(channel, channel) * weight[channel]), 1.0,
+                EXPECT_NEAR(subspace.to_latents(channel, j),
+                            1.0 / std::sqrt(key.covariance(channel, channel)), 1e-5);
+                EXPECT_NEAR(subspace.spectrum[j] / (key.covariance(channel, channel) * weight[channel]), 1.0,
                             weighted ? 0.02 : 1e-9)
                     << "up to the ridge";
             }
@@ -514,22 +245,22 @@ TEST(LatentBasis, PerHeadAndTogether) {
     const LatentStatistics statistics = statistics_of(keys, queries, 2, 2);
     const LatentBasis apart = kvplane::fit_latent_basis(statistics, &small_rope, per_head);
     const LatentBasis joint = kvplane::fit_latent_basis(statistics, &small_rope, together);
-    ASSERT_EQ(apart.parts().size(), 2u);
-    ASSERT_EQ(joint.parts().size(), 1u);
-    EXPECT_EQ(apart.part_channels(), 8);
-    EXPECT_EQ(joint.part_channels(), 16);
+    ASSERT_EQ(apart.subspaces().size(), 2u);
+    ASSERT_EQ(joint.subspaces().size(), 1u);
+    EXPECT_EQ(apart.subspace_channels(), 8);
+    EXPECT_EQ(joint.subspace_channels(), 16);
     std::vector<double> merged;
     for (Index head = 0; head < 2; ++head) {
         const LatentBasis alone = kvplane::fit_latent_basis(
             statistics_of(keys.middleCols(8 * head, 8), queries.middleCols(8 * head, 8), 1, 1), &small_rope,
             per_head);
-        const Eigen::VectorXd& spectrum = apart.parts()[static_cast<std::size_t>(head)].spectrum;
-        EXPECT_LT((spectrum - alone.parts()[0].spectrum).cwiseAbs().maxCoeff(), 1e-9 * spectrum[0]);
+        const Eigen::VectorXd& spectrum = apart.subspaces()[static_cast<std::size_t>(head)].spectrum;
+        EXPECT_LT((spectrum - alone.subspaces()[0].spectrum).cwiseAbs().maxCoeff(), 1e-9 * spectrum[0]);
         merged.insert(merged.end(), spectrum.begin(), spectrum.end());
     }
     std::sort(merged.begin(), merged.end(), std::greater<>());
     for (Index j = 0; j < 16; ++j)
-        EXPECT_NEAR(joint.parts()[0].spectrum[j] / merged[static_cast<std::size_t>(j)], 1.0, 1e-4) << j;
+        EXPECT_NEAR(joint.subspaces()[0].spectrum[j] / merged[static_cast<std::size_t>(j)], 1.0, 1e-4) << j;
 }
 
 TEST(LatentBasis, CountsItsBytes) {
@@ -580,23 +311,23 @@ TEST(LatentBasis, Refusals) {
     const RopeSettings too_wide{.dims = 10};
     refusal(ErrorCode::option, fit(statistics, &too_wide, {}));
 
-    const auto build = [&](Index part, auto&& change) {
-        std::vector<LatentBasis::Part> parts = basis.parts();
-        change(parts[static_cast<std::size_t>(part)]);
-        return [parts] { LatentBasis({}, 2, 4, 8, nullptr, parts); };
+    const auto build = [&](Index changed, auto&& change) {
+        std::vector<LatentBasis::Subspace> subspaces = basis.subspaces();
+        change(subspaces[static_cast<std::size_t>(changed)]);
+        return [subspaces] { LatentBasis({}, 2, 4, 8, nullptr, subspaces); };
     };
-    build(0, [](LatentBasis::Part&) {})();
-    using Part = LatentBasis::Part;
-    refusal(ErrorCode::shape, build(1, [](Part& p) { p.mean.conservativeResize(7); }));
-    refusal(ErrorCode::shape, build(1, [](Part& p) { p.encode = Matrix::Ones(8, 7); }));
-    refusal(ErrorCode::shape, build(1, [](Part& p) { p.rank = 9; }));
-    refusal(ErrorCode::not_finite, build(0, [](Part& p) { p.decode(1, 1) = NAN; }));
-    refusal(ErrorCode::option, build(0, [](Part& p) { p.spectrum.reverseInPlace(); }));
-    refusal(ErrorCode::option, build(0, [](Part& p) { p.spectrum[7] = -1.0; }));
+    build(0, [](LatentBasis::Subspace&) {})();
+    using Subspace = LatentBasis::Subspace;
+    refusal(ErrorCode::shape, build(1, [](Subspace& s) { s.mean.conservativeResize(7); }));
+    refusal(ErrorCode::shape, build(1, [](Subspace& s) { s.to_latents = Matrix::Ones(8, 7); }));
+    refusal(ErrorCode::shape, build(1, [](Subspace& s) { s.rank = 9; }));
+    refusal(ErrorCode::not_finite, build(0, [](Subspace& s) { s.from_latents(1, 1) = NAN; }));
+    refusal(ErrorCode::option, build(0, [](Subspace& s) { s.spectrum.reverseInPlace(); }));
+    refusal(ErrorCode::option, build(0, [](Subspace& s) { s.spectrum[7] = -1.0; }));
     refusal(ErrorCode::shape,
-            [&] { LatentBasis({.heads_together = true}, 2, 4, 8, nullptr, basis.parts()); });
-    refusal(ErrorCode::option, [&] { LatentBasis({}, 2, 3, 8, nullptr, basis.parts()); });
-    refusal(ErrorCode::option, [&] { LatentBasis({}, 2, 4, 8, &too_wide, basis.parts()); });
+            [&] { LatentBasis({.heads_together = true}, 2, 4, 8, nullptr, basis.subspaces()); });
+    refusal(ErrorCode::option, [&] { LatentBasis({}, 2, 3, 8, nullptr, basis.subspaces()); });
+    refusal(ErrorCode::option, [&] { LatentBasis({}, 2, 4, 8, &too_wide, basis.subspaces()); });
 }
 
 // -- Drift ------------------------------------------------------------------------------------------------
@@ -618,7 +349,7 @@ TEST(LatentDrift, IsSmallOnTheSameAndLargeOnOtherKeys) {
         const auto fitted = kvplane::latent_drift(basis, BeforeRope{keys, 0}, 4);
         const auto fresh = kvplane::latent_drift(basis, BeforeRope{same(2000), 0}, 4);
         const auto other = kvplane::latent_drift(basis, BeforeRope{correlated(2000, 16, random), 0}, 4);
-        const Eigen::VectorXd& spectrum = basis.parts()[0].spectrum;
+        const Eigen::VectorXd& spectrum = basis.subspaces()[0].spectrum;
         const double share = theory::truncation_error(spectrum, 4) / spectrum.sum();
         EXPECT_NEAR(fitted.weighted_energy / share, 1.0, 1e-3);
         if (!weighted) {
@@ -704,10 +435,10 @@ double mean_squared_score_error(const Matrix& error, const Matrix& queries) {
 }
 
 /// By the latents' own errors.
-double predicted_error(const LatentBasis::Part& part, const Matrix& latents, const Matrix& close) {
+double predicted_error(const LatentBasis::Subspace& subspace, const Matrix& latents, const Matrix& close) {
     const Eigen::VectorXd errors = (latents - close).cast<double>().colwise().squaredNorm().transpose() /
                                    static_cast<double>(latents.rows());
-    return theory::expected_score_error(part.spectrum, errors);
+    return theory::expected_score_error(subspace.spectrum, errors);
 }
 
 struct Outcome {
@@ -715,14 +446,14 @@ struct Outcome {
 };
 /// keys: of all heads, in the basis' frame.
 Outcome outcome(const Matrix& keys, const LatentBasis& basis, Index head, const Matrix& queries) {
-    const LatentBasis::Part& part = basis.parts()[static_cast<std::size_t>(head)];
-    const auto schedule = kvplane::grouped_schedule(part.spectrum, std::array{8, 5, 4, 3, 2, 1, 1, 0});
+    const LatentBasis::Subspace& subspace = basis.subspaces()[static_cast<std::size_t>(head)];
+    const auto schedule = kvplane::grouped_schedule(subspace.spectrum, std::array{8, 5, 4, 3, 2, 1, 1, 0});
     Matrix latents = encode_any(basis, keys);
     const Matrix of_head = latents.middleCols(64 * head, 64);
     const Matrix close = quantized(of_head, schedule.segments);
     latents.middleCols(64 * head, 64) = close;
     const Matrix error = (keys - decode_any(basis, latents)).middleCols(64 * head, 64);
-    return {predicted_error(part, of_head, close), mean_squared_score_error(error, queries),
+    return {predicted_error(subspace, of_head, close), mean_squared_score_error(error, queries),
             error.cast<double>().squaredNorm() / static_cast<double>(error.rows())};
 }
 

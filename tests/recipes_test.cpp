@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include "cache_support.hpp"
+#include "cache/cache_support.hpp"
 #include "test_support.hpp"
 
 namespace {

@@ -1,0 +1,51 @@
+// kvplane/latent/coder.hpp: keys to tiles of latents and back.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kvplane/compiled.hpp"
+#include "kvplane/latent/keys.hpp"
+#include "kvplane/matrix.hpp"
+#include "kvplane/storage/tile.hpp"
+#include "kvplane/transform/rope.hpp"
+
+namespace kvplane {
+
+/// Encodes and decodes the tiles of one LatentKeys, in memory that is reused from tile to tile. Copies share
+/// the widened basis.
+class LatentCoder {
+  public:
+    explicit LatentCoder(std::shared_ptr<const LatentKeys> keys);
+
+    /// Encodes 128 keys after RoPE [tokens, kv_heads * head_dim]; the tile of subspace s begins at tiles[s].
+    /// Returns the largest |k - k'| of any element in the basis' frame. Latents beyond +-30000 standard
+    /// deviations saturate.
+    double encode(FramedKeys<KeyFrame::after_rope> keys, std::span<std::byte* const> tiles);
+
+    /// The first `tokens` latents of a subspace's tile [tokens, kept], valid until the next call.
+    const Matrix& latents(Index s, const std::byte* tile, Index tokens);
+    /// D of a subspace as floats [channels, kept].
+    const Matrix& from_latents(Index s) const { return (*from_latents_)[static_cast<std::size_t>(s)]; }
+
+    /// The keys of one head after RoPE [tokens, head_dim], from the first `most` latents. `first`: position
+    /// of the tile's first token.
+    Matrix reconstruct(Index kv_head, const std::byte* tile, Index tokens, Index first, Index most);
+
+  private:
+    Matrix in_frame(FramedKeys<KeyFrame::after_rope> keys) const;
+
+    std::shared_ptr<const LatentKeys> keys_;
+    std::vector<TileCoder> coders_;                            // one a subspace
+    std::shared_ptr<const std::vector<Matrix>> from_latents_;  // D, one a subspace
+    std::vector<Matrix> to_latents_;                           // E, filled by the first encode()
+    Matrix latents_;
+};
+
+}  // namespace kvplane
+
+#if !defined(KVPLANE_COMPILED)
+#include "kvplane/latent/impl/coder.hpp"
+#endif
