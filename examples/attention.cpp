@@ -1,38 +1,22 @@
-// examples/attention.cpp: a decode loop. Keys and values arrive token by token, and every token attends to
-// all before it, while the context grows.
+// examples/attention.cpp: a decode loop on tensors alone. Keys and values arrive token by token, and every token
+// attends to all before it, while the context grows.
 #include <chrono>
 #include <cstdio>
 #include <string>
 #include <vector>
 
 #include "decode_layer.hpp"
-#include "engine/command_line.hpp"
 #include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/recipes.hpp"
+#include "options.hpp"
+#include "recipe_help.hpp"
 
 namespace {
 
 using namespace kvplane;
 using Layer = kvplane_examples::DecodeLayer;
 using Clock = std::chrono::steady_clock;
-
-constexpr const char* usage =
-    "usage: attention [FILE...] [OPTIONS]\n"
-    "\n"
-    "Prints, at every power of two of the context, tokens a second (append and attend of one layer), the "
-    "bytes\n"
-    "of the cache and the error of its output against an fp16 cache's. Without FILE the tensors are "
-    "generated;\n"
-    "FILE: safetensors as `dump` writes them, of which each layer's last tokens, those with queries, are "
-    "decoded.\n"
-    "  --recipes A,B,C     (fp16,standard,compact,latent:3:3)\n"
-    "  --tokens N          generated (8192)\n"
-    "  --kv-heads N        (8)\n"
-    "  --query-heads N     (32)\n"
-    "  --head-dim N        (128)\n"
-    "  --threads N         (2)\n"
-    "  --seed N            (1)\n";
 
 void decode(const Layer& layer, const std::string& recipe, Executor& executor) {
     constexpr Index measured = 64;
@@ -86,23 +70,27 @@ void decode(const Layer& layer, const std::string& recipe, Executor& executor) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    try {
-        const engine::CommandLine options(
-            count, arguments,
-            {"--recipes", "--tokens", "--kv-heads", "--query-heads", "--head-dim", "--threads", "--seed"},
-            {"--help"});
-        if (options.has("--help")) return std::printf("%s", usage), 0;
-        const auto names = options.has("--recipes")
-                               ? options.list("--recipes")
-                               : std::vector<std::string>{"fp16", "standard", "compact", "latent:3:3"};
-        for (const std::string& name : names) (void)recipes::parse(name);
-        ThreadExecutor executor(options.number("--threads", 2, 1));
-        const std::vector<Layer> layers = kvplane_examples::decode_layers(options, 8192, std::nullopt);
+    kvplane_examples::DecodeSettings settings;
+    std::vector<std::string> names{"fp16", "standard", "compact", "latent:3:3"};
+    Index threads = 2;
+    kvplane_examples::Options options("attention",
+                                      "Prints, at every power of two of the context, tokens a second (append "
+                                      "and attend of one layer), the bytes of "
+                                      "the cache, and the error of its output against an fp16 cache's. Of a "
+                                      "file, those tokens of each layer are "
+                                      "decoded that have queries, its last ones.");
+    kvplane_examples::add_options(options, settings);
+    options.texts("--recipes A,B,C", names, "how keys and values are stored",
+                  kvplane_examples::Options::Need::optional,
+                  [](const std::string& name) { (void)recipes::parse(name); });
+    options.number("--threads N", threads, {.least = 1, .most = 1024}, "that attend");
+    options.footer(kvplane_examples::recipe_help());
+    return options.run(count, arguments, [&] {
+        ThreadExecutor executor(threads);
+        const std::vector<Layer> layers = kvplane_examples::decode_layers(settings);
         std::printf("%-12s %-22s %8s %10s %13s %11s %12s %6s %10s\n", "layer", "recipe", "context",
                     "tokens/s", "attend", "append", "bytes", "bits", "error");
         for (const Layer& layer : layers)
             for (const std::string& name : names) decode(layer, name, executor);
-    } catch (const std::exception& error) {
-        return std::fprintf(stderr, "attention: %s\n", error.what()), 1;
-    }
+    });
 }

@@ -1,17 +1,17 @@
-// examples/decode_layer.hpp: the keys, values and queries that examples decode: of a file, or generated.
+// examples/decode_layer.hpp: the keys, values and queries that examples decode, from a file or generated.
 #pragma once
 
 #include <algorithm>
-#include <optional>
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "dump_file.hpp"
-#include "engine/command_line.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/recipes.hpp"
+#include "options.hpp"
 #include "synthetic_kv.hpp"
 
 namespace kvplane_examples {
@@ -21,6 +21,13 @@ struct DecodeLayer {
     std::string name;
     Index kv_heads, query_heads;
     Matrix keys, values, queries;
+};
+
+/// Which layers a program decodes: those of the files, or a generated one of these sizes.
+struct DecodeSettings {
+    std::vector<std::string> files;
+    Index tokens = 8192, kv_heads = 8, query_heads = 32, head_dim = 128, seed = 1;
+    Index queries = 1 << 24;  ///< generated, for the last tokens; at most one a token
 };
 
 /// The cache of a layer under a recipe, of a model with the default RoPE. Throws Error (option).
@@ -60,17 +67,17 @@ inline std::vector<DecodeLayer> from_files(const std::vector<std::string>& paths
     return layers;
 }
 
-inline DecodeLayer generated(const engine::CommandLine& options, Index tokens, std::optional<Index> queries) {
+inline DecodeLayer generated(const DecodeSettings& settings) {
+    kvplane::require(settings.query_heads % settings.kv_heads == 0, kvplane::ErrorCode::option,
+                     "--query-heads: ", settings.query_heads, ", expected a multiple of the ",
+                     settings.kv_heads, " key heads");
     SyntheticOptions synthetic;
-    synthetic.tokens = options.number("--tokens", tokens, 1);
-    synthetic.queries = std::min(queries.value_or(synthetic.tokens), synthetic.tokens);
-    synthetic.kv_heads = options.number("--kv-heads", 8, 1);
-    synthetic.query_heads = options.number("--query-heads", 32, 1);
-    synthetic.head_dim = options.number("--head-dim", 128, 1);
-    synthetic.seed = static_cast<std::uint64_t>(options.number("--seed", 1));
-    kvplane::require(synthetic.query_heads % synthetic.kv_heads == 0, kvplane::ErrorCode::option,
-                     "--query-heads: ", synthetic.query_heads, ", expected a multiple of the ",
-                     synthetic.kv_heads, " key heads");
+    synthetic.tokens = settings.tokens;
+    synthetic.queries = std::min(settings.queries, settings.tokens);
+    synthetic.kv_heads = settings.kv_heads;
+    synthetic.query_heads = settings.query_heads;
+    synthetic.head_dim = settings.head_dim;
+    synthetic.seed = static_cast<std::uint64_t>(settings.seed);
     SyntheticLayer made = synthetic_layer(synthetic);
     return {"generated",          synthetic.kv_heads,     synthetic.query_heads,
             std::move(made.keys), std::move(made.values), std::move(made.queries)};
@@ -78,12 +85,22 @@ inline DecodeLayer generated(const engine::CommandLine& options, Index tokens, s
 
 }  // namespace detail
 
-/// Those of the files that a command line names, or one generated as its options --tokens, --kv-heads,
-/// --query-heads, --head-dim and --seed say, with so many queries (none: as many as tokens). Throws Error.
-inline std::vector<DecodeLayer> decode_layers(const engine::CommandLine& options, Index tokens,
-                                              std::optional<Index> queries) {
-    if (options.rest().empty()) return {detail::generated(options, tokens, queries)};
-    return detail::from_files(options.rest());
+/// The layers of the files, or one that is generated where there are none. Throws Error.
+inline std::vector<DecodeLayer> decode_layers(const DecodeSettings& settings) {
+    return settings.files.empty() ? std::vector{detail::generated(settings)}
+                                  : detail::from_files(settings.files);
+}
+
+/// The options that say which layers are decoded.
+inline void add_options(Options& options, DecodeSettings& settings) {
+    const Options::Range size{.least = 1, .most = 1 << 24};
+    options.arguments("FILE...", settings.files, 1000,
+                      "safetensors as dump writes them; without, tensors are generated");
+    options.number("--tokens N", settings.tokens, size, "generated");
+    options.number("--kv-heads N", settings.kv_heads, size, "generated");
+    options.number("--query-heads N", settings.query_heads, size, "generated");
+    options.number("--head-dim N", settings.head_dim, size, "generated");
+    options.number("--seed N", settings.seed, {}, "of what is generated");
 }
 
 }  // namespace kvplane_examples

@@ -1,5 +1,5 @@
-// examples/quantizer_report.hpp: what each quantizer costs and keeps, as a table or JSON. The common part of
-// the quickstart and synthetic examples.
+// examples/quantizer_report.hpp: what each quantizer costs and keeps, as a table or JSON. The report prints it for
+// tensors of a file, the study `synthetic` for generated ones.
 #pragma once
 
 #include <cmath>
@@ -131,8 +131,8 @@ struct Suggestion {
     KeyFavoredAllocation allocation;
 };
 
-/// The bits that measured errors suggest under a budget of true bits an element, values rotated as caches
-/// that keep few bits of them should.
+/// The bits that measured errors suggest under a budget of true bits an element. Values are rotated, as they should be
+/// in caches that keep few bits of them. Throws Error where the budget is too small, as it is for very short heads.
 inline Suggestion suggest(std::span<const LayerTensors> layers, double mean_bits) {
     Suggestion suggestion{mean_bits, {}, {}};
     const KeyFavoredOptions options;
@@ -161,7 +161,7 @@ inline void print_rows(std::span<const ReportRow> rows) {
     }
 }
 
-/// The output errors of four splits side by side: the claim that keys need more bits than values.
+/// The output errors of four splits side by side, for the claim that keys need more bits than values.
 inline void print_splits(std::span<const LayerTensors> layers, std::span<const ReportRow> rows) {
     std::printf("\nWhich side needs the bits? Output error by layer:\n%5s %9s %9s %9s %9s %9s   %s\n",
                 "layer", "|K|/|V|", "K4V4", "K4V2", "K2V4", "K2V2", "at the same size, K4V2 makes");
@@ -196,7 +196,7 @@ inline void print_suggestion(std::span<const LayerTensors> layers, const Suggest
 }
 
 inline nlohmann::json to_json(std::span<const LayerTensors> layers, std::span<const ReportRow> rows,
-                              const Suggestion& suggestion) {
+                              const std::optional<Suggestion>& suggestion) {
     nlohmann::json out{{"rows", nlohmann::json::array()}, {"allocation", nlohmann::json::array()}};
     for (const ReportRow& row : rows)
         out["rows"].push_back(
@@ -210,12 +210,12 @@ inline nlohmann::json to_json(std::span<const LayerTensors> layers, std::span<co
              {"output_error", row.output_error ? nlohmann::json(*row.output_error) : nullptr},
              {"bound", row.bound},
              {"compression", row.compression}});
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-        const LayerAllocation& bits = suggestion.allocation.layers[i];
+    for (std::size_t i = 0; suggestion && i < layers.size(); ++i) {
+        const LayerAllocation& bits = suggestion->allocation.layers[i];
         out["allocation"].push_back({{"layer", layers[i].layer},
-                                     {"mean_bits", suggestion.mean_bits},
-                                     {"key_norm", suggestion.profiles[i].norms.key},
-                                     {"value_norm", suggestion.profiles[i].norms.value},
+                                     {"mean_bits", suggestion->mean_bits},
+                                     {"key_norm", suggestion->profiles[i].norms.key},
+                                     {"value_norm", suggestion->profiles[i].norms.value},
                                      {"key_bits", bits.key_bits},
                                      {"value_bits", bits.value_bits},
                                      {"key_group_tokens", bits.key_group_tokens},
@@ -233,10 +233,15 @@ inline constexpr const char* table_legend =
     "val. error   |V - V'| / |V|\n"
     "out. error   |O - O'| / |O| of the attention output of the given queries: the one that matters\n";
 
-/// Prints everything; one JSON object and nothing else with `json`.
+/// Prints everything, or with `json` one JSON object and nothing else.
 inline void report(std::span<const LayerTensors> layers, double mean_bits, bool json) {
     const std::vector<ReportRow> rows = measure_all(layers);
-    const Suggestion suggestion = suggest(layers, mean_bits);
+    std::optional<Suggestion> suggestion;
+    try {
+        suggestion = suggest(layers, mean_bits);
+    } catch (const Error& error) {
+        std::fprintf(stderr, "no bits are suggested for a mean of %.2f: %s\n", mean_bits, error.what());
+    }
     if (json) {
         std::printf("%s\n", to_json(layers, rows, suggestion).dump().c_str());
         return;
@@ -246,7 +251,7 @@ inline void report(std::span<const LayerTensors> layers, double mean_bits, bool 
     bool queries = true;
     for (const LayerTensors& layer : layers) queries = queries && layer.queries.has_value();
     if (queries) print_splits(layers, rows);
-    print_suggestion(layers, suggestion);
+    if (suggestion) print_suggestion(layers, *suggestion);
 }
 
 }  // namespace kvplane_examples

@@ -1,92 +1,57 @@
-// examples/quickstart.cpp: what each quantizer costs and keeps on keys and values of a real model.
-#include <algorithm>
+// examples/quickstart.cpp: one layer of a real model in caches of several recipes. What does each take, and what does
+// it keep?
 #include <cstdio>
-#include <cstring>
-#include <filesystem>
+#include <kvplane/kvplane.hpp>
 #include <string>
-#include <vector>
-
-#include "dump_file.hpp"
-#include "kvplane/io/safetensors.hpp"
-#include "quantizer_report.hpp"
-
-namespace {
 
 using namespace kvplane;
-using kvplane_examples::layers_in;
-using kvplane_examples::LayerTensors;
-using kvplane_examples::load;
 
-constexpr const char* usage =
-    "usage: quickstart [FILE] [--json] [--help]\n"
-    "\n"
-    "Quantizes the keys and values of every layer in FILE with each method and prints what it costs and "
-    "keeps.\n"
-    "FILE is a safetensors file with tensors layers.L.keys and layers.L.values [tokens, kv_heads, head_dim] "
-    "and,\n"
-    "for the error of attention, layers.L.queries [queries, heads, head_dim]; the queries stand at the "
-    "metadata's\n"
-    "first_query_position, or at the last positions. Without FILE: four layers of SmolLM2-135M on 1024 "
-    "tokens of\n"
-    "Northanger Abbey, which ship with kvplane.\n"
-    "\n"
-    "  --json   one JSON object {\"rows\": [...], \"allocation\": [...]} and nothing else\n";
+int main() {
+    // SmolLM2-135M on 1024 tokens of a novel: keys and values of all of them, queries of the last 64.
+    const auto file = SafetensorsFile::open(KVPLANE_EXAMPLE_DATA "/smollm2_layers_16_24.safetensors");
+    const Matrix keys = file.to_float_matrix("layers.16.keys"),
+                 values = file.to_float_matrix("layers.16.values"),
+                 all_queries = file.to_float_matrix("layers.16.queries"),
+                 queries = all_queries.bottomRows(32);
 
-LayerTensors load_layer(const SafetensorsFile& file, int layer) {
-    const std::string prefix = "layers." + std::to_string(layer) + ".";
-    LayerTensors tensors;
-    tensors.layer = layer;
-    Index value_heads = 0, query_heads = 0;
-    tensors.keys = load(file, prefix + "keys", tensors.kv_heads);
-    tensors.values = load(file, prefix + "values", value_heads);
-    require(value_heads == tensors.kv_heads && tensors.values.rows() == tensors.keys.rows(), ErrorCode::shape,
-            prefix, "values: ", tensors.values.rows(), " tokens of ", value_heads, " heads, expected ",
-            tensors.keys.rows(), " of ", tensors.kv_heads, " as the keys have");
-    if (!file.contains(prefix + "queries")) return tensors;
-    tensors.queries = load(file, prefix + "queries", query_heads);
-    Index position = tensors.keys.rows() - tensors.queries->rows();
-    if (const auto given = file.metadata().find("first_query_position"); given != file.metadata().end())
-        position = std::atol(given->second.c_str());
-    tensors.attention = {query_heads, tensors.kv_heads, position};
-    return tensors;
-}
+    CacheConfiguration layer;
+    layer.kv_heads = 3, layer.query_heads = 9;
+    layer.key_head_dim = layer.value_head_dim = 64;
+    layer.rope = RopeSettings{.base = 100000};
 
-void run(std::vector<std::filesystem::path> files, bool json) {
-    if (files.empty()) files = kvplane_examples::shipped_files();
-    std::vector<LayerTensors> layers;
-    for (const auto& path : files) {
-        const SafetensorsFile file = SafetensorsFile::open(path);
-        for (const int layer : layers_in(file)) layers.push_back(load_layer(file, layer));
+    // What recipes with latents want to know: keys and queries before RoPE. The first half is all they see.
+    Matrix earlier = all_queries.topRows(32);
+    RotaryEmbedding(64, *layer.rope).rotate_back(earlier, 960);
+    LatentStatistics statistics(layer.kv_heads, layer.query_heads, layer.key_head_dim);
+    statistics.add_keys({file.to_float_matrix("layers.16.keys_before_rope").topRows(512), 0});
+    statistics.add_queries(earlier);
+
+    TilePool pool;
+    AttentionWorkspace workspace;
+    Matrix exact, output(32, 9 * 64);
+    double kivi_bits = 0, kivi_error = 0, best_error = 1;
+    std::string best;
+    std::printf("%-18s %9s %9s %11s %11s %15s\n", "recipe", "true bits", "smaller", "key error",
+                "value error", "attention error");
+    for (const std::string recipe : {"fp16", "kivi:4:32", "standard", "compact", "key_favored:4:2",
+                                     "svdq:2:3", "latent:4:4", "latent:3:3", "latent:2:2"}) {
+        layer.recipe = recipes::parse(recipe);
+        if (layer.recipe.latents)
+            layer.latent_keys = fit_latent_keys(statistics, layer.rope, *layer.recipe.latents);
+        KvCache cache(layer, pool);
+        cache.append(keys, values);
+        cache.attend(queries, output, {}, workspace);
+        if (recipe == "fp16") exact = output;
+
+        const double bits = cache.bits_per_element(), error = relative_error(exact, output);
+        std::printf("%-18s %9.2f %8.1fx %11.4f %11.4f %15.4f\n", recipe.c_str(), bits, 16 / bits,
+                    relative_error(keys, cache.stored_keys(0, 1024)),
+                    relative_error(values, cache.stored_values(0, 1024)), error);
+        if (recipe == "kivi:4:32") kivi_bits = bits, kivi_error = error;
+        if (kivi_bits > 0 && bits <= kivi_bits && error < best_error) best = recipe, best_error = error;
     }
-    require(!layers.empty(), ErrorCode::index, files.front().string(),
-            ": no tensor named layers.L.keys, expected at least one layer");
-    if (!json)
-        std::printf("%zu layers, %ld tokens, %ld key/value heads of %ld channels\n\n", layers.size(),
-                    static_cast<long>(layers[0].keys.rows()), static_cast<long>(layers[0].kv_heads),
-                    static_cast<long>(layers[0].keys.cols() / layers[0].kv_heads));
-    kvplane_examples::report(layers, 3.5, json);
-}
-
-}  // namespace
-
-int main(int count, char** arguments) {
-    std::vector<std::filesystem::path> files;
-    bool json = false;
-    for (int i = 1; i < count; ++i) {
-        const std::string argument = arguments[i];
-        if (argument == "--help") return std::printf("%s", usage), 0;
-        if (argument == "--json") {
-            json = true;
-        } else if (argument.starts_with("-") || !files.empty()) {
-            return std::fprintf(stderr, "quickstart: unexpected argument '%s'\n%s", argument.c_str(), usage),
-                   2;
-        } else {
-            files.emplace_back(argument);
-        }
-    }
-    try {
-        run(files, json);
-    } catch (const std::exception& error) {
-        return std::fprintf(stderr, "quickstart: %s\n", error.what()), 1;
-    }
+    std::printf(
+        "\nOf all that take no more than kivi:4:32, %s keeps attention best: off by %.1f%%, not %.1f%%.\n",
+        best.c_str(), 100 * best_error, 100 * kivi_error);
+    return std::fflush(stdout) == 0 ? 0 : 1;
 }

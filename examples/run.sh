@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
-# Sets up, builds and runs an example: the quickstart on the tensors that ship with kvplane, or
-#   run.sh quickstart|synthetic|svdq|attention|aligned [ARGUMENTS]
-#   run.sh engine "PROMPT" [OPTIONS of generate]     fetches a small model and lets it answer
-#   run.sh evaluate|dump|calibrate|speed [OPTIONS]         the same with the engine's other programs
+# Sets up, builds and runs an example: the quickstart on tensors that ship with kvplane, or
+#   run.sh report|attention|synthetic|svdq|aligned [OPTIONS]
+#   run.sh engine "PROMPT" [OPTIONS of generate]          fetches a small model and lets it answer
+#   run.sh evaluate|dump|calibrate|speed [OPTIONS]        the engine's other programs
+# Each says with --help what it does and takes.
 set -euo pipefail
 folder=$PWD
 cd "$(dirname "$0")/.."
 repository=$PWD
 
-bash tests/install_packages.sh
 example=${1:-quickstart}
 [ $# -gt 0 ] && shift
 options=()
 case $example in
-    quickstart|synthetic|svdq|attention|aligned) program=$example path=$example ;;
-    engine|evaluate|dump|calibrate|speed)
-        program=${example/engine/generate} path=engine/$program
-        options=(--model "$(bash examples/engine/fetch.sh)")
-        [ "$example" = engine ] && options+=(--chat) ;;
-    *) echo "run.sh: no example '$example'; expected quickstart, synthetic, svdq, attention, aligned, engine, evaluate, dump, calibrate or speed" >&2; exit 2 ;;
+    quickstart|report|attention) program=$example path=$example ;;
+    synthetic|svdq|aligned) program=$example path=studies/$example ;;
+    engine|evaluate|dump|calibrate|speed) program=${example/engine/generate} path=engine/$program ;;
+    *) echo "run.sh: no example '$example'; expected quickstart, report, attention, synthetic, svdq, aligned," \
+            "engine, evaluate, dump, calibrate or speed" >&2; exit 2 ;;
 esac
+bash tests/install_packages.sh
+if [ "${path%/*}" = engine ]; then
+    options=(--model "$(bash examples/engine/fetch.sh)")
+    [ "$example" = engine ] && options+=(--chat)
+fi
 cmake --preset release >/dev/null
 cmake --build --preset release --target "$program" >&2
 cd "$folder"

@@ -1,62 +1,55 @@
 // examples/engine/calibrate.cpp: statistics of a model's keys and queries, for bases of latents.
 #include <cstdio>
+#include <optional>
 #include <string>
+#include <vector>
 
-#include "engine/command_line.hpp"
 #include "engine/model.hpp"
+#include "engine/text_file.hpp"
 #include "engine/tokenizer.hpp"
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/latent/fit.hpp"
 #include "kvplane/recipes.hpp"
+#include "options.hpp"
+#include "recipe_help.hpp"
 
 namespace {
 
 using namespace engine;
 
-constexpr const char* usage =
-    "usage: calibrate --model FILE --text FILE --out FILE [OPTIONS]\n"
-    "       calibrate --dump A,B,C --rope-base BASE --out FILE [OPTIONS]\n"
-    "       calibrate --merge A,B,C --out FILE [OPTIONS]\n"
-    "\n"
-    "Writes the means and second moments, before RoPE, that `evaluate --basis` and `generate --basis` fit "
-    "bases\n"
-    "of latents to: of a model on a text, of tensors (layers.L.keys_before_rope and .queries, as the dump "
-    "example\n"
-    "writes them, all layers from 0 on), or of several such files.\n"
-    "  --first-token N     of the text (0)\n"
-    "  --tokens N          (4096), in windows of --context N (2048); the first 4 of each are left out\n"
-    "  --name NAME         the model's name, with --dump (\"unnamed\")\n"
-    "  --rope-layout L     interleaved or halves, with --dump (interleaved)\n"
-    "  --recipe NAME       also fit the bases and widths of this recipe to what was seen, and write them\n"
-    "  --bases FILE        to this file, which is what an engine ships\n"
-    "  --threads N         0: one a core (0)\n";
+struct Settings {
+    std::string model, text, out, name = "unnamed", rope_layout = "interleaved", recipe, bases;
+    std::vector<std::string> dumps, merged;
+    Index first_token = 0, tokens = 4096, context = 2048, threads = 0;
+    double rope_base = 0.0;
+};
 
 constexpr Index sinks = 4;  // no recipe puts the first tokens into tiles
 
-kvplane::Calibration from_text(const CommandLine& options) {
-    Threads threads(static_cast<int>(options.number("--threads", 0)));
-    const Model model(Gguf::open(options.required("--model")), threads);
+kvplane::Calibration from_text(const Settings& settings) {
+    kvplane::require(!settings.model.empty() && !settings.text.empty(), ErrorCode::option,
+                     "expected --model and --text, or --dump, or --merge; --help explains them");
+    Threads threads(static_cast<int>(settings.threads));
+    const Model model(Gguf::open(settings.model), threads);
     const ModelConfig& config = model.config();
-    const std::vector<TokenId> text = Tokenizer(model.file()).encode(read_text(options.required("--text")));
-    const Index first = options.number("--first-token", 0), count = options.number("--tokens", 4096, 1),
-                context = options.number("--context", 2048, sinks + 1);
-    kvplane::require(first + count <= static_cast<Index>(text.size()), ErrorCode::index, "tokens ", first,
-                     " to ", first + count, " of a text of ", text.size());
+    const std::vector<TokenId> text = read_tokens(Tokenizer(model.file()), settings.text);
+    const Index count = settings.tokens, context = settings.context;
+    const std::span<const TokenId> tokens = tokens_from(text, settings.first_token, count);
     kvplane::Calibration calibration{model.name(), config.rope(), {}};
     calibration.layers.assign(static_cast<std::size_t>(config.layers),
                               {config.kv_heads, config.query_heads, config.head_dim});
     for (Index done = 0; done < count; done += context) {
         LayerCaches caches = model.exact_caches();
-        const std::span<const TokenId> window(text.data() + first + done,
-                                              static_cast<std::size_t>(std::min(context, count - done)));
+        const auto window = tokens.subspan(static_cast<std::size_t>(done),
+                                           static_cast<std::size_t>(std::min(context, count - done)));
         model.forward(window, caches, Logits::none, [&](const LayerActivations& a) {
             const Index rows = std::max<Index>(0, a.keys.rows() - (a.first_position == 0 ? sinks : 0));
             kvplane::LatentStatistics& layer = calibration.layers[static_cast<std::size_t>(a.layer)];
             layer.add_keys({a.keys_before_rope.bottomRows(rows), 0});
             layer.add_queries(a.queries_before_rope.bottomRows(rows));
         });
-        std::fprintf(stderr, "\r  token %ld of %ld", static_cast<long>(std::min(count, done + context)),
-                     static_cast<long>(count));
+        std::fprintf(stderr, "\r  token %ld of %ld",
+                     static_cast<long>(done + static_cast<Index>(window.size())), static_cast<long>(count));
     }
     std::fprintf(stderr, "\n");
     return calibration;
@@ -69,17 +62,14 @@ Index heads_of(const kvplane::SafetensorsFile& file, const std::string& tensor) 
     return shape[1];
 }
 
-kvplane::Calibration from_dump(const std::string& path, const CommandLine& options) {
+kvplane::Calibration from_dump(const std::string& path, const Settings& settings) {
     const auto file = kvplane::SafetensorsFile::open(path);
-    const std::string layout = options.text("--rope-layout", "interleaved");
-    kvplane::require(layout == "interleaved" || layout == "halves", ErrorCode::option, "--rope-layout: '",
-                     layout, "', expected interleaved or halves");
     kvplane::RopeSettings rope;
-    rope.base = options.real("--rope-base", 0.0);
+    rope.base = settings.rope_base;
     kvplane::require(rope.base > 0.0, ErrorCode::option,
-                     "--dump needs --rope-base: the model's, for its queries stand after RoPE in the file");
-    if (layout == "halves") rope.layout = kvplane::RopeLayout::halves;
-    kvplane::Calibration calibration{options.text("--name", "unnamed"), rope, {}};
+                     "--dump needs --rope-base, the model's, because the file has queries after RoPE");
+    if (settings.rope_layout == "halves") rope.layout = kvplane::RopeLayout::halves;
+    kvplane::Calibration calibration{settings.name, rope, {}};
     for (Index layer = 0;; ++layer) {
         const std::string prefix = "layers." + std::to_string(layer) + ".";
         if (!file.contains(prefix + "keys_before_rope")) break;
@@ -107,47 +97,66 @@ kvplane::Calibration merged(const std::vector<std::string>& paths, const Read& r
     return all;
 }
 
-void run(const CommandLine& options) {
-    const std::string out = options.required("--out");
-    const bool bases = options.has("--recipe");
-    kvplane::require(bases == options.has("--bases"), ErrorCode::option,
+void run(const Settings& settings) {
+    std::optional<kvplane::CacheRecipe> recipe;
+    kvplane::require(settings.recipe.empty() == settings.bases.empty(), ErrorCode::option,
                      "--recipe and --bases go together: which bases, and where to");
+    if (!settings.recipe.empty()) {
+        recipe = kvplane::recipes::parse(settings.recipe);
+        kvplane::require(recipe->latents.has_value(), ErrorCode::option, "--recipe: '", recipe->name,
+                         "' has no latents");
+    }
     kvplane::Calibration calibration;
-    if (options.has("--merge"))
-        calibration = merged(options.list("--merge"),
-                             [](const std::string& path) { return kvplane::load_calibration(path); });
-    else if (options.has("--dump"))
+    if (!settings.merged.empty())
         calibration =
-            merged(options.list("--dump"), [&](const std::string& path) { return from_dump(path, options); });
+            merged(settings.merged, [](const std::string& path) { return kvplane::load_calibration(path); });
+    else if (!settings.dumps.empty())
+        calibration =
+            merged(settings.dumps, [&](const std::string& path) { return from_dump(path, settings); });
     else
-        calibration = from_text(options);
-    kvplane::save_calibration(calibration, out);
-    std::fprintf(stderr, "%s: %zu layers of '%s', %.0f keys\n", out.c_str(), calibration.layers.size(),
-                 calibration.model.c_str(), calibration.layers.front().keys().count());
-    if (!bases) return;
-    const kvplane::CacheRecipe recipe = kvplane::recipes::parse(options.text("--recipe"));
-    kvplane::require(recipe.latents.has_value(), ErrorCode::option, "--recipe: '", recipe.name,
-                     "' has no latents");
-    const auto layers = kvplane::fit_latent_keys(calibration.layers, calibration.rope, *recipe.latents);
-    kvplane::save_latent_keys(layers, calibration.model, options.text("--bases"));
+        calibration = from_text(settings);
+    kvplane::save_calibration(calibration, settings.out);
+    std::fprintf(stderr, "%s: %zu layers of '%s', %.0f keys\n", settings.out.c_str(),
+                 calibration.layers.size(), calibration.model.c_str(),
+                 calibration.layers.front().keys().count());
+    if (!recipe) return;
+    const auto layers = kvplane::fit_latent_keys(calibration.layers, calibration.rope, *recipe->latents);
+    kvplane::save_latent_keys(layers, calibration.model, settings.bases);
     Index bytes = 0;
     for (const auto& layer : layers) bytes += layer->bytes();
-    std::fprintf(stderr, "%s: bases of %s, %ld bytes\n", options.text("--bases").c_str(), recipe.name.c_str(),
+    std::fprintf(stderr, "%s: bases of %s, %ld bytes\n", settings.bases.c_str(), recipe->name.c_str(),
                  static_cast<long>(bytes));
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    try {
-        const CommandLine options(
-            count, arguments,
-            {"--model", "--text", "--dump", "--merge", "--out", "--first-token", "--tokens", "--context",
-             "--name", "--rope-base", "--rope-layout", "--recipe", "--bases", "--threads"},
-            {"--help"});
-        if (options.has("--help")) return std::printf("%s", usage), 0;
-        run(options);
-    } catch (const std::exception& error) {
-        return std::fprintf(stderr, "calibrate: %s\n", error.what()), 1;
-    }
+    Settings s;
+    kvplane_examples::Options options(
+        "calibrate",
+        "Writes the means and second moments of keys and queries before RoPE, which `evaluate --basis` and "
+        "`generate --basis` fit bases of latents to: of a model on a text (--model, --text), of tensors "
+        "(--dump), or "
+        "of several such files (--merge).");
+    options.text("--model FILE", s.model, "GGUF file of the model");
+    options.text("--text FILE", s.text, "what it reads");
+    options.texts(
+        "--dump A,B,C", s.dumps,
+        "safetensors files with layers.L.keys_before_rope and .queries, as dump writes them, of all layers "
+        "from 0 on");
+    options.texts("--merge A,B,C", s.merged, "files that this program wrote");
+    options.output_file("--out FILE", s.out, "the file to write", kvplane_examples::Options::Need::required);
+    options.number("--first-token N", s.first_token, {}, "of the text");
+    options.number("--tokens N", s.tokens, {.least = sinks + 1}, "from there on");
+    options.number("--context N", s.context, {.least = sinks + 1},
+                   "tokens that the model reads at a time; the first 4 of them are left out");
+    options.text("--name NAME", s.name, "the model's name, with --dump");
+    options.real("--rope-base B", s.rope_base, "the model's, with --dump");
+    options.choice("--rope-layout L", s.rope_layout, {"interleaved", "halves"}, "with --dump");
+    options.text("--recipe NAME", s.recipe, "also fit the bases and widths of this recipe with latents");
+    options.output_file("--bases FILE", s.bases,
+                        "and write them to this file, which is what an engine ships");
+    options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
+    options.footer(kvplane_examples::recipe_help());
+    return options.run(count, arguments, [&] { run(s); });
 }

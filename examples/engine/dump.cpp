@@ -1,26 +1,24 @@
 // examples/engine/dump.cpp: keys, values and queries of a model on a text, to a safetensors file.
 #include <cstdio>
+#include <map>
 #include <string>
+#include <vector>
 
-#include "engine/command_line.hpp"
 #include "engine/model.hpp"
+#include "engine/text_file.hpp"
 #include "engine/tokenizer.hpp"
 #include "kvplane/io/safetensors.hpp"
+#include "options.hpp"
 
 namespace {
 
 using namespace engine;
 
-constexpr const char* usage =
-    "usage: dump --model FILE --text FILE --out FILE [OPTIONS]\n"
-    "\n"
-    "Writes layers.L.keys_before_rope, .keys, .values [tokens, kv_heads, head_dim] and .queries [queries,\n"
-    "heads, head_dim] (after RoPE) as fp16: what quickstart and the other examples read.\n"
-    "  --first-token N     of the text (0)\n"
-    "  --tokens N          (1024)\n"
-    "  --queries N         of the last positions (64)\n"
-    "  --layers A,B,C      (all)\n"
-    "  --threads N         0: one a core (0)\n";
+struct Settings {
+    std::string model, text, out;
+    Index first_token = 0, tokens = 1024, queries = 64, threads = 0;
+    std::vector<Index> layers;
+};
 
 struct Rows {
     Matrix keys_before_rope, keys, values, queries;
@@ -31,25 +29,19 @@ void append(Matrix& all, const Matrix& more) {
     all.bottomRows(more.rows()) = more;
 }
 
-void run(const CommandLine& options) {
-    Threads threads(static_cast<int>(options.number("--threads", 0)));
-    const Model model(Gguf::open(options.required("--model")), threads);
+void run(const Settings& settings) {
+    Threads threads(static_cast<int>(settings.threads));
+    const Model model(Gguf::open(settings.model), threads);
     const ModelConfig& config = model.config();
-    std::vector<TokenId> tokens = Tokenizer(model.file()).encode(read_text(options.required("--text")));
-    const Index first = options.number("--first-token", 0), count = options.number("--tokens", 1024, 1);
-    kvplane::require(first + count <= static_cast<Index>(tokens.size()), ErrorCode::index, "tokens ", first,
-                     " to ", first + count, " of a text of ", tokens.size());
-    tokens = {tokens.begin() + first, tokens.begin() + first + count};
-    const Index queries = std::min(count, options.number("--queries", 64));
+    const std::vector<TokenId> text = read_tokens(Tokenizer(model.file()), settings.text);
+    const std::span<const TokenId> tokens = tokens_from(text, settings.first_token, settings.tokens);
+    const Index queries = std::min(settings.tokens, settings.queries);
 
-    std::vector<Index> chosen;
-    if (options.has("--layers"))
-        for (const std::string& layer : options.list("--layers")) chosen.push_back(std::atol(layer.c_str()));
-    else
-        for (Index layer = 0; layer < config.layers; ++layer) chosen.push_back(layer);
+    std::vector<Index> chosen = settings.layers;
+    for (Index layer = 0; settings.layers.empty() && layer < config.layers; ++layer) chosen.push_back(layer);
     for (const Index layer : chosen)
-        kvplane::require(layer >= 0 && layer < config.layers, ErrorCode::index, "--layers: ", layer,
-                         ", expected 0 to ", config.layers - 1);
+        kvplane::require(layer < config.layers, ErrorCode::index, "--layers: ", layer, ", expected 0 to ",
+                         config.layers - 1);
 
     std::map<Index, Rows> dumped;
     for (const Index layer : chosen) dumped[layer];
@@ -76,25 +68,32 @@ void run(const CommandLine& options) {
     }
     writer.metadata("layout", "[tokens, heads, head_dim]");
     writer.metadata("first_key_position", "0");
-    writer.metadata("first_query_position", std::to_string(count - queries));
+    writer.metadata("first_query_position", std::to_string(settings.tokens - queries));
     writer.metadata("rope_pairs", "interleaved: channels 2i and 2i+1");
     writer.metadata("rope_theta", std::to_string(config.rope_base));
-    writer.write(options.required("--out"));
-    std::fprintf(stderr, "%s: %zu layers, %ld tokens\n", options.required("--out").c_str(), dumped.size(),
-                 static_cast<long>(count));
+    writer.write(settings.out);
+    std::fprintf(stderr, "%s: %zu layers, %ld tokens\n", settings.out.c_str(), dumped.size(),
+                 static_cast<long>(settings.tokens));
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    try {
-        const CommandLine options(
-            count, arguments,
-            {"--model", "--text", "--out", "--first-token", "--tokens", "--queries", "--layers", "--threads"},
-            {"--help"});
-        if (options.has("--help")) return std::printf("%s", usage), 0;
-        run(options);
-    } catch (const std::exception& error) {
-        return std::fprintf(stderr, "dump: %s\n", error.what()), 1;
-    }
+    using Need = kvplane_examples::Options::Need;
+    Settings s;
+    kvplane_examples::Options options("dump",
+                                      "Writes keys before RoPE, keys, values [tokens, kv_heads, head_dim] "
+                                      "and queries [queries, heads, head_dim] "
+                                      "of a model on a text, in fp16: the tensors layers.L.keys_before_rope, "
+                                      ".keys, .values and .queries, which "
+                                      "the other examples read.");
+    options.text("--model FILE", s.model, "GGUF file of the model", Need::required);
+    options.text("--text FILE", s.text, "what it reads", Need::required);
+    options.output_file("--out FILE", s.out, "the safetensors file to write", Need::required);
+    options.number("--first-token N", s.first_token, {}, "of the text");
+    options.number("--tokens N", s.tokens, {.least = 1}, "from there on");
+    options.number("--queries N", s.queries, {}, "of the last tokens");
+    options.numbers("--layers A,B,C", s.layers, {}, "all without it");
+    options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
+    return options.run(count, arguments, [&] { run(s); });
 }

@@ -1,62 +1,37 @@
 // examples/engine/evaluate.cpp: what each recipe does to a model's predictions.
 //
-// Every window of the text is one context. The model runs over it 32 tokens at a time (--chunk): with a plain
-// fp32 cache, then with every recipe, whose predictions are compared with it from token 256 on. A tile may so
-// be quantized up to 31 tokens earlier than in decoding one by one.
+// Every window of the text is one context. The model runs over it 32 tokens at a time (--chunk): with a plain fp32
+// cache, then with every recipe, whose predictions from token 256 on are compared with the exact ones. A cache may
+// therefore pack a tile up to 31 tokens earlier than it would token by token.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "engine/command_line.hpp"
 #include "engine/kvplane_cache.hpp"
 #include "engine/layer_recipes.hpp"
 #include "engine/model.hpp"
+#include "engine/text_file.hpp"
 #include "engine/tokenizer.hpp"
+#include "options.hpp"
 #include "plot.hpp"
+#include "recipe_help.hpp"
 
 namespace {
 
 using namespace engine;
 
-constexpr const char* usage =
-    "usage: evaluate --model FILE --text FILE --recipes A,B,C [OPTIONS]\n"
-    "\n"
-    "Compares the model's next-token predictions under each recipe with those of an unquantized cache, from\n"
-    "token 256 of every context on.\n"
-    "  --first-token N     of the text (0)\n"
-    "  --context N         tokens of one window (2048)\n"
-    "  --windows N         consecutive windows (1)\n"
-    "  --chunk N           tokens that the model runs over at a time (32); up to 8 attend on packed bits\n"
-    "  --recipes A,B,C     fp16, block32:4[:rotated], kivi:4, key_favored:4:2, standard, compact, "
-    "svdq:1.25,\n"
-    "                      latent:3:3, weighted:3:3, each with settings after '+' (see "
-    "kvplane/recipes.hpp);\n"
-    "                      allocated:norms|weights|measured:BITS; svdq:1.25@keys=1/32: a share of the keys;\n"
-    "                      with --chunk 8 or less how much is read: key_favored:8:8@4, @4:3 (keys,\n"
-    "                      values): bits in the mean; @fixed4: of every code; @tolerance=0.02: what keeps\n"
-    "                      outputs within that; fp16@published, fp16@aligned: by exponents\n"
-    "  --basis FILE        statistics from calibrate, for recipes with latents; without it every cache fits "
-    "a\n"
-    "                      basis to the first 512 tokens of its own\n"
-    "  --calibration FILE  text that `allocated` recipes look at (its first 1024 tokens)\n"
-    "  --json              one JSON object on stdout and nothing else\n"
-    "  --csv FILE          the figures as a table for plotting\n"
-    "  --plot DIR          writes DIR/evaluate.csv and, where gnuplot is installed, DIR/evaluate.svg: KL "
-    "over "
-    "true\n"
-    "                      bits, a point for every recipe\n"
-    "  --threads N         0: one a core (0)\n"
-    "\n"
-    "true bits: bits an element of the cache takes at the end of the context, grids, sinks and recent "
-    "tokens\n"
-    "counted. KL: divergence of the recipe's prediction from the exact one, in nats. same top: how often "
-    "both\n"
-    "think the same token likeliest. Progress goes to stderr.\n";
+struct Settings {
+    std::string model, text, basis, calibration, csv, plot;
+    std::vector<std::string> recipes;
+    Index first_token = 0, context = 2048, windows = 1, chunk = 32, threads = 0;
+    bool json = false;
+};
 
 constexpr Index first_compared = 256;
 
@@ -114,20 +89,20 @@ Matrix run_chunk(const Model& model, std::span<const TokenId> tokens, LayerCache
     return logits;
 }
 
-/// Likelihoods of the targets: the token after each of a chunk's.
-void add_likelihoods(std::span<const TokenId> targets, const Matrix& log_probabilities, Result& result) {
-    for (std::size_t i = 0; i < targets.size(); ++i)
+/// Likelihoods of the targets, the token after each of a chunk's, from row `first` on.
+void add_likelihoods(std::span<const TokenId> targets, const Matrix& log_probabilities, Index first,
+                     Result& result) {
+    for (Index i = first; i < static_cast<Index>(targets.size()); ++i, ++result.targets)
         result.negative_log_likelihood -=
-            log_probabilities(static_cast<Index>(i), static_cast<Index>(targets[i]));
-    result.targets += static_cast<Index>(targets.size());
+            log_probabilities(i, static_cast<Index>(targets[static_cast<std::size_t>(i)]));
 }
 
-/// KL(exact || recipe) and whether the likeliest token is the same, row by row.
-void compare(const Model& model, const Matrix& exact, const Matrix& close, Result& result) {
-    std::vector<double> divergences(static_cast<std::size_t>(close.rows()));
+/// KL(exact || recipe) and whether the likeliest token is the same, row by row from row `first` on.
+void compare(const Model& model, const Matrix& exact, const Matrix& close, Index first, Result& result) {
+    std::vector<double> divergences(static_cast<std::size_t>(close.rows() - first));
     std::vector<char> same(divergences.size());
-    model.threads().for_each(close.rows(), [&](Index i) {
-        const auto p = exact.row(i).array(), q = close.row(i).array();
+    model.threads().for_each(close.rows() - first, [&](Index i) {
+        const auto p = exact.row(first + i).array(), q = close.row(first + i).array();
         divergences[static_cast<std::size_t>(i)] = std::max(0.0, (p.exp() * (p - q)).cast<double>().sum());
         Index top_exact = 0, top_close = 0;
         p.maxCoeff(&top_exact);
@@ -148,15 +123,17 @@ void run_window(const Model& model, std::span<const TokenId> tokens, std::size_t
     for (std::size_t first = 0; first < tokens.size(); first += chunk) {
         const std::size_t count = std::min<std::size_t>(chunk, tokens.size() - first);
         const auto now = tokens.subspan(first, count);
-        const bool compared = static_cast<Index>(first) >= first_compared;
+        // Row by row: a chunk may begin before the first compared token.
+        const Index row = std::max<Index>(0, first_compared - static_cast<Index>(first));
+        const bool compared = row < static_cast<Index>(count);
         const auto targets = tokens.subspan(first + 1, std::min(count, tokens.size() - first - 1));
         const Matrix exact = run_chunk(model, now, plain, all.exact);
-        if (compared) add_likelihoods(targets, exact, all.exact);
+        if (compared) add_likelihoods(targets, exact, row, all.exact);
         for (std::size_t r = 0; r < caches.size(); ++r) {
             const Matrix close = run_chunk(model, now, caches[r], all.recipes[r]);
             if (!compared) continue;
-            add_likelihoods(targets, close, all.recipes[r]);
-            compare(model, exact, close, all.recipes[r]);
+            add_likelihoods(targets, close, row, all.recipes[r]);
+            compare(model, exact, close, row, all.recipes[r]);
         }
         std::fprintf(stderr, "\r  token %zu of %zu", first + count, tokens.size());
     }
@@ -165,21 +142,21 @@ void run_window(const Model& model, std::span<const TokenId> tokens, std::size_t
     for (std::size_t r = 0; r < caches.size(); ++r) all.recipes[r].size = size_of(model.config(), caches[r]);
 }
 
-Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, Index first_token, Index context,
-                    Index windows, Index chunk, const std::vector<std::string>& names,
+Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, const Settings& settings,
                     const std::vector<CachePlan>& plans, Threads& threads) {
     Evaluation all;
-    for (const std::string& name : names) all.recipes.emplace_back(name);
+    for (const std::string& name : settings.recipes) all.recipes.emplace_back(name);
     kvplane::TilePool pool;
-    for (Index window = 0; window < windows; ++window) {
+    for (Index window = 0; window < settings.windows; ++window) {
         std::fprintf(stderr, "window %ld of %ld\n", static_cast<long>(window + 1),
-                     static_cast<long>(windows));
+                     static_cast<long>(settings.windows));
         LayerCaches plain = model.exact_caches();
         std::vector<LayerCaches> caches;
         for (const CachePlan& plan : plans)
             caches.push_back(kvplane_caches(model.config(), plan, pool, threads));
-        run_window(model, {text.data() + first_token + window * context, static_cast<std::size_t>(context)},
-                   static_cast<std::size_t>(chunk), caches, plain, all);
+        run_window(model,
+                   tokens_from(text, settings.first_token + window * settings.context, settings.context),
+                   static_cast<std::size_t>(settings.chunk), caches, plain, all);
     }
     return all;
 }
@@ -247,58 +224,83 @@ kvplane_examples::Plot to_plot(const Evaluation& all) {
     return plot;
 }
 
-void run(const CommandLine& options) {
-    const std::vector<std::string> names = options.list("--recipes");
-    Threads threads(static_cast<int>(options.number("--threads", 0)));
-    const Model model(Gguf::open(options.required("--model")), threads);
+void run(const Settings& settings) {
+    Threads threads(static_cast<int>(settings.threads));
+    const Model model(Gguf::open(settings.model), threads);
     const Tokenizer tokenizer(model.file());
-    const std::vector<TokenId> text = tokenizer.encode(read_text(options.required("--text")));
-    const Index first = options.number("--first-token", 0), context = options.number("--context", 2048, 1),
-                windows = options.number("--windows", 1, 1);
+    const std::vector<TokenId> text = read_tokens(tokenizer, settings.text);
+    const Index first = settings.first_token, context = settings.context;
     kvplane::require(context > first_compared + 1 && context <= model.config().context, ErrorCode::option,
                      "--context: ", context, ", expected ", first_compared + 2, " to ",
                      model.config().context);
-    kvplane::require(windows <= (static_cast<Index>(text.size()) - first) / context, ErrorCode::index,
-                     windows, " windows of ", context, " tokens from ", first, " on, the text has ",
-                     text.size());
+    kvplane::require(settings.windows <= (static_cast<Index>(text.size()) - first) / context,
+                     ErrorCode::index, settings.windows, " windows of ", context, " tokens from ", first,
+                     " on, the text has ", text.size());
     std::vector<TokenId> calibration;
-    if (options.has("--calibration")) {
-        calibration = tokenizer.encode(read_text(options.text("--calibration")));
+    if (!settings.calibration.empty()) {
+        calibration = read_tokens(tokenizer, settings.calibration);
         calibration.resize(std::min<std::size_t>(calibration.size(), 1024));
     }
     std::optional<kvplane::Calibration> basis;
-    if (options.has("--basis")) basis = kvplane::load_calibration(options.text("--basis"), model.name());
+    if (!settings.basis.empty()) basis = kvplane::load_calibration(settings.basis, model.name());
     LayerRecipes layer_recipes(model, calibration, std::move(basis));
     std::vector<CachePlan> plans;
-    const Index chunk = options.number("--chunk", 32, 1);
-    for (const std::string& name : names) {
+    for (const std::string& name : settings.recipes) {
         plans.push_back(layer_recipes.parse(name));
-        kvplane::require(chunk <= 8 || plans.back().read.read.kind == kvplane::ReadPolicy::Kind::all,
+        kvplane::require(settings.chunk <= 8 || plans.back().read.read.kind == kvplane::ReadPolicy::Kind::all,
                          ErrorCode::option, "recipe '", name,
-                         "' reads in part, which takes --chunk 8 or less; it is ", chunk);
+                         "' reads in part, which takes --chunk 8 or less; it is ", settings.chunk);
     }
 
-    const Evaluation all = evaluate(model, text, first, context, windows, chunk, names, plans, threads);
-    if (options.has("--csv")) write_csv(options.text("--csv"), all);
-    if (options.has("--plot")) kvplane_examples::write_plot(options.text("--plot"), to_plot(all));
-    if (options.has("--json"))
+    const Evaluation all = evaluate(model, text, settings, plans, threads);
+    if (settings.json)
         std::printf("%s\n", to_json(all).dump().c_str());
     else
         print_table(all);
+    std::fflush(stdout);
+    if (!settings.csv.empty()) write_csv(settings.csv, all);
+    if (!settings.plot.empty()) kvplane_examples::write_plot(settings.plot, to_plot(all));
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    try {
-        const CommandLine options(
-            count, arguments,
-            {"--model", "--text", "--recipes", "--first-token", "--context", "--windows", "--chunk",
-             "--calibration", "--basis", "--csv", "--plot", "--threads"},
-            {"--json", "--help"});
-        if (options.has("--help")) return std::printf("%s", usage), 0;
-        run(options);
-    } catch (const std::exception& error) {
-        return std::fprintf(stderr, "evaluate: %s\n", error.what()), 1;
-    }
+    using Need = kvplane_examples::Options::Need;
+    Settings s;
+    kvplane_examples::Options options(
+        "evaluate",
+        "Compares the model's next-token predictions under each recipe with those of an unquantized cache, "
+        "from "
+        "token 256 of every context on. true bits: what an element of the cache takes at the end of the "
+        "context, "
+        "grids, sinks and recent tokens counted. KL: divergence of the recipe's prediction from the exact "
+        "one, in "
+        "nats. same top: how often both think the same token likeliest. Progress goes to stderr.");
+    options.text("--model FILE", s.model, "GGUF file of the model", Need::required);
+    options.text("--text FILE", s.text, "what it reads", Need::required);
+    options.texts(
+        "--recipes A,B,C", s.recipes,
+        "see below; also allocated:norms|weights|measured:BITS, bits by layer, and of recipes with latents "
+        "svdq:1.25@keys=1/32, a share of the keys",
+        Need::required);
+    options.number("--first-token N", s.first_token, {}, "of the text");
+    options.number("--context N", s.context, {.least = first_compared + 2}, "tokens of a window");
+    options.number("--windows N", s.windows, {.least = 1}, "consecutive windows");
+    options.number("--chunk N", s.chunk, {.least = 1},
+                   "tokens that the model runs over at a time; up to 8 attend on packed bits");
+    options.text(
+        "--basis FILE", s.basis,
+        "statistics from calibrate, for recipes with latents; without it every cache fits a basis to its "
+        "own first 512 tokens");
+    options.text("--calibration FILE", s.calibration,
+                 "text of which `allocated` recipes see the first 1024 tokens");
+    options.flag("--json", s.json, "one JSON object on stdout and nothing else");
+    options.output_file("--csv FILE", s.csv, "also write the table to this file");
+    options.output_folder(
+        "--plot DIR", s.plot,
+        "also write DIR/evaluate.csv and, where gnuplot is installed, DIR/evaluate.svg: KL over "
+        "true bits, a point for each recipe");
+    options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
+    options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());
+    return options.run(count, arguments, [&] { run(s); });
 }

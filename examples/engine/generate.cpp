@@ -3,35 +3,29 @@
 #include <cmath>
 #include <cstdio>
 #include <iostream>
+#include <optional>
 #include <random>
 #include <string>
+#include <vector>
 
-#include "engine/command_line.hpp"
 #include "engine/kvplane_cache.hpp"
 #include "engine/layer_recipes.hpp"
 #include "engine/model.hpp"
 #include "engine/tokenizer.hpp"
+#include "options.hpp"
+#include "recipe_help.hpp"
 
 namespace {
 
 using namespace engine;
 
-constexpr const char* usage =
-    "usage: generate --model FILE [OPTIONS] PROMPT\n"
-    "\n"
-    "Continues PROMPT, streaming the text to stdout; figures go to stderr.\n"
-    "  --recipe NAME       how keys and values are stored (standard; fp16, block32:4[:rotated], kivi:4,\n"
-    "                      key_favored:4:2, standard, compact, svdq:1.25, latent:3:3; `exact` is plain\n"
-    "                      fp32)\n"
-    "  --basis FILE        statistics from calibrate, for recipes with latents; without it the cache fits a\n"
-    "                      basis to the first 512 tokens of its own\n"
-    "  --length N          tokens to generate at most (200)\n"
-    "  --temperature T     0: always the likeliest token (0); above: sample\n"
-    "  --seed N            of sampling (1)\n"
-    "  --threads N         0: one a core (0)\n"
-    "  --draft POLICY      drafts tokens from a part of the same cache (fixed4, 4, ...; see evaluate), and\n"
-    "                      verifies up to 7 at once from all of it: the text is that of full reads\n"
-    "  --chat              PROMPT is what a user says; the model answers\n";
+struct Settings {
+    std::string model, recipe = "standard", basis, draft;
+    std::vector<std::string> prompts;
+    Index length = 200, seed = 1, threads = 0;
+    double temperature = 0.0;
+    bool chat = false;
+};
 
 /// The likeliest token, or one drawn with probability softmax(logits / temperature).
 TokenId choose(const Eigen::RowVectorXf& logits, double temperature, std::mt19937_64& random) {
@@ -97,44 +91,47 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-CachePlan plan_of(const Model& model, const std::string& name, const CommandLine& options) {
+CachePlan plan_of(const Model& model, const Settings& settings) {
     std::optional<kvplane::Calibration> basis;
-    if (options.has("--basis")) basis = kvplane::load_calibration(options.text("--basis"), model.name());
-    return LayerRecipes(model, {}, std::move(basis)).parse(name);
+    if (!settings.basis.empty()) basis = kvplane::load_calibration(settings.basis, model.name());
+    return LayerRecipes(model, {}, std::move(basis)).parse(settings.recipe);
 }
 
-void run(const CommandLine& options) {
-    kvplane::require(options.rest().size() == 1, ErrorCode::option, options.rest().size(),
-                     " prompts, expected one (in quotes)");
-    const std::string name = options.text("--recipe", "standard");
-
+void require_recipe(const std::string& name) {
     if (name != "exact") (void)kvplane::recipes::parse(name.substr(0, name.find('@')));
-    const double temperature = options.real("--temperature", 0.0);
+}
+
+void run(const Settings& settings) {
+    const std::string& name = settings.recipe;
+    const double temperature = settings.temperature;
     std::optional<kvplane::ReadPolicy> policy;
-    if (options.has("--draft")) {
-        policy = kvplane::recipes::read_policy(options.text("--draft"));
+    if (!settings.draft.empty()) {
+        policy = kvplane::recipes::read_policy(settings.draft);
         kvplane::require(temperature <= 0.0 && name != "exact", ErrorCode::option,
                          "--draft: expected a temperature of 0 and a recipe other than exact");
     }
-    Threads threads(static_cast<int>(options.number("--threads", 0)));
-    const Model model(Gguf::open(options.required("--model")), threads);
+    kvplane::require(settings.prompts.size() == 1, ErrorCode::option, settings.prompts.size(),
+                     " prompts, expected one (in quotes)");
+    kvplane::require(!settings.model.empty(), ErrorCode::option, "--model is missing; --help explains it");
+    Threads threads(static_cast<int>(settings.threads));
+    const Model model(Gguf::open(settings.model), threads);
     const Tokenizer tokenizer(model.file());
-    std::string prompt = options.rest()[0];
-    if (options.has("--chat")) prompt = "<|im_start|>user\n" + prompt + "<|im_end|>\n<|im_start|>assistant\n";
+    std::string prompt = settings.prompts[0];
+    if (settings.chat) prompt = "<|im_start|>user\n" + prompt + "<|im_end|>\n<|im_start|>assistant\n";
     const std::vector<TokenId> tokens = tokenizer.encode(prompt);
     kvplane::require(!tokens.empty(), ErrorCode::option, "the prompt is empty");
-    const Index length = std::min<Index>(options.number("--length", 200, 1),
-                                         model.config().context - static_cast<Index>(tokens.size()));
+    const Index length =
+        std::min<Index>(settings.length, model.config().context - static_cast<Index>(tokens.size()));
 
     kvplane::TilePool pool;
     LayerCaches caches = name == "exact"
                              ? model.exact_caches()
-                             : kvplane_caches(model.config(), plan_of(model, name, options), pool, threads);
+                             : kvplane_caches(model.config(), plan_of(model, settings), pool, threads);
     auto start = std::chrono::steady_clock::now();
     Matrix logits = model.forward(tokens, caches, Logits::last);
     const double prefill = seconds_since(start);
 
-    std::mt19937_64 random(static_cast<std::uint64_t>(options.number("--seed", 1)));
+    std::mt19937_64 random(static_cast<std::uint64_t>(settings.seed));
     TextStream stream(tokenizer);
     start = std::chrono::steady_clock::now();
     Index generated = 0;
@@ -171,14 +168,27 @@ void run(const CommandLine& options) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    try {
-        const CommandLine options(
-            count, arguments,
-            {"--model", "--recipe", "--basis", "--length", "--temperature", "--seed", "--threads", "--draft"},
-            {"--chat", "--help"});
-        if (options.has("--help")) return std::printf("%s", usage), 0;
-        run(options);
-    } catch (const std::exception& error) {
-        return std::fprintf(stderr, "generate: %s\n", error.what()), 1;
-    }
+    Settings s;
+    kvplane_examples::Options options(
+        "generate",
+        "Continues PROMPT with kvplane as the KV cache, streaming the text to stdout. Figures go to stderr.");
+    options.arguments("PROMPT", s.prompts, 1000, "one text, in quotes");
+    options.text("--model FILE", s.model, "GGUF file of the model");
+    options.text("--recipe NAME", s.recipe, "how keys and values are stored; exact: plain fp32",
+                 kvplane_examples::Options::Need::optional, require_recipe);
+    options.text(
+        "--basis FILE", s.basis,
+        "statistics from calibrate, for recipes with latents; without it every cache fits a basis to its "
+        "own first 512 tokens");
+    options.number("--length N", s.length, {.least = 1}, "tokens to generate at most");
+    options.real("--temperature T", s.temperature, "0: always the likeliest token; above: sample");
+    options.number("--seed N", s.seed, {}, "of sampling");
+    options.text(
+        "--draft POLICY", s.draft,
+        "draft up to 7 tokens from a part of the same cache (fixed4, 4, ...), and verify them together from "
+        "all of it");
+    options.flag("--chat", s.chat, "PROMPT is what a user says, and the model answers");
+    options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
+    options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());
+    return options.run(count, arguments, [&] { run(s); });
 }

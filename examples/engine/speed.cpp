@@ -5,28 +5,26 @@
 #include <string>
 #include <vector>
 
-#include "engine/command_line.hpp"
 #include "engine/kvplane_cache.hpp"
 #include "engine/layer_recipes.hpp"
 #include "engine/model.hpp"
+#include "engine/text_file.hpp"
 #include "engine/tokenizer.hpp"
 #include "kvplane/cache/huge_pages.hpp"
+#include "options.hpp"
+#include "recipe_help.hpp"
 
 namespace {
 
 using namespace engine;
 using Clock = std::chrono::steady_clock;
 
-constexpr const char* usage =
-    "usage: speed --model FILE --text FILE [OPTIONS]\n"
-    "\n"
-    "Decodes the text token by token at each context and prints tokens a second, the share of the time that\n"
-    "attention over the cache takes, and the size of the cache.\n"
-    "  --contexts A,B,C    tokens before the measured ones (512,1024,2048,4096,8160)\n"
-    "  --recipes A,B,C     (fp16,key_favored:4:4,latent:3:3)\n"
-    "  --basis FILE        statistics from calibrate, for recipes with latents\n"
-    "  --measure N         tokens decoded at each context (32)\n"
-    "  --threads N         0: one a core (0)\n";
+struct Settings {
+    std::string model, text, basis;
+    std::vector<Index> contexts{512, 1024, 2048, 4096, 8160};
+    std::vector<std::string> recipes{"fp16", "key_favored:4:4", "latent:3:3"};
+    Index measured = 32, threads = 0;
+};
 
 /// Times what another cache does.
 class TimedCache final : public LayerCache {
@@ -48,39 +46,28 @@ class TimedCache final : public LayerCache {
     double* seconds_;
 };
 
-void run(const CommandLine& options) {
-    std::vector<Index> contexts;
-    const auto listed = options.has("--contexts")
-                            ? options.list("--contexts")
-                            : std::vector<std::string>{"512", "1024", "2048", "4096", "8160"};
-    for (const std::string& text : listed) {
-        char* end = nullptr;
-        contexts.push_back(std::strtol(text.c_str(), &end, 10));
-        kvplane::require(*end == '\0' && contexts.back() >= 1 &&
-                             (contexts.size() == 1 || contexts[contexts.size() - 2] < contexts.back()),
-                         ErrorCode::option, "--contexts: '", text, "', expected ascending numbers from 1 on");
-    }
-    const auto recipes = options.has("--recipes")
-                             ? options.list("--recipes")
-                             : std::vector<std::string>{"fp16", "key_favored:4:4", "latent:3:3"};
-    const Index measured = options.number("--measure", 32, 1);
-    Threads threads(static_cast<int>(options.number("--threads", 0)));
-    const Model model(Gguf::open(options.required("--model")), threads);
-    const Tokenizer tokenizer(model.file());
-    const std::vector<TokenId> text = tokenizer.encode(read_text(options.required("--text")));
-    const Index last = contexts.back() + measured;
-    kvplane::require(last <= model.config().context && last <= static_cast<Index>(text.size()),
-                     ErrorCode::option, "--contexts: ", last,
-                     " tokens with the measured ones; the model takes ", model.config().context,
-                     ", the text has ", text.size());
+void run(const Settings& settings) {
+    const std::vector<Index>& contexts = settings.contexts;
+    for (std::size_t i = 1; i < contexts.size(); ++i)
+        kvplane::require(contexts[i - 1] < contexts[i], ErrorCode::option, "--contexts: ", contexts[i],
+                         " after ", contexts[i - 1], ", expected ascending numbers");
+    const Index measured = settings.measured;
+    Threads threads(static_cast<int>(settings.threads));
+    const Model model(Gguf::open(settings.model), threads);
+    const std::vector<TokenId> text = read_tokens(Tokenizer(model.file()), settings.text);
+    const Index most = std::min(model.config().context, static_cast<Index>(text.size()));
+    kvplane::require(measured <= most && contexts.back() <= most - measured, ErrorCode::option,
+                     "--contexts: ", contexts.back(), " tokens and ", measured,
+                     " measured ones; the model takes ", model.config().context, ", the text has ",
+                     text.size());
     std::optional<kvplane::Calibration> basis;
-    if (options.has("--basis")) basis = kvplane::load_calibration(options.text("--basis"), model.name());
+    if (!settings.basis.empty()) basis = kvplane::load_calibration(settings.basis, model.name());
     LayerRecipes layer_recipes(model, {}, std::move(basis));
 
     std::printf("%-28s %8s %10s %16s %12s\n", "recipe", "context", "tokens/s", "attention", "cache bytes");
     kvplane::HugePageResource memory;
     kvplane::TilePool pool(&memory);
-    for (const std::string& name : recipes) {
+    for (const std::string& name : settings.recipes) {
         LayerCaches caches = kvplane_caches(model.config(), layer_recipes.parse(name), pool, threads);
         std::vector<const LayerCache*> inner;
         double attention = 0.0;
@@ -117,14 +104,19 @@ void run(const CommandLine& options) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    try {
-        const CommandLine options(
-            count, arguments,
-            {"--model", "--text", "--contexts", "--recipes", "--basis", "--measure", "--threads"},
-            {"--help"});
-        if (options.has("--help")) return std::printf("%s", usage), 0;
-        run(options);
-    } catch (const std::exception& error) {
-        return std::fprintf(stderr, "speed: %s\n", error.what()), 1;
-    }
+    using Need = kvplane_examples::Options::Need;
+    Settings s;
+    kvplane_examples::Options options("speed",
+                                      "Decodes a text token by token at each context, and prints tokens a "
+                                      "second, the time and the share of it "
+                                      "that attention over the cache takes, and the size of the cache.");
+    options.text("--model FILE", s.model, "GGUF file of the model", Need::required);
+    options.text("--text FILE", s.text, "what it reads", Need::required);
+    options.numbers("--contexts A,B,C", s.contexts, {.least = 1}, "tokens before the measured ones");
+    options.texts("--recipes A,B,C", s.recipes, "how keys and values are stored");
+    options.text("--basis FILE", s.basis, "statistics from calibrate, for recipes with latents");
+    options.number("--measure N", s.measured, {.least = 1}, "tokens decoded at each context");
+    options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
+    options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());
+    return options.run(count, arguments, [&] { run(s); });
 }

@@ -1,4 +1,4 @@
-// examples/svdq.cpp: what SVDq (arXiv 2502.15304) claims about keys in latents, measured on keys of a real
+// examples/studies/svdq.cpp: what SVDq (arXiv 2502.15304) claims about keys in latents, measured on keys of a real
 // model: the spectrum, the error at a given size, and fewer bits together with fewer keys.
 #include <algorithm>
 #include <charconv>
@@ -20,37 +20,22 @@
 #include "kvplane/metrics.hpp"
 #include "kvplane/recipes.hpp"
 #include "kvplane/theory/bounds.hpp"
+#include "options.hpp"
 #include "plot.hpp"
 
 namespace {
 
 using namespace kvplane;
 
-constexpr const char* usage =
-    "usage: svdq [FILE] [OPTIONS]\n"
-    "\n"
-    "Keys in latents (SVDq, arXiv 2502.15304, and kvplane's own recipes) against keys in channels, on every\n"
-    "layer of FILE that has layers.L.keys and .values [tokens, kv_heads, head_dim] and .queries [queries,\n"
-    "heads, head_dim], keys and queries after RoPE; and .keys_before_rope, else keys are turned back. The\n"
-    "queries stand at the metadata's first_query_position, or at the last positions. Without FILE: four\n"
-    "layers of SmolLM2-135M on 1024 tokens of Northanger Abbey, which ship with kvplane.\n"
-    "\n"
-    "  --json                 one JSON object and nothing else\n"
-    "  --plot DIR             writes DIR/svdq.csv and, where gnuplot is installed, DIR/svdq.svg\n"
-    "  --rope-base B          of the rotary embedding (the metadata's rope_theta, or 100000)\n"
-    "  --rope-layout LAYOUT   which channels turn together: interleaved (the standard) or halves\n"
-    "  --help\n";
-
 const Index sink_tokens = CacheRecipe().sink_tokens;
 
 // Input ----------------------------------------------------------------------------------------------------
 
-struct Options {
-    std::vector<std::filesystem::path> files;
+struct Settings {
+    std::vector<std::string> files;
     bool json = false;
-    std::optional<std::filesystem::path> plot;
-    std::optional<double> rope_base;
-    RopeLayout rope_layout = RopeLayout::interleaved;
+    std::string plot, rope_layout = "interleaved";
+    double rope_base = 0.0;  // 0: the file's
 };
 
 /// One layer's tensors, tokens x (heads * head_dim). What is fitted, is fitted to the first half of them, and
@@ -144,7 +129,7 @@ Matrix load_keys_before_rope(const SafetensorsFile& file, const std::string& pre
     return keys;
 }
 
-Layer load_layer(const SafetensorsFile& file, int number, const Options& options) {
+Layer load_layer(const SafetensorsFile& file, int number, const Settings& settings) {
     const std::string prefix = "layers." + std::to_string(number) + ".";
     Layer layer;
     layer.number = number;
@@ -162,9 +147,9 @@ Layer load_layer(const SafetensorsFile& file, int number, const Options& options
                                      .value_or(layer.keys.rows() - layer.queries.rows());
     require_layer(layer, prefix);
     c.rope = RopeSettings{};
-    c.rope->layout = options.rope_layout;
-    c.rope->base = options.rope_base ? *options.rope_base
-                                     : metadata_number<double>(file, "rope_theta").value_or(100000.0);
+    c.rope->layout = settings.rope_layout == "halves" ? RopeLayout::halves : RopeLayout::interleaved;
+    c.rope->base = settings.rope_base > 0.0 ? settings.rope_base
+                                            : metadata_number<double>(file, "rope_theta").value_or(100000.0);
     layer.keys_before_rope = load_keys_before_rope(file, prefix, layer);
     return layer;
 }
@@ -543,71 +528,54 @@ kvplane_examples::Plot to_plot(const std::vector<LayerReport>& layers) {
     return plot;
 }
 
-void run(const Options& options) {
-    std::vector<std::filesystem::path> files = options.files;
+void run(const Settings& settings) {
+    std::vector<std::filesystem::path> files(settings.files.begin(), settings.files.end());
     if (files.empty()) files = kvplane_examples::shipped_files();
     std::vector<Layer> layers;
     for (const auto& path : files) {
         const SafetensorsFile file = SafetensorsFile::open(path);
-        for (const int layer : complete_layers(file)) layers.push_back(load_layer(file, layer, options));
+        for (const int layer : complete_layers(file)) layers.push_back(load_layer(file, layer, settings));
     }
     require(!layers.empty(), ErrorCode::index, files.front().string(),
             ": no layer has layers.L.keys, .values and .queries, expected at least one");
     TilePool pool;
     std::vector<LayerReport> reports;
     for (const Layer& layer : layers) reports.push_back(report_layer(layer, pool));
-    if (options.plot) kvplane_examples::write_plot(*options.plot, to_plot(reports));
-    if (options.json) {
+    if (settings.json) {
         nlohmann::json out{{"layers", nlohmann::json::array()}};
         for (const LayerReport& report : reports) out["layers"].push_back(to_json(report));
         std::printf("%s\n", out.dump().c_str());
-        return;
+    } else {
+        print_spectra(reports);
+        print_methods(reports);
+        print_sparsity(reports);
     }
-    print_spectra(reports);
-    print_methods(reports);
-    print_sparsity(reports);
-}
-
-/// nullopt, with the reason on stderr, for what is no command line.
-std::optional<Options> parse(int count, char** arguments) {
-    Options options;
-    for (int i = 1; i < count; ++i) {
-        const std::string argument = arguments[i];
-        const bool valued = argument == "--plot" || argument == "--rope-base" || argument == "--rope-layout";
-        if (valued && i + 1 == count)
-            return std::fprintf(stderr, "svdq: a value is missing after '%s'\n%s", argument.c_str(), usage),
-                   std::nullopt;
-        if (argument == "--json") {
-            options.json = true;
-        } else if (argument == "--plot") {
-            options.plot = arguments[++i];
-        } else if (argument == "--rope-base") {
-            options.rope_base = number<double>(argument, arguments[++i]);
-        } else if (argument == "--rope-layout") {
-            const std::string layout = arguments[++i];
-            require(layout == "interleaved" || layout == "halves", ErrorCode::option, argument, ": '", layout,
-                    "', expected interleaved or halves");
-            options.rope_layout = layout == "halves" ? RopeLayout::halves : RopeLayout::interleaved;
-        } else if (argument.starts_with("-") || !options.files.empty()) {
-            return std::fprintf(stderr, "svdq: unexpected argument '%s'\n%s", argument.c_str(), usage),
-                   std::nullopt;
-        } else {
-            options.files.emplace_back(argument);
-        }
-    }
-    return options;
+    std::fflush(stdout);
+    if (!settings.plot.empty()) kvplane_examples::write_plot(settings.plot, to_plot(reports));
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    for (int i = 1; i < count; ++i)
-        if (std::string(arguments[i]) == "--help") return std::printf("%s", usage), 0;
-    try {
-        const std::optional<Options> options = parse(count, arguments);
-        if (!options) return 2;
-        run(*options);
-    } catch (const std::exception& error) {
-        return std::fprintf(stderr, "svdq: %s\n", error.what()), 1;
-    }
+    Settings s;
+    kvplane_examples::Options options(
+        "svdq",
+        "Keys in latents (SVDq, arXiv 2502.15304, and kvplane's own recipes) against keys in channels, on "
+        "every layer "
+        "of FILE that has layers.L.keys and .values [tokens, kv_heads, head_dim] and .queries [queries, "
+        "heads, "
+        "head_dim], keys and queries after RoPE. Where layers.L.keys_before_rope is missing, keys are turned "
+        "back. "
+        "The queries stand at the metadata's first_query_position, or at the last positions. Without FILE: "
+        "four "
+        "layers of SmolLM2-135M on 1024 tokens of Northanger Abbey, which ship with kvplane.");
+    options.arguments("FILE", s.files, 1, "");
+    options.flag("--json", s.json, "one JSON object and nothing else");
+    options.output_folder("--plot DIR", s.plot,
+                          "also write DIR/svdq.csv and, where gnuplot is installed, DIR/svdq.svg");
+    options.real("--rope-base B", s.rope_base,
+                 "of the rotary embedding; 0: the metadata's rope_theta, or 100000");
+    options.choice("--rope-layout L", s.rope_layout, {"interleaved", "halves"},
+                   "which channels turn together");
+    return options.run(count, arguments, [&] { run(s); });
 }

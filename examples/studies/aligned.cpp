@@ -1,4 +1,4 @@
-// examples/aligned.cpp: one cache, read in full and in part. For every recipe and read policy the bytes that
+// examples/studies/aligned.cpp: one cache, read in full and in part. For every recipe and read policy the bytes that
 // a decode step reads, its time, and the error of its output.
 #include <chrono>
 #include <cstdio>
@@ -6,10 +6,11 @@
 #include <vector>
 
 #include "decode_layer.hpp"
-#include "engine/command_line.hpp"
 #include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/recipes.hpp"
+#include "options.hpp"
+#include "recipe_help.hpp"
 
 namespace {
 
@@ -17,27 +18,8 @@ using namespace kvplane;
 using Layer = kvplane_examples::DecodeLayer;
 using Clock = std::chrono::steady_clock;
 
-constexpr const char* usage =
-    "usage: aligned [FILE...] [OPTIONS]\n"
-    "\n"
-    "What a decode step reads of a cache under each read policy (after the @, see kvplane/recipes.hpp), the\n"
-    "time it takes, and the error of its output against an fp16 cache's, over the last queries. Caches of "
-    "one\n"
-    "recipe are one cache. Without FILE the tensors are generated; FILE: safetensors as `dump` writes them.\n"
-    "  --recipes A,B,C     (fp16, fp16@published, fp16@aligned, key_favored:8:8 in full, at 6, 5, 4 and 3 "
-    "bits\n"
-    "                      and by tolerance, key_favored:4:4)\n"
-    "  --tokens N          generated (32768)\n"
-    "  --kv-heads N        (8)\n"
-    "  --query-heads N     (32)\n"
-    "  --head-dim N        (128)\n"
-    "  --queries N         of the last tokens, one step each (16)\n"
-    "  --layers N          equal caches that take turns, so that a step reads from memory (8)\n"
-    "  --threads N         (2)\n"
-    "  --seed N            (1)\n";
-
-/// The last queries one after another: each is a decode step over all tokens. caches: of the same content;
-/// each step takes the next.
+/// The last queries one after another: each is a decode step over all tokens. The caches have the same content, and
+/// each step takes the next, so that it reads from memory.
 struct Steps {
     Matrix outputs;
     double seconds = 0.0, key_bits = 0.0, value_bits = 0.0, certificate = 0.0;
@@ -78,8 +60,7 @@ void compare(const Layer& layer, const std::vector<std::string>& names, Index co
         std::vector<KvCache> caches;
         for (Index i = 0; i < copies; ++i) {
             KvCache& cache = caches.emplace_back(configuration(layer, recipe), pool);
-            // A layer has no queries of its first tokens, which a basis of the cache's own would be fitted
-            // to.
+            // A basis of the cache's own would be fitted to queries of the first tokens, which a layer lacks.
             if (cache.needs_queries())
                 cache.append(
                     layer.keys, layer.values,
@@ -125,37 +106,44 @@ void compare(const Layer& layer, const std::vector<std::string>& names, Index co
 }  // namespace
 
 int main(int count, char** arguments) {
-    try {
-        const engine::CommandLine options(count, arguments,
-                                          {"--recipes", "--tokens", "--kv-heads", "--query-heads",
-                                           "--head-dim", "--queries", "--layers", "--threads", "--seed"},
-                                          {"--help"});
-        if (options.has("--help")) return std::printf("%s", usage), 0;
-        const auto names = options.has("--recipes")
-                               ? options.list("--recipes")
-                               : std::vector<std::string>{"fp16",
-                                                          "fp16@published",
-                                                          "fp16@aligned",
-                                                          "key_favored:8:8",
-                                                          "key_favored:8:8@6",
-                                                          "key_favored:8:8@5",
-                                                          "key_favored:8:8@4",
-                                                          "key_favored:8:8@3",
-                                                          "key_favored:8:8@fixed4",
-                                                          "key_favored:8:8@tolerance=0.02",
-                                                          "key_favored:4:4"};
-        for (const std::string& name : names) {
-            (void)recipes::parse(name.substr(0, name.find('@')));
-            if (name.find('@') != std::string::npos)
-                (void)recipes::read_policy(name.substr(name.find('@') + 1));
-        }
-        ThreadExecutor executor(options.number("--threads", 2, 1));
-        const Index queries = options.number("--queries", 16, 1), turns = options.number("--layers", 8, 1);
-        const std::vector<Layer> layers = kvplane_examples::decode_layers(options, 32768, queries);
+    kvplane_examples::DecodeSettings settings;
+    settings.tokens = 32768;
+    settings.queries = 16;
+    std::vector<std::string> names{"fp16",
+                                   "fp16@published",
+                                   "fp16@aligned",
+                                   "key_favored:8:8",
+                                   "key_favored:8:8@6",
+                                   "key_favored:8:8@5",
+                                   "key_favored:8:8@4",
+                                   "key_favored:8:8@3",
+                                   "key_favored:8:8@fixed4",
+                                   "key_favored:8:8@tolerance=0.02",
+                                   "key_favored:4:4"};
+    Index turns = 8, threads = 2;
+    kvplane_examples::Options options("aligned",
+                                      "What a decode step reads of a cache under each read policy, the time "
+                                      "it takes, and the error of its output "
+                                      "against an fp16 cache's and against reading all, over the last "
+                                      "queries. Recipes that differ in the policy "
+                                      "alone share one cache.");
+    kvplane_examples::add_options(options, settings);
+    options.texts("--recipes A,B,C", names, "recipes with read policies",
+                  kvplane_examples::Options::Need::optional, [](const std::string& name) {
+                      const std::size_t at = name.find('@');
+                      (void)recipes::parse(name.substr(0, at));
+                      if (at != std::string::npos) (void)recipes::read_policy(name.substr(at + 1));
+                  });
+    options.number("--queries N", settings.queries, {.least = 1}, "of the last tokens, one step each");
+    options.number("--layers N", turns, {.least = 1, .most = 1000},
+                   "equal caches that take turns, so that a step reads from memory");
+    options.number("--threads N", threads, {.least = 1, .most = 1024}, "that attend");
+    options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());
+    return options.run(count, arguments, [&] {
+        ThreadExecutor executor(threads);
+        const std::vector<Layer> layers = kvplane_examples::decode_layers(settings);
         std::printf("%-10s %-32s %11s %6s %6s %12s %10s %10s\n", "layer", "recipe@policy", "bytes read",
                     "keys", "values", "time", "error", "of reading");
-        for (const Layer& layer : layers) compare(layer, names, queries, turns, executor);
-    } catch (const std::exception& error) {
-        return std::fprintf(stderr, "aligned: %s\n", error.what()), 1;
-    }
+        for (const Layer& layer : layers) compare(layer, names, settings.queries, turns, executor);
+    });
 }
