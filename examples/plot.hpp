@@ -60,7 +60,7 @@ inline void write_csv(const std::filesystem::path& path, const Plot& plot) {
     kvplane::require(file.good(), kvplane::ErrorCode::io, path.string(), ": cannot be written");
 }
 
-/// The series that have points above 0, without the others: a logarithmic axis has no place for these.
+/// The points above 0, and the series that have any: a logarithmic axis has no place for others.
 inline std::vector<PlotSeries> drawable(const Plot& plot) {
     std::vector<PlotSeries> all;
     for (PlotSeries series : plot.series) {
@@ -72,7 +72,7 @@ inline std::vector<PlotSeries> drawable(const Plot& plot) {
 
 inline std::string gnuplot_script(const std::filesystem::path& svg, const Plot& plot,
                                   const std::vector<PlotSeries>& all) {
-    // Told apart by the colour-blind too, as far as twelve can be (after Paul Tol's "muted" scheme).
+    // After Paul Tol's "muted" scheme, which the colour-blind can tell apart.
     constexpr std::array colours{"332288", "cc6677", "117733", "ddaa33", "88ccee", "882255",
                                  "44aa99", "999933", "aa4499", "000000", "888888", "ee7733"};
     std::ostringstream script;
@@ -101,8 +101,8 @@ inline std::string gnuplot_script(const std::filesystem::path& svg, const Plot& 
 
 }  // namespace detail
 
-/// Writes NAME.csv into a folder, which is made where there is none, and NAME.svg where gnuplot is installed;
-/// says on stderr where it is not. Throws Error (io).
+/// Writes NAME.csv and, where gnuplot is installed, NAME.svg into a folder, which is made where there is none. Says on
+/// stderr why nothing is drawn. Throws Error (io).
 inline void write_plot(const std::filesystem::path& folder, const Plot& plot) {
     std::error_code failed;
     std::filesystem::create_directories(folder, failed);

@@ -2,8 +2,7 @@
 //
 // What real caches have and plain noise lacks: a spectrum that decays along directions that are no channels,
 // a few channels many times larger than the rest, large means, rotary embedding, and a first token that all
-// later ones attend to and whose value is small. Each can be turned off. Used by the synthetic example, the
-// tests and the benchmarks.
+// later ones attend to and whose value is small. Each can be turned off. Used by examples, tests and benchmarks.
 #pragma once
 
 #include <Eigen/QR>

@@ -166,6 +166,7 @@ nlohmann::json to_json(const Evaluation& all) {
     for (const Result& result : all.recipes)
         rows.push_back({{"recipe", result.recipe},
                         {"true_bits", result.size.bits_per_element},
+                        {"compared", result.divergences.size()},
                         {"kl_mean", result.mean_divergence()},
                         {"kl_p99", result.percentile(0.99)},
                         {"same_top", result.same_top_rate()},

@@ -1,5 +1,4 @@
-// examples/engine/kvplane_cache.hpp: kvplane as the engine's KV cache. All that an engine author needs is
-// here.
+// examples/engine/kvplane_cache.hpp: kvplane as the engine's KV cache. All that an engine author needs is here.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +31,7 @@ class EngineExecutor final : public kvplane::Executor {
     Threads* threads_;
 };
 
-/// What the layers of a sequence share at a read, for they are read one after another.
+/// What the layers of a sequence share at a read, because they are read one after another.
 struct SharedWorkspace {
     explicit SharedWorkspace(Threads& threads) : executor(threads), workspace(&executor) {}
     EngineExecutor executor;
@@ -44,7 +43,7 @@ struct SharedWorkspace {
 /// One layer's kvplane cache behind the engine's interface.
 class KvplaneCache final : public LayerCache {
   public:
-    /// parameters: what attention does beyond the model's own, as leaving keys out.
+    /// The parameters say what attention does beyond the model's own, for instance leave keys out.
     KvplaneCache(const kvplane::CacheConfiguration& configuration, kvplane::TilePool& pool,
                  std::shared_ptr<SharedWorkspace> shared, const kvplane::AttentionParameters& parameters = {})
         : cache_(configuration, pool), shared_(std::move(shared)), parameters_(parameters) {}
@@ -61,8 +60,7 @@ class KvplaneCache final : public LayerCache {
             ++shared_->reads;
         }
     }
-    /// Bits that attention read of a packed element, in the mean over all layers and calls so far; 0 before
-    /// any.
+    /// Bits that attention read of a packed element on average over all layers and calls so far, or 0.
     double mean_read_bits() const noexcept {
         return shared_->reads > 0 ? shared_->bits / static_cast<double>(shared_->reads) : 0.0;
     }
@@ -81,7 +79,7 @@ class KvplaneCache final : public LayerCache {
 /// How the caches of a model store and read.
 struct CachePlan {
     std::vector<kvplane::CacheRecipe> recipes;  ///< one for all layers, or one for each
-    /// Bases of latents by layer; empty: none, or each cache fits its own.
+    /// Bases of latents by layer. Where it is empty, caches with latents fit their own.
     std::vector<std::shared_ptr<const kvplane::LatentKeys>> latents = {};
     kvplane::AttentionParameters read = {};
 };
@@ -119,12 +117,12 @@ inline void truncate(LayerCaches& caches, Index tokens) {
 }
 
 struct CacheSize {
-    double read_bits = 0.0;  ///< a packed element, in the mean over reads
+    double read_bits = 0.0;  ///< of a packed element, on average over reads
     Index bytes = 0;
     double bits_per_element = 0.0;
 };
 
-/// Of all layers together; fp32 caches count as what they hold.
+/// The size of all layers together. An fp32 cache counts as 4 bytes for each number it holds.
 inline CacheSize size_of(const ModelConfig& model, const LayerCaches& caches) {
     CacheSize size;
     double elements = 0.0;

@@ -1,7 +1,7 @@
 // examples/engine/layer_cache.hpp: what the model asks of a KV cache, and the plain fp32 cache.
 //
-// The model (model.hpp) knows no cache but through LayerCache: for every layer it appends the keys and values
-// of new tokens and asks for their attention. Whatever keeps keys and values in another form is one class.
+// The model (model.hpp) knows caches only through LayerCache: for every layer it appends the keys and values of new
+// tokens and asks for their attention. A cache that keeps them in another form is one more class.
 #pragma once
 
 #include <algorithm>

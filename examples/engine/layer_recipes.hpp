@@ -1,13 +1,12 @@
 // examples/engine/layer_recipes.hpp: recipes from their names on a command line, those by layer included.
 //
-// To what kvplane/recipes.hpp knows, a model adds `allocated:SOURCE:BITS`: key and value bits by layer under
-// a mean of BITS true bits, from
-//   norms      |K|_F and |V|_F of a calibration text's cache, and 4^-b (the published rule)
-//   weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)
-//   measured   the error of every width on the calibration text's cache, values rotated
-// to any recipe that the fused path reads a read policy after an @ (kvplane/recipes.hpp, read_policy()), as in
-// key_favored:8:8@4; and to any recipe with latents `@keys=FRACTION`, as in svdq:1.25@keys=1/32: the share of
-// keys that take part.
+// Three things are added to the names that kvplane/recipes.hpp knows:
+//   allocated:SOURCE:BITS   key and value bits by layer, BITS true bits on average. SOURCE is
+//                             norms      |K|_F and |V|_F of a calibration text's cache, and 4^-b (published rule)
+//                             weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)
+//                             measured   the error of every width on the calibration text's cache, values rotated
+//   RECIPE@POLICY           what a read takes (recipes::read_policy()), as in key_favored:8:8@4
+//   RECIPE@keys=FRACTION    of recipes with latents, the share of keys that a query reads: svdq:1.25@keys=1/32
 #pragma once
 
 #include <cstdlib>
@@ -26,8 +25,8 @@ namespace engine {
 
 class LayerRecipes {
   public:
-    /// `calibration`: tokens whose cache `allocated` recipes look at; may be empty where none is asked for.
-    /// `basis`: statistics that bases of latents are fitted to; none: every cache fits its own. Throws Error
+    /// `allocated` recipes look at the cache of the `calibration` tokens, which may be empty without such recipes.
+    /// Bases of latents are fitted to the statistics `basis`; without it every cache fits its own. Throws Error
     /// (mismatch) for statistics of another model.
     LayerRecipes(const Model& model, std::vector<TokenId> calibration,
                  std::optional<kvplane::Calibration> basis = std::nullopt)

@@ -7,11 +7,11 @@
 //
 // Attention goes through LayerCache (layer_cache.hpp), so the same model runs on any KV cache.
 //
-// Arithmetic is fp32, so that the difference between two caches is all that one sees: activations are never
-// rounded. Weights stay in the file as they are, 4 to 8 bits each. A product takes 64 rows of a weight at a
-// time, turns them to float in a buffer that stays in the second-level cache, and multiplies; the groups of
-// rows are what the threads share. That was measured as fast as weights kept in fp32 for one token (what
-// unpacking costs, a seventh of the memory traffic gives back) and faster for 32, at 100 MB instead of 540.
+// Arithmetic is fp32 and activations are never rounded, so that two runs differ in their caches alone. Weights stay in
+// the file as they are, 4 to 8 bits each. A product takes 64 rows of a weight at a time, converts them to float in a
+// buffer that stays in the second-level cache, and multiplies; threads share these groups of rows. For one token that
+// was measured as fast as weights in fp32 (unpacking costs what a seventh of the memory traffic saves), for 32 tokens
+// faster, at 100 MB instead of 540.
 // SmolLM2-135M on two cores with AVX-512: 14 ms for a token, 85 ms for 32 tokens with all their logits, 1 s
 // for 512. Without -march=native, half the CPU time of one thread: 16 ms, 150 ms, 2.3 s.
 #pragma once

@@ -38,8 +38,8 @@ struct Settings {
     double rope_base = 0.0;  // 0: the file's
 };
 
-/// One layer's tensors, tokens x (heads * head_dim). What is fitted, is fitted to the first half of them, and
-/// judged on the second.
+/// One layer's tensors, tokens x (heads * head_dim). Bases are fitted to the first half of the tokens and judged on the
+/// second.
 struct Layer {
     int number = 0;
     CacheConfiguration configuration;  ///< all but the recipe
@@ -109,8 +109,7 @@ void require_layer(const Layer& layer, const std::string& prefix) {
             layer.first_query_position, " on, over ", tokens, " keys");
 }
 
-/// The keys before RoPE as the file has them, which then must be those before this rotary embedding; or
-/// turned back.
+/// The keys before RoPE: the file's, which must agree with its keys and this rotary embedding, or its keys turned back.
 Matrix load_keys_before_rope(const SafetensorsFile& file, const std::string& prefix, const Layer& layer) {
     const RotaryEmbedding rope(layer.configuration.key_head_dim, *layer.configuration.rope);
     Matrix turned = layer.keys;
@@ -171,7 +170,7 @@ LatentStatistics statistics(const Layer& layer, Index keys, Index queries) {
 struct Method {
     std::string family, recipe;
 
-    /// Without what all have in common.
+    /// The recipe without the :16 that all have in common.
     std::string name() const {
         std::string text = recipe;
         if (const auto at = text.find(":16"); at != std::string::npos) text.erase(at, 3);
@@ -196,7 +195,7 @@ std::vector<Method> methods() {
     return all;
 }
 
-/// Of a method, with the settings that all have: tokens go into a tile as soon as they fill it, and bases are
+/// A method's recipe with the settings that all have here: tokens go into a tile as soon as they fill it, and bases are
 /// for a context of as many tokens as there are.
 CacheRecipe recipe(const Layer& layer, const Method& method) {
     CacheRecipe recipe = recipes::parse(method.recipe + "+recent=0");
@@ -204,7 +203,7 @@ CacheRecipe recipe(const Layer& layer, const Method& method) {
     return recipes::parse(recipe.name + "+context=" + std::to_string(layer.keys.rows()));
 }
 
-/// A cache of all tokens, its basis, if it has one, given.
+/// A cache of all tokens, with a basis from the moments where the method has one.
 KvCache filled(const Layer& layer, const Method& method, const LatentStatistics& moments, TilePool& pool) {
     CacheConfiguration c = layer.configuration;
     c.recipe = recipe(layer, method);
@@ -214,7 +213,7 @@ KvCache filled(const Layer& layer, const Method& method, const LatentStatistics&
     return cache;
 }
 
-/// Bits an element of a key takes in a tile: those of its planes, and all.
+/// Bits that an element of a key takes in a tile: in planes, and with grids and padding.
 struct KeyBits {
     double nominal = 0.0, real = 0.0;
 };
@@ -252,7 +251,7 @@ Measurement measure(const Layer& layer, const Method& method, const LatentStatis
                                    layer.judged_queries())};
 }
 
-/// The share of the keys' variance that is lost at one rate, as the theory of normal latents has it.
+/// The share of the keys' variance that is lost at one rate, according to the theory of normal latents.
 struct RateError {
     double bits, paper, best, limit;
 };
@@ -311,8 +310,8 @@ struct Sparsity {
     double exact_error;  ///< of exact keys, those of largest exact score
 };
 
-/// q.k of the last queries, query head by query head, and the `packed` keys after the sinks; -infinity where
-/// a query does not see the key.
+/// scores[query head][query, key]: q.k of the last queries and the `packed` keys after the sinks, -infinity where a
+/// query does not see the key.
 Matrix exact_scores(const Layer& layer, const Matrix& queries, Index packed) {
     const CacheConfiguration& c = layer.configuration;
     const Index dim = c.key_head_dim, tokens = queries.rows();
@@ -348,7 +347,7 @@ double recall(const Matrix& scores, const std::vector<std::vector<Index>>& selec
     return static_cast<double>(right) / static_cast<double>(all);
 }
 
-/// Attention over exact keys, of those in tiles the share of largest exact score.
+/// Attention over exact keys; of those in tiles only the share that has the largest exact scores.
 MatrixD attend_exact(const Layer& layer, const Matrix& queries, const Matrix& scores, double fraction) {
     const CacheConfiguration& c = layer.configuration;
     const auto kept = static_cast<Index>(std::ceil(fraction * static_cast<double>(scores.cols())));
@@ -507,7 +506,7 @@ nlohmann::json to_json(const LayerReport& layer) {
     return out;
 }
 
-/// Every method's mean over layers, that of errors geometric; a line for each family.
+/// A line for each family of methods: bits and errors on average over layers, errors by the geometric mean.
 kvplane_examples::Plot to_plot(const std::vector<LayerReport>& layers) {
     kvplane_examples::Plot plot{"svdq",
                                 "Attention-output error with quantized keys, mean over layers",

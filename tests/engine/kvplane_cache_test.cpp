@@ -193,6 +193,54 @@ TEST(Programs, CalibrateWritesWhatEvaluateReads) {
     std::filesystem::remove_all(folder);
 }
 
+/// Where the tests' own outputs would stand; nothing is there.
+std::string unwritten(const std::string& name) {
+    return (std::filesystem::temp_directory_path() / (name + std::to_string(std::random_device{}())))
+        .string();
+}
+
+TEST(Programs, EveryTokenFrom256OnIsComparedWhateverTheChunk) {
+    KVPLANE_NEEDS_MODEL();
+    for (const char* chunk : {"200", "48"}) {
+        const auto json = nlohmann::json::parse(output_of(
+            programs + "/evaluate --json --context 300 --recipes block32:4 --chunk " + chunk + " --model " +
+            model_path() + " --text " KVPLANE_EXAMPLE_DATA "/northanger_abbey.txt 2>/dev/null"));
+        const auto& row = json.at("recipes").at(0);
+        EXPECT_EQ(row.at("compared"), 300 - 256) << chunk;
+        EXPECT_GT(row.at("kl_mean").get<double>(), 0.01) << chunk;
+    }
+}
+
+TEST(Programs, TokensBeyondTheTextAreRefused) {
+    KVPLANE_NEEDS_MODEL();
+    const std::string text = " --text " KVPLANE_EXAMPLE_DATA "/jargon_file.txt --model " + model_path();
+    const auto complaint = [&](const std::string& arguments) {
+        return output_of(programs + arguments + text + " 2>&1 >/dev/null", 1);
+    };
+    const std::string far = " --first-token 9223372036854775807", out = " --out " + unwritten("kvplane_far");
+    EXPECT_NE(complaint("/dump" + far + out).find("of a text of"), std::string::npos);
+    EXPECT_NE(complaint("/calibrate" + far + out).find("of a text of"), std::string::npos);
+    EXPECT_NE(complaint("/evaluate --recipes fp16" + far).find("the text has"), std::string::npos);
+}
+
+TEST(Programs, OutputsThatCannotBeWrittenAreSeenBeforeTheWork) {
+    const auto complaint = [](const std::string& arguments) {
+        return output_of(programs + arguments + " 2>&1 >/dev/null", 1);
+    };
+    const std::string here = std::filesystem::temp_directory_path().string();
+    for (const std::string arguments : {"/evaluate --csv /none/here.csv", "/evaluate --plot /dev/null/here",
+                                        "/dump --out /none/here", "/calibrate --bases /none/here"})
+        EXPECT_NE(complaint(arguments).find("/here"), std::string::npos) << arguments;
+    EXPECT_NE(complaint("/evaluate --csv " + here).find("it is a folder"), std::string::npos);
+    const std::string path = unwritten("kvplane_csv");
+    EXPECT_NE(complaint("/evaluate --csv " + path).find("is required"), std::string::npos);
+    EXPECT_FALSE(std::filesystem::exists(path)) << "asking whether a file can be written leaves none";
+    // stdout full or closed
+    EXPECT_NE(output_of(programs + "/dump --help 2>&1 >/dev/full", 1).find("standard output"),
+              std::string::npos);
+    EXPECT_NE(output_of(programs + "/dump --help 2>&1 >&-", 1).find("standard output"), std::string::npos);
+}
+
 TEST(Programs, BadCommandLinesAreRefused) {
     const auto complaint = [](const std::string& arguments) {
         return output_of(programs + arguments + " 2>&1 >/dev/null", 1);
@@ -203,7 +251,23 @@ TEST(Programs, BadCommandLinesAreRefused) {
     EXPECT_NE(complaint("/evaluate --model").find("value is missing"), std::string::npos);
     EXPECT_NE(complaint("/generate --recipe kivi:99 hello").find("99 bits"), std::string::npos);
     EXPECT_NE(complaint("/generate one two").find("2 prompts"), std::string::npos);
-    EXPECT_NE(complaint("/dump --tokens many --model /none").find("/none"), std::string::npos);
+    EXPECT_NE(complaint("/dump --model /none --text /none --out " + unwritten("kvplane_none")).find("/none"),
+              std::string::npos);
+    EXPECT_NE(
+        complaint("/dump --tokens many --model /none").find("--tokens: 'many', expected a whole number"),
+        std::string::npos);
+    EXPECT_NE(complaint("/dump --tokens 3x").find("'3x'"), std::string::npos);
+    EXPECT_NE(complaint("/dump --layers 1,abc").find("'abc'"), std::string::npos);
+    EXPECT_NE(complaint("/dump --threads 4294967297").find("0 to 1024"), std::string::npos);
+    EXPECT_NE(complaint("/dump --tokens 99999999999999999999").find("from 1 on"), std::string::npos);
+    EXPECT_NE(complaint("/calibrate --tokens 3").find("from 5 on"), std::string::npos);
+    EXPECT_NE(complaint("/evaluate --context 257").find("from 258 on"), std::string::npos);
+    EXPECT_NE(complaint("/evaluate --model /none --text /none --recipes fp16, standard").find("standard"),
+              std::string::npos);
+    EXPECT_NE(complaint("/evaluate --recipes fp16,,standard").find("a list A,B,C"), std::string::npos);
+    EXPECT_NE(complaint("/evaluate --text /none --recipes fp16").find("--model is required"),
+              std::string::npos);
+    EXPECT_NE(complaint("/generate --temperature nan hello").find("'nan'"), std::string::npos);
     for (const char* program : {"/generate", "/evaluate", "/dump", "/calibrate"})
         EXPECT_NE(output_of(programs + program + " --help").find("usage:"), std::string::npos);
 }
