@@ -27,7 +27,7 @@ struct DecodeLayer {
 struct DecodeSettings {
     std::vector<std::string> files;
     Index tokens = 8192, kv_heads = 8, query_heads = 32, head_dim = 128, seed = 1;
-    Index queries = 1 << 24;  ///< generated, for the last tokens; at most one a token
+    Index queries = 1 << 24;  ///< generated, of the last tokens: at most one a token
 };
 
 /// The cache of a layer under a recipe, of a model with the default RoPE. Throws Error (option).
@@ -94,7 +94,7 @@ inline std::vector<DecodeLayer> decode_layers(const DecodeSettings& settings) {
 /// The options that say which layers are decoded.
 inline void add_options(Options& options, DecodeSettings& settings) {
     const Options::Range size{.least = 1, .most = 1 << 24};
-    options.arguments("FILE...", settings.files, 1000,
+    options.arguments("FILE", settings.files, 1000,
                       "safetensors as dump writes them; without, tensors are generated");
     options.number("--tokens N", settings.tokens, size, "generated");
     options.number("--kv-heads N", settings.kv_heads, size, "generated");

@@ -114,8 +114,8 @@ void require_writable_folder(const std::string& path) {
 }
 
 void require_output() {
-    std::cout.flush();
     errno = 0;
+    std::cout.flush();
     if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0 || !std::cout)
         throw std::runtime_error(std::string("standard output cannot be written") +
                                  (errno != 0 ? std::string(": ") + std::strerror(errno) : ""));
@@ -132,15 +132,20 @@ Options::Options(const std::string& program, const std::string& summary)
 
 Options::~Options() = default;
 
-CLI::Option& Options::add(const std::string& name, const std::string& standard, const std::string& help,
-                          Need need, const Check& assign) {
+void Options::add(const std::string& name, const std::string& standard, const std::string& help, Need need,
+                  const Check& assign) {
     const std::size_t space = name.find(' ');
-    const std::string shown = standard.empty() || need == Need::required ? "" : " (" + standard + ")";
+    const bool required = need == Need::required;
+    const std::string shown = required ? " (required)" : standard.empty() ? "" : " (" + standard + ")";
     CLI::Option* option =
         app_->add_option_function<std::string>(name.substr(0, space), assign, wrapped(help + shown));
-    option->take_last()->required(need == Need::required);
+    option->take_last();
+    // Not CLI11's required(): unknown arguments are to be named before missing ones.
+    if (required)
+        checks_.push_back([option, text = option->get_name()] {
+            if (option->count() == 0) throw std::invalid_argument(text + " is required; --help explains it");
+        });
     option->type_name(space == std::string::npos ? "" : name.substr(space + 1));
-    return *option;
 }
 
 void Options::flag(const std::string& name, bool& value, const std::string& help) {
@@ -229,11 +234,14 @@ int Options::run(int count, char** arguments, const std::function<void()>& body)
             require_output();
             return 0;
         }
+        for (const auto& check : checks_) check();
         body();
         require_output();
         return 0;
     } catch (const CLI::ArgumentMismatch& error) {
-        std::fprintf(stderr, "%s: a value is missing: %s\n", program_.c_str(), error.what());
+        const std::string reason = error.what();
+        const char* missing = reason.find("At Most") == std::string::npos ? "a value is missing: " : "";
+        std::fprintf(stderr, "%s: %s%s\n", program_.c_str(), missing, reason.c_str());
     } catch (const CLI::ParseError& error) {
         std::fprintf(stderr, "%s: %s; --help lists the options\n", program_.c_str(), error.what());
     } catch (const std::exception& error) {

@@ -15,7 +15,6 @@
 
 namespace CLI {
 class App;
-class Option;
 }  // namespace CLI
 
 namespace kvplane_examples {
@@ -65,11 +64,12 @@ class Options {
     int run(int count, char** arguments, const std::function<void()>& body);
 
   private:
-    CLI::Option& add(const std::string& name, const std::string& standard, const std::string& help, Need need,
-                     const Check& assign);
+    void add(const std::string& name, const std::string& standard, const std::string& help, Need need,
+             const Check& assign);
 
     std::string program_;
     std::unique_ptr<CLI::App> app_;
+    std::vector<std::function<void()>> checks_;  // of the arguments together
 };
 
 }  // namespace kvplane_examples
