@@ -94,7 +94,7 @@ inline std::vector<DecodeLayer> decode_layers(const DecodeSettings& settings) {
 /// The options that say which layers are decoded.
 inline void add_options(Options& options, DecodeSettings& settings) {
     const Options::Range size{.least = 1, .most = 1 << 24};
-    options.arguments("FILE", settings.files, 1000,
+    options.arguments("FILE", settings.files, Options::Count::any,
                       "safetensors as dump writes them; without, tensors are generated");
     options.number("--tokens N", settings.tokens, size, "generated");
     options.number("--kv-heads N", settings.kv_heads, size, "generated");

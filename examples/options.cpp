@@ -207,8 +207,9 @@ void Options::numbers(const std::string& name, std::vector<Number>& values, Rang
         });
 }
 
-void Options::arguments(const std::string& name, Texts& values, std::size_t most, const std::string& help) {
-    app_->add_option(name, values, wrapped(help))->expected(0, static_cast<int>(most))->type_name("");
+void Options::arguments(const std::string& name, Texts& values, Count count, const std::string& help) {
+    CLI::Option* option = app_->add_option(name, values, wrapped(help))->type_name("");
+    if (count == Count::at_most_one) option->expected(0, 1);
 }
 
 void Options::output_file(const std::string& name, std::string& path, const std::string& help, Need need) {

@@ -49,8 +49,9 @@ class Options {
     void texts(const std::string& name, Texts& values, const std::string& help, Need need = Need::optional,
                const Check& check = {});
     void numbers(const std::string& name, std::vector<Number>& values, Range range, const std::string& help);
-    /// Arguments without a name, at most so many.
-    void arguments(const std::string& name, Texts& values, std::size_t most, const std::string& help);
+    enum class Count { at_most_one, any };
+    /// Arguments without a name.
+    void arguments(const std::string& name, Texts& values, Count count, const std::string& help);
     /// A file that run() will write. That this is possible is checked before any work starts.
     void output_file(const std::string& name, std::string& path, const std::string& help,
                      Need need = Need::optional);

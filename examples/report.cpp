@@ -75,7 +75,7 @@ int main(int count, char** arguments) {
                                       "first_query_position, or at the last positions. Without FILE: four "
                                       "layers of SmolLM2-135M on 1024 tokens of "
                                       "Northanger Abbey, which ship with kvplane.");
-    options.arguments("FILE", files, 1, "as dump writes it");
+    options.arguments("FILE", files, kvplane_examples::Options::Count::at_most_one, "as dump writes it");
     options.flag("--json", json, "one JSON object {\"rows\": [...], \"allocation\": [...]} and nothing else");
     return options.run(count, arguments, [&] { run({files.begin(), files.end()}, json); });
 }

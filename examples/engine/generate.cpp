@@ -172,7 +172,7 @@ int main(int count, char** arguments) {
     kvplane_examples::Options options(
         "generate",
         "Continues PROMPT with kvplane as the KV cache, streaming the text to stdout. Figures go to stderr.");
-    options.arguments("PROMPT", s.prompts, 1000, "one text, in quotes");
+    options.arguments("PROMPT", s.prompts, kvplane_examples::Options::Count::any, "one text, in quotes");
     options.text("--model FILE", s.model, "GGUF file of the model");
     options.text("--recipe NAME", s.recipe, "how keys and values are stored; exact: plain fp32",
                  kvplane_examples::Options::Need::optional, require_recipe);

@@ -568,7 +568,7 @@ int main(int count, char** arguments) {
         "The queries stand at the metadata's first_query_position, or at the last positions. Without FILE: "
         "four "
         "layers of SmolLM2-135M on 1024 tokens of Northanger Abbey, which ship with kvplane.");
-    options.arguments("FILE", s.files, 1, "as dump writes it");
+    options.arguments("FILE", s.files, kvplane_examples::Options::Count::at_most_one, "as dump writes it");
     options.flag("--json", s.json, "one JSON object and nothing else");
     options.output_folder("--plot DIR", s.plot,
                           "also write DIR/svdq.csv and, where gnuplot is installed, DIR/svdq.svg");
