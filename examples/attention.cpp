@@ -17,6 +17,12 @@ namespace {
 using namespace kvplane;
 using Layer = kvplane_examples::DecodeLayer;
 using Clock = std::chrono::steady_clock;
+using kvplane_examples::Options;
+
+constexpr const char* summary =
+    R"(Prints, at every power of two of the context, tokens a second (append and attend of one layer), the bytes of
+the cache, and the error of its output against an fp16 cache's. Of a file, the last tokens of each layer are
+decoded, those with queries.)";
 
 void decode(const Layer& layer, const std::string& recipe, Executor& executor) {
     constexpr Index measured = 64;
@@ -73,15 +79,9 @@ int main(int count, char** arguments) {
     kvplane_examples::DecodeSettings settings;
     std::vector<std::string> names{"fp16", "standard", "compact", "latent:3:3"};
     Index threads = 2;
-    kvplane_examples::Options options("attention",
-                                      "Prints, at every power of two of the context, tokens a second (append "
-                                      "and attend of one layer), the bytes of "
-                                      "the cache, and the error of its output against an fp16 cache's. Of a "
-                                      "file, those tokens of each layer are "
-                                      "decoded that have queries, its last ones.");
+    Options options("attention", summary);
     kvplane_examples::add_options(options, settings);
-    options.texts("--recipes A,B,C", names, "how keys and values are stored",
-                  kvplane_examples::Options::Need::optional,
+    options.texts("--recipes A,B,C", names, "how keys and values are stored", Options::Need::optional,
                   [](const std::string& name) { (void)recipes::parse(name); });
     options.number("--threads N", threads, {.least = 1, .most = 1024}, "that attend");
     options.footer(kvplane_examples::recipe_help());

@@ -23,26 +23,27 @@ namespace {
 
 constexpr std::size_t option_width = 22, help_width = 78;
 
-/// Lines of at most help_width characters; line breaks in the text stay.
+/// The text in lines of at most help_width characters. Lines that begin with a space stay as they are.
 std::string wrapped(const std::string& text) {
     std::string result, line;
+    const auto end_line = [&] {
+        if (!line.empty()) result += line + '\n';
+        line.clear();
+    };
     std::istringstream lines(text);
-    for (std::string paragraph; std::getline(lines, paragraph);) {
-        if (paragraph.starts_with(' ')) {  // a list, laid out by hand
-            result += paragraph + '\n';
+    for (std::string source; std::getline(lines, source);) {
+        if (source.starts_with(' ')) {  // a list, laid out by hand
+            end_line();
+            result += source + '\n';
             continue;
         }
-        std::istringstream words(paragraph);
+        std::istringstream words(source);
         for (std::string word; words >> word;) {
-            if (!line.empty() && line.size() + 1 + word.size() > help_width) {
-                result += line + '\n';
-                line.clear();
-            }
+            if (!line.empty() && line.size() + 1 + word.size() > help_width) end_line();
             line += (line.empty() ? "" : " ") + word;
         }
-        result += line + '\n';
-        line.clear();
     }
+    end_line();
     if (!result.empty()) result.pop_back();
     return result;
 }

@@ -16,6 +16,14 @@ using namespace kvplane;
 using kvplane_examples::layers_in;
 using kvplane_examples::LayerTensors;
 using kvplane_examples::load;
+using kvplane_examples::Options;
+
+constexpr const char* summary =
+    R"(Quantizes the keys and values of every layer in FILE with each method, and prints what it costs and keeps.
+FILE is a safetensors file with tensors layers.L.keys and layers.L.values [tokens, kv_heads, head_dim] and, for
+the error of attention, layers.L.queries [queries, heads, head_dim], which stand at the metadata's
+first_query_position, or at the last positions. Without FILE: four layers of SmolLM2-135M on 1024 tokens of
+Northanger Abbey, which ship with kvplane.)";
 
 Index position_in(const std::string& metadata) {
     Index position = 0;
@@ -65,17 +73,8 @@ void run(std::vector<std::filesystem::path> files, bool json) {
 int main(int count, char** arguments) {
     std::vector<std::string> files;
     bool json = false;
-    kvplane_examples::Options options("report",
-                                      "Quantizes the keys and values of every layer in FILE with each "
-                                      "method, and prints what it costs and keeps. "
-                                      "FILE is a safetensors file with tensors layers.L.keys and "
-                                      "layers.L.values [tokens, kv_heads, head_dim] and, "
-                                      "for the error of attention, layers.L.queries [queries, heads, "
-                                      "head_dim], which stand at the metadata's "
-                                      "first_query_position, or at the last positions. Without FILE: four "
-                                      "layers of SmolLM2-135M on 1024 tokens of "
-                                      "Northanger Abbey, which ship with kvplane.");
-    options.arguments("FILE", files, kvplane_examples::Options::Count::at_most_one, "as dump writes it");
+    Options options("report", summary);
+    options.arguments("FILE", files, Options::Count::at_most_one, "as dump writes it");
     options.flag("--json", json, "one JSON object {\"rows\": [...], \"allocation\": [...]} and nothing else");
     return options.run(count, arguments, [&] { run({files.begin(), files.end()}, json); });
 }

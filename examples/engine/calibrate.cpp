@@ -16,6 +16,12 @@
 namespace {
 
 using namespace engine;
+using kvplane_examples::Options;
+
+constexpr const char* summary =
+    R"(Writes the means and second moments of keys and queries before RoPE, which `evaluate --basis` and `generate
+--basis` fit bases of latents to: of a model on a text (--model, --text), of tensors (--dump), or of several such
+files (--merge).)";
 
 struct Settings {
     std::string model, text, out, name = "unnamed", rope_layout = "interleaved", recipe, bases;
@@ -132,20 +138,14 @@ void run(const Settings& settings) {
 
 int main(int count, char** arguments) {
     Settings s;
-    kvplane_examples::Options options(
-        "calibrate",
-        "Writes the means and second moments of keys and queries before RoPE, which `evaluate --basis` and "
-        "`generate --basis` fit bases of latents to: of a model on a text (--model, --text), of tensors "
-        "(--dump), or "
-        "of several such files (--merge).");
+    Options options("calibrate", summary);
     options.text("--model FILE", s.model, "GGUF file of the model");
     options.text("--text FILE", s.text, "what it reads");
-    options.texts(
-        "--dump A,B,C", s.dumps,
-        "safetensors files with layers.L.keys_before_rope and .queries, as dump writes them, of all layers "
-        "from 0 on");
+    options.texts("--dump A,B,C", s.dumps,
+                  "safetensors files with layers.L.keys_before_rope and .queries of all layers "
+                  "from 0 on, as dump writes them");
     options.texts("--merge A,B,C", s.merged, "files that this program wrote");
-    options.output_file("--out FILE", s.out, "the file to write", kvplane_examples::Options::Need::required);
+    options.output_file("--out FILE", s.out, "the file to write", Options::Need::required);
     options.number("--first-token N", s.first_token, {}, "of the text");
     options.number("--tokens N", s.tokens, {.least = sinks + 1}, "from there on");
     options.number("--context N", s.context, {.least = sinks + 1},

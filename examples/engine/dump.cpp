@@ -13,6 +13,11 @@
 namespace {
 
 using namespace engine;
+using kvplane_examples::Options;
+
+constexpr const char* summary =
+    R"(Writes what a model computes on a text, in fp16: tensors layers.L.keys_before_rope, .keys and .values [tokens,
+kv_heads, head_dim], and .queries [queries, heads, head_dim] after RoPE, as the other examples read them.)";
 
 struct Settings {
     std::string model, text, out;
@@ -79,14 +84,9 @@ void run(const Settings& settings) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    using Need = kvplane_examples::Options::Need;
+    using Need = Options::Need;
     Settings s;
-    kvplane_examples::Options options("dump",
-                                      "Writes keys before RoPE, keys, values [tokens, kv_heads, head_dim] "
-                                      "and queries [queries, heads, head_dim] "
-                                      "of a model on a text, in fp16: the tensors layers.L.keys_before_rope, "
-                                      ".keys, .values and .queries, which "
-                                      "the other examples read.");
+    Options options("dump", summary);
     options.text("--model FILE", s.model, "GGUF file of the model", Need::required);
     options.text("--text FILE", s.text, "what it reads", Need::required);
     options.output_file("--out FILE", s.out, "the safetensors file to write", Need::required);

@@ -25,6 +25,14 @@
 namespace {
 
 using namespace engine;
+using kvplane_examples::Options;
+
+constexpr const char* summary =
+    R"(Compares the model's next-token predictions under each recipe with those of an unquantized cache, from token
+256 of every context on. Progress goes to stderr.
+  true bits   an element of the cache takes at the end of the context; grids, sinks, recent tokens counted
+  KL          divergence of the recipe's prediction from the exact one, in nats
+  same top    how often both think the same token likeliest)";
 
 struct Settings {
     std::string model, text, basis, calibration, csv, plot;
@@ -266,41 +274,30 @@ void run(const Settings& settings) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    using Need = kvplane_examples::Options::Need;
+    using Need = Options::Need;
     Settings s;
-    kvplane_examples::Options options(
-        "evaluate",
-        "Compares the model's next-token predictions under each recipe with those of an unquantized cache, "
-        "from "
-        "token 256 of every context on. true bits: what an element of the cache takes at the end of the "
-        "context, "
-        "grids, sinks and recent tokens counted. KL: divergence of the recipe's prediction from the exact "
-        "one, in "
-        "nats. same top: how often both think the same token likeliest. Progress goes to stderr.");
+    Options options("evaluate", summary);
     options.text("--model FILE", s.model, "GGUF file of the model", Need::required);
     options.text("--text FILE", s.text, "what it reads", Need::required);
-    options.texts(
-        "--recipes A,B,C", s.recipes,
-        "see below; also allocated:norms|weights|measured:BITS, bits by layer, and of recipes with latents "
-        "svdq:1.25@keys=1/32, a share of the keys",
-        Need::required);
+    options.texts("--recipes A,B,C", s.recipes,
+                  "see below; also allocated:norms|weights|measured:BITS, bits by layer, and of "
+                  "recipes with latents svdq:1.25@keys=1/32, a share of the keys",
+                  Need::required);
     options.number("--first-token N", s.first_token, {}, "of the text");
     options.number("--context N", s.context, {.least = first_compared + 2}, "tokens of a window");
     options.number("--windows N", s.windows, {.least = 1}, "consecutive windows");
     options.number("--chunk N", s.chunk, {.least = 1},
                    "tokens that the model runs over at a time; up to 8 attend on packed bits");
-    options.text(
-        "--basis FILE", s.basis,
-        "statistics from calibrate, for recipes with latents; without it every cache fits a basis to its "
-        "own first 512 tokens");
+    options.text("--basis FILE", s.basis,
+                 "statistics from calibrate, for recipes with latents; without it every cache "
+                 "fits a basis to its own first 512 tokens");
     options.text("--calibration FILE", s.calibration,
                  "text of which `allocated` recipes see the first 1024 tokens");
     options.flag("--json", s.json, "one JSON object on stdout and nothing else");
     options.output_file("--csv FILE", s.csv, "also write the table to this file");
-    options.output_folder(
-        "--plot DIR", s.plot,
-        "also write DIR/evaluate.csv and, where gnuplot is installed, DIR/evaluate.svg: KL over "
-        "true bits, a point for each recipe");
+    options.output_folder("--plot DIR", s.plot,
+                          "also write DIR/evaluate.csv and, where gnuplot is installed, "
+                          "DIR/evaluate.svg: KL over true bits, a point for each recipe");
     options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
     options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());
     return options.run(count, arguments, [&] { run(s); });

@@ -18,6 +18,10 @@
 namespace {
 
 using namespace engine;
+using kvplane_examples::Options;
+
+constexpr const char* summary =
+    R"(Continues PROMPT with kvplane as the KV cache, streaming the text to stdout. Figures go to stderr.)";
 
 struct Settings {
     std::string model, recipe = "standard", basis, draft;
@@ -169,24 +173,20 @@ void run(const Settings& settings) {
 
 int main(int count, char** arguments) {
     Settings s;
-    kvplane_examples::Options options(
-        "generate",
-        "Continues PROMPT with kvplane as the KV cache, streaming the text to stdout. Figures go to stderr.");
-    options.arguments("PROMPT", s.prompts, kvplane_examples::Options::Count::any, "one text, in quotes");
+    Options options("generate", summary);
+    options.arguments("PROMPT", s.prompts, Options::Count::any, "one text, in quotes");
     options.text("--model FILE", s.model, "GGUF file of the model");
     options.text("--recipe NAME", s.recipe, "how keys and values are stored; exact: plain fp32",
-                 kvplane_examples::Options::Need::optional, require_recipe);
-    options.text(
-        "--basis FILE", s.basis,
-        "statistics from calibrate, for recipes with latents; without it every cache fits a basis to its "
-        "own first 512 tokens");
+                 Options::Need::optional, require_recipe);
+    options.text("--basis FILE", s.basis,
+                 "statistics from calibrate, for recipes with latents; without it every cache "
+                 "fits a basis to its own first 512 tokens");
     options.number("--length N", s.length, {.least = 1}, "tokens to generate at most");
     options.real("--temperature T", s.temperature, "0: always the likeliest token; above: sample");
     options.number("--seed N", s.seed, {}, "of sampling");
-    options.text(
-        "--draft POLICY", s.draft,
-        "draft up to 7 tokens from a part of the same cache (fixed4, 4, ...), and verify them together from "
-        "all of it");
+    options.text("--draft POLICY", s.draft,
+                 "draft up to 7 tokens from a part of the same cache (fixed4, 4, ...), and verify "
+                 "them together from all of it");
     options.flag("--chat", s.chat, "PROMPT is what a user says, and the model answers");
     options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
     options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());

@@ -18,6 +18,11 @@ namespace {
 
 using namespace engine;
 using Clock = std::chrono::steady_clock;
+using kvplane_examples::Options;
+
+constexpr const char* summary =
+    R"(Decodes a text token by token at each context, and prints tokens a second, the time that attention over the
+cache takes and its share, and the size of the cache.)";
 
 struct Settings {
     std::string model, text, basis;
@@ -104,12 +109,9 @@ void run(const Settings& settings) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    using Need = kvplane_examples::Options::Need;
+    using Need = Options::Need;
     Settings s;
-    kvplane_examples::Options options("speed",
-                                      "Decodes a text token by token at each context, and prints tokens a "
-                                      "second, the time and the share of it "
-                                      "that attention over the cache takes, and the size of the cache.");
+    Options options("speed", summary);
     options.text("--model FILE", s.model, "GGUF file of the model", Need::required);
     options.text("--text FILE", s.text, "what it reads", Need::required);
     options.numbers("--contexts A,B,C", s.contexts, {.least = 1}, "tokens before the measured ones");

@@ -17,6 +17,12 @@ namespace {
 using namespace kvplane;
 using Layer = kvplane_examples::DecodeLayer;
 using Clock = std::chrono::steady_clock;
+using kvplane_examples::Options;
+
+constexpr const char* summary =
+    R"(Prints what a decode step reads of a cache under each read policy, the time it takes, and the error of its
+output against an fp16 cache's and against reading all, over the last queries. Recipes that differ in the policy
+alone share one cache.)";
 
 /// The last queries one after another: each is a decode step over all tokens. The caches have the same content, and
 /// each step takes the next, so that it reads from memory.
@@ -121,15 +127,10 @@ int main(int count, char** arguments) {
                                    "key_favored:8:8@tolerance=0.02",
                                    "key_favored:4:4"};
     Index turns = 8, threads = 2;
-    kvplane_examples::Options options("aligned",
-                                      "What a decode step reads of a cache under each read policy, the time "
-                                      "it takes, and the error of its output "
-                                      "against an fp16 cache's and against reading all, over the last "
-                                      "queries. Recipes that differ in the policy "
-                                      "alone share one cache.");
+    Options options("aligned", summary);
     kvplane_examples::add_options(options, settings);
-    options.texts("--recipes A,B,C", names, "recipes with read policies",
-                  kvplane_examples::Options::Need::optional, [](const std::string& name) {
+    options.texts("--recipes A,B,C", names, "recipes with read policies", Options::Need::optional,
+                  [](const std::string& name) {
                       const std::size_t at = name.find('@');
                       (void)recipes::parse(name.substr(0, at));
                       if (at != std::string::npos) (void)recipes::read_policy(name.substr(at + 1));

@@ -26,6 +26,14 @@
 namespace {
 
 using namespace kvplane;
+using kvplane_examples::Options;
+
+constexpr const char* summary =
+    R"(Compares keys in latents (SVDq, arXiv 2502.15304, and kvplane's own recipes) with keys in channels, on every
+layer of FILE that has layers.L.keys and .values [tokens, kv_heads, head_dim] and .queries [queries, heads,
+head_dim], keys and queries after RoPE. Where layers.L.keys_before_rope is missing, keys are turned back. The
+queries stand at the metadata's first_query_position, or at the last positions. Without FILE: four layers of
+SmolLM2-135M on 1024 tokens of Northanger Abbey, which ship with kvplane.)";
 
 const Index sink_tokens = CacheRecipe().sink_tokens;
 
@@ -557,18 +565,8 @@ void run(const Settings& settings) {
 
 int main(int count, char** arguments) {
     Settings s;
-    kvplane_examples::Options options(
-        "svdq",
-        "Keys in latents (SVDq, arXiv 2502.15304, and kvplane's own recipes) against keys in channels, on "
-        "every layer "
-        "of FILE that has layers.L.keys and .values [tokens, kv_heads, head_dim] and .queries [queries, "
-        "heads, "
-        "head_dim], keys and queries after RoPE. Where layers.L.keys_before_rope is missing, keys are turned "
-        "back. "
-        "The queries stand at the metadata's first_query_position, or at the last positions. Without FILE: "
-        "four "
-        "layers of SmolLM2-135M on 1024 tokens of Northanger Abbey, which ship with kvplane.");
-    options.arguments("FILE", s.files, kvplane_examples::Options::Count::at_most_one, "as dump writes it");
+    Options options("svdq", summary);
+    options.arguments("FILE", s.files, Options::Count::at_most_one, "as dump writes it");
     options.flag("--json", s.json, "one JSON object and nothing else");
     options.output_folder("--plot DIR", s.plot,
                           "also write DIR/svdq.csv and, where gnuplot is installed, DIR/svdq.svg");

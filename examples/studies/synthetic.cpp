@@ -12,6 +12,16 @@ namespace {
 using namespace kvplane;
 using namespace kvplane_examples;
 
+constexpr const char* summary =
+    R"(Prints the report for generated tensors, one "layer" for each property of real caches:
+  0  plain noise
+  1  outlier channels, 8 times the rest
+  2  large means (8 standard deviations)
+  3  an attention sink: a first token that all attend to
+  4  a spectrum that decays as e^(-6t) along directions that are no channels
+  5  all of it, rotated by position (RoPE)
+Every layer but 5 is without RoPE. The same seed gives the same tensors.)";
+
 LayerTensors make(int layer, const SyntheticOptions& options) {
     const SyntheticLayer made = synthetic_layer(options);
     return {layer,        options.kv_heads,
@@ -46,22 +56,13 @@ int main(int count, char** arguments) {
     SyntheticOptions settings;
     Index seed = 1;
     bool json = false;
-    Options options(
-        "synthetic",
-        "Prints the report for generated tensors, one \"layer\" for each property of real caches:\n"
-        "  0  plain noise\n"
-        "  1  outlier channels, 8 times the rest\n"
-        "  2  large means (8 standard deviations)\n"
-        "  3  an attention sink: a first token that all attend to\n"
-        "  4  a spectrum that decays as e^(-6t) along directions that are no channels\n"
-        "  5  all of it, rotated by position (RoPE)\n"
-        "Every layer but 5 is without RoPE. The same seed gives the same tensors.");
+    Options options("synthetic", summary);
     const Options::Range size{.least = 1, .most = 1 << 24};
-    options.number("--tokens N", settings.tokens, size, "");
+    options.number("--tokens N", settings.tokens, size, "of a layer");
     options.number("--head-dim N", settings.head_dim, size, "channels of a head");
     options.number("--kv-heads N", settings.kv_heads, size, "key/value heads");
     options.number("--query-heads N", settings.query_heads, size, "a multiple of these");
-    options.number("--seed N", seed, {}, "");
+    options.number("--seed N", seed, {}, "of what is generated");
     options.flag("--json", json, "one JSON object and nothing else");
     return options.run(count, arguments, [&] {
         settings.seed = static_cast<std::uint64_t>(seed);
