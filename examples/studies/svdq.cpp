@@ -228,7 +228,7 @@ struct KeyBits {
 
 KeyBits key_bits(const KvCache& cache) {
     const CacheConfiguration& c = cache.configuration();
-    const TileLayout layout = tile_layout(c, c.latent_keys);
+    const PageLayout& layout = *cache.state().layout;
     const auto channels = static_cast<double>(c.kv_heads * c.key_head_dim);
     KeyBits bits;
     for (std::size_t part = 0; part < layout.key_at.size(); ++part) {

@@ -45,6 +45,23 @@ using MatrixD = RowMajorMatrix<double>;
 template <class Scalar>
 using MatrixView = Eigen::Map<const RowMajorMatrix<Scalar>, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
 
+namespace detail {
+
+/// Rows of numbers, `stride` apart.
+template <class T>
+struct RowView {
+    T* data;
+    Index stride;
+    Index rows;
+
+    T* operator[](Index row) const noexcept { return data + row * stride; }
+    /// Without the first `row` rows.
+    RowView from(Index row) const noexcept { return {data + row * stride, stride, rows - row}; }
+    operator RowView<const T>() const noexcept requires(!std::is_const_v<T>) { return {data, stride, rows}; }
+};
+
+}  // namespace detail
+
 /// The element types of keys, values and queries.
 template <class Scalar>
 concept CacheScalar =
@@ -114,6 +131,52 @@ class HeadRows {
 };
 
 namespace detail {
+
+/// HeadRows of any element type: what a call looks like below the templates that users see. It does not own
+/// the data.
+struct AnyRows {
+    const void* data;
+    ScalarType type;
+    Index heads, tokens, head_dim;
+    Index head_stride, token_stride, channel_stride;  ///< in elements
+
+    template <CacheScalar Scalar>
+    AnyRows(const HeadRows<Scalar>& rows)
+        : data(rows.data()),
+          type(scalar_type<Scalar>),
+          heads(rows.heads()),
+          tokens(rows.tokens()),
+          head_dim(rows.head_dim()),
+          head_stride(rows.head_stride()),
+          token_stride(rows.token_stride()),
+          channel_stride(rows.channel_stride()) {}
+
+    Index channels() const noexcept { return heads * head_dim; }
+    /// body(HeadRows of the element type).
+    template <class Body>
+    decltype(auto) visit(const Body& body) const {
+        switch (type) {
+            case ScalarType::float16:
+                return body(as<Eigen::half>());
+            case ScalarType::bfloat16:
+                return body(as<Eigen::bfloat16>());
+            default:
+                return body(as<float>());
+        }
+    }
+
+  private:
+    template <class Scalar>
+    HeadRows<Scalar> as() const {
+        return {static_cast<const Scalar*>(data),
+                heads,
+                tokens,
+                head_dim,
+                head_stride,
+                token_stride,
+                channel_stride};
+    }
+};
 
 template <class Derived>
 inline constexpr bool has_memory = (Eigen::internal::traits<Derived>::Flags & Eigen::DirectAccessBit) != 0;

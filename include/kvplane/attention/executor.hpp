@@ -26,6 +26,20 @@ class Executor {
     virtual void run(Index items, Body body, void* context) noexcept = 0;
 };
 
+namespace detail {
+
+/// body(item, worker) for every item below `items`, run by the executor. The body must not throw.
+template <class Body>
+void run_items(Executor& executor, Index items, Body&& body) noexcept {
+    using Called = std::remove_reference_t<Body>;
+    executor.run(
+        items,
+        [](void* context, Index item, Index worker) { (*static_cast<Called*>(context))(item, worker); },
+        &body);
+}
+
+}  // namespace detail
+
 /// Everything in the calling thread.
 class SerialExecutor final : public Executor {
   public:

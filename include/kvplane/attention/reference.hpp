@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kvplane/attention/parameters.hpp"
+#include "kvplane/attention/score_rule.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/matrix.hpp"
 

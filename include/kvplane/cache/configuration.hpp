@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kvplane/attention/kernels/plane_dot.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/latent/fit.hpp"
 #include "kvplane/latent/keys.hpp"
@@ -142,6 +143,10 @@ inline void require_configuration(const CacheConfiguration& c) {
     require(!recipe.every_token || (recipe.sink_tokens == 0 && recipe.recent_tokens == 0), ErrorCode::option,
             "cache: a recipe that quantizes every token keeps no sinks and no recent tokens; it asks for ",
             recipe.sink_tokens, " and ", recipe.recent_tokens);
+    require(std::max(c.key_head_dim, c.value_head_dim) <= max_depth &&
+                (!recipe.latents || c.kv_heads * c.key_head_dim <= max_depth),
+            ErrorCode::option, "cache: head_dim ", c.key_head_dim, " of keys and ", c.value_head_dim,
+            " of values, expected at most ", max_depth, " (of all heads together in latents)");
     require_side(recipe.keys, "cache keys", recipe.every_token);
     require_side(recipe.values, "cache values", recipe.every_token);
     require_latent_recipe(c);
@@ -149,44 +154,4 @@ inline void require_configuration(const CacheConfiguration& c) {
 }
 
 }  // namespace detail
-
-/// Where the tiles of all heads stand in a page: those of keys, one for each head or part of latents, and
-/// those of values.
-struct TileLayout {
-    std::shared_ptr<const LatentKeys> latent;  ///< nullptr: keys in channels
-    std::vector<TileFormat> keys;              ///< one for all heads, or one for each part
-    TileFormat values;
-    std::vector<Index> key_at, value_at;  ///< by part or head, by head
-    Index bytes = 0;
-
-    const TileFormat& key_format(Index part) const {
-        return keys[keys.size() == 1 ? 0 : static_cast<std::size_t>(part)];
-    }
-};
-
-/// The layout of a configuration whose latents, if it has any, are known. Throws Error (option).
-inline TileLayout tile_layout(const CacheConfiguration& c,
-                              std::shared_ptr<const LatentKeys> latent = nullptr) {
-    TileLayout layout{std::move(latent),
-                      {},
-                      {TileSide::values, c.value_head_dim, c.recipe.values.bits, c.recipe.values.rule},
-                      {},
-                      {},
-                      0};
-    const Index parts = layout.latent ? layout.latent->subspaces() : c.kv_heads;
-    if (layout.latent)
-        for (Index p = 0; p < parts; ++p) layout.keys.push_back(layout.latent->format(p));
-    else
-        layout.keys.emplace_back(TileSide::keys, c.key_head_dim, c.recipe.keys.bits, c.recipe.keys.rule);
-    const auto take = [&](std::vector<Index>& to, Index bytes) {
-        to.push_back(layout.bytes);
-        layout.bytes += bytes;
-    };
-    for (Index head = 0; head < c.kv_heads; ++head) {
-        if (head < parts) take(layout.key_at, layout.key_format(head).bytes());
-        take(layout.value_at, layout.values.bytes());
-    }
-    return layout;
-}
-
 }  // namespace kvplane

@@ -145,7 +145,8 @@ struct CacheContent {
     std::string checksum() const;
 
   private:
-    void require_consistent(const KvCache& cache, const std::string& source) const;
+    void require_consistent(const CacheShape& shape, const CacheState& state,
+                            const std::string& source) const;
 };
 
 inline void append_page(std::vector<std::byte>& to, const PageReference& page) {
@@ -153,21 +154,21 @@ inline void append_page(std::vector<std::byte>& to, const PageReference& page) {
 }
 
 inline CacheContent CacheContent::of(const KvCache& cache) {
-    const auto& state = cache.state_;
+    const CacheState& state = cache.state();
     CacheContent content;
     content.configuration = configuration_json(cache.configuration());
     content.tokens = state.tokens;
     content.dropped = state.dropped;
-    content.window_first = state.window_first;
-    content.extremes = {state.largest[0], state.largest[1], state.excess[0], state.excess[1]};
+    content.window_first = state.recent_first;
+    content.extremes = {state.largest.keys, state.largest.values, state.excess.keys, state.excess.values};
     if (state.sinks) append_page(content.sinks, state.sinks);
-    for (const auto& tile : state.tiles) {
-        append_page(content.tiles, tile.page);
+    for (const PageReference& page : state.tile_pages) append_page(content.tiles, page);
+    for (const TilePlace& tile : state.tiles) {
         content.tile_first.push_back(tile.first);
         content.tile_tokens.push_back(tile.tokens);
     }
-    for (const PageReference& page : state.window) append_page(content.recent, page);
-    if (cache.configuration().fits_basis() && state.layout) content.basis = state.layout->latent;
+    for (const PageReference& page : state.recent) append_page(content.recent, page);
+    if (cache.configuration().fits_basis() && state.layout) content.basis = state.latent;
     if (state.queries) content.queries = *state.queries;
     return content;
 }
@@ -198,28 +199,30 @@ inline std::string CacheContent::checksum() const {
 }
 
 /// Whether the parts make up a cache: positions without gaps, pages of the right number and size.
-inline void CacheContent::require_consistent(const KvCache& cache, const std::string& source) const {
+inline void CacheContent::require_consistent(const CacheShape& shape, const CacheState& state,
+                                             const std::string& source) const {
     const auto expect = [&](bool holds, const auto&... what) {
         require(holds, ErrorCode::format, source, ": ", what...);
     };
-    const CacheRecipe& recipe = cache.recipe();
-    expect(queries.empty() || cache.needs_queries(), "moments of queries in a cache that needs none");
-    expect(cache.state_.layout || tile_first.empty(), "tiles, but no basis to read them with");
+    const CacheRecipe& recipe = shape.recipe();
+    const bool needs_queries = !state.layout && recipe.latents && recipe.latents->basis.query_weighted;
+    const Index tile_bytes = state.layout ? state.layout->bytes : 0;
+    expect(queries.empty() || needs_queries, "moments of queries in a cache that needs none");
+    expect(state.layout || tile_first.empty(), "tiles, but no basis to read them with");
     constexpr Index most = Index{1} << 40;
     expect(tokens >= 0 && tokens < most && dropped >= 0 && dropped <= tokens && window_first >= 0 &&
                window_first <= tokens,
            "tokens ", tokens, ", dropped ", dropped, ", window_first ", window_first,
            " contradict each other");
     const Index sink_count = std::min(recipe.sink_tokens, tokens);
-    const Index sink_bytes = sink_count > 0 ? cache.sink_rows().bytes() : 0;
+    const Index sink_bytes = sink_count > 0 ? shape.sink_rows().bytes() : 0;
     expect(static_cast<Index>(sinks.size()) == sink_bytes, "sinks: ", sinks.size(), " bytes, expected ",
            sink_bytes);
     expect(window_first >= sink_count, "window_first ", window_first, ", expected at least the ", sink_count,
            " sinks");
     const auto count = tile_first.size();
-    expect(
-        tile_tokens.size() == count && tiles.size() == count * static_cast<std::size_t>(cache.tile_bytes()),
-        "tiles: ", tiles.size(), " bytes for ", count, " tiles of ", cache.tile_bytes());
+    expect(tile_tokens.size() == count && tiles.size() == count * static_cast<std::size_t>(tile_bytes),
+           "tiles: ", tiles.size(), " bytes for ", count, " tiles of ", tile_bytes);
     Index next = count > 0 ? static_cast<Index>(tile_first[0]) : window_first;
     expect(next >= sink_count && (next == sink_count || next <= dropped), "the first tile begins at token ",
            next, ", expected ", sink_count, " or one before ", dropped);
@@ -233,41 +236,41 @@ inline void CacheContent::require_consistent(const KvCache& cache, const std::st
     const Index left = tokens - window_first;
     expect(!recipe.every_token || left == 0, left,
            " tokens outside tiles of a recipe that quantizes every one");
-    const Index pages = (left + KvCache::window_page_tokens - 1) / KvCache::window_page_tokens;
-    const Index page_bytes = cache.window_rows().bytes();
+    const Index pages = (left + recent_page_tokens - 1) / recent_page_tokens;
+    const Index page_bytes = shape.recent_rows().bytes();
     expect(left < most / 2 && static_cast<Index>(recent.size()) == pages * page_bytes,
            "recent: ", recent.size(), " bytes, expected ", pages, " pages of ", page_bytes);
 }
 
 inline KvCache CacheContent::restore(const CacheConfiguration& configuration_wanted, TilePool& pool,
                                      const std::string& source) const {
-    KvCache cache(configuration_wanted, pool);
-    if (basis)
-        cache.state_.layout = std::make_shared<const TileLayout>(tile_layout(configuration_wanted, basis));
-    require_consistent(cache, source);
+    const CacheShape shape(configuration_wanted);
+    CacheState state(shape);
+    if (basis) {
+        state.latent = basis;
+        state.layout = std::make_shared<const PageLayout>(page_layout(configuration_wanted, basis.get()));
+    }
+    require_consistent(shape, state, source);
     const auto page_of = [&](const std::vector<std::byte>& from, Index bytes, std::size_t index) {
         PageReference page = pool.page(bytes);
         std::memcpy(page.data(), from.data() + index * static_cast<std::size_t>(bytes),
                     static_cast<std::size_t>(bytes));
         return page;
     };
-    auto& state = cache.state_;
-    if (!queries.empty()) state.queries = std::make_shared<const std::vector<SecondMoments>>(queries);
+    if (!queries.empty()) state.queries = std::make_shared<const CacheState::QueryMoments>(queries);
     state.tokens = tokens;
     state.dropped = dropped;
-    state.window_first = window_first;
-    for (std::size_t side = 0; side < 2; ++side) {
-        state.largest[side] = extremes[side];
-        state.excess[side] = extremes[2 + side];
-    }
+    state.recent_first = window_first;
+    state.largest = {extremes[0], extremes[1]};
+    state.excess = {extremes[2], extremes[3]};
     if (!sinks.empty()) state.sinks = page_of(sinks, static_cast<Index>(sinks.size()), 0);
     for (std::size_t i = 0; i < tile_first.size(); ++i)
-        state.tiles.push_back({page_of(tiles, cache.tile_bytes(), i), static_cast<Index>(tile_first[i]),
-                               static_cast<Index>(tile_tokens[i])});
-    const Index page_bytes = cache.window_rows().bytes();
+        state.add_tile(page_of(tiles, state.layout->bytes, i), static_cast<Index>(tile_first[i]),
+                       static_cast<Index>(tile_tokens[i]));
+    const Index page_bytes = shape.recent_rows().bytes();
     for (std::size_t i = 0; i * static_cast<std::size_t>(page_bytes) < recent.size(); ++i)
-        state.window.push_back(page_of(recent, page_bytes, i));
-    return cache;
+        state.recent.push_back(page_of(recent, page_bytes, i));
+    return KvCache(configuration_wanted, pool, std::move(state));
 }
 
 inline SafetensorsWriter cache_writer(const KvCache& cache) {

@@ -12,7 +12,16 @@
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/block.hpp"
 
-namespace kvplane {
+namespace kvplane::detail {
+
+/// One of a kind for keys and one for values.
+template <class T>
+struct PerSide {
+    T keys{}, values{};
+
+    T& operator[](TileSide side) noexcept { return side == TileSide::keys ? keys : values; }
+    const T& operator[](TileSide side) const noexcept { return side == TileSide::keys ? keys : values; }
+};
 
 class TokenRows {
   public:
@@ -23,89 +32,91 @@ class TokenRows {
           bits_(bits) {}
 
     Index capacity() const noexcept { return capacity_; }
+    int bits() const noexcept { return bits_; }
     Index bytes() const noexcept {
-        const Index rows = capacity_ * kv_heads_ * (dim_[0] + dim_[1]);
+        const Index rows = capacity_ * kv_heads_ * (dim_.keys + dim_.values);
         return bits_ == 16 ? 2 * rows : rows + 2 * 2 * capacity_ * kv_heads_;
     }
 
     bool half() const noexcept { return bits_ == 16; }
-    /// The rows of one head and side (0 keys, 1 values), where they are fp16: capacity x dim.
-    const Eigen::half* half_rows(const std::byte* page, int side, Index head) const noexcept {
+    /// The rows of one head and side, where they are fp16: capacity x dim.
+    const Eigen::half* half_rows(const std::byte* page, TileSide side, Index head) const noexcept {
         return reinterpret_cast<const Eigen::half*>(page) + row(side, head, 0);
     }
 
     /// Stores tokens [first, first + count) of both matrices, tokens x (kv_heads * dim), from row `at` on.
     void write(const Matrix& keys, const Matrix& values, Index first, Index count, Index at,
                std::byte* page) {
-        for (int side = 0; side < 2; ++side) {
-            const Matrix& rows = side == 0 ? keys : values;
+        for (const TileSide side : {TileSide::keys, TileSide::values}) {
+            const Matrix& rows = side == TileSide::keys ? keys : values;
             for (Index head = 0; head < kv_heads_; ++head)
                 bits_ == 16 ? write_half(rows, side, head, first, count, at, page)
                             : write_bytes(rows, side, head, first, count, at, page);
         }
     }
 
-    /// Rows [at, at + count) of one head and side (0 keys, 1 values) as floats, `stride` apart.
-    void read(const std::byte* page, int side, Index head, Index at, Index count, float* out,
+    /// Rows [at, at + count) of one head and side as floats, `stride` apart.
+    void read(const std::byte* page, TileSide side, Index head, Index at, Index count, float* out,
               Index stride) const {
-        const Index dim = dim_[side];
+        const Index channels = dim(side);
         if (bits_ == 16) {
             const auto* from = reinterpret_cast<const Eigen::half*>(page) + row(side, head, at);
             const Isa isa = current_isa();
-            for (Index t = 0; t < count; ++t) widen_row(isa, from + t * dim, dim, out + t * stride);
+            for (Index t = 0; t < count; ++t) widen_row(isa, from + t * channels, channels, out + t * stride);
             return;
         }
         const auto* codes = reinterpret_cast<const std::uint8_t*>(page) + row(side, head, at);
-        for (Index t = 0; t < count; ++t, codes += dim) {
+        for (Index t = 0; t < count; ++t, codes += channels) {
             const auto step =
                 static_cast<float>(*reinterpret_cast<const Eigen::half*>(page + step_at(side, head, at + t)));
-            for (Index c = 0; c < dim; ++c)
+            for (Index c = 0; c < channels; ++c)
                 out[t * stride + c] = step * static_cast<float>(static_cast<int>(codes[c]) - 128);
         }
     }
 
     /// Asks for the rows that read() will be given next.
-    void prefetch(const std::byte* page, int side, Index head, Index at, Index count) const noexcept {
+    void prefetch(const std::byte* page, TileSide side, Index head, Index at, Index count) const noexcept {
         const Index size = bits_ / 8, first = row(side, head, at) * size;
-        for (Index byte = 0; byte < count * dim_[side] * size; byte += 64)
+        for (Index byte = 0; byte < count * dim(side) * size; byte += 64)
             __builtin_prefetch(page + first + byte, 0, 3);
     }
 
   private:
+    Index dim(TileSide side) const noexcept { return dim_[side]; }
     /// Elements before a row.
-    Index row(int side, Index head, Index at) const noexcept {
-        const Index keys = side == 0 ? 0 : capacity_ * kv_heads_ * dim_[0];
-        return keys + (head * capacity_ + at) * dim_[side];
+    Index row(TileSide side, Index head, Index at) const noexcept {
+        const Index keys = side == TileSide::keys ? 0 : capacity_ * kv_heads_ * dim_.keys;
+        return keys + (head * capacity_ + at) * dim(side);
     }
     /// Bytes before the fp16 step of a row.
-    Index step_at(int side, Index head, Index at) const noexcept {
-        const Index rows = capacity_ * kv_heads_ * (dim_[0] + dim_[1]);
-        return rows + 2 * ((side * kv_heads_ + head) * capacity_ + at);
+    Index step_at(TileSide side, Index head, Index at) const noexcept {
+        const Index rows = capacity_ * kv_heads_ * (dim_.keys + dim_.values);
+        return rows + 2 * ((static_cast<Index>(side) * kv_heads_ + head) * capacity_ + at);
     }
 
-    void write_half(const Matrix& rows, int side, Index head, Index first, Index count, Index at,
+    void write_half(const Matrix& rows, TileSide side, Index head, Index first, Index count, Index at,
                     std::byte* page) {
         auto* to = reinterpret_cast<Eigen::half*>(page) + row(side, head, at);
         const Isa isa = current_isa();
         for (Index t = 0; t < count; ++t)
-            narrow_row(isa, rows.data() + (first + t) * rows.cols() + head * dim_[side], dim_[side],
-                       to + t * dim_[side]);
+            narrow_row(isa, rows.data() + (first + t) * rows.cols() + head * dim(side), dim(side),
+                       to + t * dim(side));
     }
-    void write_bytes(const Matrix& rows, int side, Index head, Index first, Index count, Index at,
+    void write_bytes(const Matrix& rows, TileSide side, Index head, Index first, Index count, Index at,
                      std::byte* page) {
-        const GridRule rule{Granularity::per_token, dim_[side], Scheme::symmetric, Clip::none};
-        quantizer_.quantize(head_rows(rows, kv_heads_), side == 0 ? "keys" : "values", head, first, count, 0,
-                            dim_[side], rule, 8, reinterpret_cast<std::uint8_t*>(page) + row(side, head, at),
-                            dim_[side]);
+        const GridRule rule{Granularity::per_token, dim(side), Scheme::symmetric, Clip::none};
+        quantizer_.quantize(head_rows(rows, kv_heads_), side == TileSide::keys ? "keys" : "values", head,
+                            first, count, 0, dim(side), rule, 8,
+                            reinterpret_cast<std::uint8_t*>(page) + row(side, head, at), dim(side));
         std::copy(quantizer_.step().begin(), quantizer_.step().end(),
                   reinterpret_cast<Eigen::half*>(page + step_at(side, head, at)));
     }
 
     Index kv_heads_;
-    Index dim_[2];
+    PerSide<Index> dim_;
     Index capacity_;
     int bits_;
     BlockQuantizer quantizer_;
 };
 
-}  // namespace kvplane
+}  // namespace kvplane::detail

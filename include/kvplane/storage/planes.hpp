@@ -31,7 +31,8 @@ using Index = Eigen::Index;
 /// The planes of one width, most significant first.
 struct PlaneSplit {
     int count = 0;
-    std::array<int, 3> width{};
+    static constexpr int max_planes = 3;
+    std::array<int, max_planes> width{};
 
     constexpr int bits() const noexcept { return width[0] + width[1] + width[2]; }
     /// Bits below plane p: what its code is shifted down by.

@@ -13,7 +13,7 @@
 
 #include <cstring>
 
-#include "kvplane/attention/kernels/scalar.hpp"
+#include "kvplane/attention/kernels/plane_dot.hpp"
 
 namespace kvplane::detail::avx2 {
 
@@ -40,7 +40,7 @@ KVPLANE_TARGET_AVX2 KVPLANE_INLINE void put(const PlaneDotCall& call, const __m2
 
 template <int width, int rows>
 KVPLANE_TARGET_AVX2 inline void dot_block(const PlaneDotCall& call, const std::byte* units,
-                                          const std::byte* ahead, Index row, std::int32_t* sums) noexcept {
+                                          const std::byte* next, Index row, std::int32_t* sums) noexcept {
     constexpr int fields = 8 / width;
     constexpr Index together = width == 4 ? 4 : 8;  // units between widenings
     const __m256i ones = _mm256_set1_epi16(1);
@@ -51,7 +51,7 @@ KVPLANE_TARGET_AVX2 inline void dot_block(const PlaneDotCall& call, const std::b
         __m256i narrow[rows][2];
         for (int r = 0; r < rows; ++r) narrow[r][0] = narrow[r][1] = _mm256_setzero_si256();
         for (Index u = first; u < end; ++u) {
-            _mm_prefetch(reinterpret_cast<const char*>(ahead + u * 64), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(next + u * 64), _MM_HINT_T1);
             for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 8
                 for (int i = 0; i < fields; ++i) {
@@ -78,12 +78,12 @@ KVPLANE_TARGET_AVX2 inline void plane_dot(const PlaneDotCall& call) noexcept {
         std::int32_t* const sums = call.sums + block * call.sum_rows * 16;
         Index row = 0;
         for (; row + 2 <= call.rows; row += 2)
-            dot_block<width, 2>(call, call.plane + at, call.ahead + at, row, sums);
-        if (row < call.rows) dot_block<width, 1>(call, call.plane + at, call.ahead + at, row, sums);
+            dot_block<width, 2>(call, call.plane + at, call.next + at, row, sums);
+        if (row < call.rows) dot_block<width, 1>(call, call.plane + at, call.next + at, row, sums);
     }
 }
 
-inline constexpr PlaneDot plane_dots{"avx2", {plane_dot<1>, plane_dot<2>, plane_dot<4>}};
+inline constexpr PlaneDot plane_dots{.name = "avx2", .of_width = {plane_dot<1>, plane_dot<2>, plane_dot<4>}};
 
 }  // namespace kvplane::detail::avx2
 #endif

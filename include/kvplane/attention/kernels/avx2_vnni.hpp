@@ -12,7 +12,7 @@
 #include <immintrin.h>
 
 #include "kvplane/attention/kernels/avx2.hpp"
-#include "kvplane/attention/kernels/scalar.hpp"
+#include "kvplane/attention/kernels/plane_dot.hpp"
 
 #ifndef KVPLANE_DPBUSD_256
 #define KVPLANE_DPBUSD_256 _mm256_dpbusd_avx_epi32
@@ -23,13 +23,13 @@ namespace kvplane::detail::avx2_vnni {
 
 template <int width, int rows>
 KVPLANE_TARGET_DPBUSD_256 inline void dot_block(const PlaneDotCall& call, const std::byte* units,
-                                                const std::byte* ahead, Index row,
+                                                const std::byte* next, Index row,
                                                 std::int32_t* sums) noexcept {
     constexpr int fields = 8 / width;
     __m256i lanes[rows][2];
     for (int r = 0; r < rows; ++r) lanes[r][0] = lanes[r][1] = _mm256_setzero_si256();
     for (Index u = 0; u < call.units; ++u) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + u * 64), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(next + u * 64), _MM_HINT_T1);
 #pragma GCC unroll 8
         for (int i = 0; i < fields; ++i) {
             const __m256i low = avx2::field_of<width>(units + u * 64, i),
@@ -50,19 +50,20 @@ KVPLANE_TARGET_DPBUSD_256 inline void dot_block(const PlaneDotCall& call, const 
 template <int width>
 KVPLANE_TARGET_DPBUSD_256 inline void plane_dot(const PlaneDotCall& call) noexcept {
     for (Index block = 0; block < call.blocks; ++block) {
-        const std::byte *const units = call.plane + block * call.block_units * 64, *const ahead =
-                                                                                       call.ahead +
+        const std::byte *const units = call.plane + block * call.block_units * 64, *const next =
+                                                                                       call.next +
                                                                                        block *
                                                                                            call.block_units *
                                                                                            64;
         std::int32_t* const sums = call.sums + block * call.sum_rows * 16;
         Index row = 0;
-        for (; row + 4 <= call.rows; row += 4) dot_block<width, 4>(call, units, ahead, row, sums);
-        for (; row < call.rows; ++row) dot_block<width, 1>(call, units, ahead, row, sums);
+        for (; row + 4 <= call.rows; row += 4) dot_block<width, 4>(call, units, next, row, sums);
+        for (; row < call.rows; ++row) dot_block<width, 1>(call, units, next, row, sums);
     }
 }
 
-inline constexpr PlaneDot plane_dots{"avx2_vnni", {plane_dot<1>, plane_dot<2>, plane_dot<4>}};
+inline constexpr PlaneDot plane_dots{.name = "avx2_vnni",
+                                     .of_width = {plane_dot<1>, plane_dot<2>, plane_dot<4>}};
 
 }  // namespace kvplane::detail::avx2_vnni
 #endif

@@ -11,20 +11,20 @@
 
 #include <cstring>
 
-#include "kvplane/attention/kernels/scalar.hpp"
+#include "kvplane/attention/kernels/plane_dot.hpp"
 
 namespace kvplane::detail::neon {
 
 template <int width, int rows>
 KVPLANE_TARGET_NEON inline void dot_block(const PlaneDotCall& call, const std::byte* units,
-                                          const std::byte* ahead, Index row, std::int32_t* sums) noexcept {
+                                          const std::byte* next, Index row, std::int32_t* sums) noexcept {
     constexpr int fields = 8 / width;
     const uint8x16_t mask = vdupq_n_u8((1 << width) - 1);
     int32x4_t lanes[rows][4];
     for (int r = 0; r < rows; ++r)
         for (int quarter = 0; quarter < 4; ++quarter) lanes[r][quarter] = vdupq_n_s32(0);
     for (Index u = 0; u < call.units; ++u) {
-        __builtin_prefetch(ahead + u * 64);
+        __builtin_prefetch(next + u * 64);
         for (int quarter = 0; quarter < 4; ++quarter) {
             const uint8x16_t unit =
                 vld1q_u8(reinterpret_cast<const std::uint8_t*>(units + u * 64 + quarter * 16));
@@ -56,12 +56,12 @@ KVPLANE_TARGET_NEON inline void plane_dot(const PlaneDotCall& call) noexcept {
         std::int32_t* const sums = call.sums + block * call.sum_rows * 16;
         Index row = 0;
         for (; row + 4 <= call.rows; row += 4)
-            dot_block<width, 4>(call, call.plane + at, call.ahead + at, row, sums);
-        for (; row < call.rows; ++row) dot_block<width, 1>(call, call.plane + at, call.ahead + at, row, sums);
+            dot_block<width, 4>(call, call.plane + at, call.next + at, row, sums);
+        for (; row < call.rows; ++row) dot_block<width, 1>(call, call.plane + at, call.next + at, row, sums);
     }
 }
 
-inline constexpr PlaneDot plane_dots{"neon", {plane_dot<1>, plane_dot<2>, plane_dot<4>}};
+inline constexpr PlaneDot plane_dots{.name = "neon", .of_width = {plane_dot<1>, plane_dot<2>, plane_dot<4>}};
 
 }  // namespace kvplane::detail::neon
 #endif

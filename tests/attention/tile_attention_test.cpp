@@ -1,78 +1,21 @@
-// The fused path on single tiles: integer sums against the definition, scores and outputs against decoding.
-#include "kvplane/attention/decode.hpp"
-
-#include "kvplane/theory/bounds.hpp"
+// Scores and outputs of single tiles against decoding them.
+#include "kvplane/attention/tile_attention.hpp"
 
 #include <gtest/gtest.h>
 
-#include "attention/plane_dot_support.hpp"
+#include "attention/kernels/plane_dot_support.hpp"
+#include "kvplane/theory/bounds.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
 namespace {
 
 using namespace kvplane;
-using kvplane_test::expect_the_definition;
+using namespace kvplane::detail;
 using kvplane_test::for_each_isa;
 using kvplane_test::normal_matrix;
 using kvplane_test::Random;
-using kvplane_test::random_factors;
-using kvplane_test::random_plane;
 using kvplane_test::Tile;
-
-// -- Integer sums ------------------------------------------------------------------------------------------
-
-TEST(PlaneDot, EveryInstructionSetEqualsTheDefinition) {
-    Random random(kvplane_test::seed());
-    for_each_isa([&](Isa isa) {
-        EXPECT_EQ(detail::plane_dot_of(isa).name, name(isa));
-        expect_the_definition(detail::plane_dot_of(isa), random);
-    });
-}
-
-/// Two planes in one go give the sums of one after the other.
-TEST(PlaneDot, PairsOfPlanesEqualOneByOne) {
-    Random random(kvplane_test::seed());
-    for_each_isa([&](Isa isa) {
-        const detail::PlaneDot& dot = detail::plane_dot_of(isa);
-        for (int bits = 0; bits <= 8; ++bits) {
-            const auto pair = dot.of_pair[static_cast<std::size_t>(bits)];
-            if (!pair) continue;
-            const PlaneSplit split = plane_split(bits);
-            ASSERT_EQ(split.count, 2);
-            const Index depth = TileFormat::unit_depth(split[0]),
-                        ratio = TileFormat::unit_depth(split[1]) / depth;
-            for (const Index units : {1, 2, 3, 4, 5, 8, 16, 33})
-                for (Index rows = 1; rows <= 8; ++rows)
-                    for (const bool extreme : {false, true}) {
-                        const Index blocks = 3, low_rows = bits > 4 ? rows : 0, sum_rows = rows + low_rows;
-                        const Index second_units = (units + ratio - 1) / ratio, stride = units * depth + 32;
-                        const Tile first = random_plane(blocks * units, extreme, random),
-                                   second = random_plane(blocks * second_units, extreme, random);
-                        std::vector<std::int8_t> factors = random_factors(sum_rows, stride, extreme, random);
-                        // What a last unit of the second plane holds beyond the first's channels counts
-                        // nothing.
-                        for (Index row = 0; row < sum_rows; ++row)
-                            std::fill_n(factors.begin() + row * stride + units * depth, 32, std::int8_t{0});
-                        const auto size = static_cast<std::size_t>(blocks * sum_rows * 16);
-                        std::vector<std::int32_t> sums(size, 5), expected(size, 5);
-                        pair({first.data(), second.data(), first.data(), second.data(), blocks, units,
-                              second_units, factors.data(), stride, rows, low_rows, split.shift(0),
-                              sums.data(), sum_rows});
-                        detail::scalar::plane_dots(
-                            split[0], {first.data(), first.data(), blocks, units, units, factors.data(),
-                                       stride, sum_rows, split.shift(0), expected.data(), sum_rows, false});
-                        detail::scalar::plane_dots(
-                            split[1], {second.data(), second.data(), blocks, second_units, second_units,
-                                       factors.data(), stride, rows, 0, expected.data(), sum_rows, true});
-                        ASSERT_EQ(sums, expected) << name(isa) << ", " << bits << " bits, " << units
-                                                  << " units, " << rows << " rows";
-                    }
-        }
-    });
-}
-
-// -- Tiles -------------------------------------------------------------------------------------------------
 
 struct Encoded {
     Encoded(const TileFormat& tile_format, const Matrix& values) : format(tile_format) {
@@ -87,7 +30,7 @@ struct Encoded {
     Matrix decoded;
 };
 
-constexpr float offsets[fused_rows] = {};
+constexpr float offsets[row_block_rows] = {};
 
 /// T14 for keys: what rounding the folded factors adds to a score at most, over all segments.
 double score_bound(const Encoded& keys, const Eigen::RowVectorXf& query) {
@@ -138,11 +81,11 @@ std::vector<TileFormat> key_formats() {
     return formats;
 }
 
-TEST(FusedScores, AreThoseOfTheDecodedTile) {
+TEST(TileScores, AreThoseOfTheDecodedTile) {
     Random random(kvplane_test::seed());
-    FusedScratch scratch(256);
+    AttentionScratch scratch(256);
     for (const TileFormat& format : key_formats()) {
-        ASSERT_TRUE(fused_keys(format));
+        ASSERT_TRUE(reads_key_planes(format));
         const Index channels = format.channels();
         Matrix values = normal_matrix(tile_tokens, channels, random);
         values.col(channels / 2) *= 20.0f;
@@ -154,8 +97,8 @@ TEST(FusedScores, AreThoseOfTheDecodedTile) {
             Matrix first;
             for_each_isa([&](Isa isa) {
                 Matrix scores(rows, tile_tokens);
-                fused_scores(isa, format, keys.tile.data(), keys.tile.data(), queries.data(), channels, rows,
-                             offsets, scratch, scores.data());
+                tile_scores(isa, format, {.tile = keys.tile.data(), .next = keys.tile.data()},
+                            {queries.data(), channels, rows}, offsets, scratch, scores.data());
                 for (Index r = 0; r < rows; ++r) {
                     const double bound = score_bound(keys, queries.row(r));
                     const double off = (scores.row(r) - exact.row(r)).cwiseAbs().maxCoeff();
@@ -171,25 +114,25 @@ TEST(FusedScores, AreThoseOfTheDecodedTile) {
 }
 
 /// T14 is tight: factors half a step off on every channel, codes at the top.
-TEST(FusedScores, ReachTheBoundOfRounding) {
+TEST(TileScores, ReachTheBoundOfRounding) {
     const TileFormat format(TileSide::keys, 64, 4, {Granularity::per_channel, 128, Scheme::min_max});
     Matrix values = Matrix::Constant(tile_tokens, 64, 15.0f);
     values.row(1).setZero();
     const Encoded keys(format, values);
-    FusedScratch scratch(64);
+    AttentionScratch scratch(64);
     Matrix queries = Matrix::Constant(1, 64, 63.5f);  // between two factors, if the largest is 127
     queries(0, 0) = 127.0f;
     Matrix scores(1, tile_tokens);
-    fused_scores(current_isa(), format, keys.tile.data(), keys.tile.data(), queries.data(), 64, 1, offsets,
-                 scratch, scores.data());
+    tile_scores(current_isa(), format, {.tile = keys.tile.data(), .next = keys.tile.data()},
+                {queries.data(), 64, 1}, offsets, scratch, scores.data());
     const double exact = (queries * keys.decoded.transpose())(0, 0);
     EXPECT_GT(std::abs(scores(0, 0) - exact), 0.99 * 63 * 0.5 * 7.5);
     EXPECT_LE(std::abs(scores(0, 0) - exact), 1.02 * score_bound(keys, queries.row(0)));
 }
 
-TEST(FusedOutput, IsThatOfTheDecodedTile) {
+TEST(TileValues, IsThatOfTheDecodedTile) {
     Random random(kvplane_test::seed());
-    FusedScratch scratch(256);
+    AttentionScratch scratch(256);
     for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
         for (int bits = scheme == Scheme::symmetric ? 2 : 1; bits <= 8; ++bits)
             for (const Index channels : {16, 40, 64, 80, 96, 256})
@@ -197,7 +140,7 @@ TEST(FusedOutput, IsThatOfTheDecodedTile) {
                     for (const Index tokens : {1, 77, 128}) {
                         const TileFormat format(TileSide::values, channels, bits,
                                                 {Granularity::per_token, group, scheme});
-                        ASSERT_TRUE(fused_values(format));
+                        ASSERT_TRUE(reads_value_planes(format));
                         const Encoded encoded(format, normal_matrix(tokens, channels, random));
                         const Index rows = 1 + static_cast<Index>(random() % 8),
                                     stride = (channels + 15) / 16 * 16;
@@ -206,8 +149,9 @@ TEST(FusedOutput, IsThatOfTheDecodedTile) {
                         const Matrix exact = weights * encoded.decoded;
                         for_each_isa([&](Isa isa) {
                             Matrix output = Matrix::Constant(rows, stride, 1.0f);
-                            fused_output(isa, format, encoded.tile.data(), encoded.tile.data(),
-                                         weights.data(), rows, scratch, output.data(), stride);
+                            add_tile_values(isa, format,
+                                            {.tile = encoded.tile.data(), .next = encoded.tile.data()},
+                                            weights.data(), scratch, {output.data(), stride, rows});
                             for (Index r = 0; r < rows; ++r) {
                                 const double bound = output_bound(encoded, weights.row(r));
                                 ASSERT_LE((output.row(r).head(channels).array() - 1.0f - exact.row(r).array())
@@ -231,7 +175,7 @@ Matrix partly_read(const Encoded& encoded, const std::vector<std::uint8_t>& plan
         if (s.bits == 0) continue;
         const auto* step = reinterpret_cast<const Eigen::half*>(encoded.tile.data() + s.step_at);
         const auto* lower = reinterpret_cast<const Eigen::half*>(encoded.tile.data() + s.lower_at);
-        const Index depth = read_unit_depth(s.split), size = keys ? s.channels : tile_tokens;
+        const Index depth = plane_group_size(s.split), size = keys ? s.channels : tile_tokens;
         for (Index first = 0; first < size; first += depth, ++unit) {
             const Index count = std::min(depth, size - first), have = planes[unit];
             const auto block = [&](Matrix& m) {
@@ -265,21 +209,21 @@ std::vector<std::uint8_t> random_planes(const TileFormat& format, double some, R
     std::bernoulli_distribution any(some);
     for (const TileFormat::Placed& s : format.segments()) {
         if (s.bits == 0) continue;
-        const Index depth = read_unit_depth(s.split),
+        const Index depth = plane_group_size(s.split),
                     size = format.side() == TileSide::keys ? s.channels : tile_tokens;
         for (Index first = 0; first < size; first += depth)
             planes.push_back(
                 any(random) ? static_cast<std::uint8_t>(random() % static_cast<unsigned>(s.split.count + 1))
                             : std::uint8_t{0});
     }
-    EXPECT_EQ(static_cast<Index>(planes.size()), read_units(format));
+    EXPECT_EQ(static_cast<Index>(planes.size()), plane_groups(format));
     return planes;
 }
 
 /// Any planes of any units: what is read counts as the prefix of its code, what is not as the middle.
 TEST(PartialReads, AreThoseOfThePrefix) {
     Random random(kvplane_test::seed());
-    FusedScratch scratch(256);
+    AttentionScratch scratch(256);
     for (const TileFormat& format : key_formats())
         for (const double some : {1.0, 0.2, 0.0}) {
             const Encoded keys(format, normal_matrix(tile_tokens, format.channels(), random));
@@ -289,8 +233,9 @@ TEST(PartialReads, AreThoseOfThePrefix) {
                          exact = queries * partly_read(keys, planes).transpose();
             for_each_isa([&](Isa isa) {
                 Matrix scores(rows, tile_tokens);
-                fused_scores(isa, format, keys.tile.data(), keys.tile.data(), queries.data(),
-                             format.channels(), rows, offsets, scratch, scores.data(), planes.data());
+                tile_scores(isa, format,
+                            {.tile = keys.tile.data(), .next = keys.tile.data(), .planes = planes.data()},
+                            {queries.data(), format.channels(), rows}, offsets, scratch, scores.data());
                 for (Index r = 0; r < rows; ++r)
                     ASSERT_LE(
                         (scores.row(r) - exact.row(r)).cwiseAbs().maxCoeff(),
@@ -316,8 +261,10 @@ TEST(PartialReads, AreThoseOfThePrefix) {
                                  exact = weights * partly_read(values, planes);
                     for_each_isa([&](Isa isa) {
                         Matrix output = Matrix::Zero(rows, stride);
-                        fused_output(isa, format, values.tile.data(), values.tile.data(), weights.data(),
-                                     rows, scratch, output.data(), stride, planes.data());
+                        add_tile_values(
+                            isa, format,
+                            {.tile = values.tile.data(), .next = values.tile.data(), .planes = planes.data()},
+                            weights.data(), scratch, {output.data(), stride, rows});
                         for (Index r = 0; r < rows; ++r)
                             ASSERT_LE((output.row(r).head(channels) - exact.row(r)).cwiseAbs().maxCoeff(),
                                       output_bound(values, weights.row(r)) +
@@ -330,12 +277,12 @@ TEST(PartialReads, AreThoseOfThePrefix) {
 /// fp16 planes: each unit as TileCoder reads it at that depth, and left out where no plane is read.
 TEST(PartialReads, OfHalfPlanesAreThoseOfTheDecodedTile) {
     Random random(kvplane_test::seed());
-    FusedScratch scratch(256);
+    AttentionScratch scratch(256);
     for (const TileSide side : {TileSide::keys, TileSide::values})
         for (const Index channels : {1, 7, 20, 64, 96, 128}) {
             const bool keys = side == TileSide::keys;
             const TileFormat format(side, channels, 16, {Granularity::per_token, whole_head});
-            ASSERT_TRUE(keys ? fused_keys(format) : fused_values(format));
+            ASSERT_TRUE(keys ? reads_key_planes(format) : reads_value_planes(format));
             Matrix values = normal_matrix(tile_tokens, channels, random);
             values.row(3) *= 1e-6f;  // subnormal, and what fp16 has at its end
             values.row(4).setConstant(65504.0f);
@@ -348,7 +295,7 @@ TEST(PartialReads, OfHalfPlanesAreThoseOfTheDecodedTile) {
                              at_depth[static_cast<std::size_t>(have)].data(), channels);
             EXPECT_EQ(at_depth[3], values.cast<Eigen::half>().cast<float>());
             for (const int which : {-1, 1, 2, 3}) {
-                std::vector<std::uint8_t> planes(static_cast<std::size_t>(read_units(format)));
+                std::vector<std::uint8_t> planes(static_cast<std::size_t>(plane_groups(format)));
                 Matrix read(tile_tokens, channels);
                 for (Index i = 0; i < (keys ? channels : tile_tokens); ++i) {
                     std::uint8_t& have = planes[static_cast<std::size_t>(i / 8)];
@@ -367,11 +314,15 @@ TEST(PartialReads, OfHalfPlanesAreThoseOfTheDecodedTile) {
                 for_each_isa([&](Isa isa) {
                     Matrix out = Matrix::Constant(rows, keys ? tile_tokens : stride, 1.0f);
                     if (keys)
-                        fused_scores(isa, format, tile.tile.data(), tile.tile.data(), x.data(), channels,
-                                     rows, offsets, scratch, out.data(), planes.data());
+                        tile_scores(
+                            isa, format,
+                            {.tile = tile.tile.data(), .next = tile.tile.data(), .planes = planes.data()},
+                            {x.data(), channels, rows}, offsets, scratch, out.data());
                     else
-                        fused_output(isa, format, tile.tile.data(), tile.tile.data(), x.data(), rows, scratch,
-                                     out.data(), stride, planes.data());
+                        add_tile_values(
+                            isa, format,
+                            {.tile = tile.tile.data(), .next = tile.tile.data(), .planes = planes.data()},
+                            x.data(), scratch, {out.data(), stride, rows});
                     const float there = keys ? 0.0f : 1.0f;
                     for (Index r = 0; r < rows; ++r)
                         for (Index i = 0; i < exact.cols(); ++i)
@@ -380,30 +331,6 @@ TEST(PartialReads, OfHalfPlanesAreThoseOfTheDecodedTile) {
                 });
             }
         }
-}
-
-TEST(FusedSoftmax, MergesInAnyGrouping) {
-    Random random(kvplane_test::seed());
-    constexpr float none = -std::numeric_limits<float>::infinity();
-    for_each_isa([&](Isa isa) {
-        Matrix scores = 6.0f * normal_matrix(2, tile_tokens, random);
-        scores.row(1).setConstant(none);
-        scores(0, 5) = none;
-        Matrix weights = scores;
-        float largest[2] = {none, none}, sum[2] = {0.0f, 0.0f};
-        Matrix output = Matrix::Zero(2, 16);
-        fused_softmax(isa, weights.data(), tile_tokens, 2, {largest, sum, output.data(), 16});
-        double expected = 0.0;
-        for (Index t = 0; t < tile_tokens; ++t) {
-            const double w = std::exp(static_cast<double>(scores(0, t)) - scores.row(0).maxCoeff());
-            expected += w;
-            ASSERT_NEAR(weights(0, t), w, 3e-7);
-        }
-        EXPECT_EQ(weights(0, 5), 0.0f);
-        EXPECT_NEAR(sum[0], expected, 1e-5 * expected);
-        EXPECT_EQ(largest[1], none);
-        EXPECT_EQ(weights.row(1).cwiseAbs().maxCoeff(), 0.0f);
-    });
 }
 
 }  // namespace

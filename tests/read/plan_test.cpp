@@ -1,7 +1,9 @@
 // How many bits a query needs: the published rule by exponents (T11), planes by budget (T12).
-#include "kvplane/allocate/precision_alignment.hpp"
+#include "kvplane/read/plan.hpp"
 
 #include <gtest/gtest.h>
+
+#include "kvplane/read/exponents.hpp"
 
 #include <numeric>
 
@@ -12,6 +14,7 @@
 namespace {
 
 using namespace kvplane;
+using namespace kvplane::detail;
 using kvplane_test::normal_matrix;
 using kvplane_test::Random;
 using kvplane_test::refusal;
@@ -143,22 +146,22 @@ TEST(Alignment, TheMostDemandingHeadDecides) {
 
 // -- Budgets -----------------------------------------------------------------------------------------------
 
-double error_of(const std::vector<ReadUnit>& units, const std::vector<std::uint8_t>& planes) {
+double error_of(const std::vector<PlaneGroup>& units, const std::vector<std::uint8_t>& planes) {
     double error = 0.0;
     for (std::size_t u = 0; u < units.size(); ++u)
         error += std::ldexp(static_cast<double>(units[u].importance),
                             2 * (units[u].split.bits() - units[u].split.prefix_bits(planes[u])));
     return error;
 }
-Index bits_of(const std::vector<ReadUnit>& units, const std::vector<std::uint8_t>& planes) {
+Index bits_of(const std::vector<PlaneGroup>& units, const std::vector<std::uint8_t>& planes) {
     Index bits = 0;
     for (std::size_t u = 0; u < units.size(); ++u)
         bits += units[u].split.prefix_bits(planes[u]) * units[u].size;
     return bits;
 }
-std::vector<std::uint8_t> chosen(const std::vector<ReadUnit>& units, Index budget) {
+std::vector<std::uint8_t> chosen(const std::vector<PlaneGroup>& units, Index budget) {
     std::vector<std::uint8_t> planes(units.size(), 77);
-    std::vector<std::uint16_t> order(4 * units.size());
+    std::vector<std::uint32_t> order(4 * units.size());
     choose_planes(units, budget, order, planes);
     return planes;
 }
@@ -168,8 +171,8 @@ std::vector<std::uint8_t> chosen(const std::vector<ReadUnit>& units, Index budge
 TEST(ChoosePlanes, IsExactForPlanesOfOneSize) {
     Random random(kvplane_test::seed());
     for (int round = 0; round < 200; ++round) {
-        std::vector<ReadUnit> units(5);
-        for (ReadUnit& unit : units)
+        std::vector<PlaneGroup> units(5);
+        for (PlaneGroup& unit : units)
             unit = {std::ldexp(1.0f, static_cast<int>(random() % 30) - 15), plane_split(8), 8};
         double before = std::numeric_limits<double>::infinity();
         for (Index budget = 0; budget <= 5 * 64; budget += 16) {
@@ -193,7 +196,7 @@ TEST(ChoosePlanes, IsExactForPlanesOfOneSize) {
 TEST(ChoosePlanes, TakesUnitsOfAnySize) {
     Random random(kvplane_test::seed());
     for (int round = 0; round < 200; ++round) {
-        std::vector<ReadUnit> units;
+        std::vector<PlaneGroup> units;
         Index all = 0;
         for (int i = 0; i < 20; ++i) {
             const int bits = 1 + static_cast<int>(random() % 8);
@@ -209,7 +212,7 @@ TEST(ChoosePlanes, TakesUnitsOfAnySize) {
             EXPECT_EQ(nothing[u], 0);
         }
         std::vector<std::uint8_t> first(units.size());
-        std::vector<std::uint16_t> order(3 * units.size());
+        std::vector<std::uint32_t> order(3 * units.size());
         choose_planes(units, all, order, first, 1);
         EXPECT_EQ(first, std::vector<std::uint8_t>(units.size(), 1)) << "no deeper than asked for";
         EXPECT_EQ(half[3], units[3].split.count) << "what is not a number is read first";

@@ -7,7 +7,7 @@
 
 #include <gtest/gtest.h>
 
-#include "attention/plane_dot_support.hpp"
+#include "attention/kernels/plane_dot_support.hpp"
 
 namespace {
 

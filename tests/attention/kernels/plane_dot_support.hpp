@@ -53,8 +53,18 @@ inline void expect_the_definition(const kvplane::detail::PlaneDot& dot, Random& 
                     const Tile plane = random_plane(blocks * units, extreme, random);
                     const std::vector<std::int8_t> factors = random_factors(rows, stride, extreme, random);
                     std::vector<std::int32_t> sums(static_cast<std::size_t>(blocks * sum_rows * 16), 5);
-                    dot(width, {plane.data(), plane.data(), blocks, units, units, factors.data(), stride,
-                                rows, 3, sums.data(), sum_rows, add});
+                    dot(width, {.plane = plane.data(),
+                                .next = plane.data(),
+                                .blocks = blocks,
+                                .block_units = units,
+                                .units = units,
+                                .factors = factors.data(),
+                                .factor_stride = stride,
+                                .rows = rows,
+                                .shift = 3,
+                                .sums = sums.data(),
+                                .sum_rows = sum_rows,
+                                .add = add});
                     for (Index block = 0; block < blocks; ++block)
                         for (Index row = 0; row < sum_rows; ++row)
                             for (int lane = 0; lane < 16; ++lane) {

@@ -1,11 +1,11 @@
-// kvplane/attention/dispatch.hpp: which integer kernels attention uses.
+// kvplane/attention/kernels/dispatch.hpp: which integer kernels attention uses.
 //
 // They follow the instruction set of isa.hpp, which can be listed, forced by force_isa() and by KVPLANE_ISA.
 #pragma once
 
 #include "kvplane/attention/kernels/avx2.hpp"
 #include "kvplane/attention/kernels/avx2_vnni.hpp"
-#include "kvplane/attention/kernels/avx512.hpp"
+#include "kvplane/attention/kernels/avx512_two_planes.hpp"
 #include "kvplane/attention/kernels/neon.hpp"
 #include "kvplane/attention/kernels/scalar.hpp"
 #include "kvplane/simd/isa.hpp"

@@ -1,0 +1,225 @@
+// kvplane/attention/kernels/avx512_two_planes.hpp: codes of two planes put together in registers (AVX-512).
+//
+// Codes put together are as fast to multiply as those of one plane. vpdpbusd multiplies unsigned bytes by
+// signed ones without saturation, so a code of 8 bits fits. Sums are exact.
+#pragma once
+
+#include "kvplane/attention/kernels/avx512.hpp"
+
+#if defined(KVPLANE_X86)
+namespace kvplane::detail::avx512 {
+
+/// Fields of `a` where the mask is set, of `b` elsewhere.
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i either(const __m512i& mask, const __m512i& a,
+                                                    const __m512i& b) noexcept {
+    return _mm512_ternarylogic_epi32(mask, a, b, 0xCA);
+}
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i shifted_right(const __m512i& x, int by) noexcept {
+    return (__m512i)((Shorts)x >> static_cast<std::uint16_t>(by));
+}
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i shifted_left(const __m512i& x, int by) noexcept {
+    return (__m512i)((Shorts)x << static_cast<std::uint16_t>(by));
+}
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i four_factors(const std::int8_t* from) noexcept {
+    int four;
+    std::memcpy(&four, from, 4);
+    return _mm512_set1_epi32(four);
+}
+
+/// Codes in planes {4, width}. A unit of the second covers 4 / width of the first.
+template <int width, int rows>
+KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, Index block,
+                                                   Index row) noexcept {
+    const __m512i low_half = _mm512_set1_epi8(15), low = _mm512_set1_epi8((1 << width) - 1),
+                  all = _mm512_set1_epi8(static_cast<char>((1 << (4 + width)) - 1));
+    const Index first_at = block * call.first_units * 64, second_at = block * call.second_units * 64;
+    const std::int8_t *high_factors[rows], *low_factors[rows];
+    __m512i whole[rows], first[rows];
+    for (int r = 0; r < rows; ++r) {
+        whole[r] = first[r] = _mm512_setzero_si512();
+        high_factors[r] = call.factors + (row + r) * call.factor_stride;
+        low_factors[r] = high_factors[r] + call.rows * call.factor_stride;
+    }
+    for (Index u = 0; u < call.first_units; ++u) {
+        const Index below_at = second_at + u / (4 / width) * 64;
+        const __m512i a = _mm512_loadu_si512(call.first + first_at + u * 64),
+                      b = shifted_right(_mm512_loadu_si512(call.second + below_at),
+                                        static_cast<int>(u % (4 / width)) * 2 * width);
+        _mm_prefetch(reinterpret_cast<const char*>(call.first_next + first_at + u * 64), _MM_HINT_T1);
+        if (u % (4 / width) == 0)
+            _mm_prefetch(reinterpret_cast<const char*>(call.second_next + below_at), _MM_HINT_T1);
+        const __m512i field[2] = {_mm512_and_si512(a, low_half),
+                                  _mm512_and_si512(shifted_right(a, 4), low_half)};
+        __m512i code[2] = {
+            either(low, b, shifted_left(a, width)),
+            either(low, shifted_right(b, width), width == 4 ? a : shifted_right(a, 4 - width))};
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            if (width < 4) code[i] = _mm512_and_si512(code[i], all);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r) {
+                const Index place = (u * 2 + i) * 4;
+                whole[r] = _mm512_dpbusd_epi32(whole[r], code[i], four_factors(high_factors[r] + place));
+                first[r] = _mm512_dpbusd_epi32(first[r], field[i], four_factors(low_factors[r] + place));
+            }
+        }
+    }
+    std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+    for (int r = 0; r < rows; ++r) {
+        _mm512_storeu_si512(sums + r * 16, whole[r]);
+        _mm512_storeu_si512(sums + (call.rows + r) * 16, (__m512i)((Words)first[r] << call.shift));
+    }
+}
+
+/// The units of one depth, of one block of a PlaneSomeCall. Codes that are read in part have lower bits of 0.
+/// The units that are read next are fetched in step, because all fetches at once would wait for memory. With
+/// up to 2 rows the low halves have two sums each, so that one does not wait for the other; with 4 there are
+/// no registers for that.
+template <int rows, bool low_halves, int depth>
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE void some_units(const PlaneSomeCall& call, Index at,
+                                                     const std::int8_t* factors, __m512i (&whole)[2 * rows],
+                                                     __m512i (&first)[2 * rows]) noexcept {
+    const __m512i low_half = _mm512_set1_epi8(15), high_half = _mm512_set1_epi8(static_cast<char>(0xF0));
+    const Index count = call.groups.count[depth], next_count = call.next_groups.count[depth],
+                stride = call.factor_stride, low_at = call.rows * stride;
+    const std::uint16_t *const units = call.groups.group[depth], *const next = call.next_groups.group[depth];
+    const std::byte *const first_plane = call.first + at, *const second_plane = call.second + at;
+    const auto *const first_next = reinterpret_cast<const char*>(call.first_next + at),
+                      *const second_next = reinterpret_cast<const char*>(call.second_next + at);
+    for (Index i = 0; i < count; ++i) {
+        if (i < next_count) {
+            _mm_prefetch(first_next + next[i] * 64, _MM_HINT_T1);
+            if (depth == 2) _mm_prefetch(second_next + next[i] * 64, _MM_HINT_T1);
+        }
+        const Index u = units[i];
+        const std::int8_t* const of_unit = factors + u * 8;
+        const __m512i a = _mm512_loadu_si512(first_plane + u * 64),
+                      b = depth == 2 ? _mm512_loadu_si512(second_plane + u * 64) : _mm512_setzero_si512();
+        const __m512i even = depth == 2 ? either(low_half, b, shifted_left(a, 4))
+                                        : _mm512_and_si512(shifted_left(a, 4), high_half),
+                      odd = depth == 2 ? either(low_half, shifted_right(b, 4), a)
+                                       : _mm512_and_si512(a, high_half);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+            whole[r] = _mm512_dpbusd_epi32(whole[r], even, four_factors(of_unit + r * stride));
+            whole[rows + r] =
+                _mm512_dpbusd_epi32(whole[rows + r], odd, four_factors(of_unit + r * stride + 4));
+        }
+        if constexpr (low_halves) {
+            const __m512i even_field = _mm512_and_si512(a, low_half),
+                          odd_field = _mm512_and_si512(shifted_right(a, 4), low_half);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r) {
+                const std::int8_t* const low = of_unit + low_at + r * stride;
+                first[r] = _mm512_dpbusd_epi32(first[r], even_field, four_factors(low));
+                __m512i& other = first[rows > 2 ? r : rows + r];
+                other = _mm512_dpbusd_epi32(other, odd_field, four_factors(low + 4));
+            }
+        }
+    }
+    for (Index i = count; i < next_count; ++i) {
+        _mm_prefetch(first_next + next[i] * 64, _MM_HINT_T1);
+        if (depth == 2) _mm_prefetch(second_next + next[i] * 64, _MM_HINT_T1);
+    }
+}
+template <int rows, bool low_halves>
+KVPLANE_TARGET_AVX512 inline void some_block(const PlaneSomeCall& call, Index block, Index row) noexcept {
+    const Index at = block * call.block_units * 64;
+    __m512i whole[2 * rows], first[2 * rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < 2 * rows; ++r) whole[r] = first[r] = _mm512_setzero_si512();
+    const std::int8_t* const factors = call.factors + row * call.factor_stride;
+    some_units<rows, low_halves, 2>(call, at, factors, whole, first);
+    some_units<rows, low_halves, 1>(call, at, factors, whole, first);
+    std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+        _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)whole[r] + (Words)whole[rows + r]));
+        if constexpr (low_halves)
+            _mm512_storeu_si512(sums + (call.rows + r) * 16,
+                                (__m512i)(((Words)first[r] + (Words)first[rows + r]) << 4));
+    }
+}
+template <bool low_halves>
+KVPLANE_TARGET_AVX512 inline void some_rows(const PlaneSomeCall& call, Index block) noexcept {
+    Index row = 0;
+    for (; row + 4 <= call.rows; row += 4) some_block<4, low_halves>(call, block, row);
+    for (; row + 2 <= call.rows; row += 2) some_block<2, low_halves>(call, block, row);
+    if (row < call.rows) some_block<1, low_halves>(call, block, row);
+}
+KVPLANE_TARGET_AVX512 inline void some_dot(const PlaneSomeCall& call) noexcept {
+    for (Index block = 0; block < call.blocks; ++block) {
+        if (call.low_rows > 0)
+            some_rows<true>(call, block);
+        else
+            some_rows<false>(call, block);
+    }
+}
+
+/// Codes of 3 bits in planes {2, 1}: a unit of the second covers two of the first.
+template <int rows>
+KVPLANE_TARGET_AVX512 inline void three_bits_block(const PlanePairCall& call, Index block,
+                                                   Index row) noexcept {
+    const __m512i one = _mm512_set1_epi8(1), seven = _mm512_set1_epi8(7);
+    const std::byte *const first = call.first + block * call.first_units * 64, *const first_next =
+                                                                                   call.first_next +
+                                                                                   block * call.first_units *
+                                                                                       64;
+    const Index second_at = block * call.second_units * 64;
+    const std::int8_t* factors[rows];
+    __m512i lanes[rows][2];
+    for (int r = 0; r < rows; ++r) {
+        lanes[r][0] = lanes[r][1] = _mm512_setzero_si512();
+        factors[r] = call.factors + (row + r) * call.factor_stride;
+    }
+    for (Index u = 0; u < call.first_units; ++u) {
+        const __m512i two = _mm512_loadu_si512(first + u * 64);
+        const std::byte* const below = call.second + second_at + u / 2 * 64;
+        const __m512i last = shifted_right(_mm512_loadu_si512(below), static_cast<int>(u % 2) * 4);
+        _mm_prefetch(reinterpret_cast<const char*>(first_next + u * 64), _MM_HINT_T1);
+        if (u % 2 == 0)
+            _mm_prefetch(reinterpret_cast<const char*>(call.second_next + second_at + u / 2 * 64),
+                         _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const __m512i upper = i == 0 ? shifted_left(two, 1) : shifted_right(two, 2 * i - 1);
+            const __m512i code = _mm512_and_si512(either(one, shifted_right(last, i), upper), seven);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r)
+                lanes[r][i % 2] =
+                    _mm512_dpbusd_epi32(lanes[r][i % 2], code, four_factors(factors[r] + (u * 4 + i) * 4));
+        }
+    }
+    std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+    for (int r = 0; r < rows; ++r)
+        _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)lanes[r][0] + (Words)lanes[r][1]));
+}
+
+template <int width>
+KVPLANE_TARGET_AVX512 inline void two_planes_dot(const PlanePairCall& call) noexcept {
+    for (Index block = 0; block < call.blocks; ++block) {
+        Index row = 0;
+        for (; row + 4 <= call.rows; row += 4) two_planes_block<width, 4>(call, block, row);
+        for (; row + 2 <= call.rows; row += 2) two_planes_block<width, 2>(call, block, row);
+        if (row < call.rows) two_planes_block<width, 1>(call, block, row);
+    }
+}
+KVPLANE_TARGET_AVX512 inline void three_bits_dot(const PlanePairCall& call) noexcept {
+    for (Index block = 0; block < call.blocks; ++block) {
+        Index row = 0;
+        for (; row + 4 <= call.rows; row += 4) three_bits_block<4>(call, block, row);
+        for (; row + 2 <= call.rows; row += 2) three_bits_block<2>(call, block, row);
+        if (row < call.rows) three_bits_block<1>(call, block, row);
+    }
+}
+
+inline constexpr PlaneDot plane_dots{.name = "avx512",
+                                     .of_width = {plane_dot<1>, plane_dot<2>, plane_dot<4>},
+                                     .pairs = {{{.bits = 3, .dot = three_bits_dot},
+                                                {.bits = 5, .dot = two_planes_dot<1>},
+                                                {.bits = 6, .dot = two_planes_dot<2>},
+                                                {.bits = 8, .dot = two_planes_dot<4>}}},
+                                     .some = some_dot};
+
+}  // namespace kvplane::detail::avx512
+#endif

@@ -1,0 +1,145 @@
+// kvplane/attention/softmax.hpp: the softmax of a part of the sequence, as a state that grows and merges.
+//
+// The state of a query row is (largest score, sum of exp(score - largest), that sum times values). Tokens come
+// in any portions (online softmax), and the states of any partition of the tokens merge to that of the whole
+// (flash decoding; T17). An empty state is neutral. The order of merging changes rounding alone, so whoever
+// wants equal bits merges in the same order.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kvplane/attention/lanes.hpp"
+#include "kvplane/matrix.hpp"
+#include "kvplane/simd/isa.hpp"
+#include "kvplane/storage/tile.hpp"
+
+namespace kvplane::detail {
+
+/// The largest score of a row that has seen no token.
+inline constexpr float nothing_seen = -std::numeric_limits<float>::infinity();
+
+/// A view of the states of some rows.
+struct SoftmaxState {
+    float* largest;  ///< [row]; nothing_seen: no token yet
+    float* sum;      ///< [row] exp(score - largest), summed
+    float* output;   ///< [row][stride] the same sum, each term times its token's values
+    Index stride;    ///< channels padded to whole 16s
+
+    SoftmaxState row(Index r) const noexcept { return {largest + r, sum + r, output + r * stride, stride}; }
+    void clear(Index rows) const noexcept {
+        std::fill_n(largest, rows, nothing_seen);
+        std::fill_n(sum, rows, 0.0f);
+        std::fill_n(output, rows * stride, 0.0f);
+    }
+    /// log of the sum of exp(score) over the tokens of one row; nothing_seen without any.
+    float log_sum_exp() const noexcept { return *sum > 0.0f ? *largest + std::log(*sum) : *largest; }
+    /// Divides the output of one row by its sum: what attention returns. A row that saw nothing gets zeros, one
+    /// whose sum is NaN gets NaN.
+    void normalise(Index channels) const noexcept {
+        for (Index c = 0; c < channels; ++c) output[c] = *sum == 0.0f ? 0.0f : output[c] / *sum;
+    }
+};
+
+/// Turns the scores of `count` tokens (a multiple of 16; -infinity: not seen) into exp(score - largest) and adds
+/// these weights to the states, whose output is scaled down where a larger score has come. The caller then adds
+/// weights times values to the output. scores  [row][128]
+inline void online_softmax(Isa isa, float* scores, Index count, Index rows,
+                           const SoftmaxState& state) noexcept;
+
+/// Adds weights that sum up to `sum` relative to `largest` to the state of one row, output aside.
+inline void add_weights(const SoftmaxState& to, float largest, float sum) noexcept {
+    if (largest == nothing_seen) return;
+    const float larger = std::max(*to.largest, largest);
+    const float there = *to.largest == nothing_seen ? 0.0f : *to.sum * std::exp(*to.largest - larger);
+    *to.sum = there + sum * std::exp(largest - larger);
+    *to.largest = larger;
+}
+
+/// Adds the state of other tokens to that of one row.
+inline void merge(const SoftmaxState& to, const SoftmaxState& from) noexcept {
+    if (*from.largest == nothing_seen) return;
+    const float top = std::max(*to.largest, *from.largest);
+    const float keep = *to.largest == nothing_seen ? 0.0f : std::exp(*to.largest - top),
+                take = std::exp(*from.largest - top);
+    *to.sum = *to.sum * keep + *from.sum * take;
+    for (Index c = 0; c < to.stride; ++c) to.output[c] = to.output[c] * keep + from.output[c] * take;
+    *to.largest = top;
+}
+
+// Implementation -------------------------------------------------------------------------------------------
+
+/// x = e^(x - largest), and `sum` grows by it lane by lane.
+template <int Lanes>
+KVPLANE_INLINE void exponentials(float* x, float largest, Index count, Floats<Lanes>& sum) {
+    for (Index i = 0; i < count; i += Lanes) {
+        Floats<Lanes> value;
+        load(value, x + i);
+        value -= largest;
+        exponential<Lanes>(value);
+        sum += value;
+        store(x + i, value);
+    }
+}
+template <int Lanes>
+KVPLANE_INLINE void multiply(float* x, float by, Index count) {
+    for (Index i = 0; i < count; i += Lanes) {
+        Floats<Lanes> value;
+        load(value, x + i);
+        store(x + i, value * by);
+    }
+}
+
+/// top[r] = the larger of largest[r] and of `count` scores of row r.
+template <int Lanes, int rows>
+KVPLANE_INLINE void raise_rows(const float* scores, Index count, const float* largest, float* top) {
+    Floats<Lanes> most[4]{}, value;
+    for (int r = 0; r < rows; ++r) load(most[r], scores + r * tile_tokens);
+    for (Index i = Lanes; i < count; i += Lanes)
+        for (int r = 0; r < rows; ++r) {
+            load(value, scores + r * tile_tokens + i);
+            most[r] = most[r] < value ? value : most[r];
+        }
+    float found[4];
+    reduce_rows<Lanes>(most, found, larger);
+    for (int r = 0; r < rows; ++r) top[r] = std::max(largest[r], found[r]);
+}
+
+/// See online_softmax().
+template <int Lanes, int rows>
+KVPLANE_INLINE void softmax_rows(float* scores, Index count, float* largest, float* sum, float* output,
+                                 Index stride) {
+    Floats<Lanes> sums[4]{};
+    float top[4], added[4];
+    raise_rows<Lanes, rows>(scores, count, largest, top);
+    for (int r = 0; r < rows; ++r) {
+        if (top[r] == nothing_seen)
+            std::fill_n(scores + r * tile_tokens, count, 0.0f);
+        else
+            exponentials<Lanes>(scores + r * tile_tokens, top[r], count, sums[r]);
+    }
+    reduce_rows<Lanes>(sums, added, plus);
+    for (int r = 0; r < rows; ++r) {
+        if (top[r] > largest[r]) {
+            const float rescale = largest[r] == nothing_seen ? 0.0f : std::exp(largest[r] - top[r]);
+            sum[r] *= rescale;
+            multiply<Lanes>(output + r * stride, rescale, stride);
+            largest[r] = top[r];
+        }
+        sum[r] += added[r];
+    }
+}
+
+inline void online_softmax(Isa isa, float* scores, Index count, Index rows,
+                           const SoftmaxState& state) noexcept {
+    run_on(isa, [&](auto lanes) KVPLANE_BODY {
+        by_rows(rows, [&](auto together, Index first) KVPLANE_BODY {
+            softmax_rows<lanes, together>(scores + first * tile_tokens, count, state.largest + first,
+                                          state.sum + first, state.output + first * state.stride,
+                                          state.stride);
+        });
+    });
+}
+
+}  // namespace kvplane::detail

@@ -1,0 +1,428 @@
+// kvplane/cache/decode.hpp: attention of a few query tokens over a whole cache, straight on the packed bits.
+//
+// Work is shared out by chunks of tiles and heads, in any order and thread, each into softmax states of its own;
+// then these are merged in the order of the sequence, so that results do not depend on the number of workers.
+// Where the planes of values depend on all weights, there are two passes: scores, then values.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "kvplane/attention/executor.hpp"
+#include "kvplane/attention/float_rows.hpp"
+#include "kvplane/attention/tile_attention.hpp"
+#include "kvplane/cache/queries.hpp"
+#include "kvplane/cache/state.hpp"
+#include "kvplane/cache/workspace.hpp"
+#include "kvplane/read/planner.hpp"
+#include "kvplane/simd/floating_point.hpp"
+
+namespace kvplane::detail {
+
+/// Query tokens that are taken at once at most.
+inline constexpr Index decode_query_tokens = 8;
+
+/// Whether DecodePass reads tiles of this layout: keys by channel or in latents of the tile's own frame or of
+/// that of the input, values by token.
+inline bool decodes(const PageLayout& layout, const LatentKeys* latent) noexcept {
+    return reads_value_planes(layout.values) &&
+           (latent ? latent->frame() != KeyFrame::before_rope : reads_key_planes(layout.keys[0]));
+}
+
+class DecodePass {
+  public:
+    /// Takes all memory that the attention needs. Throws std::bad_alloc.
+    DecodePass(const CacheShape& cache, const CacheState& state, Index query_tokens, const ReadPolicy& policy,
+               Workspace& workspace, Executor& executor)
+        : cache_(cache),
+          state_(state),
+          work_(workspace),
+          executor_(executor),
+          isa_(current_isa()),
+          tiles_(state.sequence(cache.recipe())),
+          shape_{.query_tokens = query_tokens,
+                 .heads = cache.configuration.kv_heads,
+                 .rows_per_head = cache.configuration.group() * query_tokens,
+                 .subspaces = state.layout ? state.layout->subspaces() : 1,
+                 .tiles = tiles_.tiles},
+          first_position_(state.tokens - query_tokens),
+          together_(state.latent && shape_.subspaces == 1 && shape_.heads > 1),
+          planner_(tiles_.tiles > 0 ? workspace.planner(policy, *state.layout) : nullptr),
+          sink_rows_(cache.sink_rows()),
+          recent_rows_(cache.recent_rows()) {
+        const Index key_dim = cache.dim(TileSide::keys), value_dim = cache.dim(TileSide::values);
+        const Index channels = key_dim * (together_ ? shape_.heads : 1);
+        work_.workers.resize(static_cast<std::size_t>(executor.workers()));
+        for (WorkerScratch& worker : work_.workers) {
+            worker.attention.reserve(std::max(channels, padded_channels(value_dim)));
+            if (state.latent) worker.projection.reserve(channels);
+            worker.count = {};
+        }
+        work_.queries.begin(shape_, cache, state);
+        work_.states.begin(shape_, value_dim);
+        if (!planner_) return;
+        work_.weights.begin(shape_);
+        planner_->begin({.shape = shape_,
+                         .tiles = &tiles_,
+                         .policy = policy,
+                         .score_scales = work_.queries.score_scales(),
+                         .weights = &work_.weights,
+                         .executor = &executor_,
+                         .isa = isa_});
+        values_wait_ = planner_->values_wait();
+    }
+    DecodePass(const DecodePass&) = delete;
+    DecodePass& operator=(const DecodePass&) = delete;
+
+    void run(const AnyRows& queries, const AttentionParameters& parameters) noexcept {
+        work_.queries.take(queries, parameters, cache_, state_);
+        if (planner_ && !planner_->samples().empty()) {
+            each(across(), [this](Index head, Index worker) { sample(head, worker); });
+            planner_->sampled();
+        }
+        const Index tile_items = shape_.chunks() * across();
+        each(tile_items + shape_.heads, [=, this](Index item, Index worker) {
+            if (item < tile_items)
+                score_tiles(work_of(item), worker);
+            else
+                add_unpacked(item - tile_items, worker);
+        });
+        if (values_wait_) {
+            normalise_weights();
+            if (planner_->refine()) {
+                refining_ = true;
+                each(tile_items, [this](Index item, Index worker) { score_tiles(work_of(item), worker); });
+                normalise_weights();
+            }
+            planner_->choose_values(counted());
+            each(tile_items, [this](Index item, Index worker) { add_values(work_of(item), worker); });
+        }
+        report();
+        for (Index chunk = 1; chunk <= shape_.chunks(); ++chunk)
+            for (Index r = 0; r < shape_.rows(); ++r) merge(work_.states.of(0, r), work_.states.of(chunk, r));
+    }
+
+    /// [value dim] the output of a query head's token, in the frame of the input. Once for each.
+    const float* output(Index head, Index token) noexcept {
+        const Index row = head * shape_.query_tokens + token, value_dim = cache_.dim(TileSide::values);
+        const SoftmaxState state = work_.states.of(0, row);
+        if (!work_.queries.finite(row)) {
+            std::fill_n(state.output, value_dim, std::numeric_limits<float>::quiet_NaN());
+            return state.output;
+        }
+        state.normalise(value_dim);
+        if (cache_.recipe().values.rotate) cache_.value_rotation.rotate_back(state.output);
+        return state.output;
+    }
+
+  private:
+    template <class Body>
+    void each(Index items, const Body& body) noexcept {
+        run_items(executor_, items, [&](Index item, Index worker) {
+            const StandardFloatingPoint standard;
+            body(item, worker);
+        });
+    }
+
+    /// Items of a chunk: one a head, or one for all heads where these read the same tiles of keys.
+    Index across() const noexcept { return together_ ? 1 : shape_.heads; }
+    struct Work {
+        Index item, chunk;
+        Index first_head, heads;
+        Index first_tile, end_tile;
+    };
+    Work work_of(Index item) const noexcept {
+        const Index chunk = item / across(), first = chunk * DecodeShape::chunk_tiles;
+        return {.item = item,
+                .chunk = chunk,
+                .first_head = together_ ? 0 : item % shape_.heads,
+                .heads = together_ ? shape_.heads : 1,
+                .first_tile = first,
+                .end_tile = std::min(first + DecodeShape::chunk_tiles, shape_.tiles)};
+    }
+    /// body(row block) for all row blocks of some heads.
+    template <class Body>
+    void for_blocks(Index first_head, Index heads, const Body& body) noexcept {
+        const Index each = shape_.blocks_per_head();
+        for (Index b = first_head * each; b < (first_head + heads) * each; ++b) body(shape_.row_block(b));
+    }
+    WorkerScratch& scratch(Index worker) noexcept { return work_.workers[static_cast<std::size_t>(worker)]; }
+
+    /// Shows the planner the queries of one head (or of all) as some tiles see them.
+    void sample(Index head, Index worker) noexcept {
+        WorkerScratch& own = scratch(worker);
+        for (const Index t : planner_->samples()) {
+            if (state_.latent) own.projection.turn_to(isa_, *state_.latent, tiles_, t, 1, false);
+            for_blocks(head, together_ ? shape_.heads : 1, [&](const RowBlock& block) {
+                std::array<float, row_block_rows> offsets{};
+                RowView<const float> queries = work_.queries.rotated(block);
+                if (state_.latent) {
+                    own.projection.project(isa_, *state_.latent, work_.queries, block, 1, offsets.data());
+                    queries = own.projection.projected(0, block);
+                }
+                planner_->sample({.tile = t, .next = t, .block = block, .worker = worker}, queries,
+                                 own.attention);
+            });
+        }
+    }
+
+    /// Scores of a chunk's tiles and, unless values wait, what their values add.
+    void score_tiles(const Work& work, Index worker) noexcept {
+        WorkerScratch& own = scratch(worker);
+        for (Index head = work.first_head; head < work.first_head + work.heads; ++head)
+            work_.states.of(work.chunk, head * shape_.rows_per_head).clear(shape_.rows_per_head);
+        // Latents go some tiles at a time, for the sake of the projection; others tile by tile.
+        const Index step = state_.latent ? projected_tiles : 1;
+        bool turned = false;  // whether the tiles before were
+        for (Index first = work.first_tile; first < work.end_tile; first += step) {
+            const Index count = std::min(step, work.end_tile - first);
+            const bool projects = state_.latent && scores_any(first, count, work);
+            if (projects) own.projection.turn_to(isa_, *state_.latent, tiles_, first, count, turned);
+            turned = projects;
+            for_blocks(work.first_head, work.heads, [&](const RowBlock& block) {
+                std::array<float, projected_tiles * row_block_rows> offsets{};
+                if (projects)
+                    own.projection.project(isa_, *state_.latent, work_.queries, block, count, offsets.data());
+                for (Index i = 0; i < count; ++i) {
+                    const Index t = first + i;
+                    const PlanPlace place{.tile = t,
+                                          .next = next_tile(t, work, tiles_.layout->subspace_of(block.head)),
+                                          .block = block,
+                                          .worker = worker};
+                    score_tile(place,
+                               projects ? own.projection.projected(i, block) : work_.queries.rotated(block),
+                               offsets.data() + i * block.rows);
+                }
+            });
+        }
+    }
+    bool scores(Index tile, Index subspace) const noexcept {
+        return !tiles_.hidden(tile) && (!refining_ || planner_->refines(tile, subspace));
+    }
+    bool scores_any(Index first, Index count, const Work& work) const noexcept {
+        if (!refining_) return true;
+        for (Index t = first; t < first + count; ++t)
+            for (Index head = work.first_head; head < work.first_head + work.heads; ++head)
+                if (planner_->refines(t, tiles_.layout->subspace_of(head))) return true;
+        return false;
+    }
+    /// The tile that this worker probably reads after tile t; otherwise t again.
+    Index next_tile(Index t, const Work& work, Index subspace) const noexcept {
+        for (Index next = t + 1; next < work.end_tile; ++next)
+            if (scores(next, subspace)) return next;
+        const Index item = work.item + executor_.workers();
+        return item < shape_.chunks() * across() ? item / across() * DecodeShape::chunk_tiles : t;
+    }
+
+    void score_tile(const PlanPlace& place, RowView<const float> queries, const float* offsets) noexcept {
+        const Index t = place.tile;
+        const RowBlock& block = place.block;
+        if (tiles_.hidden(t)) return;
+        const Index subspace = tiles_.layout->subspace_of(block.head), chunk = t / DecodeShape::chunk_tiles;
+        if (refining_ && !planner_->refines(t, subspace)) {
+            // Its scores stay as the first pass left them.
+            for (Index r = block.first; r < block.first + block.rows; ++r)
+                add_weights(work_.states.of(chunk, r), *work_.weights.tile_max(t, r),
+                            work_.weights.sum(t, r));
+            return;
+        }
+        WorkerScratch& own = scratch(place.worker);
+        const TileFormat& format = tiles_.layout->key_format(subspace);
+        TileRead read{.tile = tiles_.keys(t, subspace), .next = tiles_.keys(place.next, subspace)};
+        own.count.key_bits +=
+            planner_ ? planner_->keys(place, queries, own.attention, read) : bits_read(format, nullptr);
+        if (!refining_) own.count.keys += stored_elements(format);
+        float* const scores = values_wait_ ? work_.weights.weights(t, block.first) : own.attention.scores();
+        tile_scores(isa_, format, read, queries, offsets, own.attention, scores);
+        work_.queries.apply(block, tiles_[t].first, tiles_[t].tokens, tile_tokens, tiles_, first_position_,
+                            scores);
+        if (values_wait_)
+            keep_weights(place, chunk, scores);
+        else
+            add_tile(place, chunk, scores);
+    }
+    /// The weights of a tile for later. Each tile keeps its own largest score, because what other tiles seem to
+    /// hold may turn out otherwise.
+    void keep_weights(const PlanPlace& place, Index chunk, float* scores) noexcept {
+        const RowBlock& block = place.block;
+        float* const tile_max = work_.weights.tile_max(place.tile, block.first);
+        std::array<float, row_block_rows> sums{};
+        std::fill_n(tile_max, block.rows, nothing_seen);
+        online_softmax(isa_, scores, tile_tokens, block.rows, {tile_max, sums.data(), nullptr, 0});
+        for (Index r = 0; r < block.rows; ++r)
+            add_weights(work_.states.of(chunk, block.first + r), tile_max[r],
+                        sums[static_cast<std::size_t>(r)]);
+        prefetch_grids(tiles_.layout->values, tiles_.values(place.next, block.head));
+        planner_->scored(place, scratch(place.worker).attention);
+    }
+    void add_tile(const PlanPlace& place, Index chunk, float* scores) noexcept {
+        WorkerScratch& own = scratch(place.worker);
+        const RowBlock& block = place.block;
+        const SoftmaxState to = work_.states.of(chunk, block.first);
+        online_softmax(isa_, scores, tile_tokens, block.rows, to);
+        TileRead read{.tile = tiles_.values(place.tile, block.head),
+                      .next = tiles_.values(place.next, block.head)};
+        if (planner_) {
+            planner_->values(place, own.planes[0].data());
+            read.planes = own.planes[0].data();
+            read.wide_factors = planner_->wide_values();
+        }
+        add_tile_values(isa_, tiles_.layout->values, read, scores, own.attention,
+                        {to.output, to.stride, block.rows});
+        count_values(own, read.planes);
+    }
+    void count_values(WorkerScratch& own, const std::uint8_t* planes) const noexcept {
+        own.count.value_bits += bits_read(tiles_.layout->values, planes);
+        own.count.values += stored_elements(tiles_.layout->values);
+    }
+
+    /// The largest score and the sum of weights of every row, over the whole sequence.
+    void normalise_weights() noexcept {
+        for (Index r = 0; r < shape_.rows(); ++r) {
+            float top = nothing_seen, sum = 0.0f;
+            for (Index chunk = 0; chunk <= shape_.chunks(); ++chunk)
+                top = std::max(top, *work_.states.of(chunk, r).largest);
+            for (Index chunk = 0; chunk <= shape_.chunks(); ++chunk)
+                if (const SoftmaxState part = work_.states.of(chunk, r); *part.largest != nothing_seen)
+                    sum += *part.sum * std::exp(*part.largest - top);
+            const bool counts = sum > 0.0f && work_.queries.finite(r);
+            work_.weights.set_row(r, top, counts ? 1.0f / sum : 0.0f);
+        }
+    }
+
+    /// Values of a chunk's tiles, where they waited.
+    void add_values(const Work& work, Index worker) noexcept {
+        WorkerScratch& own = scratch(worker);
+        for_blocks(work.first_head, work.heads, [&](const RowBlock& block) {
+            std::uint8_t *planes = own.planes[0].data(), *next_planes = own.planes[1].data();
+            const auto seen_from = [&](Index t) {
+                while (t < work.end_tile && tiles_.hidden(t)) ++t;
+                return t;
+            };
+            const auto plan = [&](Index t, std::uint8_t* to) {
+                planner_->values({.tile = t, .next = t, .block = block, .worker = worker}, to);
+            };
+            Index t = seen_from(work.first_tile);
+            if (t < work.end_tile) plan(t, planes);
+            for (Index next; t < work.end_tile; t = next, std::swap(planes, next_planes)) {
+                next = seen_from(t + 1);
+                const bool goes_on = next < work.end_tile;
+                if (goes_on) plan(next, next_planes);
+                count_values(own, planes);
+                add_waiting_tile(block, work.chunk, t, own,
+                                 {.tile = tiles_.values(t, block.head),
+                                  .next = tiles_.values(goes_on ? next : t, block.head),
+                                  .planes = planes,
+                                  .next_planes = goes_on ? next_planes : planes,
+                                  .wide_factors = planner_->wide_values()});
+            }
+        });
+    }
+    void add_waiting_tile(const RowBlock& block, Index chunk, Index t, WorkerScratch& own,
+                          const TileRead& read) noexcept {
+        const TileFormat& format = tiles_.layout->values;
+        // fp16 has no grids, so that nothing is left to add where no plane is read.
+        if (format.segments()[0].bits == 16 && std::all_of(read.planes, read.planes + plane_groups(format),
+                                                           [](int planes) { return planes == 0; }))
+            return;
+        const SoftmaxState to = work_.states.of(chunk, block.first);
+        float* const weights = work_.weights.weights(t, block.first);
+        for (Index r = 0; r < block.rows; ++r) {
+            const float by = work_.weights.rescale(t, block.first + r, to.largest[r]);
+            if (by == 1.0f) continue;
+            Eigen::Map<Eigen::ArrayXf>(weights + r * tile_tokens, tile_tokens) *= by;
+        }
+        add_tile_values(isa_, format, read, weights, own.attention, {to.output, to.stride, block.rows});
+    }
+
+    /// Sinks and recent tokens of one head.
+    void add_unpacked(Index head, Index worker) noexcept {
+        const Index chunk = shape_.chunks(), sinks = state_.sink_count(cache_.recipe());
+        work_.states.of(chunk, head * shape_.rows_per_head).clear(shape_.rows_per_head);
+        for (Index t = 0; t < sinks; t += token_block)
+            add_tokens({.rows = &sink_rows_,
+                        .page = state_.sinks.data(),
+                        .at = t,
+                        .first = t,
+                        .count = std::min(token_block, sinks - t)},
+                       head, worker);
+        static_assert(token_block == recent_page_tokens);
+        const Index recent = state_.tokens - state_.recent_first;
+        for (Index t = 0; t < recent; t += token_block) {
+            const auto page = static_cast<std::size_t>(t / token_block);
+            add_tokens({.rows = &recent_rows_,
+                        .page = state_.recent[page].data(),
+                        .at = 0,
+                        .first = state_.recent_first + t,
+                        .count = std::min(token_block, recent - t),
+                        .next = t + token_block < recent ? state_.recent[page + 1].data() : nullptr},
+                       head, worker);
+        }
+    }
+    /// Consecutive tokens of a page.
+    struct UnpackedTokens {
+        const TokenRows* rows;
+        const std::byte* page;
+        Index at;                         ///< within the page
+        Index first, count;               ///< positions
+        const std::byte* next = nullptr;  ///< the page whose keys are read afterwards
+    };
+    void add_tokens(const UnpackedTokens& tokens, Index head, Index worker) noexcept {
+        if (tiles_.hides(tokens.first, tokens.count)) return;
+        AttentionScratch& own = scratch(worker).attention;
+        const Index key_dim = cache_.dim(TileSide::keys), value_dim = cache_.dim(TileSide::values),
+                    padded = (tokens.count + unit_lanes - 1) / unit_lanes * unit_lanes;
+        for_blocks(head, 1, [&](const RowBlock& block) {
+            const auto read = [&](TileSide side, Index dim) -> RowView<const float> {
+                tokens.rows->read(tokens.page, side, head, tokens.at, tokens.count, own.rows().data, dim);
+                return {own.rows().data, dim, tokens.count};
+            };
+            tokens.rows->prefetch(tokens.page, TileSide::values, head, tokens.at, tokens.count);
+            const RowView<float> scores{own.scores(), tile_tokens, block.rows};
+            row_scores(isa_, work_.queries.rotated(block), read(TileSide::keys, key_dim), key_dim, scores);
+            work_.queries.apply(block, tokens.first, tokens.count, padded, tiles_, first_position_,
+                                scores.data);
+            if (tokens.next) tokens.rows->prefetch(tokens.next, TileSide::keys, head, 0, recent_page_tokens);
+            const SoftmaxState to = work_.states.of(shape_.chunks(), block.first);
+            online_softmax(isa_, scores.data, padded, block.rows, to);
+            const RowView<const float> values = read(TileSide::values, value_dim);
+            if (planner_) planner_->unpacked(head, values, value_dim);
+            add_rows(isa_, scores, values, value_dim, {to.output, to.stride, block.rows});
+        });
+    }
+
+    ReadCount counted() const noexcept {
+        ReadCount all;
+        for (const WorkerScratch& worker : work_.workers) all += worker.count;
+        return all;
+    }
+    void report() noexcept {
+        const ReadCount read = counted();
+        const auto mean = [](Index bits, Index elements) {
+            return elements > 0 ? static_cast<double>(bits) / static_cast<double>(elements) : 0.0;
+        };
+        work_.report = {};
+        work_.report.key_bits = mean(read.key_bits, read.keys);
+        work_.report.value_bits = mean(read.value_bits, read.values);
+        if (read.values > 0)
+            work_.report.mean_bits = mean(read.key_bits + read.value_bits, read.keys + read.values);
+        if (planner_) planner_->certify(work_.report);
+    }
+
+    const CacheShape& cache_;
+    const CacheState& state_;
+    Workspace& work_;
+    Executor& executor_;
+    Isa isa_;
+    TileSequence tiles_;
+    DecodeShape shape_;
+    Index first_position_;
+    bool together_;  ///< all heads read the same tiles of keys, so they go together
+    ReadPlanner* planner_;
+    bool values_wait_ = false;
+    bool refining_ = false;
+    TokenRows sink_rows_, recent_rows_;
+};
+
+}  // namespace kvplane::detail

@@ -1,0 +1,249 @@
+// kvplane/cache/impl/kv_cache.hpp: KvCache below its templates.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "kvplane/cache/appender.hpp"
+#include "kvplane/cache/decode.hpp"
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/cache/prefill.hpp"
+#include "kvplane/cache/reader.hpp"
+#include "kvplane/cache/workspace.hpp"
+#include "kvplane/simd/floating_point.hpp"
+
+namespace kvplane {
+
+// AttentionWorkspace ---------------------------------------------------------------------------------------
+
+KVPLANE_FUNCTION AttentionWorkspace::AttentionWorkspace(Executor* executor) : executor_(executor) {}
+KVPLANE_FUNCTION AttentionWorkspace::AttentionWorkspace(AttentionWorkspace&&) noexcept = default;
+KVPLANE_FUNCTION AttentionWorkspace& AttentionWorkspace::operator=(AttentionWorkspace&&) noexcept = default;
+KVPLANE_FUNCTION AttentionWorkspace::~AttentionWorkspace() = default;
+
+KVPLANE_FUNCTION const ReadReport& AttentionWorkspace::report() const noexcept {
+    static const ReadReport none;
+    return arrays_ ? arrays_->report : none;
+}
+KVPLANE_FUNCTION detail::Workspace& AttentionWorkspace::arrays() {
+    if (!arrays_) arrays_ = std::make_unique<detail::Workspace>();
+    return *arrays_;
+}
+
+// Life -----------------------------------------------------------------------------------------------------
+
+KVPLANE_FUNCTION KvCache::KvCache(const CacheConfiguration& configuration, TilePool& pool)
+    : shape_(std::make_shared<const detail::CacheShape>(configuration)), pool_(&pool), state_(*shape_) {}
+KVPLANE_FUNCTION KvCache::KvCache(const CacheConfiguration& configuration, TilePool& pool,
+                                  detail::CacheState&& state)
+    : KvCache(configuration, pool) {
+    state_ = std::move(state);
+}
+KVPLANE_FUNCTION KvCache::KvCache(std::shared_ptr<const detail::CacheShape> shape, TilePool* pool,
+                                  const detail::CacheState& state)
+    : shape_(std::move(shape)), pool_(pool), state_(state) {}
+KVPLANE_FUNCTION KvCache::KvCache(KvCache&& other) noexcept
+    : shape_(other.shape_),
+      pool_(other.pool_),
+      state_(std::exchange(other.state_, detail::CacheState(*other.shape_))) {}
+KVPLANE_FUNCTION KvCache& KvCache::operator=(KvCache&& other) noexcept {
+    if (this == &other) return *this;
+    shape_ = other.shape_;
+    pool_ = other.pool_;
+    state_ = std::exchange(other.state_, detail::CacheState(*other.shape_));
+    return *this;
+}
+KVPLANE_FUNCTION KvCache::~KvCache() = default;
+
+KVPLANE_FUNCTION KvCache KvCache::fork() const {
+    return {shape_, pool_, state_};
+}
+KVPLANE_FUNCTION void KvCache::clear() noexcept {
+    state_ = detail::CacheState(*shape_);
+}
+
+// What it says of itself -----------------------------------------------------------------------------------
+
+KVPLANE_FUNCTION const CacheConfiguration& KvCache::configuration() const noexcept {
+    return shape_->configuration;
+}
+KVPLANE_FUNCTION Index KvCache::first_kept() const noexcept {
+    return std::max(state_.dropped, state_.sink_count(shape_->recipe()));
+}
+KVPLANE_FUNCTION Index KvCache::packed_tokens() const noexcept {
+    return state_.recent_first - state_.sink_count(shape_->recipe());
+}
+KVPLANE_FUNCTION bool KvCache::needs_queries() const noexcept {
+    const CacheRecipe& recipe = shape_->recipe();
+    return !state_.layout && recipe.latents && recipe.latents->basis.query_weighted;
+}
+
+KVPLANE_FUNCTION Index KvCache::bytes() const noexcept {
+    Index sum = state_.page_bytes();
+    if (configuration().fits_basis() && state_.latent) sum += state_.latent->bytes();
+    if (state_.queries)
+        for (const SecondMoments& head : *state_.queries) sum += head.bytes();
+    return sum;
+}
+KVPLANE_FUNCTION double KvCache::bits_per_element() const noexcept {
+    const Index elements = tokens() * configuration().elements_per_token();
+    return elements == 0 ? 0.0 : 8.0 * static_cast<double>(bytes()) / static_cast<double>(elements);
+}
+KVPLANE_FUNCTION Index KvCache::predicted_bytes(const CacheConfiguration& c, Index tokens) {
+    detail::require_configuration(c);
+    require(tokens >= 0, ErrorCode::index, "predicted_bytes: ", tokens, " tokens, expected 0 or more");
+    const CacheRecipe& recipe = c.recipe;
+    require(!c.fits_basis(), ErrorCode::option, "predicted_bytes: recipe '", recipe.name,
+            "' fits its own basis, from which the widths of its latents follow; expected one that is given");
+    const detail::CacheShape shape(c);
+    const Index tile = detail::counted_bytes(shape.layout->bytes);
+    if (recipe.every_token) return (tokens + tile_tokens - 1) / tile_tokens * tile;
+    if (tokens == 0) return 0;
+    const Index sinks = recipe.sink_tokens > 0 ? detail::counted_bytes(shape.sink_rows().bytes()) : 0;
+    const Index rest = std::max<Index>(0, tokens - recipe.sink_tokens);
+    const Index tiles = std::max<Index>(0, rest - recipe.recent_tokens) / tile_tokens;
+    const Index recent =
+        (rest - tiles * tile_tokens + detail::recent_page_tokens - 1) / detail::recent_page_tokens;
+    return sinks + tiles * tile + recent * detail::counted_bytes(shape.recent_rows().bytes());
+}
+
+/// Rounding of a token while it is recent (or a sink), then the grids of its tile, then what was clipped.
+KVPLANE_FUNCTION CacheErrorBound KvCache::error_bound() const {
+    detail::Reader reader(*shape_, state_);
+    const auto bound = [&](TileSide side) {
+        const double largest = state_.largest[side];
+        const double half = largest * 0x1p-11 + 0x1p-25;
+        const double byte =
+            shape_->recipe().recent_bits == 8 ? largest / 127.0 * (0.5 + 0x1p-9) + 0x1p-24 : 0.0;
+        return std::max(half, byte) + reader.tile_error_bound(side) + state_.excess[side];
+    };
+    return {bound(TileSide::keys), bound(TileSide::values)};
+}
+
+// Appending and forgetting ---------------------------------------------------------------------------------
+
+KVPLANE_FUNCTION void KvCache::append_rows(const detail::AnyRows& keys, const detail::AnyRows& values,
+                                           const detail::AnyRows* queries) {
+    require(queries || !needs_queries(), ErrorCode::option, "append: recipe '", shape_->recipe().name,
+            "' fits its basis to the sequence's own queries; expected append(keys, values, queries), or a "
+            "basis in the configuration");
+    detail::append_tokens(*shape_, state_, *pool_, keys, values, queries);
+}
+
+KVPLANE_FUNCTION void KvCache::fit_basis() {
+    require(configuration().fits_basis() && !state_.layout, ErrorCode::option, "fit_basis: recipe '",
+            shape_->recipe().name, "' ",
+            configuration().fits_basis() ? "has its basis" : "fits no basis of its own");
+    const Index waiting = tokens() - state_.recent_first;
+    require(waiting >= 2, ErrorCode::shape, "fit_basis: ", waiting,
+            " tokens after the sinks, expected at least 2");
+    const detail::StandardFloatingPoint standard;
+    detail::Appender appender(*shape_, state_, *pool_);
+    appender.fit(waiting, false);
+    appender.commit(state_);
+}
+
+KVPLANE_FUNCTION void KvCache::truncate(Index count) {
+    require(count >= 0 && count <= tokens(), ErrorCode::index, "truncate: to ", count, " of ", tokens(),
+            " tokens");
+    require(state_.dropped <= shape_->recipe().sink_tokens || count >= state_.dropped, ErrorCode::index,
+            "truncate: to ", count, " tokens, expected at least ", state_.dropped,
+            ", before which they were dropped");
+    if (count == tokens()) return;
+    if (count == 0) return clear();
+    state_.truncate(count);
+}
+
+KVPLANE_FUNCTION void KvCache::drop_before(Index token) {
+    require(token >= 0 && token <= tokens(), ErrorCode::index, "drop_before: token ", token, " of ",
+            tokens());
+    state_.drop_before(token, shape_->recipe().every_token);
+}
+
+// Attention ------------------------------------------------------------------------------------------------
+
+KVPLANE_FUNCTION AttentionWorkspace& KvCache::thread_workspace() {
+    thread_local AttentionWorkspace workspace;
+    return workspace;
+}
+
+KVPLANE_FUNCTION void KvCache::require_queries(const detail::AnyRows& queries, Index out_rows, Index out_cols,
+                                               const AttentionParameters& parameters) const {
+    const CacheConfiguration& c = configuration();
+    require(queries.heads == c.query_heads && queries.head_dim == c.key_head_dim, ErrorCode::shape,
+            "attend: queries of ", queries.heads, " heads of ", queries.head_dim, " channels, expected ",
+            c.query_heads, " of ", c.key_head_dim);
+    require(queries.tokens <= tokens(), ErrorCode::shape, "attend: ", queries.tokens, " query tokens over ",
+            tokens(), " cached ones, expected the last of them");
+    require(out_rows == queries.tokens && out_cols == c.query_heads * c.value_head_dim, ErrorCode::shape,
+            "attend: an output of ", out_rows, " x ", out_cols, ", expected ", queries.tokens, " x ",
+            c.query_heads * c.value_head_dim);
+    detail::require_parameters(parameters, c.query_heads, queries.tokens, tokens());
+    require(parameters.key_fraction >= 1.0 || c.recipe.latents, ErrorCode::option, "attend: recipe '",
+            c.recipe.name, "' has no latents to choose keys by; expected a key_fraction of 1");
+}
+
+KVPLANE_FUNCTION void KvCache::require_policy(const AttentionParameters& parameters) const {
+    using Kind = ReadPolicy::Kind;
+    const ReadPolicy& read = parameters.read;
+    const CacheRecipe& recipe = shape_->recipe();
+    require(read.kind == Kind::all || !state_.layout || detail::decodes(*state_.layout, state_.latent.get()),
+            ErrorCode::option, "attend: recipe '", recipe.name,
+            "' is not read by planes; expected ReadPolicy::all()");
+    const bool half_keys = !recipe.latents && recipe.keys.bits == 16, half_values = recipe.values.bits == 16;
+    const bool by_bits = read.kind == Kind::fixed || read.kind == Kind::aligned;
+    require(!by_bits || ((!half_keys || read.key_bits >= 8.0) && (!half_values || read.value_bits >= 8.0)),
+            ErrorCode::option, "attend: a read of ", read.key_bits, " bits of keys and ", read.value_bits,
+            " of values, but recipe '", recipe.name, "' keeps ",
+            half_keys && half_values ? "both"
+            : half_keys              ? "keys"
+                                     : "values",
+            " in fp16, of which no fewer than 8 bits are a number; expected at least 8");
+    require(read.kind != Kind::exponents || half_values || half_keys, ErrorCode::option, "attend: recipe '",
+            recipe.name,
+            "' holds no fp16 to be read by exponents; expected fp16 keys or values, or another policy");
+}
+
+KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const detail::OutputSink& output,
+                                           const AttentionParameters& parameters,
+                                           AttentionWorkspace& workspace) const {
+    require_queries(queries, output.rows, output.cols, parameters);
+    require_policy(parameters);
+    const Index query_tokens = queries.tokens, dim = configuration().value_head_dim;
+    if (query_tokens == 0) return;
+    const detail::StandardFloatingPoint standard;
+    if (query_tokens <= detail::decode_query_tokens && parameters.key_fraction >= 1.0 &&
+        (state_.tiles.empty() || detail::decodes(*state_.layout, state_.latent.get()))) {
+        detail::DecodePass pass(*shape_, state_, query_tokens, parameters.read, workspace.arrays(),
+                                workspace.executor());
+        pass.run(queries, parameters);
+        for (Index head = 0; head < configuration().query_heads; ++head)
+            for (Index i = 0; i < query_tokens; ++i)
+                output.store(output.context, i, head * dim, pass.output(head, i), dim);
+        return;
+    }
+    const Matrix given = detail::widened(queries);
+    const Matrix result =
+        detail::Prefill(*shape_, state_, given, parameters, workspace.executor()).run(workspace.executor());
+    for (Index i = 0; i < query_tokens; ++i)
+        output.store(output.context, i, 0, result.data() + i * result.cols(), result.cols());
+}
+
+KVPLANE_FUNCTION std::vector<std::vector<Index>> KvCache::selected_rows(
+    const detail::AnyRows& queries, const AttentionParameters& parameters) const {
+    require_queries(queries, queries.tokens, configuration().query_heads * configuration().value_head_dim,
+                    parameters);
+    return detail::selected_keys(*shape_, state_, detail::widened(queries), parameters);
+}
+
+KVPLANE_FUNCTION Matrix KvCache::stored(TileSide side, Index first, Index count) const {
+    require(first >= 0 && count >= 0 && first + count <= tokens(), ErrorCode::index, "stored tokens ", first,
+            " to ", first + count, " of ", tokens());
+    const Index sinks = state_.sink_count(shape_->recipe());
+    require(count == 0 || first >= first_kept() || first + count <= sinks || state_.dropped <= sinks,
+            ErrorCode::index, "stored tokens ", first, " to ", first + count, ": those before ", first_kept(),
+            " were dropped");
+    return detail::stored_rows(*shape_, state_, side, first, count);
+}
+
+}  // namespace kvplane

@@ -1,0 +1,215 @@
+// kvplane/cache/queries.hpp: the queries of one attention, in every frame in which stored keys may be.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kvplane/attention/float_rows.hpp"
+#include "kvplane/attention/parameters.hpp"
+#include "kvplane/attention/score_rule.hpp"
+#include "kvplane/attention/scratch.hpp"
+#include "kvplane/cache/state.hpp"
+#include "kvplane/read/planner.hpp"
+
+namespace kvplane::detail {
+
+/// Tiles whose queries are turned and projected together, so that a basis is read once for all.
+inline constexpr Index projected_tiles = 4;
+
+/// The query rows of a DecodeShape, already scaled where scores are no more than scaled products.
+class QueryRows {
+  public:
+    /// Throws std::bad_alloc.
+    void begin(const DecodeShape& shape, const CacheShape& cache, const CacheState& state) {
+        shape_ = shape;
+        dim_ = cache.configuration.key_head_dim;
+        const auto rows = static_cast<std::size_t>(shape.rows());
+        plain_.resize(rows * static_cast<std::size_t>(dim_));
+        rotated_.resize(plain_.size());
+        partner_.resize(state.latent ? plain_.size() : 0);
+        finite_.resize(rows);
+        const auto heads = static_cast<std::size_t>(cache.configuration.query_heads);
+        rules_.reserve(heads);
+        scales_.resize(heads);
+    }
+
+    void take(const AnyRows& queries, const AttentionParameters& parameters, const CacheShape& cache,
+              const CacheState& state) noexcept {
+        rules_.clear();
+        queries.visit([&](const auto& rows) {
+            for (Index head = 0; head < queries.heads; ++head) {
+                const ScoreRule<float>& rule =
+                    rules_.emplace_back(parameters, head, shape_.query_tokens, dim_);
+                const float scale = rule.plain() ? rule.scale() : 1.0f;
+                scales_[static_cast<std::size_t>(head)] =
+                    rule.plain() ? 1.0 : static_cast<double>(rule.scale());
+                for (Index i = 0; i < shape_.query_tokens; ++i)
+                    take_row(rows, head, i, head * shape_.query_tokens + i, scale);
+            }
+        });
+        std::copy(plain_.begin(), plain_.end(), rotated_.begin());
+        if (cache.recipe().keys.rotate)
+            for (Index r = 0; r < shape_.rows(); ++r) cache.key_rotation.rotate(rotated_.data() + r * dim_);
+        if (partner_.empty()) return;
+        for (Index r = 0; r < shape_.rows(); ++r) {
+            const float* const row = plain_.data() + r * dim_;
+            float* const partner = partner_.data() + r * dim_;
+            for (const RotaryEmbedding::Pair& pair : state.latent->embedding().pairs()) {
+                const Index second = pair.second >= 0 ? pair.second : pair.first;
+                partner[pair.first] = row[second];
+                partner[second] = row[pair.first];
+            }
+        }
+    }
+
+    const float* plain(Index row) const noexcept { return plain_.data() + row * dim_; }
+    /// With the channels of each RoPE pair exchanged; for latents only.
+    const float* partner(Index row) const noexcept { return partner_.data() + row * dim_; }
+    /// As keys in channels, and tokens outside tiles, are stored.
+    RowView<const float> rotated(const RowBlock& block) const noexcept {
+        return {rotated_.data() + block.first * dim_, dim_, block.rows};
+    }
+    bool finite(Index row) const noexcept { return finite_[static_cast<std::size_t>(row)] != 0; }
+    std::span<const double> score_scales() const noexcept { return scales_; }
+
+    /// From q.k (scaled already where that is all) to what the softmax takes, for `count` tokens from position
+    /// `first` on. Hidden tokens, and those up to `padded`, get -infinity.
+    ///   scores  [row][128]
+    void apply(const RowBlock& block, Index first, Index count, Index padded, const TileSequence& sequence,
+               Index first_position, float* scores) const noexcept {
+        for (Index r = 0; r < block.rows; ++r, scores += tile_tokens) {
+            const Index query = (block.first + r) % shape_.query_tokens, position = first_position + query;
+            const auto& rule = rules_[static_cast<std::size_t>((block.first + r) / shape_.query_tokens)];
+            std::fill(scores + count, scores + padded, nothing_seen);
+            const bool hides_some = first < sequence.hidden_to && first >= sequence.hidden_from;
+            if (rule.plain() && first + count - 1 <= position && !hides_some) continue;
+            for (Index t = 0; t < count; ++t) {
+                const Index key = first + t;
+                if (sequence.hides(key, 1) || !rule.sees(position, key))
+                    scores[t] = nothing_seen;
+                else if (!rule.plain())
+                    scores[t] = rule(scores[t], query, position, key);
+            }
+        }
+    }
+
+  private:
+    template <class Scalar>
+    void take_row(const HeadRows<Scalar>& rows, Index head, Index token, Index r, float scale) noexcept {
+        float* const row = plain_.data() + r * dim_;
+        bool finite = true;
+        for (Index c = 0; c < dim_; ++c) {
+            row[c] = scale * static_cast<float>(*rows.at(head, token, c));
+            finite = finite && std::isfinite(row[c]);
+        }
+        // A row that is not finite gets NaN in the end, and must not reach the plans that it shares with others.
+        finite_[static_cast<std::size_t>(r)] = finite;
+        if (!finite) std::fill_n(row, dim_, 0.0f);
+    }
+
+    DecodeShape shape_;
+    Index dim_ = 0;
+    std::vector<float> plain_, partner_, rotated_;  ///< [row][key dim]
+    std::vector<std::uint8_t> finite_;              ///< [row]
+    std::vector<ScoreRule<float>> rules_;           ///< [query head]
+    std::vector<double> scales_;                    ///< [query head], 1 where queries are scaled already
+};
+
+/// One worker's queries on their way into the latents of some tiles.
+class QueryProjection {
+  public:
+    /// For subspaces of up to `channels` channels. Throws std::bad_alloc.
+    void reserve(Index channels) {
+        const Index depth = padded_depth(std::max(channels, tile_tokens));
+        if (depth <= depth_) return;
+        const auto size = static_cast<std::size_t>(projected_tiles * row_block_rows * depth);
+        turned_.resize(size);
+        projected_.resize(size);
+        turns_.resize(static_cast<std::size_t>(2 * (projected_tiles + 1) * depth));
+        depth_ = depth;
+    }
+
+    /// Makes the turns back by the first positions of `count` tiles from tile `first` on: exactly for the first
+    /// tile, and for others from the tile before where that is 128 tokens away. go_on: whether the tile before
+    /// `first` was the last of the call before.
+    void turn_to(Isa isa, const LatentKeys& keys, const TileSequence& tiles, Index first, Index count,
+                 bool go_on) noexcept {
+        const Index channels = keys.head_dim();
+        if (!go_on) exact_turn(keys, tile_tokens, turn(projected_tiles));
+        for (Index i = 0; i < count; ++i) {
+            float* const to = turn(i);
+            if ((i == 0 && !go_on) || tiles[first + i].first != tiles[first + i - 1].first + tile_tokens) {
+                exact_turn(keys, tiles[first + i].first, to);
+                continue;
+            }
+            const float* const from = turn(i > 0 ? i - 1 : projected_tiles - 1);
+            const float* const step = turn(projected_tiles);
+            run_on(isa, [&](auto lanes) KVPLANE_BODY {
+                step_turn<lanes>(from, from + depth_, step, step + depth_, channels, to, to + depth_);
+            });
+        }
+    }
+
+    /// Projects the queries of a row block as the latents of `count` tiles see them.
+    ///   offsets  [tile][row] what the mean adds to their scores, the result
+    void project(Isa isa, const LatentKeys& keys, const QueryRows& queries, const RowBlock& block,
+                 Index count, float* offsets) noexcept {
+        const LatentKeys::Subspace& subspace = keys.subspace(keys.subspace_of_head(block.head));
+        const Index at = keys.head_offset(block.head), kept = subspace.kept(), dim = keys.head_dim();
+        run_on(isa, [&](auto lanes) KVPLANE_BODY {
+            for (Index i = 0; i < count; ++i)
+                for (Index r = 0; r < block.rows; ++r) {
+                    const float* const turn = this->turn(i);
+                    offsets[i * block.rows + r] = turn_row<lanes>(
+                        queries.plain(block.first + r), queries.partner(block.first + r), turn, turn + depth_,
+                        subspace.mean.data() + at, dim, turned_.data() + (i * block.rows + r) * depth_);
+                }
+        });
+        const Index rows = count * block.rows;
+        const RowView<float> turned{turned_.data(), depth_, rows}, to{projected_.data(), depth_, rows};
+        if (keys.settings().directions == LatentDirections::eigenvectors) {
+            detail::project(isa, turned,
+                            {.columns = subspace.from_latents.data() + at * kept,
+                             .channels = dim,
+                             .kept = kept,
+                             .scale = subspace.from_latents_scale.data()},
+                            to);
+            return;
+        }
+        for (Index r = 0; r < rows; ++r)
+            for (Index j = 0; j < kept; ++j) {
+                const Index c = static_cast<Index>(subspace.channels[static_cast<std::size_t>(j)]) - at;
+                to[r][j] = c >= 0 && c < dim ? turned[r][c] * subspace.from_latents_scale[j] : 0.0f;
+            }
+    }
+    /// [row][latents] for the i-th tile of the last project().
+    RowView<const float> projected(Index i, const RowBlock& block) const noexcept {
+        return {projected_.data() + i * block.rows * depth_, depth_, block.rows};
+    }
+
+  private:
+    /// [2][depth] cosines by channel, then sines, signed as a pair's channels need them; the turn from one tile
+    /// to the next stands at projected_tiles.
+    float* turn(Index tile) noexcept { return turns_.data() + 2 * tile * depth_; }
+    void exact_turn(const LatentKeys& keys, Index positions, float* cosine) noexcept {
+        const bool turns = keys.frame() == KeyFrame::tile;
+        for (const RotaryEmbedding::Pair& pair : keys.embedding().pairs()) {
+            const double angle = turns ? -static_cast<double>(positions) * pair.frequency : 0.0;
+            const auto sine = static_cast<float>(std::sin(angle));
+            cosine[pair.first] = static_cast<float>(std::cos(angle));
+            cosine[depth_ + pair.first] = -sine;
+            if (pair.second < 0) continue;
+            cosine[pair.second] = cosine[pair.first];
+            cosine[depth_ + pair.second] = sine;
+        }
+    }
+
+    Index depth_ = 0;
+    std::vector<float> turned_, projected_;  ///< [tile][row][depth]
+    std::vector<float> turns_;               ///< [tile, and the step][2][depth]
+};
+
+}  // namespace kvplane::detail

@@ -1,0 +1,92 @@
+// kvplane/cache/workspace.hpp: what one attention over packed bits works in, kept from call to call.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "kvplane/attention/scratch.hpp"
+#include "kvplane/attention/softmax.hpp"
+#include "kvplane/cache/queries.hpp"
+#include "kvplane/read/budget.hpp"
+#include "kvplane/read/coarse_pass.hpp"
+#include "kvplane/read/exponents.hpp"
+#include "kvplane/read/fixed.hpp"
+#include "kvplane/read/planner.hpp"
+#include "kvplane/read/tolerance.hpp"
+
+namespace kvplane::detail {
+
+/// The softmax states of all rows, one for each chunk of tiles and one for the tokens outside tiles.
+class ChunkStates {
+  public:
+    /// Throws std::bad_alloc.
+    void begin(const DecodeShape& shape, Index channels) {
+        shape_ = shape;
+        stride_ = padded_channels(channels);
+        const auto states = static_cast<std::size_t>((shape.chunks() + 1) * shape.rows());
+        largest_.resize(states);
+        sum_.resize(states);
+        output_.resize(states * static_cast<std::size_t>(stride_));
+    }
+    /// Of a row and, behind it, of the next rows of its head. The chunk after the last is that of tokens outside
+    /// tiles.
+    SoftmaxState of(Index chunk, Index row) noexcept {
+        const Index at = shape_.place(row, chunk, shape_.chunks() + 1);
+        return {largest_.data() + at, sum_.data() + at, output_.data() + at * stride_, stride_};
+    }
+
+  private:
+    DecodeShape shape_;
+    Index stride_ = 0;
+    std::vector<float> largest_, sum_;  ///< [head][chunk][row of the head]
+    std::vector<float> output_;         ///< [head][chunk][row of the head][channels, padded]
+};
+
+/// What one worker has for itself.
+struct WorkerScratch {
+    AttentionScratch attention;
+    QueryProjection projection;
+    ReadCount count;
+    std::array<std::uint8_t, tile_tokens / 8> planes[2];  ///< of a tile's values, and of the next
+};
+
+/// One call at a time.
+struct Workspace {
+    std::vector<WorkerScratch> workers;
+    QueryRows queries;
+    ChunkStates states;
+    TileWeights weights;  ///< where values wait
+    ReadReport report;    ///< of the last call
+
+    FixedPlanner fixed;
+    ExponentsPlanner exponents;
+    TolerancePlanner tolerance;
+    BudgetPlanner budget;
+    CoarsePassPlanner coarse_pass;
+
+    /// The planner of a policy; nullptr reads everything.
+    ReadPlanner* planner(const ReadPolicy& policy, const PageLayout& layout) noexcept {
+        switch (policy.kind) {
+            case ReadPolicy::Kind::all:
+                return nullptr;
+            case ReadPolicy::Kind::fixed:
+                return &fixed;
+            case ReadPolicy::Kind::exponents:
+                return &exponents;
+            case ReadPolicy::Kind::tolerance:
+                return &tolerance;
+            case ReadPolicy::Kind::aligned:
+                break;
+        }
+        int most = 0;
+        for (Index s = 0; s < layout.subspaces(); ++s)
+            for (const TileFormat::Placed& segment : layout.key_format(s).segments())
+                most = std::max(most, segment.bits);
+        // A budget of their own that all bits of keys fit into needs no coarse pass.
+        if (policy.shared || policy.key_bits < most) return &coarse_pass;
+        return &budget;
+    }
+};
+
+}  // namespace kvplane::detail

@@ -1,0 +1,75 @@
+// kvplane/storage/tile_sequence.hpp: the packed part of a cache, as every reader takes it.
+//
+// A page holds the tiles of all heads for the same 128 tokens. Readers know nothing of caches, pools or
+// reference counts: they take a TileSequence, which is pointers and numbers. Pages carry no header, so that a
+// device can hold them.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "kvplane/matrix.hpp"
+#include "kvplane/storage/tile.hpp"
+
+namespace kvplane {
+
+/// Where the tiles of all heads stand in a page. The heads that share a tile of keys are a subspace: each head
+/// is one by itself, or all of them share one where keys are in latents of one basis.
+struct PageLayout {
+    std::vector<TileFormat> keys;         ///< one for all subspaces, or one for each
+    TileFormat values;                    ///< of every head
+    std::vector<Index> key_at, value_at;  ///< [subspace], [head]: offsets in bytes
+    Index bytes = 0;                      ///< of a page
+
+    Index subspaces() const noexcept { return static_cast<Index>(key_at.size()); }
+    Index subspace_of(Index head) const noexcept { return subspaces() == 1 ? 0 : head; }
+    const TileFormat& key_format(Index subspace) const noexcept {
+        return keys[keys.size() == 1 ? 0 : static_cast<std::size_t>(subspace)];
+    }
+};
+
+/// Lays out a page: for every head its keys (where it is the first of its subspace), then its values.
+inline PageLayout page_layout(std::vector<TileFormat> keys, Index subspaces, const TileFormat& values,
+                              Index heads) {
+    PageLayout layout{.keys = std::move(keys), .values = values, .key_at = {}, .value_at = {}, .bytes = 0};
+    const auto take = [&](std::vector<Index>& to, Index bytes) {
+        to.push_back(layout.bytes);
+        layout.bytes += bytes;
+    };
+    for (Index head = 0; head < heads; ++head) {
+        if (head < subspaces) take(layout.key_at, layout.key_format(head).bytes());
+        take(layout.value_at, layout.values.bytes());
+    }
+    return layout;
+}
+
+/// A page of tiles and the tokens that it holds.
+struct TilePlace {
+    const std::byte* page;
+    Index first;   ///< position of the first token
+    Index tokens;  ///< up to 128
+};
+
+/// Tiles in the order of their positions.
+struct TileSequence {
+    const TilePlace* places = nullptr;
+    Index tiles = 0;
+    const PageLayout* layout = nullptr;  ///< nullptr without tiles
+    /// Tokens in [hidden_from, hidden_to) are seen by no query.
+    Index hidden_from = 0, hidden_to = 0;
+    float largest_value = 0.0f;  ///< the largest magnitude of any value, which fp16 values go by
+
+    const TilePlace& operator[](Index tile) const noexcept { return places[tile]; }
+    bool hides(Index first, Index count) const noexcept {
+        return first >= hidden_from && first + count <= hidden_to;
+    }
+    bool hidden(Index tile) const noexcept { return hides(places[tile].first, places[tile].tokens); }
+    const std::byte* keys(Index tile, Index subspace) const noexcept {
+        return places[tile].page + layout->key_at[static_cast<std::size_t>(subspace)];
+    }
+    const std::byte* values(Index tile, Index head) const noexcept {
+        return places[tile].page + layout->value_at[static_cast<std::size_t>(head)];
+    }
+};
+
+}  // namespace kvplane
