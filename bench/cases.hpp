@@ -6,7 +6,7 @@
 #include <string>
 
 #include "kvplane/cache/configuration.hpp"
-#include "kvplane/recipes.hpp"
+#include "kvplane/recipe_names.hpp"
 
 namespace kvplane_bench {
 

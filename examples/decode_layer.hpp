@@ -10,7 +10,7 @@
 #include "dump_file.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/io/safetensors.hpp"
-#include "kvplane/recipes.hpp"
+#include "kvplane/recipe_names.hpp"
 #include "options.hpp"
 #include "synthetic_kv.hpp"
 

@@ -9,7 +9,7 @@
 #include "engine/tokenizer.hpp"
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/latent/fit.hpp"
-#include "kvplane/recipes.hpp"
+#include "kvplane/recipe_names.hpp"
 #include "options.hpp"
 #include "recipe_help.hpp"
 

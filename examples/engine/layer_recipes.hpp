@@ -18,7 +18,7 @@
 #include "engine/model.hpp"
 #include "kvplane/allocate/key_favored.hpp"
 #include "kvplane/io/latent_file.hpp"
-#include "kvplane/recipes.hpp"
+#include "kvplane/recipe_names.hpp"
 #include "kvplane/transform/hadamard.hpp"
 
 namespace engine {

@@ -8,7 +8,7 @@
 #include "decode_layer.hpp"
 #include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/cache/kv_cache.hpp"
-#include "kvplane/recipes.hpp"
+#include "kvplane/recipe_names.hpp"
 #include "options.hpp"
 #include "recipe_help.hpp"
 

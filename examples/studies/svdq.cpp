@@ -18,7 +18,7 @@
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/metrics.hpp"
-#include "kvplane/recipes.hpp"
+#include "kvplane/recipe_names.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "options.hpp"
 #include "plot.hpp"

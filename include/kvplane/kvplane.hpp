@@ -26,6 +26,7 @@
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/quantize/kernels.hpp"
 #include "kvplane/quantize/scalar.hpp"
+#include "kvplane/recipe_names.hpp"
 #include "kvplane/recipes.hpp"
 #include "kvplane/simd/isa.hpp"
 #include "kvplane/storage/planes.hpp"

@@ -7,7 +7,7 @@
 
 #include "kvplane/attention/reference.hpp"
 #include "kvplane/cache/kv_cache.hpp"
-#include "kvplane/recipes.hpp"
+#include "kvplane/recipe_names.hpp"
 
 namespace kvplane_test {
 

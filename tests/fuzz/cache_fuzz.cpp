@@ -4,7 +4,7 @@
 #include <span>
 
 #include "kvplane/cache/serialize.hpp"
-#include "kvplane/recipes.hpp"
+#include "kvplane/recipe_names.hpp"
 
 using namespace kvplane;
 

@@ -1,5 +1,5 @@
 // Names of recipes: what they mean, and how wrong ones are refused.
-#include "kvplane/recipes.hpp"
+#include "kvplane/recipe_names.hpp"
 
 #include <gtest/gtest.h>
 
@@ -34,6 +34,21 @@ TEST(Recipes, SettingsChangeOneThingEach) {
     EXPECT_EQ(recipes::parse("kivi:4:32+value_group=0").values.rule.group, whole_head);
 }
 
+/// The parser, the sentence of its error and the help all print the one table.
+TEST(Recipes, TheTableIsTheOnlyListOfNames) {
+    const std::string help = recipes::help(),
+                      sentence = kvplane_test::refusal(ErrorCode::option, [] { recipes::parse("no such"); });
+    ASSERT_GE(recipes::table().size(), 9u);
+    for (const recipes::NamedRecipe& recipe : recipes::table()) {
+        EXPECT_NE(help.find(recipe.grammar), std::string::npos) << recipe.grammar;
+        EXPECT_NE(help.find(recipe.summary), std::string::npos) << recipe.summary;
+        EXPECT_NE(sentence.find(recipe.grammar), std::string::npos) << recipe.grammar;
+    }
+    for (const std::string_view setting :
+         {"sinks=", "value_group=", "frame=", "fit_tokens=", "tolerance=0.01"})
+        EXPECT_NE(help.find(setting), std::string::npos) << setting;
+}
+
 TEST(Recipes, WrongNamesAreRefusedWithTheReason) {
     for (const auto& [text, word] : std::vector<std::pair<std::string, std::string>>{
              {"", "expected fp16"},
@@ -43,7 +58,11 @@ TEST(Recipes, WrongNamesAreRefusedWithTheReason) {
              {"kivi:four", "'four'"},
              {"kivi:4:32:1", "expected fp16"},
              {"kivi:9", "9 bits"},
-             {"block32:4:turned", "expected fp16"},
+             {"block32:4:turned", "'turned', expected rotated"},
+             {"kivi:4:7", "grids over 7 tokens"},
+             {"standard+key_group=100", "grids over 100 tokens"},
+             {"standard+value_group=-1", "grids over -1 channels"},
+             {"latent:3:3+value_group=-1", "grids over -1 channels"},
              {"block32:1", "symmetric"},
              {"key_favored:4", "expected fp16"},
              {"key_favored:4:2+sinks", "needs a value"},

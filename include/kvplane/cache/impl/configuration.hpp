@@ -1,0 +1,100 @@
+// kvplane/cache/impl/configuration.hpp: what is refused before a cache is built.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "kvplane/attention/kernels/plane_dot.hpp"
+#include "kvplane/cache/configuration.hpp"
+#include "kvplane/latent/schedule.hpp"
+#include "kvplane/storage/tile.hpp"
+
+namespace kvplane {
+
+namespace detail {
+
+inline void require_side(const SideRecipe& side, const char* which, bool every_token) {
+    if (side.bits != 16) {
+        require(side.bits >= 1 && side.bits <= 8, ErrorCode::option, which, ": ", side.bits,
+                " bits, expected 1 to 8 or 16");
+        require_width(side.bits, side.rule.scheme);
+        require(
+            !every_token || side.rule.granularity == Granularity::per_token, ErrorCode::option, which,
+            ": grids per channel need whole tiles, so a recipe that quantizes every token cannot have them; "
+            "expected grids per token");
+    }
+}
+
+/// Throws Error (mismatch) for latents of another model, layer or recipe.
+inline void require_latents(const CacheConfiguration& c) {
+    const std::optional<LatentRecipe>& recipe = c.recipe.latents;
+    if (!c.latent_keys) return;
+    require(recipe.has_value(), ErrorCode::mismatch, "cache: a basis of latents is given, but recipe '",
+            c.recipe.name, "' keeps keys in channels");
+    const LatentKeys& latent = *c.latent_keys;
+    require(latent.kv_heads() == c.kv_heads && latent.query_heads() == c.query_heads &&
+                latent.head_dim() == c.key_head_dim,
+            ErrorCode::mismatch, "cache: a basis for ", latent.query_heads(), " query heads over ",
+            latent.kv_heads(), " key heads of ", latent.head_dim(), " channels, expected ", c.query_heads,
+            " over ", c.kv_heads, " of ", c.key_head_dim);
+    require(latent.frame() == recipe->basis.frame, ErrorCode::mismatch, "cache: a basis in the frame ",
+            name(latent.frame()), ", expected ", name(recipe->basis.frame));
+    require(latent.rope() == c.rope, ErrorCode::mismatch,
+            "cache: the basis was fitted to keys with another rotary embedding than the configuration's");
+    require(latent.settings().heads_together == recipe->basis.heads_together &&
+                latent.settings().query_weighted == recipe->basis.query_weighted &&
+                latent.settings().directions == recipe->basis.directions,
+            ErrorCode::mismatch, "cache: the basis is of another kind than recipe '", c.recipe.name,
+            "' asks for");
+}
+
+inline void require_latent_recipe(const CacheConfiguration& c) {
+    if (!c.recipe.latents) return;
+    const LatentRecipe& latents = *c.recipe.latents;
+    require(!c.recipe.every_token, ErrorCode::option,
+            "cache: latents need whole tiles, so a recipe that quantizes every token cannot have them");
+    require(std::isfinite(latents.bits) && latents.bits >= 0.0 && latents.bits <= 8.0, ErrorCode::option,
+            "cache: ", latents.bits, " bits for latents, expected 0 to 8");
+    require(latents.fit_tokens >= 2 && latents.fit_tokens <= Index{1} << 30, ErrorCode::option,
+            "cache: a basis fitted to ", latents.fit_tokens, " tokens, expected at least 2");
+    require(latents.basis.tile_tokens == tile_tokens && latents.basis.context >= 1, ErrorCode::option,
+            "cache: a basis for tiles of ", latents.basis.tile_tokens, " tokens and a context of ",
+            latents.basis.context, ", expected tiles of ", tile_tokens, " and a context of at least 1");
+    const bool together = c.latent_keys ? latents.basis.heads_together : latents.own_heads_together;
+    const Index part = together ? c.kv_heads * c.key_head_dim : c.key_head_dim;
+    if (!latents.groups.empty())  // throws where they do not fit
+        (void)grouped_schedule(Eigen::VectorXd::Zero(part), latents.groups);
+    if (c.rope) RotaryEmbedding(c.key_head_dim, *c.rope);
+}
+
+KVPLANE_FUNCTION void require_configuration(const CacheConfiguration& c) {
+    require(c.kv_heads >= 1 && c.query_heads >= c.kv_heads && c.query_heads % c.kv_heads == 0,
+            ErrorCode::option, "cache: ", c.query_heads, " query heads over ", c.kv_heads,
+            " key/value heads, expected a multiple");
+    require(c.key_head_dim >= 1 && c.value_head_dim >= 1, ErrorCode::option, "cache: head_dim ",
+            c.key_head_dim, " of keys and ", c.value_head_dim, " of values, expected at least 1");
+    const CacheRecipe& recipe = c.recipe;
+    require(recipe.sink_tokens >= 0 && recipe.recent_tokens >= 0, ErrorCode::option,
+            "cache: ", recipe.sink_tokens, " sink tokens and ", recipe.recent_tokens,
+            " recent tokens, expected neither below 0");
+    require(recipe.recent_bits == 16 || recipe.recent_bits == 8, ErrorCode::option,
+            "cache: recent tokens of ", recipe.recent_bits, " bits, expected 16 or 8");
+    require(!recipe.every_token || (recipe.sink_tokens == 0 && recipe.recent_tokens == 0), ErrorCode::option,
+            "cache: a recipe that quantizes every token keeps no sinks and no recent tokens; it asks for ",
+            recipe.sink_tokens, " and ", recipe.recent_tokens);
+    require(std::max(c.key_head_dim, c.value_head_dim) <= max_depth &&
+                (!recipe.latents || c.kv_heads * c.key_head_dim <= max_depth),
+            ErrorCode::option, "cache: head_dim ", c.key_head_dim, " of keys and ", c.value_head_dim,
+            " of values, expected at most ", max_depth, " (of all heads together in latents)");
+    require_side(recipe.keys, "cache keys", recipe.every_token);
+    require_side(recipe.values, "cache values", recipe.every_token);
+    // Throws where the grids are impossible; keys in latents bring a format of their own.
+    if (!recipe.latents) (void)TileFormat(TileSide::keys, c.key_head_dim, recipe.keys.bits, recipe.keys.rule);
+    (void)TileFormat(TileSide::values, c.value_head_dim, recipe.values.bits, recipe.values.rule);
+    require_latent_recipe(c);
+    require_latents(c);
+}
+
+}  // namespace detail
+
+}  // namespace kvplane
