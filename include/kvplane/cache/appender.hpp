@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kvplane/cache/pages.hpp"
+#include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/latent/coder.hpp"

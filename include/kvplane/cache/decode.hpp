@@ -13,6 +13,7 @@
 #include "kvplane/attention/float_rows.hpp"
 #include "kvplane/attention/tile_attention.hpp"
 #include "kvplane/cache/queries.hpp"
+#include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/cache/workspace.hpp"
 #include "kvplane/read/planner.hpp"

@@ -41,6 +41,7 @@ namespace kvplane {
 
 namespace detail {
 
+struct CacheShape;
 struct Workspace;
 
 /// Where attention puts its output: store(context, query token, first column, values [count]).

@@ -18,6 +18,7 @@
 #include "kvplane/attention/score_rule.hpp"
 #include "kvplane/attention/softmax.hpp"
 #include "kvplane/cache/reader.hpp"
+#include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/simd/floating_point.hpp"
 

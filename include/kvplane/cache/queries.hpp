@@ -11,6 +11,7 @@
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/attention/score_rule.hpp"
 #include "kvplane/attention/scratch.hpp"
+#include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/read/planner.hpp"
 

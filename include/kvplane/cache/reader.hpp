@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/latent/coder.hpp"
 #include "kvplane/storage/tile.hpp"

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/cache/shape.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/io/safetensors.hpp"
@@ -245,7 +246,7 @@ inline void CacheContent::require_consistent(const CacheShape& shape, const Cach
 inline KvCache CacheContent::restore(const CacheConfiguration& configuration_wanted, TilePool& pool,
                                      const std::string& source) const {
     const CacheShape shape(configuration_wanted);
-    CacheState state(shape);
+    CacheState state = shape.empty_state();
     if (basis) {
         state.latent = basis;
         state.layout = std::make_shared<const PageLayout>(page_layout(configuration_wanted, basis.get()));

@@ -1,4 +1,4 @@
-// kvplane/cache/state.hpp: what a cache is, and what it holds.
+// kvplane/cache/state.hpp: the tokens of a cache.
 #pragma once
 
 #include <algorithm>
@@ -7,65 +7,23 @@
 
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/cache/pages.hpp"
-#include "kvplane/cache/token_rows.hpp"
 #include "kvplane/latent/keys.hpp"
+#include "kvplane/latent/statistics.hpp"
 #include "kvplane/storage/tile_sequence.hpp"
-#include "kvplane/transform/hadamard.hpp"
 
 namespace kvplane::detail {
 
+/// One of a kind for keys and one for values.
+template <class T>
+struct PerSide {
+    T keys{}, values{};
+
+    T& operator[](TileSide side) noexcept { return side == TileSide::keys ? keys : values; }
+    const T& operator[](TileSide side) const noexcept { return side == TileSide::keys ? keys : values; }
+};
+
 /// Recent tokens are kept in pages of this many, so that little room is unused.
 inline constexpr Index recent_page_tokens = 32;
-
-/// The pages of tiles of a configuration whose latents, if it has any, are known. Throws Error (option).
-inline PageLayout page_layout(const CacheConfiguration& c, const LatentKeys* latent) {
-    const TileFormat values(TileSide::values, c.value_head_dim, c.recipe.values.bits, c.recipe.values.rule);
-    std::vector<TileFormat> keys;
-    if (!latent) {
-        keys.emplace_back(TileSide::keys, c.key_head_dim, c.recipe.keys.bits, c.recipe.keys.rule);
-        return kvplane::page_layout(std::move(keys), c.kv_heads, values, c.kv_heads);
-    }
-    for (Index s = 0; s < latent->subspaces(); ++s) keys.push_back(latent->format(s));
-    return kvplane::page_layout(std::move(keys), latent->subspaces(), values, c.kv_heads);
-}
-
-/// What a cache is apart from its tokens. Forks share it, and nothing changes it.
-struct CacheShape {
-    /// Throws Error (option, and as require_configuration()).
-    explicit CacheShape(const CacheConfiguration& given)
-        : configuration((require_configuration(given), given)),
-          key_rotation(given.key_head_dim, given.rotation_seed),
-          value_rotation(given.value_head_dim, given.rotation_seed + 1) {
-        if (!given.fits_basis())
-            layout = std::make_shared<const PageLayout>(page_layout(given, given.latent_keys.get()));
-    }
-
-    const CacheRecipe& recipe() const noexcept { return configuration.recipe; }
-    Index dim(TileSide side) const noexcept {
-        return side == TileSide::keys ? configuration.key_head_dim : configuration.value_head_dim;
-    }
-    const Hadamard& rotation(TileSide side) const noexcept {
-        return side == TileSide::keys ? key_rotation : value_rotation;
-    }
-    /// Whether a side's tokens are stored rotated (of latents: those outside tiles).
-    bool rotates(TileSide side) const noexcept {
-        return side == TileSide::keys ? recipe().keys.rotate : recipe().values.rotate;
-    }
-    TokenRows sink_rows() const { return {configuration, recipe().sink_tokens, 16}; }
-    TokenRows recent_rows() const { return {configuration, recent_page_tokens, recipe().recent_bits}; }
-    /// The largest magnitude that is taken: half of fp16's range where anything is quantized, so that no grid
-    /// can leave fp16 later, when its tile is made and an append could no longer be refused.
-    float largest_magnitude() const noexcept {
-        const bool exact = recipe().keys.bits == 16 && recipe().values.bits == 16 &&
-                           recipe().recent_bits == 16 && !recipe().latents;
-        return exact ? fp16_max : 32000.0f;
-    }
-
-    CacheConfiguration configuration;
-    Hadamard key_rotation, value_rotation;
-    std::shared_ptr<const PageLayout>
-        layout;  ///< of tiles; nullptr: it follows from a basis of the cache's own
-};
 
 /// What a page of this many bytes counts for.
 constexpr Index counted_bytes(Index bytes) noexcept {
@@ -75,11 +33,6 @@ constexpr Index counted_bytes(Index bytes) noexcept {
 /// The tokens of a cache, in the order of their positions: sinks, tiles, recent tokens.
 struct CacheState {
     using QueryMoments = std::vector<SecondMoments>;  ///< [key head]
-
-    CacheState() = default;
-    /// No tokens.
-    explicit CacheState(const CacheShape& shape)
-        : layout(shape.layout), latent(shape.configuration.latent_keys) {}
 
     std::shared_ptr<const PageLayout> layout;  ///< of tiles; nullptr until the cache has fitted its basis
     std::shared_ptr<const LatentKeys> latent;  ///< what tiles hold keys in; nullptr: channels
@@ -139,7 +92,7 @@ struct CacheState {
         recent.resize(
             static_cast<std::size_t>((count - recent_first + recent_page_tokens - 1) / recent_page_tokens));
     }
-    /// Hides the tokens before `token` and lets go of the pages that hold nothing else. `last`: whether the
+    /// Hides the tokens before `token` and lets go of the pages that hold nothing else. keep_last: whether the
     /// last tile stays, however old its tokens, because it is being filled.
     void drop_before(Index token, bool keep_last) {
         if (token <= dropped) return;

@@ -9,19 +9,11 @@
 #include <cstdint>
 
 #include "kvplane/cache/configuration.hpp"
+#include "kvplane/cache/state.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/block.hpp"
 
 namespace kvplane::detail {
-
-/// One of a kind for keys and one for values.
-template <class T>
-struct PerSide {
-    T keys{}, values{};
-
-    T& operator[](TileSide side) noexcept { return side == TileSide::keys ? keys : values; }
-    const T& operator[](TileSide side) const noexcept { return side == TileSide::keys ? keys : values; }
-};
 
 class TokenRows {
   public:

@@ -9,6 +9,7 @@
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cache/prefill.hpp"
 #include "kvplane/cache/reader.hpp"
+#include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/workspace.hpp"
 #include "kvplane/simd/floating_point.hpp"
 
@@ -33,7 +34,7 @@ KVPLANE_FUNCTION detail::Workspace& AttentionWorkspace::arrays() {
 // Life -----------------------------------------------------------------------------------------------------
 
 KVPLANE_FUNCTION KvCache::KvCache(const CacheConfiguration& configuration, TilePool& pool)
-    : shape_(std::make_shared<const detail::CacheShape>(configuration)), pool_(&pool), state_(*shape_) {}
+    : shape_(std::make_shared<const detail::CacheShape>(configuration)), pool_(&pool), state_(shape_->empty_state()) {}
 KVPLANE_FUNCTION KvCache::KvCache(const CacheConfiguration& configuration, TilePool& pool,
                                   detail::CacheState&& state)
     : KvCache(configuration, pool) {
@@ -45,12 +46,12 @@ KVPLANE_FUNCTION KvCache::KvCache(std::shared_ptr<const detail::CacheShape> shap
 KVPLANE_FUNCTION KvCache::KvCache(KvCache&& other) noexcept
     : shape_(other.shape_),
       pool_(other.pool_),
-      state_(std::exchange(other.state_, detail::CacheState(*other.shape_))) {}
+      state_(std::exchange(other.state_, other.shape_->empty_state())) {}
 KVPLANE_FUNCTION KvCache& KvCache::operator=(KvCache&& other) noexcept {
     if (this == &other) return *this;
     shape_ = other.shape_;
     pool_ = other.pool_;
-    state_ = std::exchange(other.state_, detail::CacheState(*other.shape_));
+    state_ = std::exchange(other.state_, other.shape_->empty_state());
     return *this;
 }
 KVPLANE_FUNCTION KvCache::~KvCache() = default;
@@ -59,7 +60,7 @@ KVPLANE_FUNCTION KvCache KvCache::fork() const {
     return {shape_, pool_, state_};
 }
 KVPLANE_FUNCTION void KvCache::clear() noexcept {
-    state_ = detail::CacheState(*shape_);
+    state_ = shape_->empty_state();
 }
 
 // What it says of itself -----------------------------------------------------------------------------------

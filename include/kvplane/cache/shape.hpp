@@ -1,0 +1,75 @@
+// kvplane/cache/shape.hpp: what a cache is, apart from its tokens.
+#pragma once
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "kvplane/cache/configuration.hpp"
+#include "kvplane/cache/state.hpp"
+#include "kvplane/cache/token_rows.hpp"
+#include "kvplane/latent/keys.hpp"
+#include "kvplane/storage/tile_sequence.hpp"
+#include "kvplane/transform/hadamard.hpp"
+
+namespace kvplane::detail {
+
+/// The pages of tiles of a configuration whose latents, if it has any, are known. Throws Error (option).
+inline PageLayout page_layout(const CacheConfiguration& c, const LatentKeys* latent) {
+    const TileFormat values(TileSide::values, c.value_head_dim, c.recipe.values.bits, c.recipe.values.rule);
+    std::vector<TileFormat> keys;
+    if (!latent) {
+        keys.emplace_back(TileSide::keys, c.key_head_dim, c.recipe.keys.bits, c.recipe.keys.rule);
+        return kvplane::page_layout(std::move(keys), c.kv_heads, values, c.kv_heads);
+    }
+    for (Index s = 0; s < latent->subspaces(); ++s) keys.push_back(latent->format(s));
+    return kvplane::page_layout(std::move(keys), latent->subspaces(), values, c.kv_heads);
+}
+
+/// What a cache is apart from its tokens. Forks share it, and nothing changes it.
+struct CacheShape {
+    /// Throws Error (option, and as require_configuration()).
+    explicit CacheShape(const CacheConfiguration& given)
+        : configuration((require_configuration(given), given)),
+          key_rotation(given.key_head_dim, given.rotation_seed),
+          value_rotation(given.value_head_dim, given.rotation_seed + 1) {
+        if (!given.fits_basis())
+            layout = std::make_shared<const PageLayout>(page_layout(given, given.latent_keys.get()));
+    }
+
+    const CacheRecipe& recipe() const noexcept { return configuration.recipe; }
+    Index dim(TileSide side) const noexcept {
+        return side == TileSide::keys ? configuration.key_head_dim : configuration.value_head_dim;
+    }
+    const Hadamard& rotation(TileSide side) const noexcept {
+        return side == TileSide::keys ? key_rotation : value_rotation;
+    }
+    /// Whether a side's tokens are stored rotated (of latents: those outside tiles).
+    bool rotates(TileSide side) const noexcept {
+        return side == TileSide::keys ? recipe().keys.rotate : recipe().values.rotate;
+    }
+    TokenRows sink_rows() const { return {configuration, recipe().sink_tokens, 16}; }
+    TokenRows recent_rows() const { return {configuration, recent_page_tokens, recipe().recent_bits}; }
+    /// The largest magnitude that is taken: half of fp16's range where anything is quantized, so that no grid
+    /// can leave fp16 later, when its tile is made and an append could no longer be refused.
+    float largest_magnitude() const noexcept {
+        const bool exact = recipe().keys.bits == 16 && recipe().values.bits == 16 &&
+                           recipe().recent_bits == 16 && !recipe().latents;
+        return exact ? fp16_max : 32000.0f;
+    }
+
+    /// No tokens.
+    CacheState empty_state() const noexcept {
+        CacheState state;
+        state.layout = layout;
+        state.latent = configuration.latent_keys;
+        return state;
+    }
+
+    CacheConfiguration configuration;
+    Hadamard key_rotation, value_rotation;
+    std::shared_ptr<const PageLayout>
+        layout;  ///< of tiles; nullptr: it follows from a basis of the cache's own
+};
+
+}  // namespace kvplane::detail
