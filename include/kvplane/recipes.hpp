@@ -12,6 +12,15 @@
 
 namespace kvplane::recipes {
 
+namespace detail {
+
+/// "method:bits". By append(), because g++ 12 warns falsely where a literal comes before a +.
+inline std::string named(const char* method, int bits) {
+    return std::string(method).append(":").append(std::to_string(bits));
+}
+
+}  // namespace detail
+
 /// Keys: one grid for each channel of `group_tokens` tokens.
 inline SideRecipe by_channel(int bits, Index group_tokens = 128) {
     return {bits, {Granularity::per_channel, group_tokens, scheme_for(bits), Clip::none}, false};
@@ -32,7 +41,7 @@ inline CacheRecipe fp16() {
 /// Symmetric blocks of 32 channels along the head, every token at once, nothing in fp16.
 inline CacheRecipe block32(int bits, bool rotated = false) {
     const SideRecipe side{bits, {Granularity::per_token, 32, Scheme::symmetric, Clip::none}, rotated};
-    return {.name = "block32:" + std::to_string(bits) + (rotated ? ":rotated" : ""),
+    return {.name = detail::named("block32", bits).append(rotated ? ":rotated" : ""),
             .keys = side,
             .values = side,
             .sink_tokens = 0,
@@ -44,20 +53,20 @@ inline CacheRecipe block32(int bits, bool rotated = false) {
 /// rotation and no sinks. The paper groups both by 32; with a group of 32 the values' grids do too.
 inline CacheRecipe kivi(int bits, Index group = 128) {
     CacheRecipe recipe;
-    recipe.name = "kivi:" + std::to_string(bits);
+    recipe.name = detail::named("kivi", bits);
     recipe.sink_tokens = recipe.recent_tokens = 0;
     recipe.keys = {bits, {Granularity::per_channel, group, Scheme::min_max, Clip::none}, false};
     recipe.values = {bits,
                      {Granularity::per_token, group == 128 ? whole_head : group, Scheme::min_max, Clip::none},
                      false};
-    if (group != 128) recipe.name += ":" + std::to_string(group);
+    if (group != 128) recipe.name.append(":").append(std::to_string(group));
     return recipe;
 }
 
 /// Quantize What Counts (arXiv 2502.15075): keys get more bits than values. On top of the paper: sinks and
 /// recent tokens stay out of the grids, values are rotated.
 inline CacheRecipe key_favored(int key_bits, int value_bits) {
-    return {.name = "key_favored:" + std::to_string(key_bits) + ":" + std::to_string(value_bits),
+    return {.name = detail::named("key_favored", key_bits).append(":").append(std::to_string(value_bits)),
             .keys = by_channel(key_bits),
             .values = by_token(value_bits, true)};
 }

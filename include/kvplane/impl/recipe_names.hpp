@@ -82,7 +82,7 @@ inline Grammar grammar_of(const NamedRecipe& recipe) {
             std::count(all.begin(), all.end(), ':')};
 }
 
-inline CacheRecipe named(std::string_view text, std::string_view name) {
+inline CacheRecipe recipe_named(std::string_view text, std::string_view name) {
     const NameWords words(text, name);
     for (const NamedRecipe& recipe : rows) {
         const Grammar grammar = grammar_of(recipe);
@@ -226,7 +226,7 @@ KVPLANE_FUNCTION std::string help() {
 
 KVPLANE_FUNCTION CacheRecipe parse(std::string_view text) {
     const auto parts = detail::split(text, '+');
-    CacheRecipe recipe = detail::named(text, parts[0]);
+    CacheRecipe recipe = detail::recipe_named(text, parts[0]);
     for (std::size_t i = 1; i < parts.size(); ++i) detail::set(recipe, text, parts[i]);
     recipe.name = text;
     CacheConfiguration check;
