@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "bandwidth.hpp"
-#include "kvplane/quantize/scalar.hpp"
+#include "kvplane/storage/quantized.hpp"
 #include "kvplane/storage/planes.hpp"
 #include "kvplane/storage/tile.hpp"
 

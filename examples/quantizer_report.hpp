@@ -14,7 +14,7 @@
 #include "kvplane/allocate/key_favored.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/metrics.hpp"
-#include "kvplane/quantize/scalar.hpp"
+#include "kvplane/storage/quantized.hpp"
 #include "kvplane/transform/hadamard.hpp"
 
 namespace kvplane_examples {

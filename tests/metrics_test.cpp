@@ -7,7 +7,7 @@
 #include <limits>
 #include <string>
 
-#include "kvplane/quantize/scalar.hpp"
+#include "kvplane/storage/quantized.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 

@@ -12,7 +12,7 @@
 
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/latent/schedule.hpp"
-#include "kvplane/quantize/scalar.hpp"
+#include "kvplane/storage/quantized.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "latent_support.hpp"
 #include "real_layers.hpp"

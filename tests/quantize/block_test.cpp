@@ -46,8 +46,13 @@ struct Result {
 template <class Input>
 Result quantized(BlockQuantizer& quantizer, const Input& values, const GridRule& rule, int bits) {
     Codes codes = Codes::Constant(values.rows(), values.cols(), 0xEE);
-    quantizer.quantize(head_rows(values), "block", 0, 0, values.rows(), 0, values.cols(), rule, bits,
-                       codes.data(), codes.cols());
+    quantizer.quantize(head_rows(values), {.argument = "block",
+                                           .count = values.rows(),
+                                           .channels = values.cols(),
+                                           .rule = rule,
+                                           .bits = bits,
+                                           .codes = codes.data(),
+                                           .code_stride = codes.cols()});
     return {codes, quantizer.lower(), quantizer.step(), quantizer.excess()};
 }
 
@@ -100,7 +105,9 @@ TEST(BlockQuantizer, IsTheSameAfterAnyOtherBlock) {
 TEST(BlockQuantizer, GivesTheSameWithSubnormalsFlushed) {
     if (!kvplane_test::can_flush_subnormals) GTEST_SKIP() << "no such mode known for this processor";
     Random random(kvplane_test::seed());
-    for (const auto& [scale, values] : kvplane_test::half_matrices(40, 48, random)) {
+    for (const kvplane_test::NamedMatrix& input : kvplane_test::half_matrices(40, 48, random)) {
+        const std::string& scale = input.name;
+        const Matrix& values = input.values;
         const RowMajorMatrix<Eigen::half> halves = values.cast<Eigen::half>();
         kvplane_test::for_each_isa([&](kvplane::Isa) {
             for (const GridRule& rule : all_rules())
@@ -128,8 +135,16 @@ TEST(BlockQuantizer, TakesAnyPartOfTheRows) {
         for (const auto& [first_channel, channels] : {std::pair<Index, Index>{0, 50}, {16, 32}, {7, 9}}) {
             BlockQuantizer quantizer;
             Codes codes = Codes::Constant(30, 70, 0xEE);
-            quantizer.quantize(head_rows(values, 3), "block", 2, 11, 20, first_channel, channels, rule, 3,
-                               &codes(4, 6), codes.cols());
+            quantizer.quantize(head_rows(values, 3), {.argument = "block",
+                                                      .head = 2,
+                                                      .first = 11,
+                                                      .count = 20,
+                                                      .first_channel = first_channel,
+                                                      .channels = channels,
+                                                      .rule = rule,
+                                                      .bits = 3,
+                                                      .codes = &codes(4, 6),
+                                                      .code_stride = codes.cols()});
             const Matrix part = values.block(11, 2 * 50 + first_channel, 20, channels);
             BlockQuantizer alone;
             const Result expected = quantized(alone, part, rule, 3);
@@ -149,23 +164,6 @@ TEST(BlockQuantizer, LeavesNoGridsForNothing) {
             EXPECT_EQ(result.step.size(), 0U);
             EXPECT_EQ(result.lower.size(), 0U);
         }
-}
-
-TEST(GridRule, CountsGridsAndTheirBytes) {
-    const GridRule channel{Granularity::per_channel, 32}, token{Granularity::per_token, 32};
-    EXPECT_EQ(channel.grids(128, 10), 40);
-    EXPECT_EQ(channel.grids(129, 10), 50);
-    EXPECT_EQ(channel.grids(0, 10), 0);
-    EXPECT_EQ(token.grids(10, 64), 20);
-    EXPECT_EQ(token.grids(10, 65), 30);
-    for (const Granularity granularity : {Granularity::per_channel, Granularity::per_token}) {
-        const GridRule whole{granularity, std::numeric_limits<Index>::max()};
-        EXPECT_EQ(whole.grids(7, 9), granularity == Granularity::per_channel ? 9 : 7);
-    }
-    EXPECT_EQ((GridRule{Granularity::per_token, 32, Scheme::cell}.bytes_per_grid()), 4);
-    EXPECT_EQ((GridRule{Granularity::per_token, 32, Scheme::symmetric}.bytes_per_grid()), 2);
-    EXPECT_STREQ(name(Granularity::per_channel), "per_channel");
-    EXPECT_STREQ(name(Granularity::per_token), "per_token");
 }
 
 /// Both ways through require_storable: rows that a kernel can read, and others.

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "flushed_subnormals.hpp"
-#include "kvplane/quantize/scalar.hpp"
+#include "kvplane/storage/quantized.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
@@ -567,7 +567,9 @@ TEST(TileEncode, GivesTheSameWithSubnormalsFlushed) {
     Random random(kvplane_test::seed());
     const std::vector<GridRule> rules{{Granularity::per_channel, 32}, {Granularity::per_token, 32}};
     for (const Case& c : all_cases({40}, rules))
-        for (const auto& [scale, values] : kvplane_test::half_matrices(128, c.channels(), random)) {
+        for (const kvplane_test::NamedMatrix& input : kvplane_test::half_matrices(128, c.channels(), random)) {
+            const std::string& scale = input.name;
+            const Matrix& values = input.values;
             SCOPED_TRACE(c.text() + ", " + scale);
             const Tile expected = encoded(c, values);
             EXPECT_EQ(kvplane_test::with_flushed_subnormals([&] { return encoded(c, values); }), expected);

@@ -16,7 +16,7 @@
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/latent/basis.hpp"
 #include "kvplane/latent/schedule.hpp"
-#include "kvplane/quantize/scalar.hpp"
+#include "kvplane/storage/quantized.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "real_layers.hpp"
 #include "test_inputs.hpp"

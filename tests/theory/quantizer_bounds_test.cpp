@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "kvplane/io/safetensors.hpp"
-#include "kvplane/quantize/scalar.hpp"
+#include "kvplane/storage/quantized.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "real_layers.hpp"
 #include "test_inputs.hpp"

@@ -41,7 +41,7 @@
 #include "kvplane/allocate/bit_allocation.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/matrix.hpp"
-#include "kvplane/quantize/scalar.hpp"
+#include "kvplane/storage/quantized.hpp"
 #include "kvplane/theory/bounds.hpp"
 
 namespace kvplane {

@@ -96,10 +96,16 @@ class TokenRows {
     }
     void write_bytes(const Matrix& rows, TileSide side, Index head, Index first, Index count, Index at,
                      std::byte* page) {
-        const GridRule rule{Granularity::per_token, dim(side), Scheme::symmetric, Clip::none};
-        quantizer_.quantize(head_rows(rows, kv_heads_), side == TileSide::keys ? "keys" : "values", head,
-                            first, count, 0, dim(side), rule, 8,
-                            reinterpret_cast<std::uint8_t*>(page) + row(side, head, at), dim(side));
+        quantizer_.quantize(head_rows(rows, kv_heads_),
+                            {.argument = side == TileSide::keys ? "keys" : "values",
+                             .head = head,
+                             .first = first,
+                             .count = count,
+                             .channels = dim(side),
+                             .rule = {Granularity::per_token, dim(side), Scheme::symmetric, Clip::none},
+                             .bits = 8,
+                             .codes = reinterpret_cast<std::uint8_t*>(page) + row(side, head, at),
+                             .code_stride = dim(side)});
         std::copy(quantizer_.step().begin(), quantizer_.step().end(),
                   reinterpret_cast<Eigen::half*>(page + step_at(side, head, at)));
     }

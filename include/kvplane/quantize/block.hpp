@@ -1,7 +1,8 @@
 // kvplane/quantize/block.hpp: quantizes one block, tokens x channels of one head, to codes and grids.
 //
-// The step that every container shares: Quantized (quantize/scalar.hpp) and the tiles of a cache
-// (storage/tile.hpp) both take codes, one a byte, and fp16 grids from here and pack them in their own order.
+// The step that every container shares: Quantized (storage/quantized.hpp) and the tiles of a cache
+// (storage/tile_coder.hpp) both take codes, one a byte, and fp16 grids from here and pack them in their own
+// order.
 #pragma once
 
 #include <algorithm>
@@ -11,53 +12,13 @@
 #include <string_view>
 #include <vector>
 
-#include "kvplane/simd/isa.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/quantize/kernels.hpp"
+#include "kvplane/quantize/rule.hpp"
+#include "kvplane/simd/isa.hpp"
 
 namespace kvplane {
-
-/// What shares one grid: a run of tokens of one channel, or a run of channels of one token.
-enum class Granularity : std::uint8_t { per_channel, per_token };
-
-constexpr const char* name(Granularity granularity) noexcept {
-    return granularity == Granularity::per_channel ? "per_channel" : "per_token";
-}
-
-/// Groups of `group` elements that `count` elements make; the last may be smaller. Any group >= 1 will do,
-/// however large.
-constexpr Index groups_of(Index count, Index group) noexcept {
-    return count / group + (count % group != 0 ? 1 : 0);
-}
-
-/// A group of channels that covers a head of any size.
-inline constexpr Index whole_head = Index{1} << 30;
-
-/// How a block gets its grids. `group` counts tokens (per_channel) or channels (per_token); the last group of
-/// a block may be smaller.
-struct GridRule {
-    Granularity granularity = Granularity::per_channel;
-    Index group = 128;
-    Scheme scheme = Scheme::min_max;
-    Clip clip = Clip::none;
-
-    /// Grids of one block.
-    Index grids(Index tokens, Index channels) const noexcept {
-        return granularity == Granularity::per_channel ? groups_of(tokens, group) * channels
-                                                       : tokens * groups_of(channels, group);
-    }
-    /// Bytes that one grid is stored in: an fp16 step, and an fp16 lower unless that follows from step.
-    Index bytes_per_grid() const noexcept { return scheme == Scheme::symmetric ? 2 : 4; }
-
-    bool operator==(const GridRule&) const = default;
-};
-
-/// How far clipped values lie outside their grids' intervals: 0 without clipping.
-struct ClipExcess {
-    double largest = 0.0;  ///< the furthest
-    double energy = 0.0;   ///< sum of squares
-};
 
 namespace detail {
 
@@ -84,31 +45,41 @@ template <CacheScalar Scalar>
 
 }  // namespace detail
 
+/// What BlockQuantizer takes from some rows, and where its codes go.
+struct Block {
+    std::string_view argument = "input";    ///< what errors call the rows
+    Index head = 0;                         ///< of the rows
+    Index first = 0, count = 0;             ///< tokens
+    Index first_channel = 0, channels = 0;  ///< of the head
+    GridRule rule = {};
+    int bits = 8;
+    std::uint8_t* codes = nullptr;  ///< [count][channels], rows `code_stride` apart
+    Index code_stride = 0;
+};
+
 /// Codes and grids of one block, in memory that is reused from block to block.
 class BlockQuantizer {
   public:
-    /// Quantizes the tokens [first, first + count) and channels [first_channel, first_channel + channels) of
-    /// one head. `codes` receives tokens x channels codes, rows `code_stride` apart. Afterwards lower() and
-    /// step() hold the grids in the order [token group][channel] or [token][channel group].
-    /// Throws Error (not_finite, beyond_fp16) naming the position in `rows`.
+    /// Writes the codes of a block. Afterwards lower() and step() hold its grids in the order [token
+    /// group][channel] or [token][channel group]. Throws Error (not_finite, beyond_fp16) naming the position in
+    /// `rows`.
     template <CacheScalar Scalar>
-    void quantize(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first,
-                  Index count, Index first_channel, Index channels, const GridRule& rule, int bits,
-                  std::uint8_t* codes, Index code_stride) {
-        rule_ = rule;
-        bits_ = bits;
-        count_ = rule.grids(count, channels);
+    void quantize(const HeadRows<Scalar>& rows, const Block& block) {
+        rule_ = block.rule;
+        bits_ = block.bits;
+        count_ = rule_.grids(block.count, block.channels);
         lower_.resize(static_cast<std::size_t>(count_));
         step_.resize(static_cast<std::size_t>(count_));
         excess_ = {};
-        if (count == 0 || channels == 0) return;
-        if (rule.granularity == Granularity::per_channel) {
-            Index done = 0;
-            for (Index token = 0; token < count; token += rule.group, done += channels)
-                columns(rows, argument, head, first + token, std::min(rule.group, count - token),
-                        first_channel, channels, done, codes + token * code_stride, code_stride);
-        } else {
-            this->rows(rows, argument, head, first, count, first_channel, channels, codes, code_stride);
+        if (block.count == 0 || block.channels == 0) return;
+        if (rule_.granularity == Granularity::per_token) return encode_by_token(rows, block);
+        Block group = block;
+        Index done = 0;
+        for (Index token = 0; token < block.count; token += rule_.group, done += block.channels) {
+            group.first = block.first + token;
+            group.count = std::min(rule_.group, block.count - token);
+            group.codes = block.codes + token * block.code_stride;
+            encode_by_channel(rows, group, done);
         }
     }
 
@@ -127,79 +98,81 @@ class BlockQuantizer {
     };
 
     template <CacheScalar Scalar>
-    Prepared prepare(const HeadRows<Scalar>& rows, Index head, Index first, Index count, Index first_channel,
-                     Index channels, Index group) {
-        const Index runs = groups_of(channels, group), padded_group = padded_channels(group);
-        if (rows.channel_stride() == 1 && runs * padded_group == channels)
-            return {{rows.at(head, first, first_channel), scalar_type<Scalar>, rows.token_stride()},
-                    channels,
+    Prepared prepare(const HeadRows<Scalar>& rows, const Block& block, Index group) {
+        const Index runs = groups_of(block.channels, group), padded_group = padded_channels(group);
+        if (rows.channel_stride() == 1 && runs * padded_group == block.channels)
+            return {{rows.at(block.head, block.first, block.first_channel), scalar_type<Scalar>,
+                     rows.token_stride()},
+                    block.channels,
                     group,
                     false};
         const Index padded = runs * padded_group;
-        source_.resize(static_cast<std::size_t>(count * padded) * sizeof(Scalar));
+        source_.resize(static_cast<std::size_t>(block.count * padded) * sizeof(Scalar));
         auto* to = reinterpret_cast<Scalar*>(source_.data());
-        for (Index t = 0; t < count; ++t)
+        for (Index t = 0; t < block.count; ++t)
             for (Index run = 0; run < runs; ++run)
                 for (Index i = 0; i < padded_group; ++i, ++to) {
-                    const Index used = std::min(group, channels - run * group);
-                    *to = *rows.at(head, first + t, first_channel + run * group + std::min(i, used - 1));
+                    const Index used = std::min(group, block.channels - run * group);
+                    *to = *rows.at(block.head, block.first + t,
+                                   block.first_channel + run * group + std::min(i, used - 1));
                 }
         return {{source_.data(), scalar_type<Scalar>, padded}, padded, padded_group, true};
     }
 
     /// One group of tokens: a grid for each channel, stored from `at` on.
     template <CacheScalar Scalar>
-    void columns(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first,
-                 Index count, Index first_channel, Index channels, Index at, std::uint8_t* codes,
-                 Index code_stride) {
-        const Prepared source = prepare(rows, head, first, count, first_channel, channels, channels);
+    void encode_by_channel(const HeadRows<Scalar>& rows, const Block& block, Index at) {
+        const Index count = block.count, channels = block.channels;
+        const Prepared source = prepare(rows, block, channels);
         reserve(source.channels);
         if (!column_extremes(isa_, source.rows, count, source.channels, min_.data(), max_.data()))
-            detail::refuse_first_bad_value(rows, argument);
-        fit(source.channels, channels, argument, head, first);
+            detail::refuse_first_bad_value(rows, block.argument);
+        fit(source.channels, channels, block);
         if (rule_.clip == Clip::mse_optimal)
             for (Index c = 0; c < channels; ++c)
                 shrink(c, count, [&](Index i) {
-                    return static_cast<float>(*rows.at(head, first + i, first_channel + c));
+                    return static_cast<float>(*rows.at(block.head, block.first + i, block.first_channel + c));
                 });
         std::copy_n(stored_lower_.begin(), channels, lower_.begin() + at);
         std::copy_n(stored_step_.begin(), channels, step_.begin() + at);
-        std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : codes;
-        const Index stride = source.padded ? source.channels : code_stride;
+        std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : block.codes;
+        const Index stride = source.padded ? source.channels : block.code_stride;
         encode_columns(isa_, source.rows, count, source.channels, bits_, fp_lower_.data(), inverse_.data(),
                        to, stride);
         if (source.padded)
-            for (Index t = 0; t < count; ++t) std::copy_n(to + t * stride, channels, codes + t * code_stride);
+            for (Index t = 0; t < count; ++t)
+                std::copy_n(to + t * stride, channels, block.codes + t * block.code_stride);
     }
 
     /// All tokens: a grid for each run of channels of each token.
     template <CacheScalar Scalar>
-    void rows(const HeadRows<Scalar>& rows, std::string_view argument, Index head, Index first, Index count,
-              Index first_channel, Index channels, std::uint8_t* codes, Index code_stride) {
+    void encode_by_token(const HeadRows<Scalar>& rows, const Block& block) {
+        const Index count = block.count, channels = block.channels;
         const Index group = std::min(rule_.group, channels), runs = groups_of(channels, group);
-        const Prepared source = prepare(rows, head, first, count, first_channel, channels, group);
+        const Prepared source = prepare(rows, block, group);
         reserve(padded_channels(count * runs));
         if (!row_extremes(isa_, source.rows, count, source.channels, source.group, min_.data(), max_.data()))
-            detail::refuse_first_bad_value(rows, argument);
-        fit(padded_channels(count * runs), count * runs, argument, head, first);
+            detail::refuse_first_bad_value(rows, block.argument);
+        fit(padded_channels(count * runs), count * runs, block);
         if (rule_.clip == Clip::mse_optimal)
             for (Index g = 0; g < count * runs; ++g) {
                 const Index start = g % runs * group;
                 shrink(g, std::min(group, channels - start), [&](Index i) {
-                    return static_cast<float>(*rows.at(head, first + g / runs, first_channel + start + i));
+                    return static_cast<float>(
+                        *rows.at(block.head, block.first + g / runs, block.first_channel + start + i));
                 });
             }
         std::copy_n(stored_lower_.begin(), count_, lower_.begin());
         std::copy_n(stored_step_.begin(), count_, step_.begin());
-        std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : codes;
-        const Index stride = source.padded ? source.channels : code_stride;
+        std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : block.codes;
+        const Index stride = source.padded ? source.channels : block.code_stride;
         encode_rows(isa_, source.rows, count, source.channels, source.group, bits_, fp_lower_.data(),
                     inverse_.data(), to, stride);
         if (!source.padded) return;
         for (Index t = 0; t < count; ++t)
             for (Index run = 0; run < runs; ++run)
                 std::copy_n(to + t * stride + run * source.group, std::min(group, channels - run * group),
-                            codes + t * code_stride + run * group);
+                            block.codes + t * block.code_stride + run * group);
     }
 
     void reserve(Index grids) {
@@ -216,7 +189,7 @@ class BlockQuantizer {
     }
 
     /// Fits `padded` grids; those beyond `grids` come from whatever the memory held and are not looked at.
-    void fit(Index padded, Index grids, std::string_view argument, Index head, Index first) {
+    void fit(Index padded, Index grids, const Block& block) {
         fit_grids(
             isa_, rule_.scheme, bits_, padded, min_.data(), max_.data(),
             {fp_lower_.data(), fp_step_.data(), inverse_.data(), stored_lower_.data(), stored_step_.data()});
@@ -224,8 +197,8 @@ class BlockQuantizer {
         for (Index g = 0; g < grids; ++g)
             require(finite(fp_step_[static_cast<std::size_t>(g)]) &&
                         finite(fp_lower_[static_cast<std::size_t>(g)]),
-                    ErrorCode::beyond_fp16, argument, ": head ", head, ", tokens from ", first,
-                    ": values between ", min_[static_cast<std::size_t>(g)], " and ",
+                    ErrorCode::beyond_fp16, block.argument, ": head ", block.head, ", tokens from ",
+                    block.first, ": values between ", min_[static_cast<std::size_t>(g)], " and ",
                     max_[static_cast<std::size_t>(g)], " need a ", bits_, "-bit ", name(rule_.scheme),
                     " grid beyond fp16; expected a smaller range, more bits, or the cell scheme");
     }
@@ -310,14 +283,7 @@ float largest_magnitude(const HeadRows<Scalar>& rows) {
 /// of its input before it changes. Throws Error (not_finite, beyond_fp16).
 template <CacheScalar Scalar>
 void require_storable(const HeadRows<Scalar>& rows, std::string_view argument) {
-    const Index channels = rows.head_dim();
-    if (rows.tokens() == 0 || channels == 0) return;
-    if (largest_magnitude(rows) <= fp16_max) return;
-    for (Index token = 0; token < rows.tokens(); ++token)
-        for (Index head = 0; head < rows.heads(); ++head)
-            for (Index c = 0; c < channels; ++c)
-                if (!(std::abs(static_cast<float>(*rows.at(head, token, c))) <= fp16_max))
-                    detail::refuse_value(rows, argument, head, token, c);
+    if (!(largest_magnitude(rows) <= fp16_max)) detail::refuse_first_bad_value(rows, argument);
 }
 
 }  // namespace kvplane

@@ -1,7 +1,7 @@
 // per_channel, per_token, per_group: grids, codes and bytes by the definition; every kind of input gives the
 // same; what is read back, whole, by rows, at a depth, into anything; the stated bounds hold and are reached;
 // bad input is refused with its position.
-#include "kvplane/quantize/scalar.hpp"
+#include "kvplane/storage/quantized.hpp"
 
 #include <algorithm>
 #include <limits>
@@ -219,7 +219,9 @@ TEST(Quantize, IsTheSameOnEveryInstructionSet) {
 TEST(Quantize, IsTheSameWithSubnormalsFlushed) {
     if (!kvplane_test::can_flush_subnormals) GTEST_SKIP() << "no such mode known for this processor";
     Random random(kvplane_test::seed());
-    for (const auto& [scale, values] : kvplane_test::half_matrices(40, 48, random)) {
+    for (const kvplane_test::NamedMatrix& input : kvplane_test::half_matrices(40, 48, random)) {
+        const std::string& scale = input.name;
+        const Matrix& values = input.values;
         const RowMajorMatrix<Eigen::half> halves = values.cast<Eigen::half>();
         for (const Method& method : all_methods({2, 3, 4, 8}))
             kvplane_test::for_each_isa([&](kvplane::Isa) {
@@ -477,6 +479,27 @@ TEST(Dequantize, IntoAnythingThatHoldsRows) {
     q.dequantize_rows(7, 8, Spread(spread.data(), 20, 33, {66, 2}));
     for (std::size_t i = 0; i < spread.size(); ++i)
         ASSERT_EQ(spread[i], i % 2 ? -99.0f : expected.data()[i / 2]);
+}
+
+/// Cells at the ends of fp16 reach beyond it; what is read into fp16 stays finite.
+TEST(Dequantize, IntoFp16AtItsEnds) {
+    Matrix values(4, 32);
+    for (Index i = 0; i < values.size(); ++i)
+        values.data()[i] = (i % 2 == 0 ? 1.0f : -1.0f) * (65504.0f - 32.0f * static_cast<float>(i % 7));
+    for (const Method& method : all_methods({2, 4, 8})) {
+        const Quantized q = quantized(method, values);
+        for (int depth = 1; depth <= method.bits; ++depth) {
+            SCOPED_TRACE(method.text() + ", read at " + std::to_string(depth));
+            RowMajorMatrix<Eigen::half> halves(4, 32);
+            q.dequantize_rows(0, depth, halves);
+            const Matrix wide = q.dequantize(depth);
+            for (Index i = 0; i < wide.size(); ++i) {
+                const float largest = std::min(std::abs(wide.data()[i]), 65504.0f);
+                EXPECT_EQ(static_cast<float>(halves.data()[i]),
+                          static_cast<float>(Eigen::half(std::copysign(largest, wide.data()[i]))));
+            }
+        }
+    }
 }
 
 TEST(Dequantize, ACopyIsTheSame) {

@@ -1,0 +1,54 @@
+// kvplane/quantize/rule.hpp: what shares a grid, and how the grids of a block are counted.
+#pragma once
+
+#include <Eigen/Core>
+#include <cstdint>
+
+#include "kvplane/quantize/grid.hpp"
+
+namespace kvplane {
+
+using Index = Eigen::Index;
+
+/// What shares one grid: a run of tokens of one channel, or a run of channels of one token.
+enum class Granularity : std::uint8_t { per_channel, per_token };
+
+constexpr const char* name(Granularity granularity) noexcept {
+    return granularity == Granularity::per_channel ? "per_channel" : "per_token";
+}
+
+/// Groups of `group` elements that `count` elements make; the last may be smaller. Any group >= 1 will do,
+/// however large.
+constexpr Index groups_of(Index count, Index group) noexcept {
+    return count / group + (count % group != 0 ? 1 : 0);
+}
+
+/// A group of channels that covers a head of any size.
+inline constexpr Index whole_head = Index{1} << 30;
+
+/// How a block gets its grids. `group` counts tokens (per_channel) or channels (per_token); the last group of
+/// a block may be smaller.
+struct GridRule {
+    Granularity granularity = Granularity::per_channel;
+    Index group = 128;
+    Scheme scheme = Scheme::min_max;
+    Clip clip = Clip::none;
+
+    /// Grids of one block.
+    Index grids(Index tokens, Index channels) const noexcept {
+        return granularity == Granularity::per_channel ? groups_of(tokens, group) * channels
+                                                       : tokens * groups_of(channels, group);
+    }
+    /// Bytes that one grid is stored in: an fp16 step, and an fp16 lower unless that follows from step.
+    Index bytes_per_grid() const noexcept { return scheme == Scheme::symmetric ? 2 : 4; }
+
+    bool operator==(const GridRule&) const = default;
+};
+
+/// How far clipped values lie outside their grids' intervals: 0 without clipping.
+struct ClipExcess {
+    double largest = 0.0;  ///< the furthest
+    double energy = 0.0;   ///< sum of squares
+};
+
+}  // namespace kvplane
