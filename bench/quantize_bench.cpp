@@ -12,7 +12,7 @@
 #include "bandwidth.hpp"
 #include "kvplane/storage/quantized.hpp"
 #include "kvplane/storage/planes.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_coder.hpp"
 
 namespace {
 
@@ -94,7 +94,7 @@ void encode_tiles(benchmark::State& state, TileSide side) {
     for (auto _ : state)
         for (Index token = 0; token < tokens; token += tile_tokens)
             for (Index head = 0; head < heads; ++head) {
-                coder.encode(rows, "keys", head, token, tile_tokens, 0, tile.data());
+                coder.encode(rows, "keys", {.head = head, .first = token}, tile.data());
                 benchmark::ClobberMemory();
             }
     report(state, half_keys().size() * 2);
@@ -108,7 +108,7 @@ void decode_tiles(benchmark::State& state, TileSide side) {
     std::byte* at = tiles.data();
     for (Index token = 0; token < tokens; token += tile_tokens)
         for (Index head = 0; head < heads; ++head, at += format.bytes())
-            coder.encode(rows, "keys", head, token, tile_tokens, 0, at);
+            coder.encode(rows, "keys", {.head = head, .first = token}, at);
     Matrix values(tile_tokens, head_dim);
     for (auto _ : state)
         for (std::size_t tile = 0; tile < tiles.size(); tile += static_cast<std::size_t>(format.bytes())) {

@@ -1,5 +1,5 @@
-// kvplane/kvplane.hpp: everything. io/safetensors.hpp and cache/serialize.hpp need nlohmann/json and are
-// left out where that is not installed.
+// kvplane/kvplane.hpp: everything that users call. io/ needs nlohmann/json and is left out where that is not
+// installed.
 #pragma once
 
 #include "kvplane/allocate/bit_allocation.hpp"
@@ -22,15 +22,15 @@
 #include "kvplane/latent/statistics.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/metrics.hpp"
-#include "kvplane/quantize/block.hpp"
 #include "kvplane/quantize/grid.hpp"
-#include "kvplane/quantize/kernels.hpp"
+#include "kvplane/quantize/rule.hpp"
 #include "kvplane/recipe_names.hpp"
-#include "kvplane/storage/quantized.hpp"
 #include "kvplane/recipes.hpp"
 #include "kvplane/simd/isa.hpp"
 #include "kvplane/storage/planes.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/quantized.hpp"
+#include "kvplane/storage/tile_format.hpp"
+#include "kvplane/storage/tile_sequence.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "kvplane/transform/hadamard.hpp"
 #include "kvplane/transform/rope.hpp"

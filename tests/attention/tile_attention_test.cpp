@@ -21,7 +21,7 @@ struct Encoded {
     Encoded(const TileFormat& tile_format, const Matrix& values) : format(tile_format) {
         tile.resize(static_cast<std::size_t>(format.bytes()));
         TileCoder coder(format);
-        coder.encode(head_rows(values), "values", 0, 0, values.rows(), 0, tile.data());
+        coder.encode(head_rows(values), "values", {.count = values.rows()}, tile.data());
         decoded.setZero(tile_tokens, format.channels());
         coder.decode(tile.data(), values.rows(), decoded.data(), decoded.cols());
     }

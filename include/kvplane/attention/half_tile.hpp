@@ -19,7 +19,7 @@
 #include "kvplane/attention/lanes.hpp"
 #include "kvplane/attention/plane_groups.hpp"
 #include "kvplane/attention/scratch.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane::detail {
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "kvplane/matrix.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane::detail {
 

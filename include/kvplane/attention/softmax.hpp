@@ -13,7 +13,7 @@
 #include "kvplane/attention/lanes.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/simd/isa.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane::detail {
 

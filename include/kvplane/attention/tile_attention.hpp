@@ -23,7 +23,7 @@
 #include "kvplane/attention/kernels/dispatch.hpp"
 #include "kvplane/attention/plane_groups.hpp"
 #include "kvplane/attention/scratch.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane::detail {
 

@@ -22,7 +22,7 @@
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/block.hpp"
 #include "kvplane/simd/floating_point.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_coder.hpp"
 
 namespace kvplane::detail {
 
@@ -287,7 +287,7 @@ class Appender {
     void encode_recent(TileSide side, Index head, std::byte* tile) {
         const Index dim = cache_.dim(side);
         const auto encode = [&](const auto& rows) {
-            coder(side).encode(head_rows(rows), name_of(side), 0, 0, tile_tokens, 0, tile);
+            coder(side).encode(head_rows(rows), name_of(side), {}, tile);
         };
         if (recent_rows_.half()) {
             halves_.resize(tile_tokens, dim);
@@ -320,7 +320,7 @@ class Appender {
             for (Index head = 0; head < cache_.configuration.kv_heads; ++head)
                 coder(side).encode(head_rows(side == TileSide::keys ? piece.keys : piece.values,
                                              cache_.configuration.kv_heads),
-                                   name_of(side), head, first, count, *tokens,
+                                   name_of(side), {.head = head, .first = first, .count = count, .tile_token = *tokens},
                                    page + at[static_cast<std::size_t>(head)]);
         }
         *tokens += count;

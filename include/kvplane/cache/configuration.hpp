@@ -13,7 +13,7 @@
 #include "kvplane/latent/schedule.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/block.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 #include "kvplane/transform/rope.hpp"
 
 namespace kvplane {

@@ -8,7 +8,7 @@
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/latent/coder.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_coder.hpp"
 
 namespace kvplane::detail {
 

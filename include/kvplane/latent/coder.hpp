@@ -9,7 +9,7 @@
 #include "kvplane/compiled.hpp"
 #include "kvplane/latent/keys.hpp"
 #include "kvplane/matrix.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_coder.hpp"
 #include "kvplane/transform/rope.hpp"
 
 namespace kvplane {

@@ -14,7 +14,7 @@
 #include "kvplane/latent/basis.hpp"
 #include "kvplane/latent/schedule.hpp"
 #include "kvplane/matrix.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 #include "kvplane/transform/rope.hpp"
 
 namespace kvplane {

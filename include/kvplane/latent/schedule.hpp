@@ -20,7 +20,7 @@
 
 #include "kvplane/compiled.hpp"
 #include "kvplane/matrix.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane {
 

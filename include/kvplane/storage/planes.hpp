@@ -8,7 +8,7 @@
 // Two packings of one plane:
 //   row packing   one token after another, code c of a row in the bits [c w, (c+1) w) of it, low bits first;
 //                 every row starts at a byte. Used by Quantized: any shape, any row range.
-//   unit packing  64-byte units in the order in which the attention kernels read them; see tile.hpp.
+//   unit packing  64-byte units in the order in which the attention kernels read them; see tile_format.hpp.
 //
 // Why powers of two: a 3-bit field straddles bytes, and unpacking it costs more instructions a code than the
 // dot product that follows; a 2-bit and a 1-bit plane cost a shift and a mask each. Fixed by the format and
@@ -30,11 +30,19 @@ using Index = Eigen::Index;
 
 /// The planes of one width, most significant first.
 struct PlaneSplit {
-    int count = 0;
+    /// The most that any width has.
     static constexpr int max_planes = 3;
-    std::array<int, max_planes> width{};
 
-    constexpr int bits() const noexcept { return width[0] + width[1] + width[2]; }
+    int count = 0;
+    std::array<int, max_planes> width{};  ///< bits of each plane; 0 beyond `count`
+
+    constexpr int bits() const noexcept {
+        int sum = 0;
+        for (const int w : width) sum += w;
+        return sum;
+    }
+    /// Whether the codes are fp16 numbers, which have no grid.
+    constexpr bool is_half() const noexcept { return bits() == 16; }
     /// Bits below plane p: what its code is shifted down by.
     constexpr int shift(int p) const noexcept {
         int below = 0;

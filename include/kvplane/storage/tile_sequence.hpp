@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kvplane/matrix.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane {
 

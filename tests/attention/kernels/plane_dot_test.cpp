@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "attention/kernels/plane_dot_support.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 

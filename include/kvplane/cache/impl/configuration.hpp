@@ -7,7 +7,7 @@
 #include "kvplane/attention/kernels/plane_dot.hpp"
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/latent/schedule.hpp"
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane {
 

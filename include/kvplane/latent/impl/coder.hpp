@@ -54,8 +54,8 @@ KVPLANE_FUNCTION double LatentCoder::encode(FramedKeys<KeyFrame::after_rope> key
         latents.noalias() = centered * to_latents_[static_cast<std::size_t>(s)];
         latents = latents.cwiseMax(-most).cwiseMin(most);
         std::byte* const tile = tiles[static_cast<std::size_t>(s)];
-        coders_[static_cast<std::size_t>(s)].encode(head_rows(latents), "latents", 0, 0, rows.rows(), 0,
-                                                    tile);
+        coders_[static_cast<std::size_t>(s)].encode(head_rows(latents), "latents",
+                                                    {.count = rows.rows()}, tile);
         const Matrix close = this->latents(s, tile, rows.rows()) * from_latents(s).transpose();
         largest = std::max(largest, static_cast<double>((centered - close).cwiseAbs().maxCoeff()));
     }

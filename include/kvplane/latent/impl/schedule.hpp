@@ -14,6 +14,7 @@
 #include "kvplane/error.hpp"
 #include "kvplane/latent/schedule.hpp"
 #include "kvplane/storage/planes.hpp"
+#include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane {
 

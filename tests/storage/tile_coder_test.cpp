@@ -1,7 +1,7 @@
 // Tiles: every code, grid and byte stands where the layout of tile.hpp says (told again here, in the plainest
 // way), sizes are exact, what was packed is read back at every depth and equals Quantized, however the tokens
 // came in and whatever instruction set packed them.
-#include "kvplane/storage/tile.hpp"
+#include "kvplane/storage/tile_coder.hpp"
 
 #include <algorithm>
 #include <limits>
@@ -201,7 +201,7 @@ Tile encoded(const Case& c, const Matrix& values) {
     const TileFormat format = c.format();
     Tile tile(static_cast<std::size_t>(format.bytes()), std::byte{0});
     TileCoder coder(format);
-    coder.encode(head_rows(values), "values", 0, 0, values.rows(), 0, tile.data());
+    coder.encode(head_rows(values), "values", {.count = values.rows()}, tile.data());
     return tile;
 }
 
@@ -527,11 +527,12 @@ TEST(TileEncode, KeepsTheLargestExponents) {
     for (Index c = 0; c < 53; ++c) values.col(c) *= std::exp2(static_cast<float>(c % 13 - 9));
     values.col(30).setZero();
     Tile tile(static_cast<std::size_t>(format.bytes()), std::byte{255});
-    TileCoder(format).encode(head_rows(values), "keys", 0, 0, 128, 0, tile.data());
+    TileCoder(format).encode(head_rows(values), "keys", {}, tile.data());
     const Matrix halves = values.rightCols(33);
     Tile slow(static_cast<std::size_t>(alone.bytes()), std::byte{255});
     TileCoder coder(alone);
-    for (Index t = 0; t < 128; ++t) coder.encode(head_rows(halves), "keys", 0, t, 1, t, slow.data());
+    for (Index t = 0; t < 128; ++t)
+        coder.encode(head_rows(halves), "keys", {.first = t, .count = 1, .tile_token = t}, slow.data());
     for (Index c = 0; c < 33; ++c) {
         const Eigen::half largest(halves.col(c).cwiseAbs().maxCoeff());
         EXPECT_EQ(largest_exponents(format.segments()[1], tile.data())[c], largest.x >> 10) << c;
@@ -549,7 +550,7 @@ TEST(TileDecode, EveryFp16Value) {
                 halves.data()[i] = Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(sign + i));
             TileCoder coder(c.format());
             Tile tile(static_cast<std::size_t>(c.format().bytes()));
-            coder.encode(head_rows(halves), "values", 0, 0, 128, 0, tile.data());
+            coder.encode(head_rows(halves), "values", {}, tile.data());
             for (const int depth : {8, 12, 16}) {
                 const Matrix close = decoded(c, tile, 128, depth);
                 const Matrix expected = expected_values(c, halves.cast<float>(), depth);
@@ -567,7 +568,8 @@ TEST(TileEncode, GivesTheSameWithSubnormalsFlushed) {
     Random random(kvplane_test::seed());
     const std::vector<GridRule> rules{{Granularity::per_channel, 32}, {Granularity::per_token, 32}};
     for (const Case& c : all_cases({40}, rules))
-        for (const kvplane_test::NamedMatrix& input : kvplane_test::half_matrices(128, c.channels(), random)) {
+        for (const kvplane_test::NamedMatrix& input :
+             kvplane_test::half_matrices(128, c.channels(), random)) {
             const std::string& scale = input.name;
             const Matrix& values = input.values;
             SCOPED_TRACE(c.text() + ", " + scale);
@@ -590,7 +592,8 @@ Tile appended(const Case& c, const Matrix& values, const Next& next) {
     TileCoder coder(format);
     for (Index at = 0, count; at < values.rows(); at += count) {
         count = std::min<Index>(next(at), values.rows() - at);
-        coder.encode(head_rows(values), "values", 0, at, count, at, tile.data());
+        coder.encode(head_rows(values), "values", {.first = at, .count = count, .tile_token = at},
+                     tile.data());
     }
     return tile;
 }
@@ -623,7 +626,7 @@ void expect_others_untouched(const Case& c, Index from, const Matrix& values) {
     const Tile before(static_cast<std::size_t>(format.bytes()), std::byte{0xA5});
     Tile tile = before;
     TileCoder coder(format);
-    coder.encode(head_rows(values), "values", 0, 0, values.rows(), from, tile.data());
+    coder.encode(head_rows(values), "values", {.count = values.rows(), .tile_token = from}, tile.data());
     const Matrix close = decoded(c, tile, 128).middleRows(from, values.rows());
     ASSERT_EQ(differing(close, expected_values(c, values)), 0);
     for (std::size_t s = 0; s < documented.segments.size(); ++s)
@@ -667,7 +670,7 @@ TEST(TileAppend, DoesNotDependOnEarlierTiles) {
         Matrix close(128, c.channels());
         coder.decode(strange.data(), 128, close.data(), close.cols());
         Tile tile(static_cast<std::size_t>(format.bytes()), std::byte{0});
-        coder.encode(head_rows(values), "values", 0, 0, 128, 0, tile.data());
+        coder.encode(head_rows(values), "values", {}, tile.data());
         ASSERT_TRUE(tile == expected) << c.text();
     }
 }
@@ -708,7 +711,7 @@ void expect_input_types_agree(const Case& c, const Matrix& values) {
     heads.block(3, c.channels(), 128, c.channels()) = typed;
     TileCoder coder(c.format());
     Tile tile(static_cast<std::size_t>(c.format().bytes()), std::byte{0});
-    coder.encode(head_rows(heads, 3), "values", 1, 3, 128, 0, tile.data());
+    coder.encode(head_rows(heads, 3), "values", {.head = 1, .first = 3}, tile.data());
     EXPECT_TRUE(tile == encoded(c, as_float)) << c.text();
 }
 
@@ -751,7 +754,7 @@ TEST(TileRefuses, PositionsAndSizesOutside) {
         const auto refused = [&](ErrorCode code, Index heads, Index head, Index first, Index count,
                                  Index tile_token) {
             const std::string sentence = refusal(code, [&] {
-                coder.encode(head_rows(values, heads), "keys", head, first, count, tile_token, tile.data());
+                coder.encode(head_rows(values, heads), "keys", {head, first, count, tile_token}, tile.data());
             });
             EXPECT_NE(sentence.find("keys: "), std::string::npos) << sentence;
         };
@@ -790,8 +793,9 @@ TEST(TileRefuses, NumbersThatCannotBeStoredWithTheirPosition) {
             const auto sentence_for = [&](float value, Index channel, ErrorCode code) {
                 Matrix values = Matrix::Zero(140, 2 * 73);
                 values(139, 73 + channel) = value;
-                return refusal(
-                    code, [&] { coder.encode(head_rows(values, 2), "values", 1, 12, 128, 0, tile.data()); });
+                return refusal(code, [&] {
+                    coder.encode(head_rows(values, 2), "values", {.head = 1, .first = 12}, tile.data());
+                });
             };
             for (const Index channel : {40, 72}) {
                 const std::string place =
@@ -808,7 +812,7 @@ TEST(TileRefuses, NumbersThatCannotBeStoredWithTheirPosition) {
             Random random(kvplane_test::seed());
             const Matrix values = normal_matrix(5, 73, random);
             std::fill(tile.begin(), tile.end(), std::byte{0});
-            coder.encode(head_rows(values), "values", 0, 0, 5, 0, tile.data());
+            coder.encode(head_rows(values), "values", {.count = 5}, tile.data());
             EXPECT_TRUE(tile == encoded(c, values));
         }
 }

@@ -1,0 +1,317 @@
+// kvplane/storage/tile_coder.hpp: tokens to tiles and tiles to numbers, in the layout of tile_format.hpp.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "kvplane/error.hpp"
+#include "kvplane/matrix.hpp"
+#include "kvplane/quantize/block.hpp"
+#include "kvplane/quantize/grid.hpp"
+#include "kvplane/quantize/kernels.hpp"
+#include "kvplane/quantize/rule.hpp"
+#include "kvplane/simd/isa.hpp"
+#include "kvplane/storage/tile_format.hpp"
+#include "kvplane/storage/tile_planes.hpp"
+
+namespace kvplane {
+
+/// Which tokens of some rows go where in a tile: the tokens [first, first + count) of one head become the
+/// tokens [tile_token, tile_token + count) of the tile.
+struct TileTokens {
+    Index head = 0;
+    Index first = 0;
+    Index count = tile_tokens;
+    Index tile_token = 0;
+};
+
+/// Turns tokens into tiles and tiles into numbers, in memory that is reused from tile to tile.
+class TileCoder {
+  public:
+    explicit TileCoder(const TileFormat& format) : format_(format) {
+        for (const auto& segment : format.segments()) codes_.emplace_back(segment.channels);
+    }
+
+    /// Quantizes and packs tokens into `tile`; its other tokens stay as they are. Grids per channel need whole
+    /// groups: tile_token and count must be multiples of the group (count may stop short at the end of a
+    /// sequence). `argument` names the rows in errors. Throws Error (shape, index; not_finite and beyond_fp16
+    /// with the position) and may then have written part of the tile.
+    template <CacheScalar Scalar>
+    void encode(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
+                std::byte* tile);
+
+    /// The first `tokens` tokens of a tile as floats, [token][channel], rows `stride` apart, read at `depth`
+    /// bits: every segment at the lesser of depth and its width; fp16 at 8, 12 or 16 bits. Throws Error (index,
+    /// option) before it writes anything.
+    void decode(const std::byte* tile, Index tokens, int depth, float* values, Index stride);
+    /// All bits of them.
+    void decode(const std::byte* tile, Index tokens, float* values, Index stride) {
+        decode(tile, tokens, 16, values, stride);
+    }
+
+    /// Bound of |x - x'| over the first `tokens` tokens, clipped values aside (see excess()): half the widest
+    /// cell, or the rounding to fp16 of the largest magnitude.
+    double error_bound(const std::byte* tile, Index tokens);
+
+    /// How far tokens of the last encode() lay outside their grids: 0 without clipping.
+    ClipExcess excess() const noexcept { return excess_; }
+
+    const TileFormat& format() const noexcept { return format_; }
+
+  private:
+    using Segment = TileFormat::Placed;
+
+    template <CacheScalar Scalar>
+    void quantize_segment(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
+                          const Segment& segment, TileCodes& codes, std::byte* tile);
+    template <CacheScalar Scalar>
+    void split_half(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
+                    const Segment& segment, TileCodes& codes, std::byte* tile);
+    static void join_half(const Segment& segment, int depth, Index tokens, TileCodes& codes, float* values,
+                          Index stride);
+    void decode_segment(const std::byte* tile, const Segment& segment, int depth, Index tokens,
+                        const TileCodes& codes, float* values, Index stride);
+    void read_grids(const std::byte* tile, const Segment& segment, int depth);
+    void spread_columns(Index group, Index channels);
+    void spread_row(Index token, const Segment& segment);
+    bool grid_in_use(Index g, const Segment& segment, Index tokens) const noexcept;
+    static void require_depth(const Segment& segment, int depth);
+
+    TileFormat format_;
+    BlockQuantizer quantizer_;
+    ClipExcess excess_;
+    std::vector<TileCodes> codes_;                    ///< one a segment
+    std::vector<float> lower_, step_;                 ///< all grids of a segment, as floats
+    std::vector<float> row_lower_, row_step_;         ///< [channel] those of one row
+    std::vector<float> decoded_;                      ///< rows padded to what kernels take
+    std::vector<std::uint16_t> half_bits_, largest_;  ///< [channel] of one token; over all tokens
+};
+
+// Implementation -------------------------------------------------------------------------------------------
+
+template <CacheScalar Scalar>
+void TileCoder::encode(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
+                       std::byte* tile) {
+    const auto& [head, first, count, tile_token] = tokens;
+    require(rows.head_dim() == format_.channels(), ErrorCode::shape, argument, ": ", rows.head_dim(),
+            " channels, expected ", format_.channels());
+    require(head >= 0 && head < rows.heads() && first >= 0 && count >= 0 && count <= rows.tokens() - first,
+            ErrorCode::index, argument, ": head ", head, ", ", count, " tokens from ", first, " on, of ",
+            rows.heads(), " heads, ", rows.tokens(), " tokens");
+    require(tile_token >= 0 && count <= tile_tokens - tile_token, ErrorCode::index, argument, ": ", count,
+            " tokens from ", tile_token, " on, of a tile of ", tile_tokens);
+    require(!format_.grids_span_tokens() || tile_token % format_.rule().group == 0, ErrorCode::index,
+            argument, ": a tile with grids over ", format_.rule().group,
+            " tokens takes tokens from a multiple of that on, not from ", tile_token);
+    excess_ = {};
+    for (std::size_t s = 0; s < format_.segments().size(); ++s) {
+        const Segment& segment = format_.segments()[s];
+        if (segment.bits == 0) continue;
+        codes_[s].clear_padding(tile_token, count);
+        if (segment.is_half())
+            split_half(rows, argument, tokens, segment, codes_[s], tile);
+        else
+            quantize_segment(rows, argument, tokens, segment, codes_[s], tile);
+        pack_segment(format_, s, codes_[s], tile_token, count, tile);
+    }
+}
+
+inline void TileCoder::decode(const std::byte* tile, Index tokens, int depth, float* values, Index stride) {
+    require(tokens >= 0 && tokens <= tile_tokens, ErrorCode::index, "tile: ", tokens,
+            " tokens, expected 0 to ", tile_tokens);
+    for (const auto& segment : format_.segments()) require_depth(segment, depth);
+    if (tokens == 0) return;  // `values` may be null
+    for (std::size_t s = 0; s < format_.segments().size(); ++s) {
+        const Segment& segment = format_.segments()[s];
+        float* to = values + segment.first_channel;
+        if (segment.bits == 0) {
+            for (Index t = 0; t < tokens; ++t) std::fill_n(to + t * stride, segment.channels, 0.0f);
+            continue;
+        }
+        const int segment_depth = std::min(depth, segment.bits);
+        unpack_segment(format_, s, segment_depth, tile, codes_[s]);
+        if (segment.is_half())
+            join_half(segment, segment_depth, tokens, codes_[s], to, stride);
+        else
+            decode_segment(tile, segment, segment_depth, tokens, codes_[s], to, stride);
+    }
+}
+
+inline double TileCoder::error_bound(const std::byte* tile, Index tokens) {
+    const auto rounding = [](float x) { return std::ldexp(std::abs(static_cast<double>(x)), -11) + 0x1p-25; };
+    double bound = 0.0;
+    for (std::size_t s = 0; s < format_.segments().size(); ++s) {
+        const Segment& segment = format_.segments()[s];
+        if (segment.is_half()) {
+            decoded_.resize(static_cast<std::size_t>(tile_tokens * segment.channels));
+            unpack_segment(format_, s, 16, tile, codes_[s]);
+            join_half(segment, 16, tokens, codes_[s], decoded_.data(), segment.channels);
+            for (Index i = 0; i < tokens * segment.channels; ++i)
+                bound = std::max(bound, rounding(decoded_[static_cast<std::size_t>(i)]));
+            continue;
+        }
+        read_grids(tile, segment, segment.bits);
+        for (std::size_t g = 0; g < lower_.size(); ++g)
+            if (grid_in_use(static_cast<Index>(g), segment, tokens))
+                bound = std::max<double>(bound, Grid{lower_[g], step_[g], segment.bits}.error_bound());
+    }
+    return bound;
+}
+
+inline bool TileCoder::grid_in_use(Index g, const Segment& segment, Index tokens) const noexcept {
+    return format_.rule().granularity == Granularity::per_channel
+               ? g / segment.channels * format_.rule().group < tokens
+               : g % tile_tokens < tokens;
+}
+
+inline void TileCoder::require_depth(const Segment& segment, int depth) {
+    const int read = std::min(depth, segment.bits);
+    require(depth >= 1 && (!segment.is_half() || (read >= 8 && read % 4 == 0)), ErrorCode::option,
+            "tile: a depth of ", depth, " bits, expected ",
+            segment.is_half() ? "8, 12 or 16 for fp16" : "at least 1");
+}
+
+template <CacheScalar Scalar>
+void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view argument,
+                                 const TileTokens& tokens, const Segment& segment, TileCodes& codes,
+                                 std::byte* tile) {
+    GridRule rule = format_.rule();
+    rule.scheme = segment.scheme;
+    quantizer_.quantize(rows, {.argument = argument,
+                               .head = tokens.head,
+                               .first = tokens.first,
+                               .count = tokens.count,
+                               .first_channel = segment.first_channel,
+                               .channels = segment.channels,
+                               .rule = rule,
+                               .bits = segment.bits,
+                               .codes = codes.byte(0) + tokens.tile_token * codes.stride(),
+                               .code_stride = codes.stride()});
+    excess_.largest = std::max(excess_.largest, quantizer_.excess().largest);
+    excess_.energy += quantizer_.excess().energy;
+    const bool keep_lower = segment.scheme != Scheme::symmetric;
+    auto* step = reinterpret_cast<Eigen::half*>(tile + segment.step_at);
+    auto* lower = reinterpret_cast<Eigen::half*>(tile + segment.lower_at);
+    if (format_.rule().granularity == Granularity::per_channel) {
+        const Index at = tokens.tile_token / format_.rule().group * segment.channels;
+        std::copy(quantizer_.step().begin(), quantizer_.step().end(), step + at);
+        if (keep_lower) std::copy(quantizer_.lower().begin(), quantizer_.lower().end(), lower + at);
+        return;
+    }
+    const Index runs = segment.grids / tile_tokens;
+    for (Index t = 0; t < tokens.count; ++t)
+        for (Index run = 0; run < runs; ++run) {
+            const auto from = static_cast<std::size_t>(t * runs + run);
+            const Index at = run * tile_tokens + tokens.tile_token + t;
+            step[at] = quantizer_.step()[from];
+            if (keep_lower) lower[at] = quantizer_.lower()[from];
+        }
+}
+
+inline void TileCoder::decode_segment(const std::byte* tile, const Segment& segment, int depth, Index tokens,
+                                      const TileCodes& codes, float* values, Index stride) {
+    read_grids(tile, segment, depth);
+    const Isa isa = current_isa();
+    const Index channels = segment.channels, padded = padded_channels(channels);
+    const bool by_channel = format_.rule().granularity == Granularity::per_channel;
+    const Index group = by_channel ? format_.rule().group : 1;
+    const bool direct = channels == padded;
+    if (!direct) decoded_.resize(static_cast<std::size_t>(group * padded));
+    for (Index t = 0; t < tokens; t += group) {
+        const Index count = std::min(group, tokens - t);
+        if (by_channel)
+            spread_columns(t / group, channels);
+        else
+            spread_row(t, segment);
+        float* to = direct ? values + t * stride : decoded_.data();
+        decode_columns(isa, codes.byte(0) + t * codes.stride(), codes.stride(), count, padded,
+                       row_lower_.data(), row_step_.data(), to, direct ? stride : padded);
+        if (!direct)
+            for (Index i = 0; i < count; ++i)
+                std::copy_n(to + i * padded, channels, values + (t + i) * stride);
+    }
+}
+
+/// All grids of a segment as floats, the step that of the depth.
+inline void TileCoder::read_grids(const std::byte* tile, const Segment& segment, int depth) {
+    const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
+    const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
+    const auto grids = static_cast<std::size_t>(segment.grids);
+    lower_.resize(grids);
+    step_.resize(grids);
+    const bool symmetric = segment.scheme == Scheme::symmetric;
+    const float to_lower = -(0.5f * power_of_two(segment.bits) + 0.5f);
+    const float widen = power_of_two(segment.bits - depth);
+    for (std::size_t g = 0; g < grids; ++g) {
+        const auto fine = static_cast<float>(step[g]);
+        lower_[g] = symmetric ? fine * to_lower : static_cast<float>(lower[g]);
+        step_[g] = fine * widen;
+    }
+    const auto padded = static_cast<std::size_t>(padded_channels(segment.channels));
+    row_lower_.resize(std::max(row_lower_.size(), padded));
+    row_step_.resize(std::max(row_step_.size(), padded));
+}
+
+inline void TileCoder::spread_columns(Index group, Index channels) {
+    std::copy_n(lower_.begin() + group * channels, channels, row_lower_.begin());
+    std::copy_n(step_.begin() + group * channels, channels, row_step_.begin());
+}
+
+inline void TileCoder::spread_row(Index token, const Segment& segment) {
+    const Index run = format_.rule().group;
+    for (Index c = 0, r = 0; c < segment.channels; c += run, ++r) {
+        const auto g = static_cast<std::size_t>(r * tile_tokens + token);
+        const Index size = std::min(run, segment.channels - c);
+        std::fill_n(row_lower_.begin() + c, size, lower_[g]);
+        std::fill_n(row_step_.begin() + c, size, step_[g]);
+    }
+}
+
+/// fp16 bits of tokens to two bytes each; of keys also the exponents of the largest magnitudes.
+template <CacheScalar Scalar>
+void TileCoder::split_half(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
+                           const Segment& segment, TileCodes& codes, std::byte* tile) {
+    const auto channels = static_cast<std::size_t>(segment.channels);
+    std::vector<std::uint16_t>& bits = half_bits_;
+    bits.resize(channels);
+    largest_.assign(channels, 0);
+    for (Index t = 0; t < tokens.count; ++t) {
+        for (std::size_t c = 0; c < channels; ++c) {
+            const auto channel = segment.first_channel + static_cast<Index>(c);
+            const auto x = static_cast<float>(*rows.at(tokens.head, tokens.first + t, channel));
+            if (!(std::abs(x) <= fp16_max))
+                detail::refuse_value(rows, argument, tokens.head, tokens.first + t, channel);
+            bits[c] = Eigen::half(x).x;
+        }
+        std::uint8_t* const high = &codes.at(tokens.tile_token + t, 0, 0);
+        std::uint8_t* const low = &codes.at(tokens.tile_token + t, 0, 1);
+        for (std::size_t c = 0; c < channels; ++c) {
+            high[c] = static_cast<std::uint8_t>(bits[c] >> 8);
+            low[c] = static_cast<std::uint8_t>(bits[c] & 0xFF);
+            largest_[c] = std::max(largest_[c], static_cast<std::uint16_t>(bits[c] & 0x7FFF));
+        }
+    }
+    if (format_.side() != TileSide::keys) return;
+    for (std::size_t c = 0; c < channels; ++c) {
+        std::byte& exponent = tile[segment.exponent_at + static_cast<Index>(c)];
+        const auto found = static_cast<std::byte>(largest_[c] >> 10);
+        if (tokens.tile_token == 0 || exponent < found) exponent = found;
+    }
+}
+
+inline void TileCoder::join_half(const Segment& segment, int depth, Index tokens, TileCodes& codes,
+                                 float* values, Index stride) {
+    const int midpoint = depth == 16 ? 0 : 1 << (15 - depth);
+    for (Index t = 0; t < tokens; ++t)
+        for (Index c = 0; c < segment.channels; ++c) {
+            const int bits = codes.at(t, c, 0) << 8 | codes.at(t, c, 1) | midpoint;
+            values[t * stride + c] =
+                static_cast<float>(Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(bits)));
+        }
+}
+
+}  // namespace kvplane
