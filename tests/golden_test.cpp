@@ -12,7 +12,7 @@
 #include <string>
 
 #include "cache/cache_support.hpp"
-#include "kvplane/cache/serialize.hpp"
+#include "kvplane/io/cache_file.hpp"
 #include "test_inputs.hpp"
 
 namespace {

@@ -36,7 +36,7 @@
 #include "kvplane/transform/rope.hpp"
 #include "kvplane/version.hpp"
 #if KVPLANE_WITH_JSON
-#include "kvplane/cache/serialize.hpp"
+#include "kvplane/io/cache_file.hpp"
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/io/safetensors.hpp"
 #endif

@@ -7,7 +7,7 @@
 #include <thread>
 
 #include "cache_support.hpp"
-#include "kvplane/cache/serialize.hpp"
+#include "kvplane/io/cache_file.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 

@@ -4,7 +4,7 @@
 #include <filesystem>
 
 #include "cache_support.hpp"
-#include "kvplane/cache/serialize.hpp"
+#include "kvplane/io/cache_file.hpp"
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "test_support.hpp"

@@ -1,5 +1,5 @@
 // Saved caches: equal after loading, and refused when anything about them is wrong.
-#include "kvplane/cache/serialize.hpp"
+#include "kvplane/io/cache_file.hpp"
 
 #include <gtest/gtest.h>
 

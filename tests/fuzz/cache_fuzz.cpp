@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <span>
 
-#include "kvplane/cache/serialize.hpp"
+#include "kvplane/io/cache_file.hpp"
 #include "kvplane/recipe_names.hpp"
 
 using namespace kvplane;

@@ -1,57 +1,23 @@
-// kvplane/cache/serialize.hpp: a cache to and from one safetensors file.
-//
-// Tensors (all little-endian, as the pages hold them):
-//   sinks        U8  [bytes]               the page of fp16 sinks, where there are any
-//   tiles        U8  [tiles, tile bytes]   the packed tiles, in the order of their positions
-//   tile_first   I64 [tiles]               position of each tile's first token
-//   tile_tokens  I64 [tiles]               tokens in each
-//   recent       U8  [pages, page bytes]   pages of tokens that are not in a tile yet
-//   extremes     F64 [4]                   largest magnitude of keys and values, clipped excess of each
-//   latent.*                               a basis that the cache fitted (io/latent_file.hpp: parts.P.*)
-//   queries.*    F64                       moments of queries, where it has yet to do so
-// Metadata: kvplane.format (the version of all this), kvplane.configuration (JSON), kvplane.tokens,
-// kvplane.dropped, kvplane.window_first, kvplane.checksum (FNV-1a over all of it).
+// kvplane/io/impl/cache_file.hpp: what a cache holds as tensors, and back with every number checked.
 #pragma once
 
-#include <array>
-#include <cstdint>
+#include <algorithm>
 #include <cstring>
-#include <filesystem>
 #include <nlohmann/json.hpp>
-#include <span>
-#include <string>
-#include <vector>
+#include <utility>
 
-#include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/error.hpp"
-#include "kvplane/io/latent_file.hpp"
+#include "kvplane/io/cache_file.hpp"
+#include "kvplane/io/impl/latent_content.hpp"
 #include "kvplane/io/safetensors.hpp"
 
 namespace kvplane {
 
-/// The file of a cache in memory. Two caches of the same content give the same bytes.
-std::vector<std::byte> to_bytes(const KvCache& cache);
-
-/// Writes the file. Throws Error (io) and then leaves what was at `path`.
-void save_cache(const KvCache& cache, const std::filesystem::path& path);
-
-/// Reads a cache that was saved with exactly this configuration. Attention of the loaded cache equals that of
-/// the saved one bit for bit. Throws Error: io; format (malformed, truncated or altered content); mismatch
-/// (another format version, another configuration); out_of_memory.
-KvCache load_cache(const std::filesystem::path& path, const CacheConfiguration& configuration,
-                   TilePool& pool);
-KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& configuration, TilePool& pool);
-
-// Implementation
-// ------------------------------------------------------------------------------------------------
-
 namespace detail {
 
-inline constexpr const char* cache_format_version = "3";
-
-/// FNV-1a, eight bytes at a time.
-class Checksum {
+/// The hash of words that io/cache_file.hpp describes.
+class WordHash {
   public:
     void add(std::span<const std::byte> bytes) noexcept {
         add_word(bytes.size());
@@ -72,8 +38,8 @@ class Checksum {
 };
 
 /// A number that stands for a basis in a configuration.
-inline std::string checksum(const LatentKeys& keys) {
-    Checksum sum;
+inline std::string basis_checksum(const LatentKeys& keys) {
+    WordHash sum;
     for (Index i = 0; i < keys.subspaces(); ++i) {
         const LatentKeys::Subspace& subspace = keys.subspace(i);
         for (const ChannelSegment& segment : subspace.segments) {
@@ -96,13 +62,14 @@ inline std::string checksum(const LatentKeys& keys) {
 inline nlohmann::json latents_json(const CacheConfiguration& c) {
     if (!c.recipe.latents) return nullptr;
     const LatentRecipe& latents = *c.recipe.latents;
-    return {{"basis", basis_json(latents.basis)},
-            {"rope", rope_json(c.rope)},
-            {"groups", latents.groups},
-            {"bits", latents.bits},
-            {"own_heads_together", latents.own_heads_together},
-            {"fit_tokens", latents.fit_tokens},
-            {"given", c.latent_keys ? nlohmann::json(checksum(*c.latent_keys)) : nlohmann::json(nullptr)}};
+    return {
+        {"basis", basis_json(latents.basis)},
+        {"rope", rope_json(c.rope)},
+        {"groups", latents.groups},
+        {"bits", latents.bits},
+        {"own_heads_together", latents.own_heads_together},
+        {"fit_tokens", latents.fit_tokens},
+        {"given", c.latent_keys ? nlohmann::json(basis_checksum(*c.latent_keys)) : nlohmann::json(nullptr)}};
 }
 
 inline nlohmann::json side_json(const SideRecipe& side) {
@@ -131,30 +98,11 @@ inline std::string configuration_json(const CacheConfiguration& c) {
     return json.dump();
 }
 
-/// What a file holds, between the cache and the format.
-struct CacheContent {
-    std::string configuration;
-    Index tokens = 0, dropped = 0, window_first = 0;
-    std::vector<std::byte> sinks, tiles, recent;
-    std::vector<std::int64_t> tile_first, tile_tokens;
-    std::array<double, 4> extremes{};
-    std::shared_ptr<const LatentKeys> basis;  ///< the cache's own
-    std::vector<SecondMoments> queries;       ///< while it has none
-
-    static CacheContent of(const KvCache& cache);
-    KvCache restore(const CacheConfiguration& configuration, TilePool& pool, const std::string& source) const;
-    std::string checksum() const;
-
-  private:
-    void require_consistent(const CacheShape& shape, const CacheState& state,
-                            const std::string& source) const;
-};
-
 inline void append_page(std::vector<std::byte>& to, const PageReference& page) {
     to.insert(to.end(), page.data(), page.data() + page.bytes());
 }
 
-inline CacheContent CacheContent::of(const KvCache& cache) {
+KVPLANE_FUNCTION CacheContent CacheContent::of(const KvCache& cache) {
     const CacheState& state = cache.state();
     CacheContent content;
     content.configuration = configuration_json(cache.configuration());
@@ -174,8 +122,8 @@ inline CacheContent CacheContent::of(const KvCache& cache) {
     return content;
 }
 
-inline std::string CacheContent::checksum() const {
-    Checksum sum;
+KVPLANE_FUNCTION std::string CacheContent::checksum() const {
+    WordHash sum;
     sum.add(std::as_bytes(std::span(configuration)));
     for (const Index number : {tokens, dropped, window_first})
         sum.add_word(static_cast<std::uint64_t>(number));
@@ -186,7 +134,7 @@ inline std::string CacheContent::checksum() const {
     sum.add(std::as_bytes(std::span(tile_tokens)));
     sum.add(std::as_bytes(std::span(extremes)));
     if (basis) {
-        const std::string basis_sum = kvplane::detail::checksum(*basis);
+        const std::string basis_sum = basis_checksum(*basis);
         sum.add(std::as_bytes(std::span(basis_sum)));
     }
     for (const SecondMoments& head : queries) {
@@ -200,7 +148,7 @@ inline std::string CacheContent::checksum() const {
 }
 
 /// Whether the parts make up a cache: positions without gaps, pages of the right number and size.
-inline void CacheContent::require_consistent(const CacheShape& shape, const CacheState& state,
+KVPLANE_FUNCTION void CacheContent::require_consistent(const CacheShape& shape, const CacheState& state,
                                              const std::string& source) const {
     const auto expect = [&](bool holds, const auto&... what) {
         require(holds, ErrorCode::format, source, ": ", what...);
@@ -243,7 +191,7 @@ inline void CacheContent::require_consistent(const CacheShape& shape, const Cach
            "recent: ", recent.size(), " bytes, expected ", pages, " pages of ", page_bytes);
 }
 
-inline KvCache CacheContent::restore(const CacheConfiguration& configuration_wanted, TilePool& pool,
+KVPLANE_FUNCTION KvCache CacheContent::restore(const CacheConfiguration& configuration_wanted, TilePool& pool,
                                      const std::string& source) const {
     const CacheShape shape(configuration_wanted);
     CacheState state = shape.empty_state();
@@ -370,21 +318,21 @@ class CacheFile {
 
 }  // namespace detail
 
-inline std::vector<std::byte> to_bytes(const KvCache& cache) {
+KVPLANE_FUNCTION std::vector<std::byte> to_bytes(const KvCache& cache) {
     return detail::cache_writer(cache).to_bytes();
 }
 
-inline void save_cache(const KvCache& cache, const std::filesystem::path& path) {
+KVPLANE_FUNCTION void save_cache(const KvCache& cache, const std::filesystem::path& path) {
     detail::cache_writer(cache).write(path);
 }
 
-inline KvCache load_cache(const std::filesystem::path& path, const CacheConfiguration& configuration,
-                          TilePool& pool) {
+KVPLANE_FUNCTION KvCache load_cache(const std::filesystem::path& path,
+                                    const CacheConfiguration& configuration, TilePool& pool) {
     return detail::CacheFile(SafetensorsFile::open(path), path.string()).load(configuration, pool);
 }
 
-inline KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& configuration,
-                          TilePool& pool) {
+KVPLANE_FUNCTION KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& configuration,
+                                    TilePool& pool) {
     return detail::CacheFile(SafetensorsFile::from_bytes(bytes), "memory").load(configuration, pool);
 }
 

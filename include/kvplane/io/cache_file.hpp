@@ -1,0 +1,87 @@
+// kvplane/io/cache_file.hpp: a cache to and from one safetensors file.
+//
+// Tensors (all little-endian, as the pages hold them):
+//   sinks        U8  [bytes]               the page of fp16 sinks, where there are any
+//   tiles        U8  [tiles, tile bytes]   the packed tiles, in the order of their positions
+//   tile_first   I64 [tiles]               position of each tile's first token
+//   tile_tokens  I64 [tiles]               tokens in each
+//   recent       U8  [pages, page bytes]   pages of tokens that are not in a tile yet
+//   extremes     F64 [4]                   largest magnitude of keys and values, clipped excess of each
+//   latent.*                               a basis that the cache fitted (io/latent_file.hpp: parts.P.*)
+//   queries.*    F64                       moments of queries, where it has yet to do so
+// Metadata: kvplane.format (the version of all this), kvplane.configuration (JSON), kvplane.tokens,
+// kvplane.dropped, kvplane.window_first, kvplane.checksum.
+//
+// The checksum finds damage, it is no protection against forgery. It is a decimal number, a hash h of 64-bit
+// words, with the constants of FNV-1a, but over words instead of bytes and with a shift that brings high bits
+// down:
+//   h = 0xCBF29CE484222325, and for each word w:  h = (h xor w) * 0x100000001B3 mod 2^64;  h = h xor (h >> 29)
+// An array of bytes is hashed as its size in bytes, its whole words (little-endian), and one more word with the
+// 0 to 7 bytes that are left, filled up with zeros. In this order:
+//   the array kvplane.configuration; the words tokens, dropped, window_first;
+//   the arrays sinks, tiles, recent, tile_first, tile_tokens, extremes;
+//   with a basis of its own, the array of its checksum as decimal text;
+//   with moments of queries, for each head the arrays count, mean and scatter.
+// A basis has a checksum of its own. For each subspace: for each run of its segments the words latents and bits;
+// then the arrays mean, encode_scale, decode_scale, decode, encode, channels (empty where there is none).
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/compiled.hpp"
+#include "kvplane/latent/keys.hpp"
+#include "kvplane/latent/statistics.hpp"
+
+namespace kvplane {
+
+/// The file of a cache in memory. Two caches of the same content give the same bytes.
+std::vector<std::byte> to_bytes(const KvCache& cache);
+
+/// Writes the file. Throws Error (io) and then leaves what was at `path`.
+void save_cache(const KvCache& cache, const std::filesystem::path& path);
+
+/// Reads a cache that was saved with exactly this configuration. Attention of the loaded cache equals that of
+/// the saved one bit for bit. Throws Error: io; format (malformed, truncated or altered content); mismatch
+/// (another format version, another configuration); out_of_memory.
+KvCache load_cache(const std::filesystem::path& path, const CacheConfiguration& configuration,
+                   TilePool& pool);
+KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& configuration, TilePool& pool);
+
+namespace detail {
+
+inline constexpr const char* cache_format_version = "3";
+
+/// What a file holds, between the cache and the format.
+struct CacheContent {
+    std::string configuration;
+    Index tokens = 0, dropped = 0, window_first = 0;
+    std::vector<std::byte> sinks, tiles, recent;
+    std::vector<std::int64_t> tile_first, tile_tokens;
+    std::array<double, 4> extremes{};
+    std::shared_ptr<const LatentKeys> basis;  ///< the cache's own
+    std::vector<SecondMoments> queries;       ///< while it has none
+
+    static CacheContent of(const KvCache& cache);
+    KvCache restore(const CacheConfiguration& configuration, TilePool& pool, const std::string& source) const;
+    std::string checksum() const;
+
+  private:
+    void require_consistent(const CacheShape& shape, const CacheState& state,
+                            const std::string& source) const;
+};
+
+}  // namespace detail
+
+}  // namespace kvplane
+
+#if !defined(KVPLANE_COMPILED)
+#include "kvplane/io/impl/cache_file.hpp"
+#endif
