@@ -305,18 +305,17 @@ TEST(BitAllocation, MoreBudgetNeverCostsError) {
     for (int trial = 0; trial < 400; ++trial) {
         Items items = random_items(random, 15, 7);
         const double least = kvplane::cheapest_cost(items), most = most_expensive(items);
-        double last[4] = {infinity, infinity, infinity, infinity};
+        double last[3] = {infinity, infinity, infinity};
         for (int step = 0; step <= 60; ++step) {
             const double budget = least + (most - least) * step / 59.0;
-            const double errors[4] = {exact(items, budget).error, greedy(items, budget).error,
-                                      allocate(items, budget, {.resolution = 0.37}).error, [&] {
+            const double errors[3] = {exact(items, budget).error, greedy(items, budget).error, [&] {
                                           try {
                                               return uniform(items, budget).error;
                                           } catch (const kvplane::Error&) {
                                               return infinity;
                                           }
                                       }()};
-            for (int method = 0; method < 4; ++method) {
+            for (int method = 0; method < 3; ++method) {
                 EXPECT_LE(errors[method], last[method] * (1 + 1e-12))
                     << "method " << method << ", step " << step;
                 last[method] = errors[method];
@@ -507,39 +506,10 @@ TEST(BitAllocation, AFrontierTooLargeIsRefused) {
     const std::string sentence = kvplane_test::refusal(
         ErrorCode::option, [] { allocate(hard_instance(200), 100, {.max_states = 100000}); });
     EXPECT_NE(sentence.find("more than 100000 states"), std::string::npos) << sentence;
-    EXPECT_NE(sentence.find("resolution"), std::string::npos) << sentence;
+    EXPECT_NE(sentence.find("raise max_states"), std::string::npos) << sentence;
     // Small ones of the same kind are solved.
     const Items small = hard_instance(12);
     expect_close(exact(small, 9).error, brute_force(small, 9));
-}
-
-TEST(BitAllocation, ResolutionIsAGuarantee) {
-    const Items items = hard_instance(200);
-    const double resolution = 1e-3, budget = 100;
-    const Allocation coarse = allocate(items, budget, {.resolution = resolution});
-    expect_consistent(items, budget, coarse);
-    EXPECT_LE(coarse.error, greedy(items, budget).error);
-    // A lower bound of the optimum at the budget less 200 resolutions: all gains per bit are 1.
-    EXPECT_LE(coarse.error, 3 * 200 - (budget - 200 * resolution) + 1e-6);
-
-    Random random(kvplane_test::seed(16));
-    for (int trial = 0; trial < 500; ++trial) {
-        const Items some = random_items(random, 6, 5);
-        const double least = kvplane::cheapest_cost(some), room = most_expensive(some) - least;
-        const double step = room * random.real(0.001, 0.1), most = least + room * random.real(0, 1);
-        const Allocation rounded = allocate(some, most, {.resolution = step});
-        expect_consistent(some, most, rounded);
-        EXPECT_LE(rounded.error, greedy(some, most).error);
-        const double reduced = most - static_cast<double>(some.size()) * step;
-        if (reduced >= least) {
-            EXPECT_LE(rounded.error, brute_force(some, reduced) * (1 + 1e-12));
-        }
-    }
-    // Costs that are multiples of the resolution lose nothing.
-    Items multiples = hard_instance(30);
-    for (AllocationItem& item : multiples)
-        for (AllocationOption& option : item.options) option.cost = std::round(100 * option.cost) / 100;
-    EXPECT_DOUBLE_EQ(allocate(multiples, 20, {.resolution = 0.01}).error, exact(multiples, 20).error);
 }
 
 TEST(BitAllocation, RefusesBadInput) {
@@ -570,8 +540,6 @@ TEST(BitAllocation, RefusesBadInput) {
     refused(ErrorCode::option, {{1, 1, {{1, -1}}}}, 9);
     EXPECT_NE(refused(ErrorCode::option, {{1, 1, menu}, {1, 1, {}}}, 9).find("item 1 has no options"),
               std::string::npos);
-    refused(ErrorCode::option, {{1, 1, menu}}, 9, {.resolution = -1});
-    refused(ErrorCode::option, {{1, 1, menu}}, 9, {.resolution = nan});
     refused(ErrorCode::option, {{1, 1, menu}}, -1);
 
     const Items floor = {{1, 2, {{1.5, 1}, {3, 0}}}, {1, 1, {{1, 1}, {2, 0}}}};
