@@ -35,7 +35,7 @@ constexpr Index sinks = 4;  // no recipe puts the first tokens into tiles
 kvplane::Calibration from_text(const Settings& settings) {
     kvplane::require(!settings.model.empty() && !settings.text.empty(), ErrorCode::option,
                      "expected --model and --text, or --dump, or --merge; --help explains them");
-    Threads threads(static_cast<int>(settings.threads));
+    ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
     const ModelConfig& config = model.config();
     const std::vector<TokenId> text = read_tokens(Tokenizer(model.file()), settings.text);

@@ -35,7 +35,7 @@ void append(Matrix& all, const Matrix& more) {
 }
 
 void run(const Settings& settings) {
-    Threads threads(static_cast<int>(settings.threads));
+    ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
     const ModelConfig& config = model.config();
     const std::vector<TokenId> text = read_tokens(Tokenizer(model.file()), settings.text);

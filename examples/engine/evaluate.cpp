@@ -79,8 +79,8 @@ struct Result {
 };
 
 /// log softmax of every row, in place.
-void log_softmax(Matrix& logits, Threads& threads) {
-    threads.for_each(logits.rows(), [&](Index i) {
+void log_softmax(Matrix& logits, Executor& threads) {
+    parallel_for(threads, logits.rows(), [&](Index i) {
         auto row = logits.row(i).array();
         row -= row.maxCoeff();
         row -= static_cast<float>(std::log(row.exp().cast<double>().sum()));
@@ -109,7 +109,7 @@ void add_likelihoods(std::span<const TokenId> targets, const Matrix& log_probabi
 void compare(const Model& model, const Matrix& exact, const Matrix& close, Index first, Result& result) {
     std::vector<double> divergences(static_cast<std::size_t>(close.rows() - first));
     std::vector<char> same(divergences.size());
-    model.threads().for_each(close.rows() - first, [&](Index i) {
+    parallel_for(model.threads(), close.rows() - first, [&](Index i) {
         const auto p = exact.row(first + i).array(), q = close.row(first + i).array();
         divergences[static_cast<std::size_t>(i)] = std::max(0.0, (p.exp() * (p - q)).cast<double>().sum());
         Index top_exact = 0, top_close = 0;
@@ -151,7 +151,7 @@ void run_window(const Model& model, std::span<const TokenId> tokens, std::size_t
 }
 
 Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, const Settings& settings,
-                    const std::vector<CachePlan>& plans, Threads& threads) {
+                    const std::vector<CachePlan>& plans, Executor& threads) {
     Evaluation all;
     for (const std::string& name : settings.recipes) all.recipes.emplace_back(name);
     kvplane::TilePool pool;
@@ -234,7 +234,7 @@ kvplane_examples::Plot to_plot(const Evaluation& all) {
 }
 
 void run(const Settings& settings) {
-    Threads threads(static_cast<int>(settings.threads));
+    ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
     const Tokenizer tokenizer(model.file());
     const std::vector<TokenId> text = read_tokens(tokenizer, settings.text);

@@ -117,7 +117,7 @@ void run(const Settings& settings) {
     kvplane::require(settings.prompts.size() == 1, ErrorCode::option, settings.prompts.size(),
                      " prompts, expected one (in quotes)");
     kvplane::require(!settings.model.empty(), ErrorCode::option, "--model is missing; --help explains it");
-    Threads threads(static_cast<int>(settings.threads));
+    ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
     const Tokenizer tokenizer(model.file());
     std::string prompt = settings.prompts[0];

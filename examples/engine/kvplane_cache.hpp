@@ -1,40 +1,21 @@
 // examples/engine/kvplane_cache.hpp: kvplane as the engine's KV cache. All that an engine author needs is here.
 #pragma once
 
-#include <algorithm>
-#include <atomic>
 #include <memory>
 #include <span>
 #include <vector>
 
 #include "engine/layer_cache.hpp"
 #include "engine/model.hpp"
-#include "engine/threads.hpp"
+#include "engine/parallel.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/recipes.hpp"
 
 namespace engine {
 
-/// The engine's threads at kvplane's service.
-class EngineExecutor final : public kvplane::Executor {
-  public:
-    explicit EngineExecutor(Threads& threads) : threads_(&threads) {}
-    Index workers() const noexcept override { return threads_->count(); }
-    void run(Index items, Body body, void* context) noexcept override {
-        std::atomic<Index> next{0};
-        threads_->for_each(std::min(items, workers()), [&](Index worker) {
-            for (Index item; (item = next.fetch_add(1)) < items;) body(context, item, worker);
-        });
-    }
-
-  private:
-    Threads* threads_;
-};
-
 /// What the layers of a sequence share at a read, because they are read one after another.
 struct SharedWorkspace {
-    explicit SharedWorkspace(Threads& threads) : executor(threads), workspace(&executor) {}
-    EngineExecutor executor;
+    explicit SharedWorkspace(Executor& threads) : workspace(&threads) {}
     kvplane::AttentionWorkspace workspace;
     double bits = 0.0;  ///< sum over `reads`
     Index reads = 0;
@@ -86,7 +67,7 @@ struct CachePlan {
 
 /// A sequence: one cache a layer. Throws Error (shape) for a plan of another number of layers.
 inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& plan, kvplane::TilePool& pool,
-                                  Threads& threads) {
+                                  Executor& threads) {
     const auto fits = [&](std::size_t layers) { return static_cast<Index>(layers) == model.layers; };
     kvplane::require(plan.recipes.size() == 1 || fits(plan.recipes.size()), ErrorCode::shape,
                      plan.recipes.size(), " recipes for a model of ", model.layers, " layers");

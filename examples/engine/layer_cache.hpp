@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "engine/threads.hpp"
+#include "engine/parallel.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/matrix.hpp"
 
@@ -41,7 +41,7 @@ using LayerCaches = std::vector<std::unique_ptr<LayerCache>>;
 /// Keys and values as they come, in fp32: what every other cache is compared with.
 class ExactCache final : public LayerCache {
   public:
-    ExactCache(Index query_heads, Index kv_heads, Index head_dim, Threads& threads)
+    ExactCache(Index query_heads, Index kv_heads, Index head_dim, Executor& threads)
         : query_heads_(query_heads),
           head_dim_(head_dim),
           threads_(&threads),
@@ -63,7 +63,7 @@ class ExactCache final : public LayerCache {
     static constexpr Index block_tokens = 32;  // queries that are multiplied together
 
     Index query_heads_, head_dim_, tokens_ = 0;
-    Threads* threads_;
+    Executor* threads_;
     std::vector<Matrix> keys_, values_;  // by head: capacity x head_dim, the first `tokens_` rows in use
 };
 
@@ -99,7 +99,7 @@ inline void ExactCache::attend(const Matrix& queries, Matrix& out) const {
                      queries.cols(), ", expected at most ", tokens_, " x ", query_heads_ * head_dim_);
     out.resize(queries.rows(), queries.cols());
     const Index blocks = (queries.rows() + block_tokens - 1) / block_tokens;
-    threads_->for_each(blocks * query_heads_, [&](Index item) {
+    parallel_for(*threads_, blocks * query_heads_, [&](Index item) {
         attend_block(item % query_heads_, item / query_heads_ * block_tokens, queries, out);
     });
 }

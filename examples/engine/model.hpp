@@ -28,7 +28,7 @@
 
 #include "engine/gguf.hpp"
 #include "engine/layer_cache.hpp"
-#include "engine/threads.hpp"
+#include "engine/parallel.hpp"
 #include "engine/tokenizer.hpp"
 #include "kvplane/transform/rope.hpp"
 
@@ -65,7 +65,7 @@ class Model {
     /// Takes over the file. Throws Error (mismatch) where it is not a Llama-type model of the plain kind:
     /// another architecture, scaled RoPE, biases, experts, tensors missing, of another shape or unknown;
     /// (format) where its sizes make no sense.
-    Model(Gguf file, Threads& threads);
+    Model(Gguf file, Executor& threads);
 
     const ModelConfig& config() const noexcept { return config_; }
     const Gguf& file() const noexcept { return file_; }
@@ -74,7 +74,7 @@ class Model {
         const Value* name = file_.find_value("general.name");
         return name ? std::string(name->text()) : "unnamed";
     }
-    Threads& threads() const noexcept { return *threads_; }
+    Executor& threads() const noexcept { return *threads_; }
 
     /// A sequence whose cache is plain fp32.
     LayerCaches exact_caches() const;
@@ -110,7 +110,7 @@ class Model {
                          const Observer& observer) const;
 
     Gguf file_;
-    Threads* threads_;
+    Executor* threads_;
     ModelConfig config_{};
     std::vector<Layer> layers_;
     const Tensor *embedding_ = nullptr, *output_norm_ = nullptr, *output_ = nullptr;
@@ -149,7 +149,7 @@ inline Matrix rms_norm(const Matrix& rows, const Tensor& weight, float epsilon) 
 
 }  // namespace detail
 
-inline Model::Model(Gguf file, Threads& threads) : file_(std::move(file)), threads_(&threads) {
+inline Model::Model(Gguf file, Executor& threads) : file_(std::move(file)), threads_(&threads) {
     const std::string_view architecture = file_.value("general.architecture").text();
     kvplane::require(architecture == "llama", ErrorCode::mismatch, "model: the architecture is '",
                      architecture, "', expected 'llama'");
@@ -258,7 +258,7 @@ inline void Model::multiply(const Matrix& input, std::initializer_list<Product> 
         product.output->resize(input.rows(), product.weight->rows);
         for (Index row = 0; row < product.weight->rows; row += group) groups.emplace_back(&product, row);
     }
-    threads_->for_each(static_cast<Index>(groups.size()), [&](Index i) {
+    parallel_for(*threads_, static_cast<Index>(groups.size()), [&](Index i) {
         const auto [product, first] = groups[static_cast<std::size_t>(i)];
         const Index count = std::min(group, product->weight->rows - first);
         thread_local Matrix weight;

@@ -57,7 +57,7 @@ void run(const Settings& settings) {
         kvplane::require(contexts[i - 1] < contexts[i], ErrorCode::option, "--contexts: ", contexts[i],
                          " after ", contexts[i - 1], ", expected ascending numbers");
     const Index measured = settings.measured;
-    Threads threads(static_cast<int>(settings.threads));
+    ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
     const std::vector<TokenId> text = read_tokens(Tokenizer(model.file()), settings.text);
     const Index most = std::min(model.config().context, static_cast<Index>(text.size()));

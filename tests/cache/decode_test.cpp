@@ -692,33 +692,4 @@ TEST(FusedAttention, AWorkspaceOutlivesTheEndOfMemory) {
     EXPECT_GT(failed, 10);
 }
 
-TEST(ThreadExecutor, RunsEveryItemOnceAndNoWorkerTwiceAtATime) {
-    refusal(ErrorCode::option, [] { ThreadExecutor none(0); });
-    for (const Index threads : {1, 2, 4}) {
-        ThreadExecutor executor(threads);
-        ASSERT_EQ(executor.workers(), threads);
-        struct Seen {
-            std::vector<std::atomic<int>> items = std::vector<std::atomic<int>>(1000),
-                                          busy = std::vector<std::atomic<int>>(4);
-            std::atomic<int> clashes{0};
-        };
-        for (int round = 0; round < 50; ++round) {
-            Seen seen;
-            executor.run(
-                1000,
-                [](void* context, Index item, Index worker) {
-                    Seen& s = *static_cast<Seen*>(context);
-                    if (s.busy[static_cast<std::size_t>(worker)]++ != 0) ++s.clashes;
-                    ++s.items[static_cast<std::size_t>(item)];
-                    --s.busy[static_cast<std::size_t>(worker)];
-                },
-                &seen);
-            EXPECT_EQ(seen.clashes, 0);
-            for (const auto& count : seen.items) ASSERT_EQ(count, 1);
-        }
-        executor.run(
-            0, [](void*, Index, Index) { FAIL(); }, nullptr);
-    }
-}
-
 }  // namespace

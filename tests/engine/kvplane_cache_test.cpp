@@ -38,7 +38,7 @@ class OnSmallModel : public testing::Test {
     }
 
     Bytes bytes_;
-    Threads threads_;
+    kvplane::ThreadExecutor threads_;
     Model model_;
     kvplane::TilePool pool_;
 };

@@ -3,9 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "engine/engine_support.hpp"
 #include "kvplane/io/safetensors.hpp"
@@ -18,12 +20,12 @@ using engine::LayerCaches;
 using engine::Logits;
 using engine::Matrix;
 using engine::Model;
-using engine::Threads;
 using engine::TokenId;
 using engine::ValueType;
 using kvplane::ErrorCode;
 using kvplane::Index;
 using kvplane::MatrixD;
+using kvplane::ThreadExecutor;
 using kvplane_test::GgufWriter;
 using kvplane_test::refusal;
 using kvplane_test::SmallModel;
@@ -125,7 +127,7 @@ float difference(const Matrix& a, const Matrix& b) {
 class SmallModelTest : public testing::Test {
   protected:
     kvplane_test::Bytes bytes = SmallModel::file().bytes();
-    Threads threads{3};
+    ThreadExecutor threads{3};
     Model model{Gguf(bytes), threads};
 
     /// The logits of all tokens, in chunks of the given sizes, the last one repeated as often as needed.
@@ -183,7 +185,7 @@ TEST_F(SmallModelTest, LongInputsRunInSeveralChunks) {
 
 TEST_F(SmallModelTest, DoesNotDependOnTheNumberOfThreads) {
     const auto tokens = random_tokens(70);
-    Threads one(1);
+    ThreadExecutor one(1);
     const Model alone(Gguf(bytes), one);
     for (const std::size_t count : {1u, 70u}) {
         LayerCaches caches = model.exact_caches(), other = alone.exact_caches();
@@ -253,7 +255,7 @@ TEST_F(SmallModelTest, RefusesBadInputBeforeAnythingChanges) {
 }
 
 TEST(SmallModelFile, RefusesWhatTheEngineCannotRun) {
-    Threads threads(1);
+    ThreadExecutor threads(1);
     const auto expect_refused = [&](ErrorCode code, const std::string& said, auto&& change) {
         GgufWriter writer = SmallModel::file();
         change(writer);
@@ -297,7 +299,7 @@ TEST(SmallModelFile, RefusesWhatTheEngineCannotRun) {
 
 TEST(ExactCache, AttendsLikePlainLoopsInDouble) {
     std::srand(static_cast<unsigned>(kvplane_test::seed()));
-    Threads threads(2);
+    ThreadExecutor threads(2);
     for (const auto& [query_heads, kv_heads, head_dim] : {std::tuple{6, 2, 16}, {3, 3, 10}, {5, 1, 64}}) {
         const Index width = kv_heads * head_dim;
         const Matrix keys = 2 * Matrix::Random(200, width), values = Matrix::Random(200, width);
@@ -328,7 +330,7 @@ TEST(ExactCache, AttendsLikePlainLoopsInDouble) {
 }
 
 TEST(ExactCache, LargeScoresDoNotOverflow) {
-    Threads threads(1);
+    ThreadExecutor threads(1);
     engine::ExactCache cache(1, 1, 2, threads);
     Matrix keys(3, 2), values(3, 2), out;
     keys << 1000, 0, -1000, 0, 0, 0;
@@ -339,17 +341,17 @@ TEST(ExactCache, LargeScoresDoNotOverflow) {
     EXPECT_EQ(out(0, 1), 2);
 }
 
-TEST(Threads, CallEveryIndexOnce) {
+TEST(ParallelLoops, CallEveryIndexOnce) {
     for (const int count : {1, 2, 5}) {
-        Threads threads(count);
-        EXPECT_EQ(threads.count(), count);
+        ThreadExecutor threads(count);
+        EXPECT_EQ(threads.workers(), count);
         for (int round = 0; round < 2000; ++round) {
             std::vector<std::atomic<int>> calls(static_cast<std::size_t>(round % 40));
-            threads.for_each(round % 40, [&](Index i) { ++calls[static_cast<std::size_t>(i)]; });
+            engine::parallel_for(threads, round % 40, [&](Index i) { ++calls[static_cast<std::size_t>(i)]; });
             for (const auto& number : calls) ASSERT_EQ(number, 1);
         }
     }
-    refusal(ErrorCode::option, [] { Threads(-1); });
+    refusal(ErrorCode::option, [] { engine::thread_count(-1); });
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -376,7 +378,7 @@ struct Reference {
 class RealModel : public testing::Test {
   protected:
     static const Model& model() {
-        static Threads threads;
+        static ThreadExecutor threads(engine::thread_count(0));
         static const Model shared(Gguf::open(kvplane_test::model_path()), threads);
         return shared;
     }

@@ -55,7 +55,7 @@ void encode_keys(const engine::Gguf& file) {
 }
 
 void run_model(engine::Gguf file) {
-    static engine::Threads threads(1);
+    static kvplane::ThreadExecutor threads(1);
     const engine::Model model(std::move(file), threads);
     const engine::TokenId tokens[] = {0, 0};
     engine::LayerCaches caches = model.exact_caches();

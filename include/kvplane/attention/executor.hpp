@@ -4,12 +4,9 @@
 // that have none. Results do not depend on the number of workers.
 #pragma once
 
-#include <atomic>
-#include <chrono>
-#include <thread>
-#include <vector>
+#include <memory>
 
-#include "kvplane/error.hpp"
+#include "kvplane/compiled.hpp"
 #include "kvplane/matrix.hpp"
 
 namespace kvplane {
@@ -49,81 +46,26 @@ class SerialExecutor final : public Executor {
     }
 };
 
-/// The calling thread and others that wait for work between calls. One run at a time.
+/// The calling thread and others that wait for work between calls. Runs from several threads take turns; a body
+/// must not start a run of the same executor.
 class ThreadExecutor final : public Executor {
   public:
-    /// Throws Error (option) for less than one thread.
-    explicit ThreadExecutor(Index threads) {
-        require(threads >= 1, ErrorCode::option, "ThreadExecutor: ", threads,
-                " threads, expected at least 1");
-        for (Index worker = 1; worker < threads; ++worker)
-            others_.emplace_back([this, worker] { serve(worker); });
-    }
-    ~ThreadExecutor() override {
-        stopping_ = true;
-        round_.fetch_add(1, std::memory_order_release);
-        round_.notify_all();
-        for (std::thread& thread : others_) thread.join();
-    }
+    /// Throws Error: option for less than one thread, out_of_memory where the system cannot start so many.
+    explicit ThreadExecutor(Index threads);
+    ~ThreadExecutor() override;
     ThreadExecutor(const ThreadExecutor&) = delete;
     ThreadExecutor& operator=(const ThreadExecutor&) = delete;
 
-    Index workers() const noexcept override { return static_cast<Index>(others_.size()) + 1; }
-    void run(Index items, Body body, void* context) noexcept override {
-        if (others_.empty() || items <= 1) {
-            for (Index item = 0; item < items; ++item) body(context, item, 0);
-            return;
-        }
-        body_ = body;
-        context_ = context;
-        items_ = items;
-        next_.store(0, std::memory_order_relaxed);
-        busy_.store(static_cast<std::uint32_t>(others_.size()), std::memory_order_relaxed);
-        round_.fetch_add(1, std::memory_order_release);
-        round_.notify_all();
-        work(0);
-        if (look_out([&] { return busy_.load(std::memory_order_acquire) == 0; })) return;
-        for (std::uint32_t busy; (busy = busy_.load(std::memory_order_acquire)) != 0;) busy_.wait(busy);
-    }
+    Index workers() const noexcept override;
+    void run(Index items, Body body, void* context) noexcept override;
 
   private:
-    /// Looks out for what will soon be: to be woken takes 20 to 50 us, and an attention has several rounds.
-    template <class Happened>
-    static bool look_out(const Happened& happened) noexcept {
-        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
-        do {
-            for (int i = 0; i < 16; ++i) {
-                if (happened()) return true;
-#if defined(__x86_64__) || defined(_M_X64)
-                __builtin_ia32_pause();
-#endif
-            }
-        } while (std::chrono::steady_clock::now() < until);
-        return false;
-    }
-
-    void work(Index worker) noexcept {
-        for (Index item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;)
-            body_(context_, item, worker);
-    }
-    void serve(Index worker) noexcept {
-        for (std::uint32_t seen = 0;;) {
-            if (!look_out([&] { return round_.load(std::memory_order_relaxed) != seen; }))
-                round_.wait(seen, std::memory_order_acquire);
-            seen = round_.load(std::memory_order_acquire);
-            if (stopping_) return;
-            work(worker);
-            if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
-        }
-    }
-
-    std::vector<std::thread> others_;
-    std::atomic<std::uint32_t> round_{0}, busy_{0};
-    std::atomic<Index> next_{0};
-    std::atomic<bool> stopping_{false};
-    Body body_ = nullptr;
-    void* context_ = nullptr;
-    Index items_ = 0;
+    class Team;
+    std::unique_ptr<Team> team_;
 };
 
 }  // namespace kvplane
+
+#if !defined(KVPLANE_COMPILED)
+#include "kvplane/attention/impl/executor.hpp"
+#endif
