@@ -38,7 +38,7 @@ inline Index plane_groups(const TileFormat& format) noexcept {
 /// the unread bits hold, (2^unread - 1) / 2; for fp16, whose fill is a bit pattern, 2^unread / 2.
 constexpr float unread_reach(const PlaneSplit& split, int planes) noexcept {
     const int unread = split.bits() - split.prefix_bits(planes);
-    return unread == 0 ? 0.0f : 0.5f * (power_of_two(unread) - (split.bits() == 16 ? 0.0f : 1.0f));
+    return unread == 0 ? 0.0f : 0.5f * (power_of_two(unread) - (split.is_half() ? 0.0f : 1.0f));
 }
 
 /// How much of a tile a read takes, and which tile comes after it.

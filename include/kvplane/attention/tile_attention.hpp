@@ -281,12 +281,12 @@ class PlaneSums {
 inline bool reads_key_planes(const TileFormat& format) noexcept {
     return format.side() == TileSide::keys &&
            std::all_of(format.segments().begin(), format.segments().end(), [&](const TileFormat::Placed& s) {
-               return s.bits == 16 || format.rule().granularity == Granularity::per_channel;
+               return s.is_half() || format.rule().granularity == Granularity::per_channel;
            });
 }
 inline bool reads_value_planes(const TileFormat& format) noexcept {
     if (format.side() != TileSide::values || format.segments().size() != 1) return false;
-    if (format.segments()[0].bits == 16) return true;
+    if (format.segments()[0].is_half()) return true;
     return format.rule().granularity == Granularity::per_token && format.segments()[0].bits >= 1 &&
            format.segments()[0].bits <= 8 &&
            (format.rule().group >= format.channels() || format.rule().group % unit_lanes == 0);
@@ -302,7 +302,7 @@ inline void tile_scores(Isa isa, const TileFormat& format, const TileRead& read,
         if (segment.bits == 0) continue;
         const float* const more = fresh ? offsets : nullptr;
         const RowView<const float> x{queries.data + segment.first_channel, queries.stride, rows};
-        if (segment.bits == 16) {
+        if (segment.is_half()) {
             half_sums(isa, format, segment, part,
                       {.x = x, .fresh = fresh, .more = more, .to = {scores, tile_tokens, rows}}, scratch);
         } else {
@@ -327,7 +327,7 @@ inline void add_tile_values(Isa isa, const TileFormat& format, const TileRead& r
     const TileFormat::Placed& segment = format.segments()[0];
     const RowView<const float> x{weights, tile_tokens, output.rows};
     prefetch_grids(format, read.next);
-    if (segment.bits == 16)
+    if (segment.is_half())
         return half_sums(isa, format, segment, read, {.x = x, .fresh = false, .more = nullptr, .to = output},
                          scratch);
     const Index run = std::min(format.rule().group, segment.channels);

@@ -320,7 +320,8 @@ class Appender {
             for (Index head = 0; head < cache_.configuration.kv_heads; ++head)
                 coder(side).encode(head_rows(side == TileSide::keys ? piece.keys : piece.values,
                                              cache_.configuration.kv_heads),
-                                   name_of(side), {.head = head, .first = first, .count = count, .tile_token = *tokens},
+                                   name_of(side),
+                                   {.head = head, .first = first, .count = count, .tile_token = *tokens},
                                    page + at[static_cast<std::size_t>(head)]);
         }
         *tokens += count;

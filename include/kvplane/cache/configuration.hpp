@@ -24,6 +24,7 @@ struct SideRecipe {
     GridRule rule;
     bool rotate = false;  ///< by a randomized Hadamard transform of each head
 
+    bool is_half() const noexcept { return bits == 16; }
     bool operator==(const SideRecipe&) const = default;
 };
 

@@ -324,8 +324,8 @@ class DecodePass {
                           const TileRead& read) noexcept {
         const TileFormat& format = tiles_.layout->values;
         // fp16 has no grids, so that nothing is left to add where no plane is read.
-        if (format.segments()[0].bits == 16 && std::all_of(read.planes, read.planes + plane_groups(format),
-                                                           [](int planes) { return planes == 0; }))
+        if (format.segments()[0].is_half() && std::all_of(read.planes, read.planes + plane_groups(format),
+                                                          [](int planes) { return planes == 0; }))
             return;
         const SoftmaxState to = work_.states.of(chunk, block.first);
         float* const weights = work_.weights.weights(t, block.first);

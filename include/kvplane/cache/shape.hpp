@@ -53,7 +53,7 @@ struct CacheShape {
     /// The largest magnitude that is taken: half of fp16's range where anything is quantized, so that no grid
     /// can leave fp16 later, when its tile is made and an append could no longer be refused.
     float largest_magnitude() const noexcept {
-        const bool exact = recipe().keys.bits == 16 && recipe().values.bits == 16 &&
+        const bool exact = recipe().keys.is_half() && recipe().values.is_half() &&
                            recipe().recent_bits == 16 && !recipe().latents;
         return exact ? fp16_max : 32000.0f;
     }

@@ -186,7 +186,7 @@ class CoarsePassPlanner final : public ReadPlanner {
     int classify_tiles() noexcept {
         const PlaneSplit& split = values_.split();
         // sqrt(2): of the nearest power of two.
-        const float span = 1.41421356f * power_of_two(split.bits() == 16 ? 20 : 2 * split.bits()) / 50.0f *
+        const float span = 1.41421356f * power_of_two(split.is_half() ? 20 : 2 * split.bits()) / 50.0f *
                            static_cast<float>(plane_group_size(split)) * value_dims();
         const Index blocks = context_.shape.row_blocks() / subspaces();
         const auto for_tiles = [&](const auto& body) {

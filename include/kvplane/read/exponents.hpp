@@ -141,7 +141,7 @@ inline void align_keys(Isa isa, const TileFormat& format, const std::byte* tile,
         if (s.bits == 0) continue;
         const Index depth = plane_group_size(s.split), units = (s.channels + depth - 1) / depth,
                     padded = padded_channels(s.channels);
-        if (s.bits != 16) {
+        if (!s.is_half()) {
             std::fill_n(planes, units, static_cast<std::uint8_t>(s.split.count));
             planes += units;
             continue;
@@ -203,7 +203,7 @@ class ExponentsPlanner final : public ReadPlanner {
                                                 weights.rescale(place.tile, row, weights.largest(row)));
             // The exponent field: a weight is at most 1, and 0 where it would not be a normal number.
             const int below = 127 - static_cast<int>(std::bit_cast<std::uint32_t>(largest) >> 23);
-            const int have = importance_.split().bits() != 16 ? importance_.split().count
+            const int have = !importance_.split().is_half() ? importance_.split().count
                              : largest > 0.0f ? aligned_planes(below, context_.policy.thresholds)
                                               : 0;
             planes[g] = static_cast<std::uint8_t>(have);

@@ -53,7 +53,7 @@ inline void key_importance(Isa isa, const TileFormat& format, const std::byte* t
         if (s.bits == 0) continue;
         const float* const x = queries.data + s.first_channel;
         const auto* step = reinterpret_cast<const Eigen::half*>(tile + s.step_at);
-        const Index groups = s.bits == 16 ? 0 : tile_tokens / format.rule().group;
+        const Index groups = s.is_half() ? 0 : tile_tokens / format.rule().group;
         Index c = 0;
         if (groups > 0)
             run_on(isa, [&](auto lanes) KVPLANE_BODY {
@@ -69,7 +69,7 @@ inline void key_importance(Isa isa, const TileFormat& format, const std::byte* t
                 const auto width = static_cast<float>(step[g * s.channels + c]);
                 steps = reach ? std::max(steps, width) : steps + width * width / static_cast<float>(groups);
             }
-            if (s.bits == 16) {
+            if (s.is_half()) {
                 steps = power_of_two(std::max<int>(largest_exponents(s, tile)[c], 1) - 25);
                 if (!reach) steps *= steps;
             }

@@ -120,7 +120,7 @@ class TolerancePlanner final : public ReadPlanner {
                 return importance * static_cast<double>(unread_reach(group.split, read));
             };
             // Below its first plane an fp16 number is not one yet.
-            int read = group.split.bits() == 16 ? 1 : 0;
+            int read = group.split.is_half() ? 1 : 0;
             while (read < group.split.count && !(off(read) * channels <= allowed * group.size)) ++read;
             planes[g] = static_cast<std::uint8_t>(read);
             whole = whole && read == group.split.count;

@@ -50,7 +50,7 @@ KVPLANE_INLINE void by_eight(const Combine& combine, const Value& value, float* 
 inline float value_steps(Isa isa, const TileFormat& format, const std::byte* tile, float largest, bool reach,
                          float* squares) noexcept {
     const TileFormat::Placed& s = format.segments()[0];
-    if (s.bits == 16) {
+    if (s.is_half()) {
         // The last place of the largest value, which is never below that of subnormal numbers.
         const float step = std::max(largest * 0x1p-10f, 0x1p-24f), size = static_cast<float>(s.channels);
         std::fill_n(squares, tile_tokens, reach ? step * std::sqrt(size) : step * step * size);

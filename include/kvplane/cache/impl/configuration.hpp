@@ -14,7 +14,7 @@ namespace kvplane {
 namespace detail {
 
 inline void require_side(const SideRecipe& side, const char* which, bool every_token) {
-    if (side.bits != 16) {
+    if (!side.is_half()) {
         require(side.bits >= 1 && side.bits <= 8, ErrorCode::option, which, ": ", side.bits,
                 " bits, expected 1 to 8 or 16");
         require_width(side.bits, side.rule.scheme);

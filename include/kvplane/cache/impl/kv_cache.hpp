@@ -34,7 +34,9 @@ KVPLANE_FUNCTION detail::Workspace& AttentionWorkspace::arrays() {
 // Life -----------------------------------------------------------------------------------------------------
 
 KVPLANE_FUNCTION KvCache::KvCache(const CacheConfiguration& configuration, TilePool& pool)
-    : shape_(std::make_shared<const detail::CacheShape>(configuration)), pool_(&pool), state_(shape_->empty_state()) {}
+    : shape_(std::make_shared<const detail::CacheShape>(configuration)),
+      pool_(&pool),
+      state_(shape_->empty_state()) {}
 KVPLANE_FUNCTION KvCache::KvCache(const CacheConfiguration& configuration, TilePool& pool,
                                   detail::CacheState&& state)
     : KvCache(configuration, pool) {
@@ -191,7 +193,7 @@ KVPLANE_FUNCTION void KvCache::require_policy(const AttentionParameters& paramet
     require(read.kind == Kind::all || !state_.layout || detail::decodes(*state_.layout, state_.latent.get()),
             ErrorCode::option, "attend: recipe '", recipe.name,
             "' is not read by planes; expected ReadPolicy::all()");
-    const bool half_keys = !recipe.latents && recipe.keys.bits == 16, half_values = recipe.values.bits == 16;
+    const bool half_keys = !recipe.latents && recipe.keys.is_half(), half_values = recipe.values.is_half();
     const bool by_bits = read.kind == Kind::fixed || read.kind == Kind::aligned;
     require(!by_bits || ((!half_keys || read.key_bits >= 8.0) && (!half_values || read.value_bits >= 8.0)),
             ErrorCode::option, "attend: a read of ", read.key_bits, " bits of keys and ", read.value_bits,
