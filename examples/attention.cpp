@@ -9,6 +9,7 @@
 #include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/recipe_names.hpp"
+#include "kvplane/recipes.hpp"
 #include "options.hpp"
 #include "recipe_help.hpp"
 

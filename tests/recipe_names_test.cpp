@@ -1,5 +1,6 @@
 // Names of recipes: what they mean, and how wrong ones are refused.
 #include "kvplane/recipe_names.hpp"
+#include "kvplane/recipes.hpp"
 
 #include <gtest/gtest.h>
 

@@ -19,6 +19,7 @@
 #include "kvplane/allocate/key_favored.hpp"
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/recipe_names.hpp"
+#include "kvplane/recipes.hpp"
 #include "kvplane/transform/hadamard.hpp"
 
 namespace engine {
