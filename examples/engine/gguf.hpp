@@ -16,19 +16,14 @@
 //   io        the operating system could not open or map the file
 #pragma once
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -37,6 +32,7 @@
 #include <vector>
 
 #include "kvplane/error.hpp"
+#include "kvplane/io/file.hpp"
 #include "kvplane/matrix.hpp"
 
 namespace engine {
@@ -107,24 +103,6 @@ struct Tensor {
     void to_float(Index first, Index count, float* out) const;
 };
 
-/// A file in memory, for reading. Throws Error (io).
-class MappedFile {
-  public:
-    explicit MappedFile(const std::string& path);
-    MappedFile(MappedFile&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}
-    MappedFile& operator=(MappedFile&& other) noexcept {
-        std::swap(bytes_, other.bytes_);
-        return *this;
-    }
-    ~MappedFile() {
-        if (!bytes_.empty()) ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
-    }
-    std::span<const std::byte> bytes() const noexcept { return bytes_; }
-
-  private:
-    std::span<const std::byte> bytes_;
-};
-
 /// The metadata and tensors of a GGUF file. All views that it hands out stay valid as long as it (or what it
 /// was moved to) lives; made from a span, as long as that memory does.
 class Gguf {
@@ -147,9 +125,7 @@ class Gguf {
     const Tensor& tensor(std::string_view name, Index rows, Index columns) const;
 
   private:
-    explicit Gguf(MappedFile file);
-
-    std::vector<MappedFile> file_;  // none, or one
+    std::shared_ptr<const std::byte> file_;  // the mapping; nullptr where the memory is the caller's
     std::vector<Value> values_;
     std::vector<Tensor> tensors_;
     std::unordered_map<std::string_view, std::size_t> value_of_key_, tensor_of_name_;
@@ -501,21 +477,6 @@ inline void Tensor::to_float(Index first, Index count, float* out) const {
     format->to_float(bytes.data() + first * blocks_of_row * format->bytes, count * blocks_of_row, out);
 }
 
-inline MappedFile::MappedFile(const std::string& path) {
-    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    kvplane::require(descriptor >= 0, ErrorCode::io, "cannot open '", path, "': ", std::strerror(errno));
-    struct stat status {};
-    void* memory = MAP_FAILED;
-    const bool is_file = ::fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode) && status.st_size > 0;
-    const auto size = static_cast<std::size_t>(status.st_size);
-    if (is_file) memory = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, descriptor, 0);
-    const int error = errno;
-    ::close(descriptor);
-    kvplane::require(is_file, ErrorCode::io, "'", path, "' is not a file with content");
-    kvplane::require(memory != MAP_FAILED, ErrorCode::io, "cannot map '", path, "': ", std::strerror(error));
-    bytes_ = {static_cast<const std::byte*>(memory), size};
-}
-
 inline Gguf::Gguf(std::span<const std::byte> bytes) {
     detail::Cursor cursor(bytes);
     const auto magic = cursor.take(4, "the magic");
@@ -556,12 +517,12 @@ inline Gguf::Gguf(std::span<const std::byte> bytes) {
     detail::require_apart(tensors_);
 }
 
-inline Gguf::Gguf(MappedFile file) : Gguf(file.bytes()) {
-    file_.push_back(std::move(file));
-}
-
 inline Gguf Gguf::open(const std::string& path) {
-    return Gguf(MappedFile(path));
+    const kvplane::MappedFile file = kvplane::MappedFile::open(path);
+    kvplane::require(!file.bytes().empty(), ErrorCode::io, "'", path, "' is not a file with content");
+    Gguf gguf(file.bytes());
+    gguf.file_ = file.owner();
+    return gguf;
 }
 
 inline const Value* Gguf::find_value(std::string_view key) const {

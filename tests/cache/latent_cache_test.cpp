@@ -1,49 +1,16 @@
 // Caches with keys in latents: bases given and fitted, what is refused, what is counted, keys left out.
 #include <gtest/gtest.h>
 
-#include <filesystem>
-
 #include "cache_support.hpp"
 #include "kvplane/io/cache_file.hpp"
-#include "kvplane/io/latent_file.hpp"
 #include "kvplane/theory/bounds.hpp"
+#include "latent_sequence.hpp"
 #include "test_support.hpp"
 
 namespace {
 
 using namespace kvplane;
 using namespace kvplane_test;
-
-/// Keys whose directions decay, before RoPE, with a mean; and queries that look along some more than others.
-struct Sequence {
-    Sequence(const CacheConfiguration& c, Index tokens, std::uint64_t seed) {
-        std::mt19937_64 random(seed), basis_random(5);
-        const Index channels = c.kv_heads * c.key_head_dim;
-        const Matrix mix = normal_matrix(basis_random, channels, channels),
-                     mean = normal_matrix(basis_random, 1, channels);
-        Matrix latents = normal_matrix(random, tokens, channels);
-        for (Index j = 0; j < channels; ++j)
-            latents.col(j) *= std::exp(-4.0f * static_cast<float>(j) / static_cast<float>(channels));
-        keys_before = 0.3f * latents * mix;
-        keys_before.rowwise() += mean.row(0);
-        queries_before = normal_matrix(random, tokens, c.query_heads * c.key_head_dim);
-        for (Index h = 0; h < queries_before.cols(); h += 3) queries_before.col(h) *= 3.0f;
-        values = normal_matrix(random, tokens, c.kv_heads * c.value_head_dim);
-        keys = keys_before, queries = queries_before;
-        const RotaryEmbedding rope(c.key_head_dim, *c.rope);
-        rope.rotate(keys, 0);
-        rope.rotate(queries, 0);
-    }
-
-    Matrix keys_before, queries_before, keys, values, queries;
-};
-
-LatentStatistics statistics(const CacheConfiguration& c, const Sequence& s) {
-    LatentStatistics all(c.kv_heads, c.query_heads, c.key_head_dim);
-    all.add_keys({s.keys_before, 0});
-    all.add_queries(s.queries_before);
-    return all;
-}
 
 CacheConfiguration given(const std::string& recipe) {
     CacheConfiguration c = configuration(recipe);
@@ -332,123 +299,6 @@ TEST(KeyFraction, IsRefusedWhereThereIsNothingToChooseBy) {
         parameters.key_fraction = fraction;
         refusal(ErrorCode::option, [&] { attend(latents, Matrix::Ones(1, 128), parameters); });
     }
-}
-
-// -- Files -------------------------------------------------------------------------------------------------
-
-class LatentFiles : public testing::Test {
-  protected:
-    LatentFiles()
-        : folder_(std::filesystem::temp_directory_path() /
-                  ("kvplane_latent_files_" + std::to_string(std::random_device{}()))) {
-        std::filesystem::create_directory(folder_);
-    }
-    ~LatentFiles() override { std::filesystem::remove_all(folder_); }
-
-    Calibration calibration(std::uint64_t seed) const {
-        const CacheConfiguration c = configuration("latent:3:3");
-        Calibration made{"a model", c.rope, {}};
-        for (std::uint64_t layer = 0; layer < 3; ++layer)
-            made.layers.push_back(statistics(c, Sequence(c, 400, seed + layer)));
-        return made;
-    }
-
-    std::filesystem::path folder_;
-};
-
-TEST_F(LatentFiles, StatisticsComeBackExactlyAndMerge) {
-    const Calibration first = calibration(1), second = calibration(100);
-    save_calibration(first, folder_ / "first");
-    Calibration loaded = load_calibration(folder_ / "first", "a model");
-    ASSERT_EQ(loaded.layers.size(), 3u);
-    EXPECT_EQ(loaded.rope, first.rope);
-    for (std::size_t i = 0; i < 3; ++i) {
-        EXPECT_EQ(loaded.layers[i].keys().scatter(), first.layers[i].keys().scatter());
-        EXPECT_EQ(loaded.layers[i].keys().mean(), first.layers[i].keys().mean());
-        EXPECT_EQ(loaded.layers[i].queries(1).scatter(), first.layers[i].queries(1).scatter());
-        EXPECT_EQ(loaded.layers[i].queries(1).count(), 800.0);
-    }
-    loaded.merge(second);
-    EXPECT_EQ(loaded.layers[2].keys().count(), 800.0);
-    Calibration other = second;
-    other.model = "another";
-    refusal(ErrorCode::mismatch, [&] { loaded.merge(other); });
-    other = second;
-    other.rope->base = 3.0;
-    refusal(ErrorCode::mismatch, [&] { loaded.merge(other); });
-    other = second;
-    other.layers.pop_back();
-    refusal(ErrorCode::mismatch, [&] { loaded.merge(other); });
-    EXPECT_EQ(loaded.layers[2].keys().count(), 800.0);
-    refusal(ErrorCode::mismatch, [&] { load_calibration(folder_ / "first", "another"); });
-    refusal(ErrorCode::mismatch, [&] { load_latent_keys(folder_ / "first"); });
-    refusal(ErrorCode::io, [&] { load_calibration(folder_ / "nothing"); });
-}
-
-TEST_F(LatentFiles, BasesComeBackExactly) {
-    const Calibration from = calibration(1);
-    for (const char* recipe : {"latent:3:3", "svdq:2", "weighted:3:3", "latent:2:2+heads_together=0"}) {
-        CacheConfiguration c = configuration(recipe);
-        const auto layers = fit_latent_keys(from.layers, from.rope, *c.recipe.latents);
-        save_latent_keys(layers, "a model", folder_ / "bases");
-        const auto loaded = load_latent_keys(folder_ / "bases", "a model");
-        ASSERT_EQ(loaded.size(), layers.size());
-        const Sequence s(c, 400, seed());
-        TilePool pool;
-        std::vector<std::byte> saved[2];
-        for (int which : {0, 1}) {
-            c.latent_keys = which == 0 ? layers[1] : loaded[1];
-            KvCache cache(c, pool);
-            cache.append(s.keys, s.values);
-            saved[which] = to_bytes(cache);
-        }
-        EXPECT_EQ(saved[0], saved[1]) << recipe;
-        refusal(ErrorCode::mismatch, [&] { load_latent_keys(folder_ / "bases", "another"); });
-        refusal(ErrorCode::mismatch, [&] { load_calibration(folder_ / "bases"); });
-    }
-    // Another layer's basis has other numbers: a cache saved with one is not read with the other.
-    CacheConfiguration c = configuration("latent:3:3");
-    const auto layers = fit_latent_keys(from.layers, from.rope, *c.recipe.latents);
-    TilePool pool;
-    c.latent_keys = layers[0];
-    const std::vector<std::byte> bytes = to_bytes(KvCache(c, pool));
-    c.latent_keys = layers[1];
-    refusal(ErrorCode::mismatch, [&] { load_cache(bytes, c, pool); });
-}
-
-TEST_F(LatentFiles, DamagedOnesAreRefused) {
-    save_calibration(calibration(1), folder_ / "good");
-    const SafetensorsFile file = SafetensorsFile::open(folder_ / "good");
-    const auto rewritten = [&](const std::string& tensor, const std::string& key, const std::string& value) {
-        SafetensorsWriter writer;
-        for (const std::string& name : file.names())
-            if (name != tensor)
-                writer.add(name, file.info(name).shape, file.info(name).dtype, file.bytes(name));
-        for (const auto& [name, text] : file.metadata())
-            if (name != key || !value.empty()) writer.metadata(name, name == key ? value : text);
-        writer.write(folder_ / "bad");
-    };
-    rewritten("layers.1.keys.mean", "", "");
-    EXPECT_NE(
-        refusal(ErrorCode::format, [&] { load_calibration(folder_ / "bad"); }).find("layers.1.keys.mean"),
-        std::string::npos);
-    for (const auto& [key, value] : std::vector<std::pair<std::string, std::string>>{
-             {"kvplane.heads", ""},
-             {"kvplane.heads", "{"},
-             {"kvplane.heads", R"({"layers":3,"kv_heads":-2,"query_heads":4,"head_dim":32})"},
-             {"kvplane.heads", R"({"layers":9999999,"kv_heads":2,"query_heads":4,"head_dim":32})"},
-             {"kvplane.rope", R"({"dims":0,"base":"x","frequencies":[],"layout":"halves"})"}}) {
-        rewritten("", key, value);
-        refusal(ErrorCode::format, [&] { load_calibration(folder_ / "bad"); });
-    }
-    rewritten("", "kvplane.heads", R"({"layers":3,"kv_heads":2,"query_heads":4,"head_dim":33})");
-    refusal(ErrorCode::shape, [&] { load_calibration(folder_ / "bad"); });
-    Calibration infinite = calibration(1);
-    refusal(ErrorCode::not_finite, [&] {
-        MatrixD scatter = infinite.layers[0].keys().scatter();
-        scatter(0, 0) = std::numeric_limits<double>::infinity();
-        SecondMoments(400.0, infinite.layers[0].keys().mean(), scatter);
-    });
 }
 
 }  // namespace

@@ -6,7 +6,9 @@
 #include <filesystem>
 #include <fstream>
 
-#include "cache_support.hpp"
+#include "cache/cache_support.hpp"
+#include "cache/latent_sequence.hpp"
+#include "kvplane/io/safetensors.hpp"
 #include "test_support.hpp"
 
 namespace {
@@ -117,6 +119,81 @@ TEST(SavedCacheFile, GoesThroughTheDisk) {
     save_cache(cache, path);
     EXPECT_EQ(to_bytes(load_cache(path, c, pool)), to_bytes(cache));
     std::filesystem::remove(path);
+}
+
+// -- The checksum, as a reader in another language would compute it -----------------------------------------
+
+std::uint64_t add_word(std::uint64_t hash, std::uint64_t word) {
+    hash = (hash ^ word) * 1099511628211U;
+    return hash ^ (hash >> 29);
+}
+
+/// Byte by byte, whatever the machine.
+std::uint64_t add_array(std::uint64_t hash, std::span<const std::byte> bytes) {
+    hash = add_word(hash, bytes.size());
+    std::uint64_t word = 0;
+    for (std::size_t i = 0; i < bytes.size(); ++i) {
+        word |= static_cast<std::uint64_t>(bytes[i]) << 8 * (i % 8);
+        if (i % 8 != 7) continue;
+        hash = add_word(hash, word);
+        word = 0;
+    }
+    return add_word(hash, word);
+}
+
+std::uint64_t basis_checksum(const SafetensorsFile& file) {
+    std::uint64_t hash = 0xCBF29CE484222325U;
+    for (int p = 0; file.contains("latent.parts." + std::to_string(p) + ".mean"); ++p) {
+        const std::string prefix = "latent.parts." + std::to_string(p) + ".";
+        const auto segments = file.matrix<std::int64_t>(prefix + "segments");
+        for (Index run = 0; run < segments.rows(); ++run)
+            for (Index field = 0; field < 2; ++field)
+                hash = add_word(hash, static_cast<std::uint64_t>(segments(run, field)));
+        for (const char* name : {"mean", "encode_scale", "decode_scale", "decode", "encode", "channels"})
+            hash = add_array(hash, file.bytes(prefix + name));
+    }
+    return hash;
+}
+
+std::string documented_checksum(const SafetensorsFile& file) {
+    const auto text = [&](const char* key) -> const std::string& {
+        return file.metadata().find(key)->second;
+    };
+    std::uint64_t hash =
+        add_array(0xCBF29CE484222325U, std::as_bytes(std::span(text("kvplane.configuration"))));
+    for (const char* key : {"kvplane.tokens", "kvplane.dropped", "kvplane.window_first"})
+        hash = add_word(hash, std::stoull(text(key)));
+    for (const char* name : {"sinks", "tiles", "recent", "tile_first", "tile_tokens", "extremes"})
+        hash = add_array(hash, file.bytes(name));
+    if (file.contains("latent.parts.0.mean")) {
+        const std::string sum = std::to_string(basis_checksum(file));
+        hash = add_array(hash, std::as_bytes(std::span(sum)));
+    }
+    if (file.contains("queries.count")) {
+        const auto heads = static_cast<std::size_t>(file.info("queries.count").size());
+        for (std::size_t h = 0; h < heads; ++h)
+            for (const char* name : {"queries.count", "queries.mean", "queries.scatter"}) {
+                const auto all = file.bytes(name);
+                hash = add_array(hash, all.subspan(h * (all.size() / heads), all.size() / heads));
+            }
+    }
+    return std::to_string(hash);
+}
+
+TEST(SavedCacheFile, ChecksumIsTheDocumentedOne) {
+    TilePool pool;
+    for (const char* recipe : {"fp16", "standard", "key_favored:3:5+recent_bits=8", "svdq:2+fit_tokens=200",
+                               "latent:4:4+fit_tokens=200", "weighted:5:8+fit_tokens=200"})
+        for (const Index tokens : {3, 150, 300}) {
+            const CacheConfiguration c = configuration(recipe);
+            const Sequence s(c, tokens, 3);
+            KvCache cache(c, pool);
+            cache.append(s.keys, s.values, s.queries);
+            const std::vector<std::byte> bytes = to_bytes(cache);
+            const SafetensorsFile file = SafetensorsFile::from_bytes(bytes);
+            EXPECT_EQ(file.metadata().find("kvplane.checksum")->second, documented_checksum(file))
+                << recipe << ", " << tokens << " tokens";
+        }
 }
 
 }  // namespace
