@@ -11,7 +11,6 @@
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/recipes.hpp"
 #include "options.hpp"
-#include "recipe_help.hpp"
 
 namespace {
 
@@ -85,7 +84,7 @@ int main(int count, char** arguments) {
     options.texts("--recipes A,B,C", names, "how keys and values are stored", Options::Need::optional,
                   [](const std::string& name) { (void)recipes::parse(name); });
     options.number("--threads N", threads, {.least = 1, .most = 1024}, "that attend");
-    options.footer(kvplane_examples::recipe_help());
+    options.footer(kvplane::recipes::help());
     return options.run(count, arguments, [&] {
         ThreadExecutor executor(threads);
         const std::vector<Layer> layers = kvplane_examples::decode_layers(settings);

@@ -8,10 +8,10 @@
 #include "engine/text_file.hpp"
 #include "engine/tokenizer.hpp"
 #include "kvplane/io/latent_file.hpp"
+#include "kvplane/io/safetensors.hpp"
 #include "kvplane/latent/fit.hpp"
 #include "kvplane/recipe_names.hpp"
 #include "options.hpp"
-#include "recipe_help.hpp"
 
 namespace {
 
@@ -157,6 +157,6 @@ int main(int count, char** arguments) {
     options.output_file("--bases FILE", s.bases,
                         "and write them to this file, which is what an engine ships");
     options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
-    options.footer(kvplane_examples::recipe_help());
+    options.footer(kvplane::recipes::help());
     return options.run(count, arguments, [&] { run(s); });
 }

@@ -20,7 +20,6 @@
 #include "engine/tokenizer.hpp"
 #include "options.hpp"
 #include "plot.hpp"
-#include "recipe_help.hpp"
 
 namespace {
 
@@ -299,6 +298,6 @@ int main(int count, char** arguments) {
                           "also write DIR/evaluate.csv and, where gnuplot is installed, "
                           "DIR/evaluate.svg: KL over true bits, a point for each recipe");
     options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
-    options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());
+    options.footer(kvplane::recipes::help());
     return options.run(count, arguments, [&] { run(s); });
 }

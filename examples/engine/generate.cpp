@@ -13,7 +13,6 @@
 #include "engine/model.hpp"
 #include "engine/tokenizer.hpp"
 #include "options.hpp"
-#include "recipe_help.hpp"
 
 namespace {
 
@@ -189,6 +188,6 @@ int main(int count, char** arguments) {
                  "them together from all of it");
     options.flag("--chat", s.chat, "PROMPT is what a user says, and the model answers");
     options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
-    options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());
+    options.footer(kvplane::recipes::help());
     return options.run(count, arguments, [&] { run(s); });
 }

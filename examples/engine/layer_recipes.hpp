@@ -1,6 +1,6 @@
 // examples/engine/layer_recipes.hpp: recipes from their names on a command line, those by layer included.
 //
-// Three things are added to the names that kvplane/recipes.hpp knows:
+// Three things are added to the names that kvplane/recipe_names.hpp knows:
 //   allocated:SOURCE:BITS   key and value bits by layer, BITS true bits on average. SOURCE is
 //                             norms      |K|_F and |V|_F of a calibration text's cache, and 4^-b (published rule)
 //                             weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)

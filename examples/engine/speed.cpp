@@ -12,7 +12,6 @@
 #include "engine/tokenizer.hpp"
 #include "kvplane/cache/huge_pages.hpp"
 #include "options.hpp"
-#include "recipe_help.hpp"
 
 namespace {
 
@@ -119,6 +118,6 @@ int main(int count, char** arguments) {
     options.text("--basis FILE", s.basis, "statistics from calibrate, for recipes with latents");
     options.number("--measure N", s.measured, {.least = 1}, "tokens decoded at each context");
     options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
-    options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());
+    options.footer(kvplane::recipes::help());
     return options.run(count, arguments, [&] { run(s); });
 }

@@ -10,7 +10,6 @@
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/recipe_names.hpp"
 #include "options.hpp"
-#include "recipe_help.hpp"
 
 namespace {
 
@@ -139,7 +138,7 @@ int main(int count, char** arguments) {
     options.number("--layers N", turns, {.least = 1, .most = 1000},
                    "equal caches that take turns, so that a step reads from memory");
     options.number("--threads N", threads, {.least = 1, .most = 1024}, "that attend");
-    options.footer(kvplane_examples::recipe_help() + kvplane_examples::read_policy_help());
+    options.footer(kvplane::recipes::help());
     return options.run(count, arguments, [&] {
         ThreadExecutor executor(threads);
         const std::vector<Layer> layers = kvplane_examples::decode_layers(settings);
