@@ -5,13 +5,14 @@
 //   2. what lies between is cut into pieces (pre-tokenizer `smollm`): every digit (\p{N}) is a piece of its
 //      own, and what lies between digits is cut by GPT-2's pattern
 //      's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ ;
-//   3. the bytes of a piece are joined pair by pair, the pair of the earliest merge rule first, leftmost
-//   first.
+//   3. the bytes of a piece are joined pair by pair: the pair of the earliest merge rule first, of equal ones the
+//      leftmost.
 // A byte that has no token of its own (the vocabulary has none for bytes that UTF-8 hardly or never uses)
 // becomes the vocabulary's unknown token. Text that is not valid UTF-8 is encoded byte by byte all the same.
 //
-// decode() gives back exactly the bytes that were encoded. TextStream does it token by token and holds back
-// the bytes of a character until it is complete, so that what a program prints is valid UTF-8 at any moment.
+// decode() gives back the bytes that were encoded, except those that became the unknown token. TextStream does it token
+// by token and holds back the bytes of a character until it is complete, so that what a program prints is valid UTF-8 at
+// any moment.
 #pragma once
 
 #include <algorithm>
@@ -184,7 +185,7 @@ inline std::size_t first_piece(std::string_view text) noexcept {
         return start + run_of(first_kind, text.substr(start)).length;
     if (first_kind == CharacterKind::number && start == 0) return first.length;
 
-    // White space: all of it before a digit or the end, else all but its last character, which may lead a
+    // White space: all of it before a digit or the end, otherwise all but its last character, which may lead a
     // word.
     const Run spaces = run_of(CharacterKind::space, text);
     const bool at_end = spaces.length == text.size() ||
