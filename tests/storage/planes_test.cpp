@@ -34,6 +34,8 @@ TEST(PlaneSplit, IsTheTableOfTheDesign) {
         const PlaneSplit split = plane_split(bits);
         ASSERT_EQ(split.count, static_cast<int>(widths.size())) << bits;
         EXPECT_EQ(split.bits(), bits);
+        EXPECT_EQ(split.is_half(), bits == 16);
+        EXPECT_LE(split.count, PlaneSplit::max_planes);
         EXPECT_EQ(split.prefix_bits(0), 0);
         int above = 0;
         for (int p = 0; p < split.count; ++p) {

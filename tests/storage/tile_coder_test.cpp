@@ -1,16 +1,15 @@
-// Tiles: every code, grid and byte stands where the layout of tile.hpp says (told again here, in the plainest
-// way), sizes are exact, what was packed is read back at every depth and equals Quantized, however the tokens
-// came in and whatever instruction set packed them.
+// Tiles: grids and codes stand where the layout of tile_format.hpp says, what was packed is read back at every
+// depth and equals Quantized, however the tokens came in and whatever instruction set packed them.
 #include "kvplane/storage/tile_coder.hpp"
 
 #include <algorithm>
 #include <limits>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "flushed_subnormals.hpp"
 #include "kvplane/storage/quantized.hpp"
+#include "storage/tile_support.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
@@ -27,175 +26,20 @@ using kvplane::Index;
 using kvplane::Matrix;
 using kvplane::RowMajorMatrix;
 using kvplane::Scheme;
-using kvplane::tile_tokens;
 using kvplane::TileCoder;
-using kvplane::TileCodes;
 using kvplane::TileFormat;
 using kvplane::TileSide;
 using kvplane_test::differing;
 using kvplane_test::normal_matrix;
 using kvplane_test::Random;
 using kvplane_test::refusal;
-
-/// Exactly one tile, so that a sanitizer sees what is read or written beyond it.
-using Tile = std::vector<std::byte, Eigen::aligned_allocator<std::byte>>;
-using Segments = std::vector<ChannelSegment>;
-
-// -- The layout, told again -------------------------------------------------------------------------------
-
-struct DocumentedSegment {
-    Index first_channel, channels;
-    int bits;
-    Scheme scheme;
-    std::vector<int> planes;  ///< widths, most significant first
-    Index grids, step_at, lower_at;
-    std::vector<Index> plane_at;
-    Index exponent_at = 0;  ///< of the largest magnitudes of fp16 keys
-};
-
-/// Where everything stands, from the head comment of tile.hpp.
-struct DocumentedTile {
-    TileSide side;
-    GridRule rule;
-    std::vector<DocumentedSegment> segments;
-    Index bytes = 0, channels = 0;
-
-    DocumentedTile(TileSide tile_side, const Segments& of_segments, const GridRule& grid_rule)
-        : side(tile_side), rule(grid_rule) {
-        const std::vector<std::vector<int>> planes{{},     {1},    {2},       {2, 1}, {4},
-                                                   {4, 1}, {4, 2}, {4, 2, 1}, {4, 4}};
-        for (const ChannelSegment& segment : of_segments) {
-            const Index size = segment.channels;
-            const int bits = segment.bits;
-            DocumentedSegment s{channels, size, bits, segment.scheme.value_or(rule.scheme), {}, 0, 0,
-                                0,        {},   0};
-            s.planes = bits == 16 ? std::vector<int>{8, 4, 4} : planes[static_cast<std::size_t>(bits)];
-            if (bits >= 1 && bits <= 8) {
-                s.grids =
-                    rule.granularity == Granularity::per_channel ? 128 / rule.group * size : runs(size) * 128;
-                s.step_at = take(2 * s.grids);
-                if (s.scheme != Scheme::symmetric) s.lower_at = take(2 * s.grids);
-            }
-            if (bits == 16 && side == TileSide::keys) s.exponent_at = take((size + 1) / 2 * 2);
-            channels += size;
-            segments.push_back(s);
-        }
-        bytes = (bytes + 63) / 64 * 64;
-        for (DocumentedSegment& s : segments)
-            for (const int width : s.planes) s.plane_at.push_back(take(plane_bytes(s.channels, width)));
-    }
-
-    Index runs(Index size) const { return (size + rule.group - 1) / rule.group; }
-    Index take(Index size) {
-        const Index at = bytes;
-        bytes += size;
-        return at;
-    }
-    Index plane_bytes(Index size, int width) const {
-        const Index per_unit = 32 / width;
-        if (side == TileSide::keys) return 128 / 16 * ((size + per_unit - 1) / per_unit) * 64;
-        return (size + 15) / 16 * (128 / per_unit) * 64;
-    }
-
-    /// Byte of a plane, and bit in it, at which the code of (token, channel) begins.
-    std::pair<Index, int> place(Index size, int width, Index token, Index channel) const {
-        const Index per_unit = 32 / width;
-        const bool keys = side == TileSide::keys;
-        const Index lane = keys ? token % 16 : channel % 16, along = keys ? channel : token;
-        const Index units_along = keys ? (size + per_unit - 1) / per_unit : 128 / per_unit;
-        const Index unit = (keys ? token : channel) / 16 * units_along + along / per_unit;
-        const Index i = along % per_unit / 4, j = along % 4;
-        return {unit * 64 + lane * 4 + j, static_cast<int>(i) * width};
-    }
-    /// The first planes of a code, together.
-    int code(const Tile& tile, std::size_t segment, Index token, Index channel, int planes) const {
-        const DocumentedSegment& s = segments[segment];
-        int together = 0;
-        for (int p = 0; p < planes; ++p) {
-            const int width = s.planes[static_cast<std::size_t>(p)];
-            const auto [byte, bit] = place(s.channels, width, token, channel);
-            const Index at = s.plane_at[static_cast<std::size_t>(p)] + byte;
-            const int plane = std::to_integer<int>(tile[static_cast<std::size_t>(at)]) >> bit;
-            together = together << width | (plane & ((1 << width) - 1));
-        }
-        return together;
-    }
-    int code(const Tile& tile, std::size_t segment, Index token, Index channel) const {
-        return code(tile, segment, token, channel, static_cast<int>(segments[segment].planes.size()));
-    }
-    Grid grid(const Tile& tile, std::size_t segment, Index token, Index channel) const {
-        const DocumentedSegment& s = segments[segment];
-        const Index g = rule.granularity == Granularity::per_channel
-                            ? token / rule.group * s.channels + channel
-                            : channel / rule.group * 128 + token;
-        const auto half_at = [&](Index at) {
-            const auto low = std::to_integer<int>(tile[static_cast<std::size_t>(at + 2 * g)]);
-            const auto high = std::to_integer<int>(tile[static_cast<std::size_t>(at + 2 * g + 1)]);
-            return static_cast<float>(
-                Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(high << 8 | low)));
-        };
-        Grid stored{0.0f, half_at(s.step_at), s.bits};
-        stored.lower = s.scheme == Scheme::symmetric ? -stored.step * (std::ldexp(0.5f, s.bits) + 0.5f)
-                                                     : half_at(s.lower_at);
-        return stored;
-    }
-};
-
-// -- Formats to try ---------------------------------------------------------------------------------------
-
-struct Case {
-    TileSide side;
-    Segments segments;
-    GridRule rule;
-
-    TileFormat format() const { return TileFormat(side, segments, rule); }
-    DocumentedTile documented() const { return DocumentedTile(side, segments, rule); }
-    Index channels() const {
-        Index sum = 0;
-        for (const auto& segment : segments) sum += segment.channels;
-        return sum;
-    }
-    std::string text() const {
-        std::ostringstream text;
-        text << (side == TileSide::keys ? "keys" : "values");
-        for (const auto& segment : segments) {
-            text << ' ' << segment.channels << '@' << segment.bits;
-            if (segment.scheme) text << ' ' << name(*segment.scheme);
-        }
-        text << ", " << name(rule.granularity) << ' ' << rule.group << ", " << name(rule.scheme);
-        return text.str();
-    }
-};
-
-std::vector<GridRule> all_rules(const std::vector<Scheme>& schemes = {Scheme::cell, Scheme::min_max,
-                                                                      Scheme::symmetric}) {
-    std::vector<GridRule> rules;
-    for (const Scheme scheme : schemes) {
-        for (const Index group : {32, 64, 128}) rules.push_back({Granularity::per_channel, group, scheme});
-        for (const Index group : {5, 32, 64, 256}) rules.push_back({Granularity::per_token, group, scheme});
-    }
-    return rules;
-}
-
-/// Every width alone, both sides, and mixes of widths.
-std::vector<Case> all_cases(const std::vector<Index>& channel_counts, const std::vector<GridRule>& rules) {
-    std::vector<Case> cases;
-    const std::vector<Segments> mixes{{{32, 8}, {64, 4}, {16, 2}, {16, 0}},
-                                      {{7, 3}, {1, 16}, {33, 1}, {5, 0}, {48, 6}, {9, 16}, {2, 5}},
-                                      {{3, 0}, {40, 7}},
-                                      {{8, 6, Scheme::min_max}, {19, 2, Scheme::cell}, {5, 4}}};
-    for (const GridRule& rule : rules)
-        for (const TileSide side : {TileSide::keys, TileSide::values}) {
-            for (const int bits : {0, 1, 2, 3, 4, 5, 6, 7, 8, 16})
-                for (const Index channels : channel_counts)
-                    if (bits != 1 || rule.scheme != Scheme::symmetric)
-                        cases.push_back({side, {{channels, bits}}, rule});
-            for (const Segments& segments : mixes)
-                if (rule.scheme != Scheme::symmetric || segments.size() < 7)
-                    cases.push_back({side, segments, rule});
-        }
-    return cases;
-}
+using kvplane_test::tiles::all_cases;
+using kvplane_test::tiles::all_rules;
+using kvplane_test::tiles::Case;
+using kvplane_test::tiles::DocumentedSegment;
+using kvplane_test::tiles::DocumentedTile;
+using kvplane_test::tiles::Segments;
+using kvplane_test::tiles::Tile;
 
 Tile encoded(const Case& c, const Matrix& values) {
     const TileFormat format = c.format();
@@ -237,147 +81,6 @@ Matrix expected_values(const Case& c, const Matrix& values, int depth = 16) {
         first += size;
     }
     return expected;
-}
-
-// -- Format -----------------------------------------------------------------------------------------------
-
-TEST(TileFormat, PlacesEveryPartAsDocumented) {
-    for (const Case& c : all_cases({1, 7, 16, 31, 33, 64, 80, 96, 128, 256}, all_rules())) {
-        SCOPED_TRACE(c.text());
-        const TileFormat format = c.format();
-        const DocumentedTile documented = c.documented();
-        ASSERT_EQ(format.bytes(), documented.bytes);
-        ASSERT_EQ(format.channels(), documented.channels);
-        ASSERT_EQ(format.side(), c.side);
-        EXPECT_DOUBLE_EQ(format.bits_per_element(), 8.0 * static_cast<double>(documented.bytes) /
-                                                        static_cast<double>(128 * documented.channels));
-        ASSERT_EQ(format.segments().size(), documented.segments.size());
-        for (std::size_t s = 0; s < documented.segments.size(); ++s) {
-            const auto& placed = format.segments()[s];
-            const auto& expected = documented.segments[s];
-            EXPECT_EQ(placed.first_channel, expected.first_channel);
-            EXPECT_EQ(placed.channels, expected.channels);
-            EXPECT_EQ(placed.bits, expected.bits);
-            EXPECT_EQ(placed.grids, expected.grids);
-            if (expected.grids > 0) {
-                EXPECT_EQ(placed.step_at, expected.step_at);
-                EXPECT_EQ(placed.scheme, expected.scheme);
-                if (expected.scheme != Scheme::symmetric) {
-                    EXPECT_EQ(placed.lower_at, expected.lower_at);
-                }
-            }
-            ASSERT_EQ(placed.split.count, static_cast<int>(expected.planes.size()));
-            for (std::size_t p = 0; p < expected.planes.size(); ++p)
-                EXPECT_EQ(placed.plane_at[p], expected.plane_at[p]);
-        }
-    }
-}
-
-TEST(TileFormat, StatesTrueBits) {
-    const auto bits = [](TileSide side, Index channels, int width, const GridRule& rule) {
-        return TileFormat(side, channels, width, rule).bits_per_element();
-    };
-    const GridRule channel{Granularity::per_channel, 128}, token{Granularity::per_token, 64};
-    EXPECT_EQ(bits(TileSide::keys, 64, 4, channel), 4.25);
-    EXPECT_EQ(bits(TileSide::keys, 64, 4, {Granularity::per_channel, 32}), 5.0);
-    EXPECT_EQ(bits(TileSide::values, 64, 2, token), 2.5);
-    EXPECT_EQ(bits(TileSide::values, 64, 2, {Granularity::per_token, 64, Scheme::symmetric}), 2.25);
-    EXPECT_EQ(bits(TileSide::values, 64, 16, token), 16.0);
-    EXPECT_EQ(bits(TileSide::keys, 64, 16, token), 16.0 + 8.0 / 128.0) << "a byte a channel";
-    EXPECT_EQ(bits(TileSide::keys, 64, 0, channel), 0.0);
-    EXPECT_EQ(bits(TileSide::keys, 72, 4, channel), 4.0 + 320.0 * 8.0 / (128 * 72)) << "slack counts";
-    EXPECT_EQ(TileFormat(TileSide::keys, Segments{}, channel).bytes(), 0);
-    EXPECT_EQ(TileFormat(TileSide::keys, Segments{}, channel).bits_per_element(), 0.0);
-}
-
-TEST(TileFormat, RefusesWhatHasNoLayout) {
-    const auto refused = [](const std::string& part, const Segments& segments, const GridRule& rule) {
-        for (const TileSide side : {TileSide::keys, TileSide::values}) {
-            const std::string sentence =
-                refusal(ErrorCode::option, [&] { TileFormat(side, segments, rule); });
-            EXPECT_NE(sentence.find(part), std::string::npos) << sentence;
-        }
-    };
-    for (const Index group : {-1, 0, 1, 16, 33, 96, 127, 129, 256})
-        refused("expected 32, 64 or 128", {{64, 4}}, {Granularity::per_channel, group});
-    for (const Index group : {0, -1}) refused("at least 1", {{64, 4}}, {Granularity::per_token, group});
-    for (const int bits : {-1, 9, 10, 12, 15, 17})
-        refused(std::to_string(bits) + ", expected", {{32, 4}, {64, bits}}, {Granularity::per_token, 32});
-    for (const Index channels : {0, -1}) refused("a segment of", {{64, 4}, {channels, 4}}, {});
-    refused("symmetric", {{64, 1}}, {Granularity::per_token, 32, Scheme::symmetric});
-}
-
-// -- Bytes ------------------------------------------------------------------------------------------------
-
-/// design.md's example: a 64-byte unit of a 4-bit plane of keys holds 16 tokens x 8 channels, byte (token, j)
-/// = code[channel j] | code[channel j + 4] << 4; values likewise with tokens and channels exchanged.
-TEST(TileLayout, OfFourBitsIsTheExampleOfTheDesign) {
-    const GridRule rule{Granularity::per_token, 32};
-    for (const TileSide side : {TileSide::keys, TileSide::values}) {
-        const TileFormat format(side, 32, 4, rule);
-        TileCodes codes(32);
-        const auto code = [](Index token, Index channel) { return (token * 5 + channel * 3) % 16; };
-        for (Index t = 0; t < 128; ++t)
-            for (Index c = 0; c < 32; ++c) codes.at(t, c) = static_cast<std::uint8_t>(code(t, c));
-        Tile tile(static_cast<std::size_t>(format.bytes()));
-        pack_segment(format, 0, codes, 0, 128, tile.data());
-        const auto* plane = reinterpret_cast<const std::uint8_t*>(tile.data()) + 256 + 256;
-        for (Index lane = 0; lane < 16; ++lane)
-            for (Index j = 0; j < 4; ++j) {
-                const bool keys = side == TileSide::keys;
-                // The second unit: the next 8 channels of the same tokens, the next 8 tokens of the channels.
-                const Index low = keys ? code(lane, 8 + j) : code(8 + j, lane);
-                const Index high = keys ? code(lane, 12 + j) : code(12 + j, lane);
-                EXPECT_EQ(plane[64 + lane * 4 + j], low | high << 4);
-            }
-    }
-}
-
-/// Every width and every code, at places that change with the start; fp16 with all its bytes.
-TEST(TileLayout, HoldsEveryCodeAtItsPlace) {
-    const GridRule rule{Granularity::per_token, 64};
-    for (const TileSide side : {TileSide::keys, TileSide::values})
-        for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8, 16})
-            for (const Index channels : {1, 15, 32, 40, 67})
-                for (const int start : {0, 1, 77}) {
-                    const Case c{side, {{channels, bits}}, rule};
-                    SCOPED_TRACE(c.text());
-                    const TileFormat format = c.format();
-                    const DocumentedTile documented = c.documented();
-                    const int step = bits == 16 ? 9973 : 1, patterns = 1 << bits;
-                    const auto code = [&](Index t, Index channel) {
-                        return static_cast<int>((t * channels + channel) * step + start) % patterns;
-                    };
-                    TileCodes codes(channels);
-                    for (Index t = 0; t < 128; ++t)
-                        for (Index channel = 0; channel < channels; ++channel) {
-                            const int x = code(t, channel);
-                            codes.at(t, channel, 0) = static_cast<std::uint8_t>(bits == 16 ? x >> 8 : x);
-                            if (bits == 16) codes.at(t, channel, 1) = static_cast<std::uint8_t>(x & 255);
-                        }
-                    Tile tile(static_cast<std::size_t>(format.bytes()), std::byte{0});
-                    pack_segment(format, 0, codes, 0, 128, tile.data());
-                    for (Index t = 0; t < 128; ++t)
-                        for (Index channel = 0; channel < channels; ++channel)
-                            ASSERT_EQ(documented.code(tile, 0, t, channel), code(t, channel))
-                                << "token " << t << ", channel " << channel;
-                    // A prefix of the planes is a prefix of the code, at every depth that is read.
-                    for (int depth = bits == 16 ? 8 : 1; depth <= bits; depth += bits == 16 ? 4 : 1) {
-                        TileCodes read(channels);
-                        std::fill_n(read.byte(0), 128 * read.stride(), std::uint8_t{0xEE});
-                        std::fill_n(read.byte(1), 128 * read.stride(), std::uint8_t{0xEE});
-                        unpack_segment(format, 0, depth, tile.data(), read);
-                        for (Index t = 0; t < 128; ++t)
-                            for (Index channel = 0; channel < channels; ++channel) {
-                                const int prefix = code(t, channel) >> (bits - depth);
-                                const int found = bits == 16
-                                                      ? read.at(t, channel, 0) << 8 | read.at(t, channel, 1)
-                                                      : read.at(t, channel, 0);
-                                ASSERT_EQ(found, bits == 16 ? prefix << (16 - depth) : prefix)
-                                    << "depth " << depth << ", token " << t << ", channel " << channel;
-                            }
-                    }
-                }
 }
 
 /// From numbers to bytes: grids by fit_grid and codes by Grid::encode, each at its documented place, and
