@@ -13,11 +13,12 @@
 // double: at position 8000 an fp32 angle would be off by 5e-4.
 #pragma once
 
-#include <cmath>
+#include <array>
+#include <cstddef>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
+#include "kvplane/compiled.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/matrix.hpp"
 
@@ -79,14 +80,7 @@ class RotaryEmbedding {
     /// 0, frequencies not finite or not dims / 2 of them.
     explicit RotaryEmbedding(Index head_dim, const RopeSettings& settings = {});
     /// For a model without: all frames are the same.
-    static RotaryEmbedding none(Index head_dim) {
-        require(head_dim >= 1, ErrorCode::option, "RoPE: a head of ", head_dim,
-                " channels, expected at least 1");
-        RotaryEmbedding still;
-        still.head_dim_ = head_dim;
-        still.leave(0);
-        return still;
-    }
+    static RotaryEmbedding none(Index head_dim);
 
     Index head_dim() const noexcept { return head_dim_; }
     const std::vector<Pair>& pairs() const noexcept { return pairs_; }
@@ -108,35 +102,19 @@ class RotaryEmbedding {
         turn_rows(rows, positions, 0, 1.0);
     }
 
-    FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::before_rope> keys) const {
-        rotate(keys.rows, keys.first_position);
-        return {std::move(keys.rows), keys.first_position};
-    }
-    FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::tile> keys) const {
-        turn(keys.rows, keys.first_position);
-        return {std::move(keys.rows), keys.first_position};
-    }
-    FramedKeys<KeyFrame::before_rope> before(FramedKeys<KeyFrame::after_rope> keys) const {
-        rotate_back(keys.rows, keys.first_position);
-        return {std::move(keys.rows), keys.first_position};
-    }
+    FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::before_rope> keys) const;
+    FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::tile> keys) const;
+    FramedKeys<KeyFrame::before_rope> before(FramedKeys<KeyFrame::after_rope> keys) const;
     /// The keys of one tile, all of them.
-    FramedKeys<KeyFrame::tile> to_tile(FramedKeys<KeyFrame::after_rope> keys) const {
-        turn(keys.rows, -keys.first_position);
-        return {std::move(keys.rows), keys.first_position};
-    }
-    FramedKeys<KeyFrame::tile> to_tile(FramedKeys<KeyFrame::before_rope> keys) const {
-        rotate(keys.rows, 0);
-        return {std::move(keys.rows), keys.first_position};
-    }
+    FramedKeys<KeyFrame::tile> to_tile(FramedKeys<KeyFrame::after_rope> keys) const;
+    FramedKeys<KeyFrame::tile> to_tile(FramedKeys<KeyFrame::before_rope> keys) const;
 
   private:
     RotaryEmbedding() = default;
     /// The channels from `first` on do not turn.
-    void leave(Index first) {
-        for (Index c = first; c < head_dim_; c += 2)
-            pairs_.push_back({c, c + 1 < head_dim_ ? c + 1 : -1, 0.0});
-    }
+    void leave(Index first);
+    /// Cosine and sine of what every pair turns by over `positions`.
+    void angles_at(double positions, std::vector<std::array<double, 2>>& angles) const;
     /// Row i turns by sign (first + i stride) positions.
     template <class Derived>
     void turn_rows(Eigen::MatrixBase<Derived>& rows, Index first, Index stride, double sign) const;
@@ -145,51 +123,20 @@ class RotaryEmbedding {
     std::vector<Pair> pairs_;
 };
 
-// Implementation -------------------------------------------------------------------------------------------
-
-inline RotaryEmbedding::RotaryEmbedding(Index head_dim, const RopeSettings& settings) : head_dim_(head_dim) {
-    const Index listed = 2 * static_cast<Index>(settings.frequencies.size());
-    const Index dims = settings.dims != 0 ? settings.dims : listed != 0 ? listed : head_dim;
-    require(head_dim >= 1 && dims >= 0 && dims <= head_dim && dims % 2 == 0, ErrorCode::option,
-            "RoPE: ", dims, " channels of a head of ", head_dim, " turn, expected an even number of them");
-    require(std::isfinite(settings.base) && settings.base > 0.0, ErrorCode::option, "RoPE: a base of ",
-            settings.base, ", expected a number above 0");
-    const auto count = static_cast<std::size_t>(dims / 2);
-    require(settings.frequencies.empty() || settings.frequencies.size() == count, ErrorCode::option,
-            "RoPE: ", settings.frequencies.size(), " frequencies, expected ", count,
-            ", one for each pair of ", dims, " channels");
-    for (Index i = 0; i < dims / 2; ++i) {
-        const double frequency =
-            settings.frequencies.empty()
-                ? std::pow(settings.base, -2.0 * static_cast<double>(i) / static_cast<double>(dims))
-                : settings.frequencies[static_cast<std::size_t>(i)];
-        require(std::isfinite(frequency), ErrorCode::option, "RoPE: the frequency of pair ", i, " is ",
-                frequency, ", expected a finite number");
-        if (settings.layout == RopeLayout::interleaved)
-            pairs_.push_back({2 * i, 2 * i + 1, frequency});
-        else
-            pairs_.push_back({i, i + dims / 2, frequency});
-    }
-    leave(dims);
-}
-
 template <class Derived>
 void RotaryEmbedding::turn_rows(Eigen::MatrixBase<Derived>& rows, Index first, Index stride,
                                 double sign) const {
     using Scalar = typename Derived::Scalar;
     require(rows.cols() % head_dim_ == 0, ErrorCode::shape, "RoPE: rows of ", rows.cols(),
             " channels, expected a multiple of ", head_dim_);
-    std::vector<std::pair<Scalar, Scalar>> angles(pairs_.size());
+    std::vector<std::array<double, 2>> angles;
     for (Index r = 0; r < rows.rows(); ++r) {
-        if (r == 0 || stride != 0)
-            for (std::size_t i = 0; i < pairs_.size(); ++i) {
-                const double angle = sign * static_cast<double>(first + r * stride) * pairs_[i].frequency;
-                angles[i] = {static_cast<Scalar>(std::cos(angle)), static_cast<Scalar>(std::sin(angle))};
-            }
+        if (r == 0 || stride != 0) angles_at(sign * static_cast<double>(first + r * stride), angles);
         for (Index head = 0; head < rows.cols(); head += head_dim_)
             for (std::size_t i = 0; i < pairs_.size(); ++i) {
                 if (pairs_[i].frequency == 0.0) continue;
-                const auto [cosine, sine] = angles[i];
+                const auto cosine = static_cast<Scalar>(angles[i][0]),
+                           sine = static_cast<Scalar>(angles[i][1]);
                 Scalar& x = rows(r, head + pairs_[i].first);
                 Scalar& y = rows(r, head + pairs_[i].second);
                 const Scalar turned = x * cosine - y * sine;
@@ -200,3 +147,7 @@ void RotaryEmbedding::turn_rows(Eigen::MatrixBase<Derived>& rows, Index first, I
 }
 
 }  // namespace kvplane
+
+#if !defined(KVPLANE_COMPILED)
+#include "kvplane/transform/impl/rope.hpp"
+#endif
