@@ -3,6 +3,7 @@
 
 #include "cache_support.hpp"
 #include "kvplane/io/cache_file.hpp"
+#include "kvplane/recipes.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "latent_sequence.hpp"
 #include "test_support.hpp"

@@ -2,7 +2,9 @@
 #include "engine/gguf.hpp"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
+#include <filesystem>
 #include <fstream>
 #include <limits>
 
@@ -337,6 +339,9 @@ TEST(Gguf, OpensFiles) {
     std::filesystem::remove(path);
     EXPECT_NE(refusal(ErrorCode::io, [&] { Gguf::open(path); }).find(path), std::string::npos);
     refusal(ErrorCode::io, [] { Gguf::open(testing::TempDir()); });
+    ASSERT_EQ(::mkfifo(path.c_str(), 0600), 0);
+    refusal(ErrorCode::io, [&] { Gguf::open(path); });  // and does not wait for its other end
+    std::filesystem::remove(path);
 }
 
 TEST(Gguf, ReadsTheRealModel) {

@@ -3,8 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <filesystem>
-#include <fstream>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
 
 #include "cache/cache_support.hpp"
 #include "cache/latent_sequence.hpp"
@@ -114,7 +118,7 @@ TEST(SavedCacheFile, RefusesWhatBelongsElsewhere) {
 TEST(SavedCacheFile, GoesThroughTheDisk) {
     TilePool pool;
     const CacheConfiguration c = configuration("compact");
-    const auto path = std::filesystem::temp_directory_path() / "kvplane_serialize_test.safetensors";
+    const auto path = std::filesystem::temp_directory_path() / "kvplane_cache_file_test.safetensors";
     const KvCache cache = filled(c, pool, 400);
     save_cache(cache, path);
     EXPECT_EQ(to_bytes(load_cache(path, c, pool)), to_bytes(cache));

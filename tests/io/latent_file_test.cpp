@@ -4,8 +4,12 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <filesystem>
 #include <limits>
+#include <random>
+#include <string>
+#include <vector>
 
 #include "cache/cache_support.hpp"
 #include "cache/latent_sequence.hpp"
