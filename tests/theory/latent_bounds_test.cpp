@@ -1,5 +1,7 @@
 // T6 to T10 of the theorems: what the latent basis, its grids and its schedules do, against the bounds; on
 // synthetic latents of known decay, on keys of a real model, and at the edges; each shown tight.
+#include <Eigen/QR>
+#include <Eigen/SVD>
 #include <algorithm>
 #include <array>
 #include <cmath>
