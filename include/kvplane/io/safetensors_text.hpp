@@ -10,7 +10,6 @@
 #include <string_view>
 #include <vector>
 
-#include "kvplane/io/safetensors_header.hpp"
 #include "kvplane/matrix.hpp"
 
 namespace kvplane::detail {
@@ -55,12 +54,13 @@ std::string shape_text(const std::vector<Size>& shape) {
     return text.append(shape.size() > most ? ", ...]" : "]");
 }
 
-/// Bytes of a tensor, or nothing where they overflow an Index. Sizes other than 0 are multiplied even where
-/// one is 0, so that any product of sizes, in any grouping, fits too. A negative size overflows.
+/// Bytes of a tensor whose elements take `element_bytes` each, or nothing where they overflow an Index. Sizes
+/// other than 0 are multiplied even where one is 0, so that any product of sizes, in any grouping, fits too. A
+/// negative size overflows.
 template <class Size>
-std::optional<std::size_t> shape_bytes(const std::vector<Size>& shape, DType dtype) {
+std::optional<std::size_t> shape_bytes(const std::vector<Size>& shape, std::size_t element_bytes) {
     constexpr auto most = static_cast<std::uint64_t>(std::numeric_limits<Index>::max());
-    std::uint64_t product = bytes_of(dtype);
+    std::uint64_t product = element_bytes;
     bool empty = false;
     for (const Size size : shape) {
         const auto factor = static_cast<std::uint64_t>(size);

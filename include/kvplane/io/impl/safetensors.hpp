@@ -101,7 +101,7 @@ KVPLANE_FUNCTION std::pair<Index, Index> SafetensorsFile::matrix_shape(std::stri
 
 KVPLANE_FUNCTION void SafetensorsFile::require_elements(std::string_view name, Index rows, Index cols) const {
     const std::optional<std::size_t> wanted =
-        detail::shape_bytes(std::vector<Index>{rows, cols}, info(name).dtype);
+        detail::shape_bytes(std::vector<Index>{rows, cols}, bytes_of(info(name).dtype));
     require(wanted == bytes(name).size(), ErrorCode::shape, source_, ": ", detail::tensor_named(name),
             " has the shape ", detail::shape_text(info(name).shape), ", which is not ", rows, " x ", cols,
             " elements");
@@ -139,7 +139,7 @@ KVPLANE_FUNCTION void SafetensorsWriter::add(std::string name, std::vector<Index
     require(!entries_.contains(name), ErrorCode::option, subject, ": this name was added before");
     require(std::all_of(shape.begin(), shape.end(), [](Index size) { return size >= 0; }), ErrorCode::shape,
             subject, ": shape ", detail::shape_text(shape), ", expected sizes of 0 or more");
-    const std::optional<std::size_t> expected = detail::shape_bytes(shape, dtype);
+    const std::optional<std::size_t> expected = detail::shape_bytes(shape, bytes_of(dtype));
     require(expected.has_value(), ErrorCode::shape, subject, ": shape ", detail::shape_text(shape),
             " overflows");
     require(*expected == bytes.size(), ErrorCode::shape, subject, ": ", bytes.size(), " bytes, expected ",

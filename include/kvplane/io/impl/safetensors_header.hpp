@@ -209,7 +209,7 @@ inline void HeaderReader::add_tensor() {
     if (begin % bytes_of(*dtype_) != 0)
         refuse("begins at ", begin, ", expected a multiple of ", bytes_of(*dtype_), " for ",
                kvplane::name(*dtype_));
-    const std::optional<std::size_t> bytes = shape_bytes(*shape_, *dtype_);
+    const std::optional<std::size_t> bytes = shape_bytes(*shape_, bytes_of(*dtype_));
     if (!bytes) refuse("shape ", shape_text(*shape_), " overflows");
     if (end - begin != *bytes)
         refuse("[", begin, ", ", end, "] holds ", end - begin, " bytes, expected ", *bytes, " for ",
