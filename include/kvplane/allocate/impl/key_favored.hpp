@@ -235,7 +235,9 @@ KVPLANE_FUNCTION KeyFavoredAllocation key_favored(std::span<const LayerNorms> la
 }
 
 KVPLANE_FUNCTION KeyValueSplit closed_form_split(double key_norm, double value_norm, double mean_bits) {
-    theory::detail::require_not_negative(mean_bits, "mean_bits");
+    require(std::isfinite(mean_bits), ErrorCode::not_finite, "mean_bits: ", mean_bits,
+            ", expected a finite number");
+    require(mean_bits >= 0, ErrorCode::option, "mean_bits: ", mean_bits, ", expected 0 or more");
     const double half = theory::optimal_key_value_split(key_norm, value_norm) / 2;
     const double shift = std::clamp(half, -mean_bits, mean_bits);
     return {mean_bits + shift, mean_bits - shift};
@@ -244,7 +246,9 @@ KVPLANE_FUNCTION KeyValueSplit closed_form_split(double key_norm, double value_n
 KVPLANE_FUNCTION GroupSizes published_group_sizes(std::span<const LayerNorms> layers,
                                                   std::span<const Index> menu, double mean_group,
                                                   const AllocationSettings& settings) {
-    theory::detail::require_positive(mean_group, "mean_group");
+    require(std::isfinite(mean_group), ErrorCode::not_finite, "mean_group: ", mean_group,
+            ", expected a finite number");
+    require(mean_group > 0, ErrorCode::option, "mean_group: ", mean_group, ", expected more than 0");
     std::vector<AllocationOption> options;
     for (const Index group : menu) {
         require(group >= 1, ErrorCode::option, "menu: ", group, ", expected at least 1");
