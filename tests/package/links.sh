@@ -3,13 +3,14 @@
 set -euo pipefail
 cd "$1"
 missing=0
+is_there() {  # a name stands from its README's folder or from the repository on
+    [ -e "$folder/$1" ] || [ -e "$1" ] || { echo "$readme: $1 is not there" >&2; missing=1; }
+}
 while read -r readme; do
     folder=$(dirname "$readme")
     for target in $(grep -oE '\]\([^)#]+' "$readme" | sed 's/^](//' | grep -v '^http') \
                   $(grep -oE '`[a-z_/]+_test\.cpp`' "$readme" | tr -d '`'); do
-        [ -e "$folder/$target" ] && continue
-        echo "$readme: $target is not there" >&2
-        missing=1
+        is_there "$target"
     done
 done < <(find . -name README.md -not -path './build/*' -not -path './models/*')
 exit $missing
