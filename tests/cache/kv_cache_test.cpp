@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "cache_support.hpp"
+#include "flushed_subnormals.hpp"
 #include "kvplane/io/cache_file.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
@@ -387,6 +388,163 @@ TEST_P(CacheOfRecipe, ThreadsSharePoolAndReadTogether) {
     EXPECT_EQ(equal, std::vector<int>(4, 3));
 }
 
+/// What was moved from is a new cache of the same configuration; what is moved to itself stays as it is.
+TEST_P(CacheOfRecipe, WhatIsMovedFromIsEmptyAndUsable) {
+    const Matrix k = keys(200), v = values(200), q = queries(2);
+    KvCache cache(configuration(), pool_);
+    const std::vector<std::byte> nothing = to_bytes(cache);
+    append(cache, k, v);
+    cache.drop_before(20);
+    const std::vector<std::byte> all = to_bytes(cache);
+    const Matrix output = attend(cache, q);
+    const auto expect_empty = [&](KvCache& moved_from) {
+        EXPECT_EQ(moved_from.configuration(), configuration());
+        EXPECT_EQ(moved_from.tokens(), 0);
+        EXPECT_EQ(moved_from.packed_tokens(), 0);
+        EXPECT_EQ(moved_from.first_kept(), 0);
+        EXPECT_EQ(moved_from.bytes(), 0);
+        EXPECT_EQ(moved_from.latent_keys(), nullptr);
+        EXPECT_EQ(to_bytes(moved_from), nothing);
+        EXPECT_EQ(to_bytes(load_cache(nothing, configuration(), pool_)), nothing);
+        refusal(ErrorCode::shape, [&] { attend(moved_from, q); });
+        EXPECT_EQ(attend(moved_from, q.topRows(0)).rows(), 0);
+        moved_from.truncate(0);
+        moved_from.drop_before(0);
+        append(moved_from, k, v);
+        moved_from.drop_before(20);
+        EXPECT_EQ(to_bytes(moved_from), all);
+        EXPECT_EQ(attend(moved_from, q), output);
+    };
+    KvCache made(std::move(cache));
+    EXPECT_EQ(to_bytes(made), all);
+    EXPECT_EQ(attend(made, q), output);
+    expect_empty(cache);
+    // Into a cache of another configuration, and back.
+    KvCache other(kvplane_test::configuration("fp16", 1, 3, 16, 16), pool_);
+    append(other, normal_matrix(random_, 130, 16), normal_matrix(random_, 130, 16));
+    other = std::move(made);
+    EXPECT_EQ(other.configuration(), configuration());
+    EXPECT_EQ(to_bytes(other), all);
+    EXPECT_EQ(attend(other, q), output);
+    expect_empty(made);
+    KvCache& same = other;
+    other = std::move(same);
+    EXPECT_EQ(to_bytes(other), all);
+    EXPECT_EQ(attend(other, q), output);
+    const KvCache loaded = load_cache(to_bytes(other), configuration(), pool_);
+    EXPECT_EQ(attend(loaded, q), output);
+    append(other, k, v);
+    EXPECT_EQ(other.tokens(), 400);
+}
+
+/// Tokens dropped within the sinks are still seen, and may be truncated; what is then saved can be loaded.
+TEST_P(CacheOfRecipe, DropsWithinTheSinksThenTruncatesBelow) {
+    const Index sinks = configuration().recipe.sink_tokens;
+    if (sinks < 3) GTEST_SKIP() << "it has no sinks";
+    for (const Index tokens : {sinks - 1, sinks, Index{200}})
+        for (const Index dropped : {Index{1}, sinks - 1, std::min(sinks, tokens)})
+            for (const Index left : {dropped, dropped - 1, Index{1}, Index{0}}) {
+                SCOPED_TRACE(std::to_string(tokens) + " tokens, dropped before " + std::to_string(dropped) +
+                             ", truncated to " + std::to_string(left));
+                const Matrix k = keys(tokens), v = values(tokens), more_k = keys(150), more_v = values(150);
+                KvCache cache(configuration(), pool_), plain(configuration(), pool_);
+                append(cache, k, v);
+                append(plain, k, v);
+                const Matrix q = queries(1);
+                cache.drop_before(dropped);
+                EXPECT_EQ(attend(cache, q), attend(plain, q)) << "sinks are seen for ever";
+                cache.truncate(left);
+                plain.truncate(left);
+                EXPECT_EQ(cache.tokens(), left);
+                KvCache loaded = load_cache(to_bytes(cache), configuration(), pool_);
+                EXPECT_EQ(to_bytes(loaded), to_bytes(cache));
+                EXPECT_EQ(loaded.first_kept(), cache.first_kept());
+                // It goes on as if nothing had been dropped.
+                for (KvCache* const one : {&cache, &plain, &loaded}) append(*one, more_k, more_v);
+                EXPECT_EQ(to_bytes(loaded), to_bytes(cache));
+                EXPECT_EQ(attend(cache, q), attend(plain, q));
+                EXPECT_EQ(attend(loaded, q), attend(plain, q));
+            }
+}
+
+/// Hands out no more than so many bytes at a time.
+class BudgetedMemory : public std::pmr::memory_resource {
+  public:
+    explicit BudgetedMemory(Index bytes) : left(bytes) {}
+    Index left;
+
+  private:
+    void* do_allocate(std::size_t bytes, std::size_t alignment) override {
+        if (static_cast<Index>(bytes) > left) throw std::bad_alloc();
+        left -= static_cast<Index>(bytes);
+        return std::pmr::new_delete_resource()->allocate(bytes, alignment);
+    }
+    void do_deallocate(void* memory, std::size_t bytes, std::size_t alignment) override {
+        left += static_cast<Index>(bytes);
+        std::pmr::new_delete_resource()->deallocate(memory, bytes, alignment);
+    }
+    bool do_is_equal(const memory_resource& other) const noexcept override { return this == &other; }
+};
+
+TEST(TilePool, GivesBackUnusedPagesOfOtherSizesWhenTheBudgetIsSpent) {
+    BudgetedMemory memory(4096);
+    TilePool pool(&memory);
+    {
+        const PageReference kept = pool.page(1024);
+        std::memset(kept.data(), 7, 1024);
+        {
+            const PageReference a = pool.page(1024), b = pool.page(2048);
+            EXPECT_EQ(memory.left, 0);
+            EXPECT_NE(refusal(ErrorCode::out_of_memory, [&] { pool.page(64); }).find("64"),
+                      std::string::npos);
+        }
+        EXPECT_EQ(memory.left, 0) << "unused pages stay in the pool";
+        EXPECT_EQ(pool.unused_pages(), 2);
+        {
+            const PageReference again = pool.page(2048);  // of a size that is there
+            EXPECT_EQ(pool.unused_pages(), 1);
+        }
+        const PageReference other = pool.page(3072);
+        EXPECT_EQ(memory.left, 0);
+        EXPECT_EQ(pool.pages(), 2);
+        EXPECT_EQ(pool.unused_pages(), 0);
+        EXPECT_EQ(kept.data()[1023], std::byte{7}) << "pages in use are left alone";
+        EXPECT_TRUE(
+            std::all_of(other.data(), other.data() + 3072, [](std::byte b) { return b == std::byte{}; }));
+        refusal(ErrorCode::out_of_memory, [&] { pool.page(64); });
+    }
+    pool.trim();
+    EXPECT_EQ(memory.left, 4096);
+}
+
+/// The pages of one model's caches make room for another's.
+TEST(TilePool, ServesCachesOfOtherShapesFromOneBudget) {
+    std::mt19937_64 random(seed());
+    const CacheConfiguration first = configuration("standard"),
+                             second = configuration("key_favored:8:8", 1, 2, 80, 80);
+    const auto fill = [&](const CacheConfiguration& c, TilePool& pool, Index tokens) {
+        KvCache cache(c, pool);
+        append(cache, normal_matrix(random, tokens, c.kv_heads * c.key_head_dim),
+               normal_matrix(random, tokens, c.kv_heads * c.value_head_dim));
+        return cache;
+    };
+    const auto needs = [&](const CacheConfiguration& c, Index tokens) {
+        // While it fills, a cache has up to 128 + 32 recent tokens and a page more.
+        return KvCache::predicted_bytes(c, tokens) + 8 * KvCache::predicted_bytes(c, 40);
+    };
+    BudgetedMemory memory(std::max(needs(first, 1000), needs(second, 1000)));
+    TilePool pool(&memory);
+    for (int round = 0; round < 4; ++round) {
+        EXPECT_EQ(fill(first, pool, 1000).tokens(), 1000);
+        EXPECT_EQ(fill(second, pool, 1000).tokens(), 1000);
+    }
+    // Two at a time do not fit, and the refusal leaves the first as it is.
+    KvCache cache = fill(first, pool, 1000);
+    const std::vector<std::byte> before = to_bytes(cache);
+    refusal(ErrorCode::out_of_memory, [&] { fill(second, pool, 3000); });
+    EXPECT_EQ(to_bytes(cache), before);
+}
+
 std::string test_name(const testing::TestParamInfo<std::string>& info) {
     std::string name;
     for (const char c : info.param) name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
@@ -455,6 +613,62 @@ TEST(Cache, RefusesImpossibleConfigurations) {
               }).find("per channel"),
               std::string::npos);
     EXPECT_NE(refused([](auto& c) { c.recipe.every_token = true; }).find("sinks"), std::string::npos);
+}
+
+/// Appends and attends in a thread of its own, with subnormal numbers flushed or as they are.
+struct Traces {
+    std::vector<std::byte> bytes;
+    Matrix decode, prefill;
+};
+Traces trace_of(const CacheConfiguration& c, const Matrix& k, const Matrix& v, const Matrix& q,
+                bool flushed) {
+    Traces traces;
+    std::thread([&] {
+        const auto run = [&] {
+            TilePool pool;
+            KvCache cache(c, pool);
+            append(cache, k.topRows(201), v.topRows(201));
+            append(cache, k.bottomRows(k.rows() - 201), v.bottomRows(v.rows() - 201));
+            traces.decode = attend(cache, q.bottomRows(3));
+            traces.prefill = attend(cache, q);
+            traces.bytes = to_bytes(cache);
+            return 0;
+        };
+        if (flushed)
+            with_flushed_subnormals(run);
+        else
+            run();
+    }).join();
+    return traces;
+}
+
+/// Other libraries set their threads to flush subnormal numbers. Bytes and outputs are the same bits, also where
+/// keys and values are subnormal fp16, or the steps of their grids are.
+TEST(Cache, DoesNotDependOnFlushedSubnormals) {
+    if (!can_flush_subnormals) GTEST_SKIP() << "this machine's mode cannot be set";
+    std::mt19937_64 random(seed());
+    const Matrix k = normal_matrix(random, 300, 64), v = normal_matrix(random, 300, 96),
+                 q = normal_matrix(random, 12, 128);
+    // fp16 is subnormal below 6.1e-5. Values of about 1e-3 span some 5e-3: steps of 2e-5 at 8 bits; those of
+    // 1e-6 are subnormal themselves, and those of 1e-40 subnormal floats.
+    for (const char* recipe : {"fp16", "key_favored:8:16", "key_favored:8:8", "key_favored:4:5", "standard",
+                               "block32:8", "latent:3:3+fit_tokens=130"})
+        for (const float scale : {1.0f, 1e-3f, 1e-6f, 1e-40f}) {
+            const CacheConfiguration c = configuration(recipe);
+            // A basis needs keys that are not 0.
+            const Matrix keys = c.fits_basis() ? k : Matrix(scale * k), values = scale * v;
+            for_each_isa([&](Isa) {
+                const Traces as_they_are = trace_of(c, keys, values, q, false),
+                             flushed = trace_of(c, keys, values, q, true);
+                EXPECT_EQ(flushed.bytes, as_they_are.bytes) << recipe << ", values of " << scale;
+                EXPECT_EQ(differing(flushed.decode, as_they_are.decode), 0)
+                    << recipe << ", values of " << scale;
+                EXPECT_EQ(differing(flushed.prefill, as_they_are.prefill), 0)
+                    << recipe << ", values of " << scale;
+                // They are seen: softmax averages are as large as the values.
+                if (scale >= 1e-6f) EXPECT_GT(as_they_are.decode.cwiseAbs().maxCoeff(), 0.01f * scale);
+            });
+        }
 }
 
 }  // namespace
