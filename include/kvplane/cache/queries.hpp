@@ -148,9 +148,7 @@ class QueryProjection {
             }
             const float* const from = turn(i > 0 ? i - 1 : projected_tiles - 1);
             const float* const step = turn(projected_tiles);
-            run_on(isa, [&](auto lanes) KVPLANE_BODY {
-                step_turn<lanes>(from, from + depth_, step, step + depth_, channels, to, to + depth_);
-            });
+            add_turn(isa, from, step, depth_, channels, to);
         }
     }
 
@@ -160,15 +158,14 @@ class QueryProjection {
                  Index count, float* offsets) noexcept {
         const LatentKeys::Subspace& subspace = keys.subspace(keys.subspace_of_head(block.head));
         const Index at = keys.head_offset(block.head), kept = subspace.kept(), dim = keys.head_dim();
-        run_on(isa, [&](auto lanes) KVPLANE_BODY {
-            for (Index i = 0; i < count; ++i)
-                for (Index r = 0; r < block.rows; ++r) {
-                    const float* const turn = this->turn(i);
-                    offsets[i * block.rows + r] = turn_row<lanes>(
-                        queries.plain(block.first + r), queries.partner(block.first + r), turn, turn + depth_,
-                        subspace.mean.data() + at, dim, turned_.data() + (i * block.rows + r) * depth_);
-                }
-        });
+        for (Index i = 0; i < count; ++i)
+            for (Index r = 0; r < block.rows; ++r) {
+                const float* const turn = this->turn(i);
+                offsets[i * block.rows + r] =
+                    turn_query(isa, queries.plain(block.first + r), queries.partner(block.first + r), turn,
+                               turn + depth_, subspace.mean.data() + at, dim,
+                               turned_.data() + (i * block.rows + r) * depth_);
+            }
         const Index rows = count * block.rows;
         const RowView<float> turned{turned_.data(), depth_, rows}, to{projected_.data(), depth_, rows};
         if (keys.settings().directions == LatentDirections::eigenvectors) {

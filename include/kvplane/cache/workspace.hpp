@@ -8,6 +8,7 @@
 #include "kvplane/attention/scratch.hpp"
 #include "kvplane/attention/softmax.hpp"
 #include "kvplane/cache/queries.hpp"
+#include "kvplane/quantize/kernels.hpp"
 #include "kvplane/read/budget.hpp"
 #include "kvplane/read/coarse_pass.hpp"
 #include "kvplane/read/exponents.hpp"

@@ -140,10 +140,7 @@ KVPLANE_FUNCTION void KvCache::fit_basis() {
     const Index waiting = tokens() - state_.recent_first;
     require(waiting >= 2, ErrorCode::shape, "fit_basis: ", waiting,
             " tokens after the sinks, expected at least 2");
-    const detail::StandardFloatingPoint standard;
-    detail::Appender appender(*shape_, state_, *pool_);
-    appender.fit(waiting, false);
-    appender.commit(state_);
+    detail::fit_own_basis(*shape_, state_, *pool_, waiting);
 }
 
 KVPLANE_FUNCTION void KvCache::truncate(Index count) {
@@ -225,9 +222,8 @@ KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const
                 output.store(output.context, i, head * dim, pass.output(head, i), dim);
         return;
     }
-    const Matrix given = detail::widened(queries);
     const Matrix result =
-        detail::Prefill(*shape_, state_, given, parameters, workspace.executor()).run(workspace.executor());
+        detail::prefill(*shape_, state_, detail::widened(queries), parameters, workspace.executor());
     for (Index i = 0; i < query_tokens; ++i)
         output.store(output.context, i, 0, result.data() + i * result.cols(), result.cols());
 }

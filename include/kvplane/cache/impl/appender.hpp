@@ -1,0 +1,401 @@
+// kvplane/cache/impl/appender.hpp: checks of input, and the Appender.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "kvplane/cache/appender.hpp"
+#include "kvplane/cache/pages.hpp"
+#include "kvplane/cache/shape.hpp"
+#include "kvplane/cache/state.hpp"
+#include "kvplane/error.hpp"
+#include "kvplane/latent/coder.hpp"
+#include "kvplane/latent/fit.hpp"
+#include "kvplane/matrix.hpp"
+#include "kvplane/quantize/block.hpp"
+#include "kvplane/simd/floating_point.hpp"
+#include "kvplane/storage/tile_coder.hpp"
+
+namespace kvplane::detail {
+
+/// [token][heads * head_dim] as floats.
+inline void widen_rows(const AnyRows& input, Index first, Index count, Matrix& to) {
+    to.resize(count, input.channels());
+    if (to.size() == 0) return;
+    input.visit([&](const auto& rows) {
+        using Scalar = std::remove_cvref_t<decltype(*rows.data())>;
+        if constexpr (std::is_same_v<Scalar, Eigen::half>)
+            if (rows.channel_stride() == 1) {
+                const Isa isa = current_isa();
+                for (Index t = 0; t < count; ++t)
+                    for (Index h = 0; h < rows.heads(); ++h)
+                        widen_row(isa, rows.at(h, first + t), rows.head_dim(),
+                                  to.data() + t * to.cols() + h * rows.head_dim());
+                return;
+            }
+        const auto some = rows.middle_tokens(first, count);
+        for (Index h = 0; h < rows.heads(); ++h)
+            to.middleCols(h * rows.head_dim(), rows.head_dim()) = some.head(h).template cast<float>();
+    });
+}
+KVPLANE_FUNCTION Matrix widened(const AnyRows& input) {
+    Matrix matrix;
+    widen_rows(input, 0, input.tokens, matrix);
+    return matrix;
+}
+
+inline const char* name_of(TileSide side) noexcept {
+    return side == TileSide::keys ? "keys" : "values";
+}
+
+/// Throws Error (shape) for input of other heads than the cache has.
+inline void require_input(const AnyRows& rows, const char* argument, Index heads, Index dim) {
+    require(rows.heads == heads && rows.head_dim == dim, ErrorCode::shape, "append: ", argument, " of ",
+            rows.heads, " heads of ", rows.head_dim, " channels, expected ", heads, " of ", dim);
+}
+/// Throws Error (not_finite, beyond_fp16), with the position, for what is no fp16 number.
+inline void require_storable(const AnyRows& input, const char* argument) {
+    input.visit([&](const auto& rows) { kvplane::require_storable(rows, argument); });
+}
+/// That every value can be stored, in the frame in which it is. Throws Error (not_finite, beyond_fp16).
+inline void require_magnitudes(const CacheShape& cache, const AnyRows& input, TileSide side) {
+    const char* const argument = name_of(side);
+    const bool rotates = cache.rotates(side);
+    const float largest = input.visit([](const auto&rows) { return kvplane::largest_magnitude(rows); }),
+                most = cache.largest_magnitude();
+    if (!(largest <= fp16_max)) require_storable(input, argument);
+    // A rotation makes no element larger than its head's norm.
+    if (largest * (rotates ? std::sqrt(static_cast<float>(cache.dim(side))) : 1.0f) <= most) return;
+    Matrix stored;
+    for (Index token = 0; token < input.tokens; ++token) {
+        widen_rows(input, token, 1, stored);
+        if (rotates) cache.rotation(side).rotate(stored);
+        Index channel = 0;
+        const float magnitude = stored.row(0).cwiseAbs().maxCoeff(&channel);
+        require(magnitude <= most, ErrorCode::beyond_fp16, "append: ", argument, ": token ", token,
+                ", channel ", channel, " has the magnitude ", magnitude,
+                " (after rotation, where the recipe rotates); expected at most ", most);
+    }
+}
+
+class Appender {
+  public:
+    Appender(const CacheShape& cache, const CacheState& state, TilePool& pool)
+        : cache_(cache),
+          state_(state),
+          pool_(pool),
+          layout_(state.layout),
+          latent_(state.latent),
+          queries_(state.queries),
+          tokens_(state.tokens),
+          recent_first_(state.recent_first),
+          sinks_(state.sinks),
+          recent_(state.recent),
+          largest_(state.largest),
+          excess_(state.excess),
+          sink_rows_(cache.sink_rows()),
+          recent_rows_(cache.recent_rows()) {
+        if (!state.tiles.empty()) last_tokens_ = state.tiles.back().tokens;
+    }
+
+    /// Tokens of one piece in the stored frame.
+    struct Piece {
+        Matrix keys, values;      ///< [token][kv_heads * dim]
+        Matrix queries;           ///< [token][query_heads * key dim] before RoPE, where they are needed
+        PerSide<double> largest;  ///< magnitudes
+    };
+    void add(const Piece& piece) {
+        for (const TileSide side : {TileSide::keys, TileSide::values})
+            largest_[side] = std::max(largest_[side], piece.largest[side]);
+        for (Index done = 0; done < piece.keys.rows();) {
+            const Index left = piece.keys.rows() - done;
+            if (cache_.recipe().every_token)
+                done += fill_tile(piece, done, left);
+            else if (tokens_ < cache_.recipe().sink_tokens)
+                done += fill_sinks(piece, done, left);
+            else
+                done += fill_recent(piece, done, left);
+        }
+    }
+
+    /// Fits the basis to the oldest `count` recent tokens, and makes the tiles that are due. cut: a schedule that
+    /// asks for more latents than the keys determine is cut; otherwise it is refused.
+    void fit(Index count, bool cut) {
+        const CacheConfiguration& c = cache_.configuration;
+        LatentRecipe recipe = *c.recipe.latents;
+        recipe.basis.heads_together = recipe.own_heads_together;
+        const RotaryEmbedding rope =
+            c.rope ? RotaryEmbedding(c.key_head_dim, *c.rope) : RotaryEmbedding::none(c.key_head_dim);
+        SecondMoments keys(c.kv_heads * c.key_head_dim);
+        keys.add(rope.before({recent_keys(count), recent_first_}).rows, "keys");
+        const CacheState::QueryMoments none(static_cast<std::size_t>(c.kv_heads),
+                                            SecondMoments(c.key_head_dim));
+        const LatentStatistics statistics(c.query_heads, std::move(keys), queries_ ? *queries_ : none);
+        latent_ = fit_latent_keys(statistics, c.rope, recipe, recipe.basis.context, cut);
+        layout_ = std::make_shared<const PageLayout>(page_layout(c, latent_.get()));
+        queries_.reset();
+        while (tokens_ >= recent_first_ + tile_tokens + c.recipe.recent_tokens) make_tile();
+    }
+
+    /// Makes all of it part of `state`, the one that it was begun with. Throws std::bad_alloc and then has changed
+    /// nothing.
+    void commit(CacheState& state) {
+        state.tile_pages.reserve(state.tile_pages.size() + tile_pages_.size());
+        state.tiles.reserve(state.tiles.size() + tiles_.size());
+        // Nothing below can fail.
+        if (last_page_) {
+            state.tile_pages.back() = std::move(last_page_);
+            state.tiles.back().page = state.tile_pages.back().data();
+        }
+        if (!state.tiles.empty()) state.tiles.back().tokens = last_tokens_;
+        std::move(tile_pages_.begin(), tile_pages_.end(), std::back_inserter(state.tile_pages));
+        state.tiles.insert(state.tiles.end(), tiles_.begin(), tiles_.end());
+        state.layout = std::move(layout_);
+        state.latent = std::move(latent_);
+        state.queries = std::move(queries_);
+        state.tokens = tokens_;
+        state.recent_first = recent_first_;
+        state.sinks = std::move(sinks_);
+        state.recent = std::move(recent_);
+        state.largest = largest_;
+        state.excess = excess_;
+    }
+
+  private:
+    /// A page that may be written: the given one, or a copy of it where others see it too.
+    PageReference writable(const PageReference& page) {
+        if (!others_see(page)) return page;
+        PageReference copy = pool_.page(page.bytes());
+        std::memcpy(copy.data(), page.data(), static_cast<std::size_t>(page.bytes()));
+        return copy;
+    }
+    /// The cache and this appender hold a page themselves; who else does sees it too.
+    bool others_see(const PageReference& page) const {
+        Index own = 0;
+        own += (state_.sinks == page) + (sinks_ == page);
+        own += std::count(state_.recent.begin(), state_.recent.end(), page);
+        own += std::count(recent_.begin(), recent_.end(), page);
+        if (!state_.tile_pages.empty()) own += state_.tile_pages.back() == page;
+        return page.references() > own;
+    }
+    TileCoder& coder(TileSide side) {
+        std::optional<TileCoder>& coder = coders_[side];
+        if (!coder) coder.emplace(side == TileSide::keys ? layout_->keys[0] : layout_->values);
+        return *coder;
+    }
+    void add_tile(PageReference page, Index first, Index count) {
+        tiles_.push_back({page.data(), first, count});
+        tile_pages_.push_back(std::move(page));
+    }
+
+    Index fill_sinks(const Piece& piece, Index first, Index count) {
+        count = std::min(count, cache_.recipe().sink_tokens - tokens_);
+        sinks_ = sinks_ ? writable(sinks_) : pool_.page(sink_rows_.bytes());
+        sink_rows_.write(piece.keys, piece.values, first, count, tokens_, sinks_.data());
+        tokens_ += count;
+        recent_first_ = tokens_;
+        return count;
+    }
+
+    Index fill_recent(const Piece& piece, Index first, Index count) {
+        const Index at = tokens_ - recent_first_, row = at % recent_page_tokens;
+        const auto page = static_cast<std::size_t>(at / recent_page_tokens);
+        if (page == recent_.size())
+            recent_.push_back(pool_.page(recent_rows_.bytes()));
+        else
+            recent_[page] = writable(recent_[page]);
+        count = std::min(count, recent_page_tokens - row);
+        // Not beyond the token at which the oldest tile is due, so that what is stored does not depend on how
+        // the tokens came.
+        const Index waiting = layout_ ? tile_tokens : cache_.recipe().latents->fit_tokens;
+        const Index due = recent_first_ + waiting + cache_.recipe().recent_tokens;
+        if (tokens_ < due) count = std::min(count, due - tokens_);
+        recent_rows_.write(piece.keys, piece.values, first, count, row, recent_[page].data());
+        if (!layout_ && piece.queries.rows() > 0) note_queries(piece.queries.middleRows(first, count));
+        tokens_ += count;
+        if (tokens_ >= due) {
+            if (layout_)
+                make_tile();
+            else
+                fit(waiting, true);
+        }
+        return count;
+    }
+
+    /// Token by token, because sums in another order would give other bytes.
+    void note_queries(const Matrix& queries) {
+        const CacheConfiguration& c = cache_.configuration;
+        if (!own_queries_) {
+            own_queries_ = queries_
+                               ? std::make_shared<CacheState::QueryMoments>(*queries_)
+                               : std::make_shared<CacheState::QueryMoments>(
+                                     static_cast<std::size_t>(c.kv_heads), SecondMoments(c.key_head_dim));
+            queries_ = own_queries_;
+        }
+        for (Index t = 0; t < queries.rows(); ++t)
+            for (Index head = 0; head < c.query_heads; ++head)
+                (*own_queries_)[static_cast<std::size_t>(head / c.group())].add(
+                    queries.block(t, head * c.key_head_dim, 1, c.key_head_dim));
+    }
+
+    /// [count][kv_heads * key dim] the oldest recent keys as attention takes them.
+    Matrix recent_keys(Index count) {
+        const Index dim = cache_.dim(TileSide::keys), heads = cache_.configuration.kv_heads;
+        Matrix keys(count, heads * dim);
+        for (Index head = 0; head < heads; ++head)
+            read_recent(TileSide::keys, head, count, keys.data() + head * dim, keys.cols());
+        if (cache_.recipe().keys.rotate) cache_.key_rotation.rotate_back(keys);
+        return keys;
+    }
+    void read_recent(TileSide side, Index head, Index count, float* to, Index stride) const {
+        for (Index t = 0; t < count; t += recent_page_tokens)
+            recent_rows_.read(recent_[static_cast<std::size_t>(t / recent_page_tokens)].data(), side, head, 0,
+                              std::min(recent_page_tokens, count - t), to + t * stride, stride);
+    }
+
+    /// The oldest 128 recent tokens become a tile.
+    void make_tile() {
+        const Index heads = cache_.configuration.kv_heads;
+        PageReference page = pool_.page(layout_->bytes);
+        if (latent_) {
+            if (!latents_) latents_.emplace(latent_);
+            std::vector<std::byte*> tiles;
+            for (const Index at : layout_->key_at) tiles.push_back(page.data() + at);
+            const double off = latents_->encode({recent_keys(tile_tokens), recent_first_}, tiles);
+            excess_.keys = std::max(excess_.keys, off);
+        } else {
+            for (Index head = 0; head < heads; ++head)
+                encode_recent(TileSide::keys, head,
+                              page.data() + layout_->key_at[static_cast<std::size_t>(head)]);
+        }
+        for (Index head = 0; head < heads; ++head)
+            encode_recent(TileSide::values, head,
+                          page.data() + layout_->value_at[static_cast<std::size_t>(head)]);
+        add_tile(std::move(page), recent_first_, tile_tokens);
+        recent_.erase(recent_.begin(), recent_.begin() + tile_tokens / recent_page_tokens);
+        recent_first_ += tile_tokens;
+    }
+    /// The oldest 128 recent tokens of one side and head, into their tile.
+    void encode_recent(TileSide side, Index head, std::byte* tile) {
+        const Index dim = cache_.dim(side);
+        const auto encode = [&](const auto& rows) {
+            coder(side).encode(head_rows(rows), name_of(side), {}, tile);
+        };
+        if (recent_rows_.half()) {
+            halves_.resize(tile_tokens, dim);
+            for (Index p = 0; p < tile_tokens / recent_page_tokens; ++p)
+                std::copy_n(recent_rows_.half_rows(recent_[static_cast<std::size_t>(p)].data(), side, head),
+                            recent_page_tokens * dim, halves_.data() + p * recent_page_tokens * dim);
+            encode(halves_);
+        } else {
+            gathered_.resize(tile_tokens, dim);
+            read_recent(side, head, tile_tokens, gathered_.data(), dim);
+            encode(gathered_);
+        }
+        excess_[side] = std::max(excess_[side], coder(side).excess().largest);
+    }
+
+    /// Every token into the tile that is being filled.
+    Index fill_tile(const Piece& piece, Index first, Index count) {
+        const bool old = tiles_.empty() && !state_.tiles.empty();
+        Index* tokens = old ? &last_tokens_ : tiles_.empty() ? nullptr : &tiles_.back().tokens;
+        if (!tokens || *tokens == tile_tokens) {
+            add_tile(pool_.page(layout_->bytes), tokens_, 0);
+            tokens = &tiles_.back().tokens;
+        } else if (old && !last_page_) {
+            last_page_ = writable(state_.tile_pages.back());
+        }
+        std::byte* const page = (tiles_.empty() ? last_page_ : tile_pages_.back()).data();
+        count = std::min(count, tile_tokens - *tokens);
+        for (const TileSide side : {TileSide::keys, TileSide::values}) {
+            const auto& at = side == TileSide::keys ? layout_->key_at : layout_->value_at;
+            for (Index head = 0; head < cache_.configuration.kv_heads; ++head)
+                coder(side).encode(head_rows(side == TileSide::keys ? piece.keys : piece.values,
+                                             cache_.configuration.kv_heads),
+                                   name_of(side),
+                                   {.head = head, .first = first, .count = count, .tile_token = *tokens},
+                                   page + at[static_cast<std::size_t>(head)]);
+        }
+        *tokens += count;
+        tokens_ += count;
+        recent_first_ = tokens_;
+        return count;
+    }
+
+    const CacheShape& cache_;
+    const CacheState& state_;
+    TilePool& pool_;
+    // The state as it will be, but for tiles.
+    std::shared_ptr<const PageLayout> layout_;
+    std::shared_ptr<const LatentKeys> latent_;
+    std::shared_ptr<const CacheState::QueryMoments> queries_;
+    Index tokens_, recent_first_;
+    PageReference sinks_;
+    std::vector<PageReference> recent_;
+    PerSide<double> largest_, excess_;
+    // New tiles, and how the last old one goes on.
+    std::vector<PageReference> tile_pages_;
+    std::vector<TilePlace> tiles_;
+    PageReference last_page_;  ///< a page that may be written, once the last old tile is being filled
+    Index last_tokens_ = 0;    ///< tokens of the last old tile afterwards
+
+    std::shared_ptr<CacheState::QueryMoments> own_queries_;  ///< this appender's own copy
+    PerSide<std::optional<TileCoder>> coders_;               ///< made when a tile is
+    std::optional<LatentCoder> latents_;
+    TokenRows sink_rows_, recent_rows_;
+    Matrix gathered_;
+    RowMajorMatrix<Eigen::half> halves_;
+};
+
+KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, TilePool& pool,
+                                    const AnyRows& keys, const AnyRows& values, const AnyRows* queries) {
+    const CacheConfiguration& c = cache.configuration;
+    Matrix seen;
+    if (queries) {
+        require_input(*queries, "queries", c.query_heads, c.key_head_dim);
+        require_storable(*queries, "queries");
+        require(queries->tokens == keys.tokens, ErrorCode::shape, "append: ", keys.tokens, " keys and ",
+                queries->tokens, " queries, expected as many of each");
+        seen = widened(*queries);
+    }
+    require_input(keys, "keys", c.kv_heads, c.key_head_dim);
+    require_input(values, "values", c.kv_heads, c.value_head_dim);
+    require(keys.tokens == values.tokens, ErrorCode::shape, "append: ", keys.tokens, " keys and ",
+            values.tokens, " values, expected as many of each");
+    if (keys.tokens == 0) return;
+    const StandardFloatingPoint standard;
+    require_magnitudes(cache, keys, TileSide::keys);
+    require_magnitudes(cache, values, TileSide::values);
+    if (seen.rows() > 0 && c.rope) RotaryEmbedding(c.key_head_dim, *c.rope).rotate_back(seen, state.tokens);
+    Appender appender(cache, state, pool);
+    const Isa isa = current_isa();
+    // In pieces that stay in a core's cache from one step to the next.
+    Appender::Piece piece;
+    for (Index first = 0; first < keys.tokens; first += recent_page_tokens) {
+        const Index count = std::min(recent_page_tokens, keys.tokens - first);
+        widen_rows(keys, first, count, piece.keys);
+        widen_rows(values, first, count, piece.values);
+        if (cache.recipe().keys.rotate) cache.key_rotation.rotate(piece.keys);
+        if (cache.recipe().values.rotate) cache.value_rotation.rotate(piece.values);
+        piece.largest = {kvplane::largest_magnitude(isa, piece.keys.data(), piece.keys.size()),
+                         kvplane::largest_magnitude(isa, piece.values.data(), piece.values.size())};
+        if (seen.rows() > 0) piece.queries = seen.middleRows(first, count);
+        appender.add(piece);
+    }
+    appender.commit(state);
+}
+
+KVPLANE_FUNCTION void fit_own_basis(const CacheShape& cache, CacheState& state, TilePool& pool, Index count) {
+    const StandardFloatingPoint standard;
+    Appender appender(cache, state, pool);
+    appender.fit(count, false);
+    appender.commit(state);
+}
+
+}  // namespace kvplane::detail
