@@ -144,7 +144,7 @@ KVPLANE_INLINE void by_rows(Count rows, const Body& body) {
 inline constexpr float to_whole = 12582912.0f;
 inline constexpr std::int32_t to_whole_bits = 0x4B400000;
 
-/// x = e^x for x <= 0, off by at most 3e-7 + 5e-8 |x| of it (the product with log2 e is rounded), so by less than
+/// x = e^x for x <= 0, off by at most 3e-7 + 8e-8 |x| of it (log2 e and its product are rounded), so by less than
 /// 3e-7 absolutely. 0 below -87.7, where numbers cease to be normal, -infinity included.
 template <int Lanes>
 KVPLANE_INLINE void exponential(Floats<Lanes>& x) {
