@@ -262,8 +262,9 @@ TEST(Programs, BadCommandLinesAreRefused) {
     EXPECT_NE(complaint("/dump --tokens 99999999999999999999").find("from 1 on"), std::string::npos);
     EXPECT_NE(complaint("/calibrate --tokens 3").find("from 5 on"), std::string::npos);
     EXPECT_NE(complaint("/evaluate --context 257").find("from 258 on"), std::string::npos);
-    EXPECT_NE(complaint("/evaluate --model /none --text /none --recipes fp16, standard").find("standard"),
+    EXPECT_NE(complaint("/evaluate --model /none --text /none --recipes fp16 standard").find("standard"),
               std::string::npos);
+    EXPECT_NE(complaint("/evaluate --recipes fp16, standard").find("a list A,B,C"), std::string::npos);
     EXPECT_NE(complaint("/evaluate --recipes fp16,,standard").find("a list A,B,C"), std::string::npos);
     EXPECT_NE(complaint("/evaluate --text /none --recipes fp16").find("--model is required"),
               std::string::npos);
