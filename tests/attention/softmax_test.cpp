@@ -102,7 +102,7 @@ void expect_whole(State& merged, const Tokens& tokens, int merges) {
 }
 
 /// All ways to put 5 tokens into any number of groups (52 of them), groups merged from the left, from the right
-/// and into the largest first.
+/// and as a tree.
 TEST(SoftmaxState, MergesInEveryGrouping) {
     Random random(kvplane_test::seed());
     constexpr Index count = 5;
@@ -128,8 +128,8 @@ TEST(SoftmaxState, MergesInEveryGrouping) {
                 if (backwards) std::reverse(all.begin(), all.end());
                 for (std::size_t g = 1; g < all.size(); ++g) merge(all[0].view(), all[g].view());
                 expect_whole(all[0], tokens, static_cast<int>(groups));
-                // As a tree.
                 std::vector<State> tree = parts;
+                if (backwards) std::reverse(tree.begin(), tree.end());
                 while (tree.size() > 1) {
                     std::vector<State> half;
                     for (std::size_t g = 0; g < tree.size(); g += 2) {

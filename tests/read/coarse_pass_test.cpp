@@ -14,6 +14,11 @@ using namespace kvplane_test;
 float key_step(Index channel) {
     return std::ldexp(1.0f, -3 * static_cast<int>(channel / 8));
 }
+/// The same groups closer to each other: 2^0, 2^-2, ... 2^-10, so that all planes of a tile that has the weight
+/// gain more than any of a tile that has none, which is 31 classes below.
+float close_key_step(Index channel) {
+    return std::ldexp(1.0f, -static_cast<int>(channel / 8));
+}
 /// Bits of one plane of one group, and bits of it in a tile.
 constexpr Index plane_bits = 4 * 8, tile_plane_bits = 128 * plane_bits;
 
@@ -26,6 +31,10 @@ struct CoarseDrive : Drive {
                 set_key_steps(t, head, key_step);
                 set_value_steps(t, head, [](Index) { return 0.25f; });
             }
+    }
+    void bring_groups_closer() {
+        for (Index t = 0; t < shape().tiles; ++t)
+            for (Index head = 0; head < shape().heads; ++head) set_key_steps(t, head, close_key_step);
     }
     /// Up to the end of the coarse pass; returns the bits that it took.
     Index coarse_pass(const ReadPolicy& policy) {
@@ -101,6 +110,7 @@ TEST(CoarsePassPlanner, LooksNoDeeperThanTheFirstPlane) {
 /// is 8 + 11 planes: 608 bits of one row of each, 76 on average.
 TEST(CoarsePassPlanner, ReadsTheTileThatHasTheWeight) {
     CoarseDrive drive;
+    drive.bring_groups_closer();
     drive.set_weights(5, 0, heavy);
     const Index coarse = drive.coarse_pass(ReadPolicy::aligned(76.0 / 48.0, 8.0)),
                 more = drive.refining_pass();
@@ -121,6 +131,7 @@ TEST(CoarsePassPlanner, ReadsTheTileThatHasTheWeight) {
 /// A bit less a row leaves out the plane that gains least, and spends nothing on other tiles.
 TEST(CoarsePassPlanner, StaysWithinTheBudget) {
     CoarseDrive drive;
+    drive.bring_groups_closer();
     drive.set_weights(5, 0, heavy);
     EXPECT_EQ(drive.coarse_pass(ReadPolicy::aligned(75.0 / 48.0, 8.0)), 8 * tile_plane_bits);
     EXPECT_EQ(drive.refining_pass(), 10 * tile_plane_bits);
@@ -168,15 +179,16 @@ TEST(CoarsePassPlanner, ReadsAClassOfTilesAlike) {
 /// Heads of their own planes share the budget: all of what is refined goes to the head with the weight.
 TEST(CoarsePassPlanner, SharesOutOverHeads) {
     CoarseDrive drive({.heads = 2, .tiles = 4});
-    // The coarse pass ranks groups over both heads, whose keys count alike: an eighth of 768 bits are three planes,
-    // the first of both heads and one of the two that count 2^-6: the first of them.
+    drive.bring_groups_closer();
+    // The coarse pass ranks the groups of both heads, whose keys count alike.
     drive.set_weights(1, 1, heavy);
     // 4 tiles: 12 planes of the coarse pass, and 11 for all of head 1's: 23 planes, 736 bits, 184 a row of 96
     // channels.
     EXPECT_EQ(drive.coarse_pass(ReadPolicy::aligned(184.0 / 96.0, 8.0)), 4 * 2 * tile_plane_bits)
         << "half of 184 bits are two planes";
-    // So 8 planes, and of the 15 that are left 11 for head 1's tile 1. The next gains, 31 classes below, are -37
-    // of both heads' second group in 3 and 4 tiles: more than the four planes that are left have room for 3 + 4.
+    // So 8 planes, and of the 15 that are left 11 for head 1's tile 1. The next gains, 31 classes below, are those
+    // of the second group in the 4 tiles of head 0 and 3 of head 1: the four planes that are left have room for
+    // head 0's.
     EXPECT_EQ(drive.refining_pass() / tile_plane_bits, 11 + 4);
     EXPECT_EQ(drive.key_planes(drive.planner, 1, drive.queries, 1), Planes(6, 2));
     EXPECT_EQ(drive.key_planes(drive.planner, 1, drive.queries, 0), (Planes{1, 1, 0, 0, 0, 0}));
@@ -227,13 +239,13 @@ TEST(CoarsePassPlanner, GivesValuesWhatKeysLeave) {
     CoarseDrive drive;
     drive.set_weights(5, 0, heavy);
     drive.set_weights(2, 0, light);
-    drive.coarse_pass(ReadPolicy::aligned(1.0));
+    drive.coarse_pass(ReadPolicy::aligned(2.0));
     drive.planner.refine();
-    // 1 bit of 8 x 128 codes a channel, 16 channels: 16384 bits of values. Keys: 8 tiles of 128 x 48 codes may
-    // have 49152. Where they took 49152 + 16384 - 3 x 512, three planes of 32 x 16 bits are left.
+    // 2 bits of 8 x 128 codes a channel, 16 channels: 32768 bits of values. Keys: 8 tiles of 128 x 48 codes may
+    // have 98304. Where they took 98304 + 32768 - 3 x 512, three planes of 32 x 16 bits are left.
     const auto plan = [&](Index left) {
         drive.planner.choose_values(
-            {.key_bits = 49152 + 16384 - left, .keys = 49152, .value_bits = 0, .values = 0});
+            {.key_bits = 98304 + 32768 - left, .keys = 49152, .value_bits = 0, .values = 0});
         const Planes two = drive.value_planes(drive.planner, 2), five = drive.value_planes(drive.planner, 5);
         return Planes{five[9], two[0], two[12]};
     };
@@ -245,6 +257,22 @@ TEST(CoarsePassPlanner, GivesValuesWhatKeysLeave) {
     EXPECT_EQ(plan(4 * 512), (Planes{2, 1, 1}));
     EXPECT_EQ(plan(6 * 512), (Planes{2, 2, 2}));
     EXPECT_EQ(plan(-100000), (Planes{0, 0, 0})) << "keys took more than there was";
+}
+
+/// Where no plane of keys fits into the coarse pass, each side has a budget of its own: 24 bits, half of 48, are
+/// no plane. Values then have 1 bit of each of 1024 codes a channel, whatever keys took.
+TEST(CoarsePassPlanner, SharesNothingWhereNoPlaneOfKeysFits) {
+    CoarseDrive drive;
+    drive.bring_groups_closer();
+    drive.set_weights(5, 0, heavy);
+    EXPECT_EQ(drive.coarse_pass(ReadPolicy::aligned(1.0)), 0);
+    // 12 planes of 32 bits for tile 5, 384 that 8 rows have together, of which none was taken.
+    EXPECT_EQ(drive.refining_pass(), 12 * tile_plane_bits);
+    EXPECT_EQ(drive.key_planes(drive.planner, 5, drive.queries), Planes(6, 2));
+    drive.planner.choose_values({.key_bits = 1 << 30, .keys = 49152, .value_bits = 0, .values = 0});
+    Planes expected(16, 0);
+    expected[9] = 2;
+    EXPECT_EQ(drive.value_planes(drive.planner, 5), expected);
 }
 
 }  // namespace

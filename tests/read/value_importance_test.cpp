@@ -25,6 +25,11 @@ std::vector<std::byte> tile_of(const TileFormat& format, const Step& step, const
     return tile;
 }
 
+/// Of a sum that is exact, Eigen finds the root to the last place or so.
+void expect_root(float found, float exact) {
+    EXPECT_NEAR(found, exact, 0x1p-22f * exact);
+}
+
 /// 40 channels in runs of 16, 16 and 8, of steps 1, 2 and 4: 16 + 64 + 128 = 208; token 9 has steps of 0.
 TEST(ValueSteps, AreSummedOverRuns) {
     const TileFormat format(TileSide::values, 40, 4, {Granularity::per_token, 16, Scheme::min_max});
@@ -40,7 +45,7 @@ TEST(ValueSteps, AreSummedOverRuns) {
         EXPECT_EQ(value_steps(isa, format, tile.data(), 1.0f, true, roots), std::sqrt(58528.0f));
         for (Index t = 0; t < tile_tokens; ++t) {
             EXPECT_EQ(squares[t], t == 9 ? 0.0f : 208.0f);
-            EXPECT_EQ(roots[t], t == 9 ? 0.0f : std::sqrt(208.0f));
+            expect_root(roots[t], t == 9 ? 0.0f : std::sqrt(208.0f));
         }
     });
 }
@@ -54,8 +59,8 @@ TEST(ValueSteps, KnowSymmetricGrids) {
     for_each_isa([&](Isa isa) {
         float roots[tile_tokens];
         EXPECT_EQ(value_steps(isa, format, tile.data(), 1.0f, true, roots), 4 * 17.0f);
-        EXPECT_EQ(roots[0], 4.0f);
-        EXPECT_EQ(roots[127], 8.0f);
+        expect_root(roots[0], 4.0f);
+        expect_root(roots[127], 8.0f);
     });
 }
 
@@ -141,9 +146,13 @@ struct Combined {
         values.combine(drive.shape().row_block(block), [&](Index tile, float* importance) {
             for (Index g = 0; g < values.groups(); ++g) {
                 EXPECT_EQ(importance[g], values.importance(tile, block)[g]);
-                found[static_cast<std::size_t>(tile)].push_back(static_cast<int>(importance[g] / unit));
-                EXPECT_EQ(importance[g],
-                          static_cast<float>(found[static_cast<std::size_t>(tile)].back()) * unit);
+                found[static_cast<std::size_t>(tile)].push_back(
+                    static_cast<int>(std::lround(importance[g] / unit)));
+                const float whole = static_cast<float>(found[static_cast<std::size_t>(tile)].back()) * unit;
+                if (kind == GroupWeight::squares)
+                    EXPECT_EQ(importance[g], whole);
+                else
+                    expect_root(importance[g], whole);
             }
         });
         return found;
