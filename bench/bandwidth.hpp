@@ -34,8 +34,8 @@ KVPLANE_INLINE std::uint64_t sum_words(const std::byte* data, std::size_t bytes)
 }
 
 inline std::uint64_t sum_bytes(const std::byte* data, std::size_t bytes) {
-    return kvplane::run_on(kvplane::current_isa(),
-                           [&](auto lanes) KVPLANE_BODY { return sum_words<lanes>(data, bytes); });
+    return kvplane::detail::run_on(kvplane::current_isa(),
+                                   [&](auto lanes) KVPLANE_BODY { return sum_words<lanes>(data, bytes); });
 }
 
 }  // namespace detail

@@ -10,13 +10,14 @@
 #include <vector>
 
 #include "bandwidth.hpp"
-#include "kvplane/storage/quantized.hpp"
 #include "kvplane/storage/planes.hpp"
+#include "kvplane/storage/quantized.hpp"
 #include "kvplane/storage/tile_coder.hpp"
 
 namespace {
 
 using namespace kvplane;
+using namespace kvplane::detail;
 
 constexpr Index tokens = 8192, heads = 8, head_dim = 128;
 

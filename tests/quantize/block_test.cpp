@@ -11,7 +11,6 @@
 
 namespace {
 
-using kvplane::BlockQuantizer;
 using kvplane::Clip;
 using kvplane::ErrorCode;
 using kvplane::Granularity;
@@ -21,6 +20,7 @@ using kvplane::Index;
 using kvplane::Matrix;
 using kvplane::RowMajorMatrix;
 using kvplane::Scheme;
+using kvplane::detail::BlockQuantizer;
 using kvplane_test::normal_matrix;
 using kvplane_test::Random;
 using kvplane_test::refusal;
@@ -178,9 +178,9 @@ void expect_positions_named() {
                 const auto check = [&] {
                     const RowMajorMatrix<Scalar> other = values.transpose();
                     if (transposed)
-                        kvplane::require_storable(head_rows(other.transpose(), 2), "keys");
+                        kvplane::detail::require_storable(head_rows(other.transpose(), 2), "keys");
                     else
-                        kvplane::require_storable(head_rows(values, 2), "keys");
+                        kvplane::detail::require_storable(head_rows(values, 2), "keys");
                 };
                 check();
                 values(token, head * head_dim + channel) = Scalar(std::numeric_limits<float>::infinity());
@@ -196,13 +196,13 @@ TEST(RequireStorable, NamesThePosition) {
     expect_positions_named<float>();
     expect_positions_named<Eigen::half>();
     expect_positions_named<Eigen::bfloat16>();
-    kvplane::require_storable(head_rows(Matrix(0, 32)), "keys");
-    kvplane::require_storable(head_rows(Matrix(5, 0)), "keys");
+    kvplane::detail::require_storable(head_rows(Matrix(0, 32)), "keys");
+    kvplane::detail::require_storable(head_rows(Matrix(5, 0)), "keys");
     Matrix beyond = Matrix::Constant(2, 16, 65504.0f);
-    kvplane::require_storable(head_rows(beyond), "keys");
+    kvplane::detail::require_storable(head_rows(beyond), "keys");
     beyond(1, 15) = -65505.0f;
-    const std::string sentence =
-        refusal(ErrorCode::beyond_fp16, [&] { kvplane::require_storable(head_rows(beyond), "keys"); });
+    const std::string sentence = refusal(
+        ErrorCode::beyond_fp16, [&] { kvplane::detail::require_storable(head_rows(beyond), "keys"); });
     EXPECT_NE(sentence.find("token 1, head 0, channel 15 is -65505"), std::string::npos) << sentence;
 }
 

@@ -18,7 +18,7 @@ using kvplane::Index;
 using kvplane::Isa;
 using kvplane::Matrix;
 using kvplane::Scheme;
-using kvplane::SourceRows;
+using kvplane::detail::SourceRows;
 using kvplane_test::for_each_isa;
 using kvplane_test::Random;
 
@@ -50,7 +50,7 @@ struct FittedGrids {
           inverse(lower),
           stored_lower(min.size()),
           stored_step(stored_lower) {
-        kvplane::fit_grids(
+        kvplane::detail::fit_grids(
             isa, scheme, bits, static_cast<Index>(min.size()), min.data(), max.data(),
             {lower.data(), step.data(), inverse.data(), stored_lower.data(), stored_step.data()});
     }
@@ -314,7 +314,8 @@ std::vector<GridPlan> all_plans() {
 /// Grids of the `kept` part of the range of the input.
 template <class Scalar>
 FittedGrids fitted_grids(Isa isa, const GridPlan& plan, const PaddedRows<Scalar>& input, float kept) {
-    std::vector<float> min(static_cast<std::size_t>(kvplane::padded_channels(plan.grids()))), max(min);
+    std::vector<float> min(static_cast<std::size_t>(kvplane::detail::padded_channels(plan.grids()))),
+        max(min);
     if (plan.by_channel)
         column_extremes(isa, input.rows, plan.tokens, plan.channels, min.data(), max.data());
     else
@@ -347,7 +348,7 @@ Matrix decoded(Isa isa, const GridPlan& plan, const std::vector<std::uint8_t>& c
     for (float& s : step) s *= kvplane::power_of_two(plan.bits - depth);
     Matrix values = Matrix::Constant(plan.tokens, plan.channels + 5, -7.0f);
     if (plan.by_channel)
-        decode_columns(isa, prefixes.data(), code_stride, plan.tokens, plan.channels, grids.lower.data(),
+        kvplane::detail::decode_columns(isa, prefixes.data(), code_stride, plan.tokens, plan.channels, grids.lower.data(),
                        step.data(), values.data(), values.cols());
     else  // as containers do it: a row of grids for each token
         for (Index t = 0; t < plan.tokens; ++t) {
@@ -356,7 +357,7 @@ Matrix decoded(Isa isa, const GridPlan& plan, const std::vector<std::uint8_t>& c
                 row_lower.push_back(grids.lower[plan.grid(t, c)]);
                 row_step.push_back(step[plan.grid(t, c)]);
             }
-            decode_columns(isa, prefixes.data() + t * code_stride, code_stride, 1, plan.channels,
+            kvplane::detail::decode_columns(isa, prefixes.data() + t * code_stride, code_stride, 1, plan.channels,
                            row_lower.data(), row_step.data(), values.data() + t * values.cols(),
                            values.cols());
         }
@@ -407,7 +408,7 @@ TYPED_TEST(KernelsFrom, CodesAndValuesAreThoseOfGrid) {
 
 TEST(PaddedChannels, AreTheNextMultipleOf16) {
     for (Index channels = 0; channels <= 100; ++channels) {
-        const Index padded = kvplane::padded_channels(channels);
+        const Index padded = kvplane::detail::padded_channels(channels);
         EXPECT_EQ(padded % 16, 0);
         EXPECT_GE(padded, channels);
         EXPECT_LT(padded, channels + 16);
@@ -451,7 +452,8 @@ void expect_largest() {
             for (std::size_t at = 0; at < std::max<std::size_t>(count, 1); ++at) {
                 std::vector<Scalar> x(count, Scalar(-1.5f));
                 const auto largest = [&] {
-                    return kvplane::largest_magnitude(isa, x.data(), static_cast<kvplane::Index>(count));
+                    return kvplane::detail::largest_magnitude(isa, x.data(),
+                                                              static_cast<kvplane::Index>(count));
                 };
                 ASSERT_EQ(largest(), count ? 1.5f : 0.0f);
                 if (count == 0) continue;

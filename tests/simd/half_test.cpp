@@ -55,7 +55,7 @@ std::vector<float> around_halves() {
 template <class Body>
 std::vector<float> rounded(Isa isa, const std::vector<float>& from, const Body& body) {
     std::vector<float> to(from.size());
-    kvplane::run_on(isa, [&, count = static_cast<Index>(from.size())](auto lanes) KVPLANE_BODY {
+    kvplane::detail::run_on(isa, [&, count = static_cast<Index>(from.size())](auto lanes) KVPLANE_BODY {
         for (Index i = 0; i < count; i += lanes) {
             simd::Floats<lanes> x;
             simd::load(x, from.data() + i);
@@ -89,7 +89,7 @@ TEST(Half, WidensEveryNumber) {
         for_each_isa([&](Isa isa) {
             const std::vector<float> wide = run([&] {
                 std::vector<float> to(all.size());
-                kvplane::run_on(isa, [&](auto lanes) KVPLANE_BODY {
+                kvplane::detail::run_on(isa, [&](auto lanes) KVPLANE_BODY {
                     for (std::size_t i = 0; i < all.size(); i += lanes) {
                         simd::Floats<lanes> x;
                         simd::widen<lanes>(x, all.data() + i);

@@ -106,11 +106,12 @@ TEST(ForceIsa, MakesThatOneCurrent) {
 /// Each instruction set compiles the body for its own number of lanes: the proof of which one ran.
 TEST(RunOn, RunsTheBodyOfThatInstructionSet) {
     for (const Isa isa : supported_isas()) {
-        const int lanes = kvplane::run_on(isa, [](auto count) KVPLANE_BODY { return int{count}; });
+        const int lanes = kvplane::detail::run_on(isa, [](auto count) KVPLANE_BODY { return int{count}; });
         EXPECT_EQ(lanes, isa == Isa::avx512 ? 16 : isa >= Isa::avx2 ? 8 : 4) << name(isa);
         EXPECT_EQ(lanes, kvplane::all_isas[static_cast<std::size_t>(isa)].lanes) << name(isa);
     }
-    EXPECT_EQ(kvplane::run_on(static_cast<Isa>(99), [](auto count) KVPLANE_BODY { return int{count}; }), 4);
+    EXPECT_EQ(
+        kvplane::detail::run_on(static_cast<Isa>(99), [](auto count) KVPLANE_BODY { return int{count}; }), 4);
 }
 
 // -- KVPLANE_ISA ------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ TEST(Vector, ReducesFourRowsAtOnce) {
         const std::array<float, 64> numbers = four_rows(random);
         for_each_isa([&](Isa isa) {
             float sums[4], tops[4], all[4];
-            const int lanes = kvplane::run_on(isa, [&](auto lanes) KVPLANE_BODY {
+            const int lanes = kvplane::detail::run_on(isa, [&](auto lanes) KVPLANE_BODY {
                 simd::Floats<lanes> rows[4];
                 for (int r = 0; r < 4; ++r) simd::load(rows[r], numbers.data() + r * lanes);
                 simd::reduce_rows<lanes>(rows, sums, simd::plus);
@@ -59,7 +59,7 @@ TEST(Vector, FindsTheLeastAndTheGreatestLane) {
         const std::array<float, 64> numbers = four_rows(random);
         for_each_isa([&](Isa isa) {
             float least, greatest;
-            const int count = kvplane::run_on(isa, [&](auto lanes) KVPLANE_BODY {
+            const int count = kvplane::detail::run_on(isa, [&](auto lanes) KVPLANE_BODY {
                 constexpr int few = lanes < 8 ? int{lanes} : 8;
                 simd::Floats<few> x;
                 simd::load(x, numbers.data());
@@ -74,7 +74,7 @@ TEST(Vector, FindsTheLeastAndTheGreatestLane) {
 
 TEST(Vector, SeesOneLaneThatIsNotSet) {
     for_each_isa([&](Isa isa) {
-        kvplane::run_on(isa, [&](auto lanes) KVPLANE_BODY {
+        kvplane::detail::run_on(isa, [&](auto lanes) KVPLANE_BODY {
             simd::Ints<lanes> mask = simd::Ints<lanes>{} - 1;
             EXPECT_TRUE(simd::all_set<lanes>(mask));
             for (int i = 0; i < lanes; ++i) {
@@ -90,7 +90,7 @@ TEST(Vector, StoresTheLowByteOfEveryLane) {
     for_each_isa([&](Isa isa) {
         std::array<std::uint8_t, 17> bytes;
         bytes.fill(0xEE);
-        const int count = kvplane::run_on(isa, [&](auto lanes) KVPLANE_BODY {
+        const int count = kvplane::detail::run_on(isa, [&](auto lanes) KVPLANE_BODY {
             simd::Ints<lanes> x;
             for (int i = 0; i < lanes; ++i) x[i] = (0x12345600 | (17 * i + 3)) - 0x7FFFFFFF;
             simd::store_low_bytes<lanes>(bytes.data(), x);
@@ -113,7 +113,7 @@ TEST(Vector, TakesRowsFourAtATimeAndThenTheRest) {
 
 std::vector<float> exponentials(Isa isa, std::vector<float> x) {
     while (x.size() % 16 != 0) x.push_back(0.0f);
-    kvplane::run_on(isa, [&](auto lanes) KVPLANE_BODY {
+    kvplane::detail::run_on(isa, [&](auto lanes) KVPLANE_BODY {
         for (std::size_t i = 0; i < x.size(); i += lanes) {
             simd::Floats<lanes> some;
             simd::load(some, x.data() + i);

@@ -11,9 +11,9 @@ namespace {
 using kvplane::Granularity;
 using kvplane::GridRule;
 using kvplane::Index;
-using kvplane::TileCodes;
 using kvplane::TileFormat;
 using kvplane::TileSide;
+using kvplane::detail::TileCodes;
 using kvplane_test::tiles::Case;
 using kvplane_test::tiles::DocumentedTile;
 using kvplane_test::tiles::Tile;

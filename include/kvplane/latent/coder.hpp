@@ -38,7 +38,7 @@ class LatentCoder {
     Matrix in_frame(FramedKeys<KeyFrame::after_rope> keys) const;
 
     std::shared_ptr<const LatentKeys> keys_;
-    std::vector<TileCoder> coders_;                            // one a subspace
+    std::vector<detail::TileCoder> coders_;                    // one a subspace
     std::shared_ptr<const std::vector<Matrix>> from_latents_;  // D, one a subspace
     std::vector<Matrix> to_latents_;                           // E, filled by the first encode()
     Matrix latents_;

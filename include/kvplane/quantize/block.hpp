@@ -18,9 +18,7 @@
 #include "kvplane/quantize/rule.hpp"
 #include "kvplane/simd/isa.hpp"
 
-namespace kvplane {
-
-namespace detail {
+namespace kvplane::detail {
 
 template <CacheScalar Scalar>
 [[noreturn]] void refuse_value(const HeadRows<Scalar>& rows, std::string_view argument, Index head,
@@ -42,8 +40,6 @@ template <CacheScalar Scalar>
                     refuse_value(rows, argument, head, token, channel);
     fail(ErrorCode::not_finite, argument, ": holds a value that cannot be stored");
 }
-
-}  // namespace detail
 
 /// What BlockQuantizer takes from some rows, and where its codes go.
 struct Block {
@@ -126,7 +122,7 @@ class BlockQuantizer {
         const Prepared source = prepare(rows, block, channels);
         reserve(source.channels);
         if (!column_extremes(isa_, source.rows, count, source.channels, min_.data(), max_.data()))
-            detail::refuse_first_bad_value(rows, block.argument);
+            refuse_first_bad_value(rows, block.argument);
         fit(source.channels, channels, block);
         if (rule_.clip == Clip::mse_optimal)
             for (Index c = 0; c < channels; ++c)
@@ -152,7 +148,7 @@ class BlockQuantizer {
         const Prepared source = prepare(rows, block, group);
         reserve(padded_channels(count * runs));
         if (!row_extremes(isa_, source.rows, count, source.channels, source.group, min_.data(), max_.data()))
-            detail::refuse_first_bad_value(rows, block.argument);
+            refuse_first_bad_value(rows, block.argument);
         fit(padded_channels(count * runs), count * runs, block);
         if (rule_.clip == Clip::mse_optimal)
             for (Index g = 0; g < count * runs; ++g) {
@@ -283,7 +279,7 @@ float largest_magnitude(const HeadRows<Scalar>& rows) {
 /// of its input before it changes. Throws Error (not_finite, beyond_fp16).
 template <CacheScalar Scalar>
 void require_storable(const HeadRows<Scalar>& rows, std::string_view argument) {
-    if (!(largest_magnitude(rows) <= fp16_max)) detail::refuse_first_bad_value(rows, argument);
+    if (!(largest_magnitude(rows) <= fp16_max)) refuse_first_bad_value(rows, argument);
 }
 
-}  // namespace kvplane
+}  // namespace kvplane::detail

@@ -20,7 +20,7 @@
 #include "kvplane/simd/isa.hpp"
 #include "kvplane/simd/vector.hpp"
 
-namespace kvplane {
+namespace kvplane::detail {
 
 /// Tokens as a kernel reads them: channels contiguous, one row every `stride` elements.
 struct SourceRows {
@@ -44,7 +44,7 @@ constexpr Index padded_channels(Index channels) noexcept {
     return (channels + kernel_channels - 1) / kernel_channels * kernel_channels;
 }
 
-namespace detail::grid_kernels {
+namespace grid_kernels {
 
 using simd::across_lanes;
 using simd::all_set;
@@ -244,9 +244,7 @@ KVPLANE_INLINE void decode_columns(const std::uint8_t* codes, Index code_stride,
     }
 }
 
-}  // namespace detail::grid_kernels
-
-namespace detail {
+}  // namespace grid_kernels
 
 /// Calls body(pointer of the type that the rows have).
 template <class Body>
@@ -261,18 +259,15 @@ auto with_scalar(SourceRows rows, const Body& body) {
     }
 }
 
-}  // namespace detail
-
 // What the rest of the library calls. Pointers need no alignment; `channels` and `group` must be multiples of
 // kernel_channels (scratch rows are padded to that).
 
 /// Minima and maxima over `tokens` rows of each of `channels` columns. False when any value is NaN, infinite
 /// or beyond fp16; the extremes mean nothing then.
 inline bool column_extremes(Isa isa, SourceRows rows, Index tokens, Index channels, float* min, float* max) {
-    return detail::with_scalar(rows, [&](const auto* data) {
+    return with_scalar(rows, [&](const auto* data) {
         return run_on(isa, [&](auto lanes) KVPLANE_BODY {
-            return detail::grid_kernels::column_extremes<lanes>(data, rows.stride, tokens, channels, min,
-                                                                max);
+            return grid_kernels::column_extremes<lanes>(data, rows.stride, tokens, channels, min, max);
         });
     });
 }
@@ -280,10 +275,9 @@ inline bool column_extremes(Isa isa, SourceRows rows, Index tokens, Index channe
 /// The same for each run of `group` channels of each row, to [token * (channels / group) + run].
 inline bool row_extremes(Isa isa, SourceRows rows, Index tokens, Index channels, Index group, float* min,
                          float* max) {
-    return detail::with_scalar(rows, [&](const auto* data) {
+    return with_scalar(rows, [&](const auto* data) {
         return run_on(isa, [&](auto lanes) KVPLANE_BODY {
-            return detail::grid_kernels::row_extremes<lanes>(data, rows.stride, tokens, channels, group, min,
-                                                             max);
+            return grid_kernels::row_extremes<lanes>(data, rows.stride, tokens, channels, group, min, max);
         });
     });
 }
@@ -292,17 +286,17 @@ inline bool row_extremes(Isa isa, SourceRows rows, Index tokens, Index channels,
 inline void fit_grids(Isa isa, Scheme scheme, int bits, Index count, const float* min, const float* max,
                       GridArrays grids) {
     return run_on(isa, [&](auto lanes) KVPLANE_BODY {
-        return detail::grid_kernels::fit_grids<lanes>(scheme, bits, count, min, max, grids);
+        return grid_kernels::fit_grids<lanes>(scheme, bits, count, min, max, grids);
     });
 }
 
 /// Codes of every value; the grid of channel c stands at [c].
 inline void encode_columns(Isa isa, SourceRows rows, Index tokens, Index channels, int bits,
                            const float* lower, const float* inverse, std::uint8_t* codes, Index code_stride) {
-    return detail::with_scalar(rows, [&](const auto* data) {
+    return with_scalar(rows, [&](const auto* data) {
         return run_on(isa, [&](auto lanes) KVPLANE_BODY {
-            return detail::grid_kernels::encode_columns<lanes>(data, rows.stride, tokens, channels, bits,
-                                                               lower, inverse, codes, code_stride);
+            return grid_kernels::encode_columns<lanes>(data, rows.stride, tokens, channels, bits, lower,
+                                                       inverse, codes, code_stride);
         });
     });
 }
@@ -310,10 +304,10 @@ inline void encode_columns(Isa isa, SourceRows rows, Index tokens, Index channel
 /// Codes of every value; the grid of a run stands where row_extremes puts it.
 inline void encode_rows(Isa isa, SourceRows rows, Index tokens, Index channels, Index group, int bits,
                         const float* lower, const float* inverse, std::uint8_t* codes, Index code_stride) {
-    return detail::with_scalar(rows, [&](const auto* data) {
+    return with_scalar(rows, [&](const auto* data) {
         return run_on(isa, [&](auto lanes) KVPLANE_BODY {
-            return detail::grid_kernels::encode_rows<lanes>(data, rows.stride, tokens, channels, group, bits,
-                                                            lower, inverse, codes, code_stride);
+            return grid_kernels::encode_rows<lanes>(data, rows.stride, tokens, channels, group, bits, lower,
+                                                    inverse, codes, code_stride);
         });
     });
 }
@@ -323,8 +317,8 @@ inline void decode_columns(Isa isa, const std::uint8_t* codes, Index code_stride
                            Index channels, const float* lower, const float* step, float* values,
                            Index value_stride) {
     return run_on(isa, [&](auto lanes) KVPLANE_BODY {
-        return detail::grid_kernels::decode_columns<lanes>(codes, code_stride, tokens, channels, lower, step,
-                                                           values, value_stride);
+        return grid_kernels::decode_columns<lanes>(codes, code_stride, tokens, channels, lower, step, values,
+                                                   value_stride);
     });
 }
 
@@ -335,7 +329,7 @@ float largest_magnitude(Isa isa, const Scalar* from, Index count) noexcept {
     using Bits = std::conditional_t<sizeof(Scalar) == 4, std::int32_t, std::int16_t>;
     constexpr Bits magnitude = std::numeric_limits<Bits>::max();
     return run_on(isa, [=](auto lanes) KVPLANE_BODY {
-        namespace simd = detail::simd;
+        namespace simd = simd;
         constexpr int places = lanes * 4 / static_cast<int>(sizeof(Scalar));
         simd::Vector<Bits, places> largest{}, bits;
         Index i = 0;
@@ -357,4 +351,4 @@ float largest_magnitude(Isa isa, const Scalar* from, Index count) noexcept {
     });
 }
 
-}  // namespace kvplane
+}  // namespace kvplane::detail

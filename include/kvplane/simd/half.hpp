@@ -172,7 +172,7 @@ KVPLANE_INLINE void nearest_half_bits(const Floats<Lanes>& x, Words<Lanes>& bits
 
 /// `count` numbers of fp16 to float.
 inline void widen_row(Isa isa, const Eigen::half* from, Index count, float* to) noexcept {
-    run_on(isa, [=](auto lanes) KVPLANE_BODY {
+    detail::run_on(isa, [=](auto lanes) KVPLANE_BODY {
         Index i = 0;
         for (; i + lanes <= count; i += lanes) {
             detail::simd::Floats<lanes> wide;
@@ -185,7 +185,7 @@ inline void widen_row(Isa isa, const Eigen::half* from, Index count, float* to) 
 
 /// `count` numbers of float to fp16, to nearest; magnitudes at most fp16_max.
 inline void narrow_row(Isa isa, const float* from, Index count, Eigen::half* to) noexcept {
-    run_on(isa, [=](auto lanes) KVPLANE_BODY {
+    detail::run_on(isa, [=](auto lanes) KVPLANE_BODY {
         namespace simd = detail::simd;
         Index i = 0;
         for (; i + lanes <= count; i += lanes) {

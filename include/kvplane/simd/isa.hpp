@@ -180,8 +180,6 @@ KVPLANE_TARGET_AVX512 inline auto run_avx512(const Body& body) {
 }
 #endif
 
-}  // namespace detail
-
 /// Runs a loop body written once with vector types, compiled for the given instruction set: `body` is a
 /// generic lambda marked KVPLANE_BODY that takes the number of fp32 lanes as an integral constant and calls
 /// nothing but KVPLANE_INLINE functions.
@@ -189,19 +187,20 @@ template <class Body>
 auto run_on(Isa isa, const Body& body) {
 #if defined(KVPLANE_X86)
     // A target is an attribute of a function, so that rows of a table cannot hold it.
-    const IsaDescription* const description = detail::description_of(isa);
+    const IsaDescription* const description = description_of(isa);
     switch (description ? description->lanes : 4) {
         case 16:
-            return detail::run_avx512(body);
+            return run_avx512(body);
         case 8:
-            return detail::run_avx2(body);
+            return run_avx2(body);
         default:
             break;
     }
 #endif
-    return detail::run_scalar(body);
+    return run_scalar(body);
 }
 
+}  // namespace detail
 }  // namespace kvplane
 
 #if !defined(KVPLANE_COMPILED)

@@ -18,7 +18,7 @@
 #include "kvplane/storage/tile_format.hpp"
 #include "kvplane/storage/tile_planes.hpp"
 
-namespace kvplane {
+namespace kvplane::detail {
 
 /// Which tokens of some rows go where in a tile: the tokens [first, first + count) of one head become the
 /// tokens [tile_token, tile_token + count) of the tile.
@@ -284,7 +284,7 @@ void TileCoder::split_half(const HeadRows<Scalar>& rows, std::string_view argume
             const auto channel = segment.first_channel + static_cast<Index>(c);
             const auto x = static_cast<float>(*rows.at(tokens.head, tokens.first + t, channel));
             if (!(std::abs(x) <= fp16_max))
-                detail::refuse_value(rows, argument, tokens.head, tokens.first + t, channel);
+                refuse_value(rows, argument, tokens.head, tokens.first + t, channel);
             bits[c] = Eigen::half(x).x;
         }
         std::uint8_t* const high = &codes.at(tokens.tile_token + t, 0, 0);
@@ -314,4 +314,4 @@ inline void TileCoder::join_half(const Segment& segment, int depth, Index tokens
         }
 }
 
-}  // namespace kvplane
+}  // namespace kvplane::detail

@@ -16,7 +16,7 @@
 #include "kvplane/storage/planes.hpp"
 #include "kvplane/storage/tile_format.hpp"
 
-namespace kvplane {
+namespace kvplane::detail {
 
 /// Codes of one segment between quantizer and planes: 128 rows of one byte a code; for fp16 values the high
 /// bytes, and the low bytes in a second array. Rows are padded so that the widest unit (32 channels of one
@@ -48,8 +48,6 @@ class TileCodes {
     Index stride_;
     std::vector<std::uint8_t> high_, low_;
 };
-
-namespace detail {
 
 /// Which bits of which byte of a code a plane holds.
 struct PlaneSource {
@@ -246,18 +244,15 @@ inline void unpack_plane(const TileFormat& format, const std::byte* plane, Index
     });
 }
 
-}  // namespace detail
-
 /// Packs the codes of the tokens [first_token, first_token + tokens) into the planes of segment `s`; other
 /// tokens of the tile stay as they are.
 inline void pack_segment(const TileFormat& format, std::size_t s, const TileCodes& codes, Index first_token,
                          Index tokens, std::byte* tile) {
     const TileFormat::Placed& segment = format.segments()[s];
     for (int p = 0; p < segment.split.count; ++p) {
-        const detail::PlaneSource source = detail::plane_source(segment.split, p);
-        detail::pack_plane(format, {codes.byte(source.byte), codes.stride()}, first_token, tokens,
-                           segment.channels, source.width, source.shift,
-                           tile + segment.plane_at[static_cast<std::size_t>(p)]);
+        const PlaneSource source = plane_source(segment.split, p);
+        pack_plane(format, {codes.byte(source.byte), codes.stride()}, first_token, tokens, segment.channels,
+                   source.width, source.shift, tile + segment.plane_at[static_cast<std::size_t>(p)]);
     }
 }
 
@@ -268,9 +263,9 @@ inline void unpack_segment(const TileFormat& format, std::size_t s, int depth, c
     const TileFormat::Placed& segment = format.segments()[s];
     int read = 0, last_byte = -1;
     for (int p = 0; p < segment.split.count && read < depth; ++p) {
-        const detail::PlaneSource source = detail::plane_source(segment.split, p);
-        detail::unpack_plane(format, tile + segment.plane_at[static_cast<std::size_t>(p)], segment.channels,
-                             source.width, source.byte != last_byte, codes.byte(source.byte), codes.stride());
+        const PlaneSource source = plane_source(segment.split, p);
+        unpack_plane(format, tile + segment.plane_at[static_cast<std::size_t>(p)], segment.channels,
+                     source.width, source.byte != last_byte, codes.byte(source.byte), codes.stride());
         read += source.width;
         last_byte = source.byte;
     }
@@ -286,4 +281,4 @@ inline void unpack_segment(const TileFormat& format, std::size_t s, int depth, c
     }
 }
 
-}  // namespace kvplane
+}  // namespace kvplane::detail

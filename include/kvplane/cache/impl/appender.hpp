@@ -60,16 +60,16 @@ inline void require_input(const AnyRows& rows, const char* argument, Index heads
             rows.heads, " heads of ", rows.head_dim, " channels, expected ", heads, " of ", dim);
 }
 /// Throws Error (not_finite, beyond_fp16), with the position, for what is no fp16 number.
-inline void require_storable(const AnyRows& input, const char* argument) {
-    input.visit([&](const auto& rows) { kvplane::require_storable(rows, argument); });
+inline void require_fp16(const AnyRows& input, const char* argument) {
+    input.visit([&](const auto& rows) { require_storable(rows, argument); });
 }
 /// That every value can be stored, in the frame in which it is. Throws Error (not_finite, beyond_fp16).
 inline void require_magnitudes(const CacheShape& cache, const AnyRows& input, TileSide side) {
     const char* const argument = name_of(side);
     const bool rotates = cache.rotates(side);
-    const float largest = input.visit([](const auto&rows) { return kvplane::largest_magnitude(rows); }),
+    const float largest = input.visit([](const auto&rows) { return largest_magnitude(rows); }),
                 most = cache.largest_magnitude();
-    if (!(largest <= fp16_max)) require_storable(input, argument);
+    if (!(largest <= fp16_max)) require_fp16(input, argument);
     // A rotation makes no element larger than its head's norm.
     if (largest * (rotates ? std::sqrt(static_cast<float>(cache.dim(side))) : 1.0f) <= most) return;
     Matrix stored;
@@ -359,7 +359,7 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
     Matrix seen;
     if (queries) {
         require_input(*queries, "queries", c.query_heads, c.key_head_dim);
-        require_storable(*queries, "queries");
+        require_fp16(*queries, "queries");
         require(queries->tokens == keys.tokens, ErrorCode::shape, "append: ", keys.tokens, " keys and ",
                 queries->tokens, " queries, expected as many of each");
         seen = widened(*queries);
@@ -383,8 +383,8 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
         widen_rows(values, first, count, piece.values);
         if (cache.recipe().keys.rotate) cache.key_rotation.rotate(piece.keys);
         if (cache.recipe().values.rotate) cache.value_rotation.rotate(piece.values);
-        piece.largest = {kvplane::largest_magnitude(isa, piece.keys.data(), piece.keys.size()),
-                         kvplane::largest_magnitude(isa, piece.values.data(), piece.values.size())};
+        piece.largest = {largest_magnitude(isa, piece.keys.data(), piece.keys.size()),
+                         largest_magnitude(isa, piece.values.data(), piece.values.size())};
         if (seen.rows() > 0) piece.queries = seen.middleRows(first, count);
         appender.add(piece);
     }

@@ -20,7 +20,7 @@ KVPLANE_FUNCTION Grid Quantized::grid(Index token, Index channel) const {
 KVPLANE_FUNCTION int Quantized::code(Index token, Index channel) const {
     require(token >= 0 && token < tokens_ && channel >= 0 && channel < channels(), ErrorCode::index,
             "code: token ", token, ", channel ", channel, " of a quantized ", tokens_, " x ", channels());
-    std::vector<std::uint8_t> codes(static_cast<std::size_t>(padded_channels(channels())));
+    std::vector<std::uint8_t> codes(static_cast<std::size_t>(detail::padded_channels(channels())));
     read_codes(token, bits_, codes.data());
     return codes[static_cast<std::size_t>(channel)];
 }
@@ -113,7 +113,7 @@ KVPLANE_FUNCTION void Quantized::spread_grids(Index token, int depth, float* low
 
 KVPLANE_FUNCTION Index Quantized::read_rows(Index token, Index most, int depth, Rows& read) const {
     if (most == 0 || channels() == 0) return 0;
-    const Index padded = padded_channels(channels());
+    const Index padded = detail::padded_channels(channels());
     read.codes.resize(static_cast<std::size_t>(block_tokens * padded));
     read.lower.resize(static_cast<std::size_t>(padded));
     read.step.resize(static_cast<std::size_t>(padded));
@@ -125,8 +125,8 @@ KVPLANE_FUNCTION Index Quantized::read_rows(Index token, Index most, int depth, 
     const Index rows = by_channel() ? count : 1;
     for (Index t = 0; t < count; t += rows) {
         spread_grids(token + t, depth, read.lower.data(), read.step.data());
-        decode_columns(current_isa(), read.codes.data() + t * padded, padded, rows, padded, read.lower.data(),
-                       read.step.data(), read.values.data() + t * padded, padded);
+        detail::decode_columns(current_isa(), read.codes.data() + t * padded, padded, rows, padded,
+                               read.lower.data(), read.step.data(), read.values.data() + t * padded, padded);
     }
     return count;
 }
@@ -157,7 +157,7 @@ Quantized Quantized::of(const HeadRows<Scalar>& rows, const GridRule& rule, int 
 
     const Index block = by_channel ? std::min(rule.group, tokens) : block_tokens;
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(block * channels));
-    BlockQuantizer quantizer;
+    detail::BlockQuantizer quantizer;
     for (Index first = 0; first < tokens; first += block) {
         const Index count = std::min(block, tokens - first);
         for (Index head = 0; head < rows.heads(); ++head) {

@@ -100,7 +100,7 @@ KVPLANE_FUNCTION Hadamard::Hadamard(Index channels, std::uint64_t seed) {
 KVPLANE_FUNCTION void Hadamard::transform(float* rows, Index count, Index cols, bool back) const noexcept {
     const Index width = channels();
     const float* const signs = signs_.data();
-    run_on(current_isa(), [=](auto lanes) KVPLANE_BODY {
+    detail::run_on(current_isa(), [=](auto lanes) KVPLANE_BODY {
         for (Index i = 0; i < count * cols; i += width)
             detail::hadamard_blocks<lanes>(rows + i, width, signs, back);
     });
