@@ -1,5 +1,6 @@
 // The softmax as a state: weights and sums against double precision, and merging in every grouping (T17).
 #include "kvplane/attention/softmax.hpp"
+#include "kvplane/storage/tile_format.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,9 +1,11 @@
 // Scores and outputs of single tiles against decoding them.
 #include "kvplane/attention/tile_attention.hpp"
+#include "kvplane/storage/tile_coder.hpp"
 
 #include <gtest/gtest.h>
 
 #include "attention/kernels/plane_dot_support.hpp"
+#include "kvplane/quantize/kernels.hpp"
 #include "kvplane/theory/bounds.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"

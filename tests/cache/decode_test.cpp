@@ -6,6 +6,7 @@
 
 #include "cache_support.hpp"
 #include "kvplane/attention/executor.hpp"
+#include "kvplane/read/exponents.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 

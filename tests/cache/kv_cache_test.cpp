@@ -666,7 +666,9 @@ TEST(Cache, DoesNotDependOnFlushedSubnormals) {
                 EXPECT_EQ(differing(flushed.prefill, as_they_are.prefill), 0)
                     << recipe << ", values of " << scale;
                 // They are seen: softmax averages are as large as the values.
-                if (scale >= 1e-6f) EXPECT_GT(as_they_are.decode.cwiseAbs().maxCoeff(), 0.01f * scale);
+                if (scale >= 1e-6f) {
+                    EXPECT_GT(as_they_are.decode.cwiseAbs().maxCoeff(), 0.01f * scale);
+                }
             });
         }
 }

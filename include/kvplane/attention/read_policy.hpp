@@ -9,7 +9,7 @@ namespace kvplane {
 
 /// How far below the largest term's exponent a term must lie to be read at 12 and at 8 of 16 bits.
 struct AlignmentThresholds {
-    static constexpr int never = 100000;
+    static constexpr int never = 1000;
 
     int twelve = 4;
     int eight = 8;

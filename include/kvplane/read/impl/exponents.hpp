@@ -57,7 +57,8 @@ KVPLANE_FUNCTION std::vector<int> aligned_value_bits(const Matrix& weights,
 
 namespace detail {
 
-/// The exponents of alignment_exponent(), and -1000 of 0, which has no term.
+/// The exponents of alignment_exponent(), and -700 of 0, which has no term: far below all others, and not as
+/// far as AlignmentThresholds::never.
 template <int Lanes>
 KVPLANE_INLINE void exponents(const float* x, Ints<Lanes>& to) {
     Ints<Lanes> bits;
@@ -65,7 +66,7 @@ KVPLANE_INLINE void exponents(const float* x, Ints<Lanes>& to) {
     bits &= 0x7FFFFFFF;
     const Ints<Lanes> exponent = (bits >> 23) - 127, least = Ints<Lanes>{} - 14;
     const Ints<Lanes> some = exponent < least ? least : exponent;
-    to = bits == 0 ? Ints<Lanes>{} - 1000 : some;
+    to = bits == 0 ? Ints<Lanes>{} - 700 : some;
 }
 /// below[c]: how far the largest term of channel c lies below the largest of its row, in exponents, for the
 /// row where that is least. of_keys: exponents of the largest |k|, `padded` of them; x likewise padded.
