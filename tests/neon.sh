@@ -9,7 +9,7 @@ mkdir -p "$folder"
 compile=(aarch64-linux-gnu-g++ -std=c++20 -O1 -Wno-maybe-uninitialized -I include -I tests -I examples
     -isystem /usr/include/eigen3 -I /usr/src/googletest/googletest/include -I /usr/src/googletest/googletest)
 [ -e "$folder/gtest.o" ] || "${compile[@]}" -c /usr/src/googletest/googletest/src/gtest-all.cc -o "$folder/gtest.o"
-for test in simd/isa simd/half simd/vector attention/decode quantize/kernels; do
+for test in simd/isa simd/half simd/vector attention/kernels/plane_dot attention/softmax attention/tile_attention quantize/kernels; do
     program=$folder/${test//\//_}_test
     "${compile[@]}" "tests/${test}_test.cpp" /usr/src/googletest/googletest/src/gtest_main.cc "$folder/gtest.o" \
         -o "$program" -static -pthread
