@@ -1,4 +1,5 @@
-// Prints the instruction sets that this machine can run, ascending: the last one is what kernels use by themselves.
+// Prints the instruction sets that this machine can run, ascending: the last one is what kernels use by
+// themselves.
 #include <cstdio>
 #include <string>
 

@@ -1,8 +1,8 @@
 // kvplane/compiled.hpp: header-only, or compiled once.
 //
-// kvplane is header-only. A program may link the CMake target kvplane::compiled instead of kvplane::kvplane: a
-// static library that holds everything in the impl/ folders, so that the program itself compiles faster. The
-// target defines KVPLANE_COMPILED, and with it the same headers only declare what the library defines.
+// kvplane is header-only. A program may link the CMake target kvplane::compiled instead of kvplane::kvplane:
+// a static library that holds everything in the impl/ folders, so that the program itself compiles faster.
+// The target defines KVPLANE_COMPILED, and with it the same headers only declare what the library defines.
 #pragma once
 
 #if defined(KVPLANE_COMPILED)
@@ -11,8 +11,8 @@
 #define KVPLANE_FUNCTION inline
 #endif
 
-// Whether io/ is there, which needs nlohmann/json. kvplane::compiled defines this as it was when the library was
-// built, so that the headers never declare what the library lacks.
+// Whether io/ is there, which needs nlohmann/json. kvplane::compiled defines this as it was when the library
+// was built, so that the headers never declare what the library lacks.
 #if !defined(KVPLANE_WITH_JSON)
 #if __has_include(<nlohmann/json.hpp>)
 #define KVPLANE_WITH_JSON 1

@@ -6,7 +6,8 @@
 #pragma once
 
 // kvplane's arithmetic is exact where the storage format needs it, and NaN and infinity have a meaning here.
-// -fassociative-math by itself has a macro with gcc alone (from 12 on), -funsafe-math-optimizations with none.
+// -fassociative-math by itself has a macro with gcc alone (from 12 on), -funsafe-math-optimizations with
+// none.
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
     defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
 #error "kvplane: -ffast-math, -Ofast and their parts let the compiler change the bits that are stored and drop the checks for NaN; compile the files that include kvplane without them"

@@ -1,6 +1,7 @@
 // kvplane/recipe_names.hpp: recipes and read policies by name, as command lines take them.
 //
-// A name is that of a method and its numbers, separated by colons, and goes on with settings, each after a '+':
+// A name is that of a method and its numbers, separated by colons, and goes on with settings, each after a
+// '+':
 //
 //   kivi:4:32    key_favored:5:3+sinks=8+recent_bits=8    latent:3:3+context=100000
 //
@@ -54,8 +55,8 @@ std::span<const NamedRecipe> table();
 /// The table, the settings and the read policies as text of several lines, for --help.
 std::string help();
 
-/// The recipe of a name. Throws Error (option) saying what is wrong with it, and for numbers that no cache can
-/// have.
+/// The recipe of a name. Throws Error (option) saying what is wrong with it, and for numbers that no cache
+/// can have.
 CacheRecipe parse(std::string_view text);
 
 /// A read policy by the name that follows a recipe's after an @:

@@ -1,5 +1,5 @@
-// kvplane/recipes.hpp: each method as a configuration of the parts. recipe_names.hpp has their names on a command
-// line.
+// kvplane/recipes.hpp: each method as a configuration of the parts. recipe_names.hpp has their names on a
+// command line.
 #pragma once
 
 #include <string>

@@ -102,8 +102,8 @@ void expect_whole(State& merged, const Tokens& tokens, int merges) {
         ASSERT_NEAR(merged.output[c], exact[c], units * 0x1p-23 * size) << "channel " << c;
 }
 
-/// All ways to put 5 tokens into any number of groups (52 of them), groups merged from the left, from the right
-/// and as a tree.
+/// All ways to put 5 tokens into any number of groups (52 of them), groups merged from the left, from the
+/// right and as a tree.
 TEST(SoftmaxState, MergesInEveryGrouping) {
     Random random(kvplane_test::seed());
     constexpr Index count = 5;

@@ -642,8 +642,8 @@ Traces trace_of(const CacheConfiguration& c, const Matrix& k, const Matrix& v, c
     return traces;
 }
 
-/// Other libraries set their threads to flush subnormal numbers. Bytes and outputs are the same bits, also where
-/// keys and values are subnormal fp16, or the steps of their grids are.
+/// Other libraries set their threads to flush subnormal numbers. Bytes and outputs are the same bits, also
+/// where keys and values are subnormal fp16, or the steps of their grids are.
 TEST(Cache, DoesNotDependOnFlushedSubnormals) {
     if (!can_flush_subnormals) GTEST_SKIP() << "this machine's mode cannot be set";
     std::mt19937_64 random(seed());

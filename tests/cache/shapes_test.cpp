@@ -1,7 +1,8 @@
 // Caches of many shapes: heads, head_dims, tokens at every border, query tokens and recipes, drawn by a seed.
 //
-// Attention is compared with double precision over what is stored, within T14. KVPLANE_TEST_SEED draws others,
-// KVPLANE_TEST_ROUNDS=N draws N of them for each recipe instead of 8, and larger ones: a second or so each.
+// Attention is compared with double precision over what is stored, within T14. KVPLANE_TEST_SEED draws
+// others, KVPLANE_TEST_ROUNDS=N draws N of them for each recipe instead of 8, and larger ones: a second or so
+// each.
 #include <gtest/gtest.h>
 
 #include <cstdlib>
@@ -36,7 +37,8 @@ struct Case {
     CacheConfiguration configuration() const {
         CacheConfiguration made =
             kvplane_test::configuration(recipe, kv_heads, kv_heads * group, key_dim, value_dim);
-        // An odd number of channels has no RoPE; half of the time it is asked for and refused (by latents alone).
+        // An odd number of channels has no RoPE; half of the time it is asked for and refused (by latents
+        // alone).
         if (key_dim % 2 == 1 && variant % 2 == 0) made.rope.reset();
         return made;
     }
@@ -128,7 +130,8 @@ class RowReference {
         for (Index t = 0; t < sequence_.tiles; ++t)
             score_error = std::max(score_error, tile_score_error(query, kv_head, t, decodes));
         score_error *= rule.scale();
-        // Values: T14 by channel, in the frame in which they are stored; a weight is off by e^(2 score_error).
+        // Values: T14 by channel, in the frame in which they are stored; a weight is off by e^(2
+        // score_error).
         const double largest = v.cwiseAbs().maxCoeff() * std::sqrt(static_cast<double>(c.value_head_dim));
         const double value_error = (decodes ? tile_value_error(kv_head) * std::exp(2.0 * score_error) : 0.0) +
                                    rounding(cache_.tokens(), 2.0 * largest);
@@ -325,8 +328,8 @@ void check(const Case& c) {
                 };
                 const double off = (part(outputs.back()) - part(exact)).norm();
                 ASSERT_LE(off, bounds(i, head)) << "query head " << head << ", token " << i;
-                // A factor that lies within fp32 rounding of two int8 may become either: one unit, of which T14
-                // counts half of one for each of 31 factors or more. Two of them are more than happen.
+                // A factor that lies within fp32 rounding of two int8 may become either: one unit, of which
+                // T14 counts half of one for each of 31 factors or more. Two of them are more than happen.
                 const double apart = (part(outputs.back()) - part(outputs[0])).norm();
                 ASSERT_LE(apart, fp32(i, head) + (decodes ? bounds(i, head) * 4.0 / 31.0 : 0.0))
                     << "query head " << head << ", token " << i << ", from the first instruction set";

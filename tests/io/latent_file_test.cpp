@@ -1,5 +1,5 @@
-// Files of statistics and bases: exact when they come back, refused when they are damaged or belong elsewhere;
-// what could not be loaded is not saved.
+// Files of statistics and bases: exact when they come back, refused when they are damaged or belong
+// elsewhere; what could not be loaded is not saved.
 #include "kvplane/io/latent_file.hpp"
 
 #include <gtest/gtest.h>

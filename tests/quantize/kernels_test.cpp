@@ -348,8 +348,8 @@ Matrix decoded(Isa isa, const GridPlan& plan, const std::vector<std::uint8_t>& c
     for (float& s : step) s *= kvplane::power_of_two(plan.bits - depth);
     Matrix values = Matrix::Constant(plan.tokens, plan.channels + 5, -7.0f);
     if (plan.by_channel)
-        kvplane::detail::decode_columns(isa, prefixes.data(), code_stride, plan.tokens, plan.channels, grids.lower.data(),
-                       step.data(), values.data(), values.cols());
+        kvplane::detail::decode_columns(isa, prefixes.data(), code_stride, plan.tokens, plan.channels,
+                                        grids.lower.data(), step.data(), values.data(), values.cols());
     else  // as containers do it: a row of grids for each token
         for (Index t = 0; t < plan.tokens; ++t) {
             std::vector<float> row_lower, row_step;
@@ -357,9 +357,9 @@ Matrix decoded(Isa isa, const GridPlan& plan, const std::vector<std::uint8_t>& c
                 row_lower.push_back(grids.lower[plan.grid(t, c)]);
                 row_step.push_back(step[plan.grid(t, c)]);
             }
-            kvplane::detail::decode_columns(isa, prefixes.data() + t * code_stride, code_stride, 1, plan.channels,
-                           row_lower.data(), row_step.data(), values.data() + t * values.cols(),
-                           values.cols());
+            kvplane::detail::decode_columns(isa, prefixes.data() + t * code_stride, code_stride, 1,
+                                            plan.channels, row_lower.data(), row_step.data(),
+                                            values.data() + t * values.cols(), values.cols());
         }
     return values;
 }

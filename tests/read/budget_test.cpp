@@ -9,9 +9,9 @@ namespace {
 
 using namespace kvplane_test;
 
-/// The weights of some groups of 8 tokens. Steps are such that a token counts for its squared weight, so that the
-/// groups count 2^0, 2^-3, 2^-6, 2^-9, 2^-12 and 2^-15: one token of weight 2^-(k / 2), or for odd k two of
-/// 2^-((k + 1) / 2).
+/// The weights of some groups of 8 tokens. Steps are such that a token counts for its squared weight, so that
+/// the groups count 2^0, 2^-3, 2^-6, 2^-9, 2^-12 and 2^-15: one token of weight 2^-(k / 2), or for odd k two
+/// of 2^-((k + 1) / 2).
 float weight(Index token) {
     const Index group = token / 8, k = 3 * group;
     if (group > 5) return 0.0f;
@@ -132,8 +132,8 @@ TEST(BudgetPlanner, SharesOutOverHeadsAndTiles) {
     expect(6, {2, 1, 1}, 2);
 }
 
-/// A tile whose largest score lies 2 below the row's counts e^-4 as much, one that the row does not see nothing.
-/// Rows of a head add up.
+/// A tile whose largest score lies 2 below the row's counts e^-4 as much, one that the row does not see
+/// nothing. Rows of a head add up.
 TEST(BudgetPlanner, RelatesTilesToTheRowsLargestScore) {
     BudgetDrive drive({.rows_per_head = 2, .tiles = 3});
     const auto first = [](Index t) { return t == 0 ? 1.0f : 0.0f; };

@@ -14,8 +14,8 @@ using namespace kvplane_test;
 float key_step(Index channel) {
     return std::ldexp(1.0f, -3 * static_cast<int>(channel / 8));
 }
-/// The same groups closer to each other: 2^0, 2^-2, ... 2^-10, so that all planes of a tile that has the weight
-/// gain more than any of a tile that has none, which is 31 classes below.
+/// The same groups closer to each other: 2^0, 2^-2, ... 2^-10, so that all planes of a tile that has the
+/// weight gain more than any of a tile that has none, which is 31 classes below.
 float close_key_step(Index channel) {
     return std::ldexp(1.0f, -static_cast<int>(channel / 8));
 }
@@ -139,8 +139,8 @@ TEST(CoarsePassPlanner, StaysWithinTheBudget) {
     EXPECT_FALSE(drive.planner.refines(4, 0));
 }
 
-/// Two tiles, one of which counts 2^-5 of the other, five classes below. With 72 bits a row, 576 of all tiles, of
-/// which the coarse pass took 256, ten planes are left. They gain (first plane, second plane):
+/// Two tiles, one of which counts 2^-5 of the other, five classes below. With 72 bits a row, 576 of all
+/// tiles, of which the coarse pass took 256, ten planes are left. They gain (first plane, second plane):
 ///
 ///     heavy   0: taken, -8    -6, -14    -12, -20    -18, -26    -24, -32    -30, -38
 ///     light   0: taken, -13  -11, -19    -17, -25    -23, -31    ...
@@ -164,7 +164,8 @@ TEST(CoarsePassPlanner, SharesOutOverTilesByWeight) {
 TEST(CoarsePassPlanner, ReadsAClassOfTilesAlike) {
     CoarseDrive drive;
     for (const Index t : {1, 3, 4, 6}) drive.set_weights(t, 0, heavy);
-    // 8 planes of the coarse pass, two planes (-6 and -8) for each of four tiles, three planes are not enough.
+    // 8 planes of the coarse pass, two planes (-6 and -8) for each of four tiles, three planes are not
+    // enough.
     const Index row_bits = (8 + 2 * 4 + 3) * plane_bits;  // 608
     drive.coarse_pass(ReadPolicy::aligned(static_cast<double>(row_bits) / 8.0 / 48.0, 8.0));
     EXPECT_EQ(drive.refining_pass(), 8 * tile_plane_bits);
@@ -186,9 +187,9 @@ TEST(CoarsePassPlanner, SharesOutOverHeads) {
     // channels.
     EXPECT_EQ(drive.coarse_pass(ReadPolicy::aligned(184.0 / 96.0, 8.0)), 4 * 2 * tile_plane_bits)
         << "half of 184 bits are two planes";
-    // So 8 planes, and of the 15 that are left 11 for head 1's tile 1. The next gains, 31 classes below, are those
-    // of the second group in the 4 tiles of head 0 and 3 of head 1: the four planes that are left have room for
-    // head 0's.
+    // So 8 planes, and of the 15 that are left 11 for head 1's tile 1. The next gains, 31 classes below, are
+    // those of the second group in the 4 tiles of head 0 and 3 of head 1: the four planes that are left have
+    // room for head 0's.
     EXPECT_EQ(drive.refining_pass() / tile_plane_bits, 11 + 4);
     EXPECT_EQ(drive.key_planes(drive.planner, 1, drive.queries, 1), Planes(6, 2));
     EXPECT_EQ(drive.key_planes(drive.planner, 1, drive.queries, 0), (Planes{1, 1, 0, 0, 0, 0}));
@@ -241,8 +242,8 @@ TEST(CoarsePassPlanner, GivesValuesWhatKeysLeave) {
     drive.set_weights(2, 0, light);
     drive.coarse_pass(ReadPolicy::aligned(2.0));
     drive.planner.refine();
-    // 2 bits of 8 x 128 codes a channel, 16 channels: 32768 bits of values. Keys: 8 tiles of 128 x 48 codes may
-    // have 98304. Where they took 98304 + 32768 - 3 x 512, three planes of 32 x 16 bits are left.
+    // 2 bits of 8 x 128 codes a channel, 16 channels: 32768 bits of values. Keys: 8 tiles of 128 x 48 codes
+    // may have 98304. Where they took 98304 + 32768 - 3 x 512, three planes of 32 x 16 bits are left.
     const auto plan = [&](Index left) {
         drive.planner.choose_values(
             {.key_bits = 98304 + 32768 - left, .keys = 49152, .value_bits = 0, .values = 0});
@@ -259,8 +260,8 @@ TEST(CoarsePassPlanner, GivesValuesWhatKeysLeave) {
     EXPECT_EQ(plan(-100000), (Planes{0, 0, 0})) << "keys took more than there was";
 }
 
-/// Where no plane of keys fits into the coarse pass, each side has a budget of its own: 24 bits, half of 48, are
-/// no plane. Values then have 1 bit of each of 1024 codes a channel, whatever keys took.
+/// Where no plane of keys fits into the coarse pass, each side has a budget of its own: 24 bits, half of 48,
+/// are no plane. Values then have 1 bit of each of 1024 codes a channel, whatever keys took.
 TEST(CoarsePassPlanner, SharesNothingWhereNoPlaneOfKeysFits) {
     CoarseDrive drive;
     drive.bring_groups_closer();

@@ -187,7 +187,8 @@ TEST(ExponentsPlanner, TakesTheQueryInto) {
     Matrix query(1, 48);
     for (Index c = 0; c < 48; ++c) query(0, c) = (c % 2 == 0 ? 1.99f : -1.0f) * by_group(47 - c);
     // by_group(47 - c) is that of the group as far from the other end: exponents -14, -10, -6, -5, -4, 0.
-    // Terms: 0-14, -4-10, -5-6, -6-5, -10-4, -14-0 = -14, -14, -11, -11, -14, -14: 3 below the largest at most.
+    // Terms: 0-14, -4-10, -5-6, -6-5, -10-4, -14-0 = -14, -14, -11, -11, -14, -14: 3 below the largest at
+    // most.
     EXPECT_EQ(drive.plan(query).planes, Planes(6, 3));
     // With thresholds of 1, 2 and 4 exponents, 3 below is 8 bits.
     EXPECT_EQ(drive.plan(query, {1, 2, 4}).planes, (Planes{1, 1, 3, 3, 1, 1}));

@@ -39,8 +39,8 @@ TEST(FixedPlanes, OfHalfAreEightTwelveOrSixteenBits) {
     EXPECT_EQ(planes_of(format, 16.0), Planes(6, 3));
 }
 
-/// Latents of widths 7, 4, 2 and 0. Planes {4,2,1} make groups of 32 channels, {4} of 8, {2} of 16, and a width
-/// of 0 none: 40 channels are groups of 32 and 8, 24 three of 8, 16 one.
+/// Latents of widths 7, 4, 2 and 0. Planes {4,2,1} make groups of 32 channels, {4} of 8, {2} of 16, and a
+/// width of 0 none: 40 channels are groups of 32 and 8, 24 three of 8, 16 one.
 const std::vector<ChannelSegment> latents{{40, 7}, {24, 4}, {16, 2}, {8, 0}};
 const GridRule by_channel{Granularity::per_channel, 128, Scheme::min_max};
 

@@ -64,8 +64,8 @@ TEST(KeyImportance, IsTheSumOfSquaresOfQueryTimesStep) {
     });
 }
 
-/// Steps of several groups of tokens: their mean square, or the largest. Groups of 32 with steps 1, 2, 4 and 0:
-/// 21 / 4 = 5.25, and 4.
+/// Steps of several groups of tokens: their mean square, or the largest. Groups of 32 with steps 1, 2, 4 and
+/// 0: 21 / 4 = 5.25, and 4.
 TEST(KeyImportance, AveragesOverGroupsOfTokens) {
     const TileFormat format = key_format(21, 4, 32);
     constexpr float steps[4] = {1.0f, 2.0f, 4.0f, 0.0f};
@@ -79,8 +79,8 @@ TEST(KeyImportance, AveragesOverGroupsOfTokens) {
     });
 }
 
-/// Segments one after another, each in groups of its own size; those without bits have none. A query stride that
-/// is larger than the channels.
+/// Segments one after another, each in groups of its own size; those without bits have none. A query stride
+/// that is larger than the channels.
 TEST(KeyImportance, GoesBySegments) {
     const TileFormat format(TileSide::keys, {{5, 0}, {40, 7}, {8, 0}, {9, 2}, {17, 4}},
                             {Granularity::per_channel, 64, Scheme::min_max});

@@ -1,4 +1,5 @@
-// tests/read/planner_support.hpp: planners driven by hand, over tiles of which nothing is written but the grids.
+// tests/read/planner_support.hpp: planners driven by hand, over tiles of which nothing is written but the
+// grids.
 //
 // What a planner decides follows from steps, queries and softmax weights. Powers of two make all of it exact.
 #pragma once

@@ -16,8 +16,8 @@ float key_step(Index channel) {
 }
 constexpr float query = 0x1p-10f;
 
-/// A tolerance of 4 tanh(x) leaves half of itself, 2 tanh(x), to scores, which may then be off by 2 x. Each of
-/// 48 channels has its share of that, a group of 8 a sixth: x / 3.
+/// A tolerance of 4 tanh(x) leaves half of itself, 2 tanh(x), to scores, which may then be off by 2 x. Each
+/// of 48 channels has its share of that, a group of 8 a sixth: x / 3.
 double tolerance(double x) {
     return 4.0 * std::tanh(x);
 }
@@ -31,9 +31,9 @@ const Planes key_planes{0, 1, 1, 2, 2, 0};
 constexpr double score_error =
     0x1p-10 * (1020 * 0x1p-10 + 60 * 0x1p-9 + 60 * 0x1p-6 + 0.0 + 0.0 + 1020 * 0x1p-11);
 
-/// Values: 16 channels of steps 2^-8 from 0 up, so that a grid ends at 1, and its largest vector has norm 4. A
-/// token's weight times 4 2^-8 is the norm of its step. Group g of 8 tokens weighs 2^(5 - g), one token's or
-/// two tokens' weight, so that it counts 2^-1, 2^-2, ... 2^-6; the ten others nothing.
+/// Values: 16 channels of steps 2^-8 from 0 up, so that a grid ends at 1, and its largest vector has norm 4.
+/// A token's weight times 4 2^-8 is the norm of its step. Group g of 8 tokens weighs 2^(5 - g), one token's
+/// or two tokens' weight, so that it counts 2^-1, 2^-2, ... 2^-6; the ten others nothing.
 constexpr double norm = 4.0;
 float weight(Index token) {
     const Index group = token / 8;
@@ -95,9 +95,10 @@ TEST(TolerancePlanner, GivesEveryChannelItsShare) {
     EXPECT_EQ(rows.keys_of(0), key_planes);
 }
 
-/// Groups of other sizes have shares of their size: {4,2,1} makes groups of 32 and 8 channels of 40, {4,1} one of
-/// 8. Off by size q s (2^unread - 1) / 2, where their share of 2^-10 is size / 8, q 2^-10: for each channel no
-/// plane is off by 63.5 s and 15.5 s, one by 3.5 s and 0.5 s, two by 0.5 s; the share is an eighth.
+/// Groups of other sizes have shares of their size: {4,2,1} makes groups of 32 and 8 channels of 40, {4,1}
+/// one of 8. Off by size q s (2^unread - 1) / 2, where their share of 2^-10 is size / 8, q 2^-10: for each
+/// channel no plane is off by 63.5 s and 15.5 s, one by 3.5 s and 0.5 s, two by 0.5 s; the share is an
+/// eighth.
 TEST(TolerancePlanner, GoesByTheSizeOfGroups) {
     Drive drive({{TileSide::keys, {{40, 7}, {8, 5}}, {Granularity::per_channel, 128, Scheme::min_max}}},
                 value_format(16, 8), {});
@@ -119,8 +120,8 @@ TEST(TolerancePlanner, GoesByTheSizeOfGroups) {
 /// Of fp16 a step is the last place of the largest magnitude, and the first plane is always read.
 TEST(TolerancePlanner, ReadsTheFirstPlaneOfHalf) {
     Drive drive({key_format(48, 16)}, value_format(16, 8), {});
-    // Largest magnitudes of 2^e, so steps of 2^(e - 10). After the first plane off by 8 q 2^(e - 10) 128, after
-    // the second by 8 q 2^(e - 10) 8: in units of 2^-10 with q = 2^-10, 2^e and 2^(e - 4).
+    // Largest magnitudes of 2^e, so steps of 2^(e - 10). After the first plane off by 8 q 2^(e - 10) 128,
+    // after the second by 8 q 2^(e - 10) 8: in units of 2^-10 with q = 2^-10, 2^e and 2^(e - 4).
     constexpr int exponents[6] = {0, 1, 4, 5, -14, -3};
     drive.set_key_steps(0, 0, [&](Index c) { return std::ldexp(1.0f, exponents[c / 8]); });
     TolerancePlanner planner;
@@ -161,9 +162,10 @@ TEST(TolerancePlanner, ReadsNothingWhereAnyErrorWillDo) {
     expect_bound(drive.certified().relative_error_bound, expected / norm);
 }
 
-/// Where keys are read whole, values have all of the tolerance. A group that counts I is off by 7.5 I without its
-/// second plane and by 120 I more without its first; planes gain 1.875 I and 30 I for each bit, and are left out
-/// from the least gain on. That of a second plane coincides with that of the first of a group of a 16th.
+/// Where keys are read whole, values have all of the tolerance. A group that counts I is off by 7.5 I without
+/// its second plane and by 120 I more without its first; planes gain 1.875 I and 30 I for each bit, and are
+/// left out from the least gain on. That of a second plane coincides with that of the first of a group of a
+/// 16th.
 ///     I           2^-6         2^-5        2^-4      2^-3      2^-2 (and first of 2^-6)
 ///     second      0.1171875    0.234375    0.46875   0.9375    1.875 + 1.875
 TEST(TolerancePlanner, GivesValuesWhatKeysLeave) {
@@ -222,8 +224,8 @@ TEST(TolerancePlanner, KnowsTokensOutsideTiles) {
     expect_bound(drive.certified().relative_error_bound, expected);
 }
 
-/// Once a tile needs all planes, the rest of its chunk of 16 is read whole; a chunk's error is that of its worst
-/// tile, that of values the sum.
+/// Once a tile needs all planes, the rest of its chunk of 16 is read whole; a chunk's error is that of its
+/// worst tile, that of values the sum.
 TEST(TolerancePlanner, GoesByChunks) {
     ToleranceDrive drive({.tiles = 18});
     drive.set_key_steps(1, 0, [](Index) { return 1.0f; });

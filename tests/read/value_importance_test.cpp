@@ -40,8 +40,8 @@ TEST(ValueSteps, AreSummedOverRuns) {
     for_each_isa([&](Isa isa) {
         float squares[tile_tokens], roots[tile_tokens];
         EXPECT_EQ(value_steps(isa, format, tile.data(), 1.0f, false, squares), 0.0f);
-        // Token 5: 16 18^2 + 16 34^2 + 8 66^2 = 5184 + 18496 + 34848 = 58528. Others 16 400 + 16 400 + 8 44^2 =
-        // 28288.
+        // Token 5: 16 18^2 + 16 34^2 + 8 66^2 = 5184 + 18496 + 34848 = 58528. Others 16 400 + 16 400 + 8 44^2
+        // = 28288.
         EXPECT_EQ(value_steps(isa, format, tile.data(), 1.0f, true, roots), std::sqrt(58528.0f));
         for (Index t = 0; t < tile_tokens; ++t) {
             EXPECT_EQ(squares[t], t == 9 ? 0.0f : 208.0f);
@@ -121,7 +121,8 @@ TEST(GroupWeights, SumOrTakeTheLargest) {
     });
 }
 
-/// Two heads of two rows, two tiles, {4,4}: 16 groups. Steps of 1/4 over 16 channels: the sum of squares is 1.
+/// Two heads of two rows, two tiles, {4,4}: 16 groups. Steps of 1/4 over 16 channels: the sum of squares is
+/// 1.
 struct Combined {
     Combined()
         : drive({key_format(8, 8)}, value_format(16, 8), {.heads = 2, .rows_per_head = 2, .tiles = 2}) {

@@ -1,5 +1,5 @@
-// fp16 arithmetic of vectors: every number widened, rounded and narrowed as Eigen does it one by one, on every
-// instruction set, and the same where the thread flushes subnormal numbers.
+// fp16 arithmetic of vectors: every number widened, rounded and narrowed as Eigen does it one by one, on
+// every instruction set, and the same where the thread flushes subnormal numbers.
 #include "kvplane/simd/half.hpp"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Tiles: grids and codes stand where the layout of tile_format.hpp says, what was packed is read back at every
-// depth and equals Quantized, however the tokens came in and whatever instruction set packed them.
+// Tiles: grids and codes stand where the layout of tile_format.hpp says, what was packed is read back at
+// every depth and equals Quantized, however the tokens came in and whatever instruction set packed them.
 #include "kvplane/storage/tile_coder.hpp"
 
 #include <algorithm>

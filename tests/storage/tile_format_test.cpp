@@ -1,4 +1,5 @@
-// Formats: every part of a tile stands where the layout says, sizes are exact, and what has no layout is refused.
+// Formats: every part of a tile stands where the layout says, sizes are exact, and what has no layout is
+// refused.
 #include "kvplane/storage/tile_format.hpp"
 
 #include <string>

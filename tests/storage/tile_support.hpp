@@ -1,5 +1,5 @@
-// tests/storage/tile_support.hpp: the layout of tile_format.hpp told again, in the plainest way, and the formats
-// that the tests of tiles try.
+// tests/storage/tile_support.hpp: the layout of tile_format.hpp told again, in the plainest way, and the
+// formats that the tests of tiles try.
 #pragma once
 
 #include <gtest/gtest.h>

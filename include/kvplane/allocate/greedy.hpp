@@ -1,10 +1,10 @@
 // kvplane/allocate/greedy.hpp: the allocator's problem as its methods see it, and the greedy method.
 //
-// Greedy takes steps along the convex hulls of the items' curves, best gain per bit first. A step that does not
-// fit is replaced by the best shorter step of the same item, which gains less per bit, so the steps tried have
-// falling gain per bit. That makes the error monotone in the budget: at the first step that a larger budget
-// takes and a smaller one cannot, all that the smaller one still gains is at this gain per bit or less, on fewer
-// bits than the step costs, and thus less than the step gains.
+// Greedy takes steps along the convex hulls of the items' curves, best gain per bit first. A step that does
+// not fit is replaced by the best shorter step of the same item, which gains less per bit, so the steps tried
+// have falling gain per bit. That makes the error monotone in the budget: at the first step that a larger
+// budget takes and a smaller one cannot, all that the smaller one still gains is at this gain per bit or
+// less, on fewer bits than the step costs, and thus less than the step gains.
 #pragma once
 
 #include <cstddef>

@@ -46,8 +46,8 @@ class SerialExecutor final : public Executor {
     }
 };
 
-/// The calling thread and others that wait for work between calls. Runs from several threads take turns; a body
-/// must not start a run of the same executor.
+/// The calling thread and others that wait for work between calls. Runs from several threads take turns; a
+/// body must not start a run of the same executor.
 class ThreadExecutor final : public Executor {
   public:
     /// Throws Error: option for less than one thread, out_of_memory where the system cannot start so many.

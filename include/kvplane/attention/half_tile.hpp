@@ -1,9 +1,10 @@
 // kvplane/attention/half_tile.hpp: sums of products with fp16 values that are stored as planes {8,4,4}.
 //
-// A plane of 8 bits is an fp16 number with 2 bits of fraction (sign, exponent, and those two). With the second
-// plane it has 6, with the third all 10. In the place where fp32 has its sign, exponent and fraction, and times
-// 2^112, these bits are the number itself, subnormals included. What is not read is filled with its midpoint,
-// as TileCoder::decode does. Queries and weights are taken as they are: fp16 has no grids to fold into them.
+// A plane of 8 bits is an fp16 number with 2 bits of fraction (sign, exponent, and those two). With the
+// second plane it has 6, with the third all 10. In the place where fp32 has its sign, exponent and fraction,
+// and times 2^112, these bits are the number itself, subnormals included. What is not read is filled with its
+// midpoint, as TileCoder::decode does. Queries and weights are taken as they are: fp16 has no grids to fold
+// into them.
 //
 //   keys     a lane is a token, and the sum goes over channels
 //   values   a lane is a channel, and the sum goes over tokens
@@ -79,9 +80,9 @@ KVPLANE_INLINE void half_units(const HalfBlock& block, const GroupsByDepth& unit
     }
 }
 
-/// to[r][lane] = more[r] (or, without fresh, what is there) + the sums of one block. units: the groups of which
-/// 1, 2 and 3 planes are read, taken one depth after another, because a branch on each would be a guess. next:
-/// the same of the block that is read next.
+/// to[r][lane] = more[r] (or, without fresh, what is there) + the sums of one block. units: the groups of
+/// which 1, 2 and 3 planes are read, taken one depth after another, because a branch on each would be a
+/// guess. next: the same of the block that is read next.
 ///   factors  [row][8 groups], times half_factor
 template <int Lanes, int rows>
 KVPLANE_INLINE void half_block(const HalfBlock& block, const GroupsByDepth& units, const GroupsByDepth& next,

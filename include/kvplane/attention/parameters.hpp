@@ -30,8 +30,8 @@ struct AttentionParameters {
     /// the leading latents. Sinks and recent tokens always do. Below 1 for recipes with latents alone.
     double key_fraction = 1.0;
     Index selection_latents = 0;  ///< how many latents of a subspace choose; 0: a quarter of its channels
-    /// Followed for up to 8 query tokens; more read all. Recipes that are not read by planes refuse every policy
-    /// but `all`.
+    /// Followed for up to 8 query tokens; more read all. Recipes that are not read by planes refuse every
+    /// policy but `all`.
     ReadPolicy read = {};
 };
 

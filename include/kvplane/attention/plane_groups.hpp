@@ -1,7 +1,7 @@
 // kvplane/attention/plane_groups.hpp: what one decision about planes covers, and what it leaves out.
 //
-// A plane group is the channels of keys, or the tokens of values, whose planes are read or not together: those
-// that the deepest unit of any of their planes covers.
+// A plane group is the channels of keys, or the tokens of values, whose planes are read or not together:
+// those that the deepest unit of any of their planes covers.
 #pragma once
 
 #include <algorithm>

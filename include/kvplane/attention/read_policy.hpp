@@ -40,7 +40,8 @@ struct ReadPolicy {
     /// can hold. 0 reads all that has a part in the output.
     double error = 0.0;
     AlignmentThresholds thresholds = AlignmentThresholds::accurate();
-    /// Whether aligned reads have one budget for keys and values, of which each side gets what it makes most of.
+    /// Whether aligned reads have one budget for keys and values, of which each side gets what it makes most
+    /// of.
     bool shared = false;
 
     static constexpr ReadPolicy all() noexcept { return {}; }

@@ -1,9 +1,9 @@
 // kvplane/attention/softmax.hpp: the softmax of a part of the sequence, as a state that grows and merges.
 //
-// The state of a query row is (largest score, sum of exp(score - largest), that sum times values). Tokens come
-// in any portions (online softmax), and the states of any partition of the tokens merge to that of the whole
-// (flash decoding; T17). An empty state is neutral. The order of merging changes rounding alone, so whoever
-// wants equal bits merges in the same order.
+// The state of a query row is (largest score, sum of exp(score - largest), that sum times values). Tokens
+// come in any portions (online softmax), and the states of any partition of the tokens merge to that of the
+// whole (flash decoding; T17). An empty state is neutral. The order of merging changes rounding alone, so
+// whoever wants equal bits merges in the same order.
 #pragma once
 
 #include <algorithm>
@@ -34,16 +34,16 @@ struct SoftmaxState {
     }
     /// log of the sum of exp(score) over the tokens of one row; nothing_seen without any.
     float log_sum_exp() const noexcept { return *sum > 0.0f ? *largest + std::log(*sum) : *largest; }
-    /// Divides the output of one row by its sum: what attention returns. A row that saw nothing gets zeros, one
-    /// whose sum is NaN gets NaN.
+    /// Divides the output of one row by its sum: what attention returns. A row that saw nothing gets zeros,
+    /// one whose sum is NaN gets NaN.
     void normalise(Index channels) const noexcept {
         for (Index c = 0; c < channels; ++c) output[c] = *sum == 0.0f ? 0.0f : output[c] / *sum;
     }
 };
 
-/// Turns the scores of `count` tokens (a multiple of 16; -infinity: not seen) into exp(score - largest) and adds
-/// these weights to the states, whose output is scaled down where a larger score has come. The caller then adds
-/// weights times values to the output. scores  [row][128]
+/// Turns the scores of `count` tokens (a multiple of 16; -infinity: not seen) into exp(score - largest) and
+/// adds these weights to the states, whose output is scaled down where a larger score has come. The caller
+/// then adds weights times values to the output. scores  [row][128]
 void online_softmax(Isa isa, float* scores, Index count, Index rows, const SoftmaxState& state) noexcept;
 
 /// Adds weights that sum up to `sum` relative to `largest` to the state of one row, output aside.

@@ -24,8 +24,8 @@ namespace kvplane::detail {
 
 /// Whether tile_scores() reads tiles of keys of this format: fp16, or grids per channel.
 bool reads_key_planes(const TileFormat& format) noexcept;
-/// Whether add_tile_values() reads tiles of values of this format: one segment, of fp16, or of 1 to 8 bits with
-/// grids per token over the head or over multiples of 16 channels.
+/// Whether add_tile_values() reads tiles of values of this format: one segment, of fp16, or of 1 to 8 bits
+/// with grids per token over the head or over multiples of 16 channels.
 bool reads_value_planes(const TileFormat& format) noexcept;
 
 /// scores[r * 128 + t] = offsets[r] + queries[r] . k'_t for all 128 tokens of a tile of keys.

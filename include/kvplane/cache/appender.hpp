@@ -1,7 +1,7 @@
 // kvplane/cache/appender.hpp: how tokens come into a cache.
 //
-// An Appender builds what an append adds, piece by piece, without changing the cache: new pages, copies of shared
-// pages that go on being filled, and the numbers of the state. commit() then cannot fail.
+// An Appender builds what an append adds, piece by piece, without changing the cache: new pages, copies of
+// shared pages that go on being filled, and the numbers of the state. commit() then cannot fail.
 #pragma once
 
 #include "kvplane/cache/pages.hpp"
@@ -12,13 +12,13 @@
 
 namespace kvplane::detail {
 
-/// Appends tokens to `state`. queries: [token][query_heads * key dim] after RoPE, or none. Throws Error (shape,
-/// not_finite, beyond_fp16, out_of_memory) and then has changed nothing.
+/// Appends tokens to `state`. queries: [token][query_heads * key dim] after RoPE, or none. Throws Error
+/// (shape, not_finite, beyond_fp16, out_of_memory) and then has changed nothing.
 void append_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, const AnyRows& keys,
                    const AnyRows& values, const AnyRows* queries);
 
-/// Fits the cache's own basis to its oldest `count` recent tokens, and makes the tiles that are then due. Throws Error
-/// (shape, out_of_memory) and then has changed nothing.
+/// Fits the cache's own basis to its oldest `count` recent tokens, and makes the tiles that are then due.
+/// Throws Error (shape, out_of_memory) and then has changed nothing.
 void fit_own_basis(const CacheShape& cache, CacheState& state, TilePool& pool, Index count);
 
 /// [token][heads * head_dim] the input as floats.

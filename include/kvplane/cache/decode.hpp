@@ -1,8 +1,8 @@
 // kvplane/cache/decode.hpp: attention of a few query tokens over a whole cache, straight on the packed bits.
 //
-// Work is shared out by chunks of tiles and heads, in any order and thread, each into softmax states of its own;
-// then these are merged in the order of the sequence, so that results do not depend on the number of workers.
-// Where the planes of values depend on all weights, there are two passes: scores, then values.
+// Work is shared out by chunks of tiles and heads, in any order and thread, each into softmax states of its
+// own; then these are merged in the order of the sequence, so that results do not depend on the number of
+// workers. Where the planes of values depend on all weights, there are two passes: scores, then values.
 #pragma once
 
 #include <algorithm>
@@ -243,8 +243,8 @@ class DecodePass {
         else
             add_tile(place, chunk, scores);
     }
-    /// The weights of a tile for later. Each tile keeps its own largest score, because what other tiles seem to
-    /// hold may turn out otherwise.
+    /// The weights of a tile for later. Each tile keeps its own largest score, because what other tiles seem
+    /// to hold may turn out otherwise.
     void keep_weights(const PlanPlace& place, Index chunk, float* scores) noexcept {
         const RowBlock& block = place.block;
         float* const tile_max = work_.weights.tile_max(place.tile, block.first);

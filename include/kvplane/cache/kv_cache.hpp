@@ -53,8 +53,8 @@ struct OutputSink {
 
 }  // namespace detail
 
-/// Memory that attention works in, and who runs it. Kept from call to call, so that a call of a shape that was seen
-/// before allocates nothing. One call at a time; moved, not copied.
+/// Memory that attention works in, and who runs it. Kept from call to call, so that a call of a shape that
+/// was seen before allocates nothing. One call at a time; moved, not copied.
 class AttentionWorkspace {
   public:
     /// executor: nullptr for the calling thread alone; must outlive the workspace.
@@ -76,8 +76,8 @@ class AttentionWorkspace {
     std::unique_ptr<detail::Workspace> arrays_;
 };
 
-/// Bounds of |x - x'| over all stored elements, in the frame in which they are stored (rotated, where the recipe
-/// rotates). A row of d channels is off by at most sqrt(d) times that in norm, in any frame.
+/// Bounds of |x - x'| over all stored elements, in the frame in which they are stored (rotated, where the
+/// recipe rotates). A row of d channels is off by at most sqrt(d) times that in norm, in any frame.
 struct CacheErrorBound {
     double key = 0.0;
     double value = 0.0;
@@ -93,8 +93,8 @@ class KvCache {
     KvCache& operator=(KvCache&& other) noexcept;
     ~KvCache();
 
-    /// A cache of the same content. It shares all pages; the first append to a page that is not full copies that
-    /// page.
+    /// A cache of the same content. It shares all pages; the first append to a page that is not full copies
+    /// that page.
     KvCache fork() const;
 
     const CacheConfiguration& configuration() const noexcept;
@@ -105,13 +105,13 @@ class KvCache {
     /// Tokens in packed tiles.
     Index packed_tokens() const noexcept;
 
-    /// Appends tokens: keys tokens x (kv_heads * key_head_dim), values tokens x (kv_heads * value_head_dim), of
-    /// float, Eigen::half or Eigen::bfloat16; matrices, views and expressions, or rank-3 tensors (heads, tokens,
-    /// head_dim). Keys are as attention takes them, after RoPE. Throws Error (shape; not_finite and beyond_fp16
-    /// with the position; out_of_memory) and then has changed nothing.
+    /// Appends tokens: keys tokens x (kv_heads * key_head_dim), values tokens x (kv_heads * value_head_dim),
+    /// of float, Eigen::half or Eigen::bfloat16; matrices, views and expressions, or rank-3 tensors (heads,
+    /// tokens, head_dim). Keys are as attention takes them, after RoPE. Throws Error (shape; not_finite and
+    /// beyond_fp16 with the position; out_of_memory) and then has changed nothing.
     ///
-    /// queries: those of the same tokens, tokens x (query_heads * key_head_dim), after RoPE. They are looked at only
-    /// while needs_queries(); without them append() then throws Error (option).
+    /// queries: those of the same tokens, tokens x (query_heads * key_head_dim), after RoPE. They are looked
+    /// at only while needs_queries(); without them append() then throws Error (option).
     template <class K, class V>
     void append(const K& keys, const V& values) {
         const auto k = heads_of_kv(keys);
@@ -130,23 +130,25 @@ class KvCache {
 
     /// Whether append() needs queries: while the cache has yet to fit a query-weighted basis of its own.
     bool needs_queries() const noexcept;
-    /// Fits the cache's own basis now, to all tokens that wait, as SVDq does at the end of a prompt; and makes the
-    /// tiles that are then due. Throws Error: option (the recipe fits no basis, or has done so), shape (fewer than two
-    /// tokens wait; fewer independent keys than latents that are to have bits), out_of_memory.
+    /// Fits the cache's own basis now, to all tokens that wait, as SVDq does at the end of a prompt; and
+    /// makes the tiles that are then due. Throws Error: option (the recipe fits no basis, or has done so),
+    /// shape (fewer than two tokens wait; fewer independent keys than latents that are to have bits),
+    /// out_of_memory.
     void fit_basis();
-    /// The basis that tiles are stored in; nullptr where keys are stored in channels, and before it is fitted.
+    /// The basis that tiles are stored in; nullptr where keys are stored in channels, and before it is
+    /// fitted.
     const LatentKeys* latent_keys() const noexcept { return state_.latent.get(); }
 
-    /// Attention of the last tokens of the sequence, causal among themselves. queries: query_tokens x (query_heads *
-    /// key_head_dim), or a tensor; output: query_tokens x (query_heads * value_head_dim), of any float type and
-    /// layout. Throws Error (shape, option, not_finite) before it writes anything.
+    /// Attention of the last tokens of the sequence, causal among themselves. queries: query_tokens x
+    /// (query_heads * key_head_dim), or a tensor; output: query_tokens x (query_heads * value_head_dim), of
+    /// any float type and layout. Throws Error (shape, option, not_finite) before it writes anything.
     ///
-    /// Up to 8 query tokens are decoding (cache/decode.hpp), which reads the packed bits as they are and allocates
-    /// nothing in a workspace that has seen the shape before. More, and recipes that it cannot read (keys by token,
-    /// latents before RoPE, a key_fraction), are prefill (cache/prefill.hpp), for which a tile is decoded once for a
-    /// block of query tokens, and which takes memory at every call (std::bad_alloc). Either way the workspace's
-    /// executor runs it, and results do not depend on how many workers it has. Without a workspace the calling
-    /// thread's own is used.
+    /// Up to 8 query tokens are decoding (cache/decode.hpp), which reads the packed bits as they are and
+    /// allocates nothing in a workspace that has seen the shape before. More, and recipes that it cannot read
+    /// (keys by token, latents before RoPE, a key_fraction), are prefill (cache/prefill.hpp), for which a
+    /// tile is decoded once for a block of query tokens, and which takes memory at every call
+    /// (std::bad_alloc). Either way the workspace's executor runs it, and results do not depend on how many
+    /// workers it has. Without a workspace the calling thread's own is used.
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output,
                 const AttentionParameters& parameters = {}) const {
@@ -169,31 +171,31 @@ class KvCache {
         attend(queries, output, parameters);
     }
 
-    /// Forgets all but the first `count` tokens. Throws Error (index) for more than there are, or for fewer than have
-    /// been dropped.
+    /// Forgets all but the first `count` tokens. Throws Error (index) for more than there are, or for fewer
+    /// than have been dropped.
     void truncate(Index count);
 
-    /// Forgets the tokens before `token`, sinks excepted, for a sliding window: attention does not see them, and the
-    /// pages of tiles that hold nothing else are given back. Positions stay. Throws Error (index) for a token beyond
-    /// the end.
+    /// Forgets the tokens before `token`, sinks excepted, for a sliding window: attention does not see them,
+    /// and the pages of tiles that hold nothing else are given back. Positions stay. Throws Error (index) for
+    /// a token beyond the end.
     void drop_before(Index token);
 
     /// Back to no tokens.
     void clear() noexcept;
 
-    /// Memory of all pages, headers and unused room included, and of a basis of the cache's own or what it has seen
-    /// for one. A page shared by forks counts in each. A basis that was given is part of the model.
+    /// Memory of all pages, headers and unused room included, and of a basis of the cache's own or what it
+    /// has seen for one. A page shared by forks counts in each. A basis that was given is part of the model.
     Index bytes() const noexcept;
     /// 8 bytes() / elements of all tokens; 0 without tokens.
     double bits_per_element() const noexcept;
-    /// What bytes() will be with that many tokens, appended and never truncated or dropped. Throws Error (option,
-    /// index; option also where the cache fits its own basis, because the widths follow from that).
+    /// What bytes() will be with that many tokens, appended and never truncated or dropped. Throws Error
+    /// (option, index; option also where the cache fits its own basis, because the widths follow from that).
     static Index predicted_bytes(const CacheConfiguration& configuration, Index tokens);
 
     CacheErrorBound error_bound() const;
 
-    /// The tokens of tiles that take part for each query with parameters.key_fraction: query head by query head,
-    /// query_tokens each. For tests and inspection. Throws Error as attend().
+    /// The tokens of tiles that take part for each query with parameters.key_fraction: query head by query
+    /// head, query_tokens each. For tests and inspection. Throws Error as attend().
     template <class Q>
     std::vector<std::vector<Index>> selected_keys(const Q& queries,
                                                   const AttentionParameters& parameters) const {
@@ -201,8 +203,8 @@ class KvCache {
         return selected_rows(rows, parameters);
     }
 
-    /// The stored tokens [first, first + count) as attention sees them, in the frame of the input: tokens x (kv_heads *
-    /// head_dim). For tests and inspection; slow. Throws Error (index).
+    /// The stored tokens [first, first + count) as attention sees them, in the frame of the input: tokens x
+    /// (kv_heads * head_dim). For tests and inspection; slow. Throws Error (index).
     Matrix stored_keys(Index first, Index count) const { return stored(TileSide::keys, first, count); }
     Matrix stored_values(Index first, Index count) const { return stored(TileSide::values, first, count); }
 

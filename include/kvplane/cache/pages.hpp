@@ -1,12 +1,12 @@
 // kvplane/cache/pages.hpp: reference-counted pages of memory that caches share.
 //
-// A page holds one tile of all heads, or some unquantized tokens. Pages that are no longer referred to stay in
-// the pool, by size, and are handed out again; trim() gives them back. Memory comes from a std::pmr resource, so
-// that an engine decides where (huge pages, NUMA, a budget) and a test can make it fail. What the pool knows of a
-// page stands outside it, so that nothing but tiles lies in the resource's memory.
+// A page holds one tile of all heads, or some unquantized tokens. Pages that are no longer referred to stay
+// in the pool, by size, and are handed out again; trim() gives them back. Memory comes from a std::pmr
+// resource, so that an engine decides where (huge pages, NUMA, a budget) and a test can make it fail. What
+// the pool knows of a page stands outside it, so that nothing but tiles lies in the resource's memory.
 //
-// All of it is safe from several threads, and the resource is called by one at a time. A pool must outlive the
-// caches that use it.
+// All of it is safe from several threads, and the resource is called by one at a time. A pool must outlive
+// the caches that use it.
 #pragma once
 
 #include <atomic>
@@ -83,8 +83,8 @@ class TilePool {
     TilePool& operator=(const TilePool&) = delete;
     ~TilePool() { trim(); }
 
-    /// A page of `bytes` bytes, all zero. Where memory ends, unused pages of other sizes are given back first.
-    /// Throws Error (out_of_memory) and then no page that is in use has changed.
+    /// A page of `bytes` bytes, all zero. Where memory ends, unused pages of other sizes are given back
+    /// first. Throws Error (out_of_memory) and then no page that is in use has changed.
     PageReference page(Index bytes) {
         detail::PageHeader* page = nullptr;
         {

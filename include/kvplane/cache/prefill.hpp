@@ -1,7 +1,7 @@
 // kvplane/cache/prefill.hpp: attention of many query tokens: every tile is decoded once for a block of them.
 //
-// It also serves what DecodePass cannot read: keys by token, keys in latents before RoPE, and a share of the keys
-// that is chosen by latents (SVDq, arXiv 2502.15304).
+// It also serves what DecodePass cannot read: keys by token, keys in latents before RoPE, and a share of the
+// keys that is chosen by latents (SVDq, arXiv 2502.15304).
 #pragma once
 
 #include <vector>
@@ -15,12 +15,13 @@
 
 namespace kvplane::detail {
 
-/// [query token][query_heads * value dim] attention of the last tokens, in the frame of the input. queries: [query
-/// token][query_heads * key dim]. Takes memory (std::bad_alloc), and throws what a worker ran into.
+/// [query token][query_heads * value dim] attention of the last tokens, in the frame of the input. queries:
+/// [query token][query_heads * key dim]. Takes memory (std::bad_alloc), and throws what a worker ran into.
 Matrix prefill(const CacheShape& cache, const CacheState& state, const Matrix& queries,
                const AttentionParameters& parameters, Executor& executor);
 
-/// The tokens of tiles that take part for each query row with parameters.key_fraction: query head by query head.
+/// The tokens of tiles that take part for each query row with parameters.key_fraction: query head by query
+/// head.
 std::vector<std::vector<Index>> selected_keys(const CacheShape& cache, const CacheState& state,
                                               const Matrix& given, const AttentionParameters& parameters);
 

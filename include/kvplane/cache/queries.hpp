@@ -76,8 +76,8 @@ class QueryRows {
     bool finite(Index row) const noexcept { return finite_[static_cast<std::size_t>(row)] != 0; }
     std::span<const double> score_scales() const noexcept { return scales_; }
 
-    /// From q.k (scaled already where that is all) to what the softmax takes, for `count` tokens from position
-    /// `first` on. Hidden tokens, and those up to `padded`, get -infinity.
+    /// From q.k (scaled already where that is all) to what the softmax takes, for `count` tokens from
+    /// position `first` on. Hidden tokens, and those up to `padded`, get -infinity.
     ///   scores  [row][128]
     void apply(const RowBlock& block, Index first, Index count, Index padded, const TileSequence& sequence,
                Index first_position, float* scores) const noexcept {
@@ -106,7 +106,8 @@ class QueryRows {
             row[c] = scale * static_cast<float>(*rows.at(head, token, c));
             finite = finite && std::isfinite(row[c]);
         }
-        // A row that is not finite gets NaN in the end, and must not reach the plans that it shares with others.
+        // A row that is not finite gets NaN in the end, and must not reach the plans that it shares with
+        // others.
         finite_[static_cast<std::size_t>(r)] = finite;
         if (!finite) std::fill_n(row, dim_, 0.0f);
     }
@@ -133,9 +134,9 @@ class QueryProjection {
         depth_ = depth;
     }
 
-    /// Makes the turns back by the first positions of `count` tiles from tile `first` on: exactly for the first
-    /// tile, and for others from the tile before where that is 128 tokens away. go_on: whether the tile before
-    /// `first` was the last of the call before.
+    /// Makes the turns back by the first positions of `count` tiles from tile `first` on: exactly for the
+    /// first tile, and for others from the tile before where that is 128 tokens away. go_on: whether the tile
+    /// before `first` was the last of the call before.
     void turn_to(Isa isa, const LatentKeys& keys, const TileSequence& tiles, Index first, Index count,
                  bool go_on) noexcept {
         const Index channels = keys.head_dim();
@@ -189,8 +190,8 @@ class QueryProjection {
     }
 
   private:
-    /// [2][depth] cosines by channel, then sines, signed as a pair's channels need them; the turn from one tile
-    /// to the next stands at projected_tiles.
+    /// [2][depth] cosines by channel, then sines, signed as a pair's channels need them; the turn from one
+    /// tile to the next stands at projected_tiles.
     float* turn(Index tile) noexcept { return turns_.data() + 2 * tile * depth_; }
     void exact_turn(const LatentKeys& keys, Index positions, float* cosine) noexcept {
         const bool turns = keys.frame() == KeyFrame::tile;

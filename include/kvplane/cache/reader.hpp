@@ -72,8 +72,8 @@ class Reader {
         return keys;
     }
 
-    /// The largest error of any element of a side's tiles, as its grids tell; keys in latents were measured when
-    /// their tiles were made, and count 0 here.
+    /// The largest error of any element of a side's tiles, as its grids tell; keys in latents were measured
+    /// when their tiles were made, and count 0 here.
     double tile_error_bound(TileSide side) {
         if (side == TileSide::keys && latents_) return 0.0;
         double bound = 0.0;

@@ -92,8 +92,8 @@ struct CacheState {
         recent.resize(
             static_cast<std::size_t>((count - recent_first + recent_page_tokens - 1) / recent_page_tokens));
     }
-    /// Hides the tokens before `token` and lets go of the pages that hold nothing else. keep_last: whether the
-    /// last tile stays, however old its tokens, because it is being filled.
+    /// Hides the tokens before `token` and lets go of the pages that hold nothing else. keep_last: whether
+    /// the last tile stays, however old its tokens, because it is being filled.
     void drop_before(Index token, bool keep_last) {
         if (token <= dropped) return;
         dropped = token;

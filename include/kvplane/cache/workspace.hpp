@@ -30,8 +30,8 @@ class ChunkStates {
         sum_.resize(states);
         output_.resize(states * static_cast<std::size_t>(stride_));
     }
-    /// Of a row and, behind it, of the next rows of its head. The chunk after the last is that of tokens outside
-    /// tiles.
+    /// Of a row and, behind it, of the next rows of its head. The chunk after the last is that of tokens
+    /// outside tiles.
     SoftmaxState of(Index chunk, Index row) noexcept {
         const Index at = shape_.place(row, chunk, shape_.chunks() + 1);
         return {largest_.data() + at, sum_.data() + at, output_.data() + at * stride_, stride_};

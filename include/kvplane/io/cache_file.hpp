@@ -16,14 +16,15 @@
 // words, with the constants of FNV-1a, but over words instead of bytes and with a shift that brings high bits
 // down:
 //   h = 0xCBF29CE484222325, and for each word w:  h = (h xor w) * 0x100000001B3 mod 2^64;  h = h xor (h >> 29)
-// An array of bytes is hashed as its size in bytes, its whole words (little-endian), and one more word with the
-// 0 to 7 bytes that are left, filled up with zeros. In this order:
+// An array of bytes is hashed as its size in bytes, its whole words (little-endian), and one more word with
+// the 0 to 7 bytes that are left, filled up with zeros. In this order:
 //   the array kvplane.configuration; the words tokens, dropped, window_first;
 //   the arrays sinks, tiles, recent, tile_first, tile_tokens, extremes;
 //   with a basis of its own, the array of its checksum as decimal text;
 //   with moments of queries, for each head the arrays count, mean and scatter.
-// A basis has a checksum of its own. For each subspace: for each run of its segments the words latents and bits;
-// then the arrays mean, encode_scale, decode_scale, decode, encode, channels (empty where there is none).
+// A basis has a checksum of its own. For each subspace: for each run of its segments the words latents and
+// bits; then the arrays mean, encode_scale, decode_scale, decode, encode, channels (empty where there is
+// none).
 #pragma once
 
 #include <array>

@@ -1,4 +1,5 @@
-// kvplane/io/file.hpp: files of the operating system: mapped for reading, replaced as a whole for writing. POSIX.
+// kvplane/io/file.hpp: files of the operating system: mapped for reading, replaced as a whole for writing.
+// POSIX.
 #pragma once
 
 #include <cstddef>
@@ -11,12 +12,13 @@
 
 namespace kvplane {
 
-/// A file's bytes, for reading. Copies share the mapping, which ends with the last of them. Another process that
-/// shortens the file while it is mapped makes reads of the lost part fail with SIGBUS, as with every mapped file.
+/// A file's bytes, for reading. Copies share the mapping, which ends with the last of them. Another process
+/// that shortens the file while it is mapped makes reads of the lost part fail with SIGBUS, as with every
+/// mapped file.
 class MappedFile {
   public:
-    /// Maps a file, whose content is not read before it is looked at. Throws Error (io) where the system refuses,
-    /// or `path` is no regular file.
+    /// Maps a file, whose content is not read before it is looked at. Throws Error (io) where the system
+    /// refuses, or `path` is no regular file.
     static MappedFile open(const std::filesystem::path& path);
 
     std::span<const std::byte> bytes() const noexcept { return {data_.get(), size_}; }
@@ -30,16 +32,17 @@ class MappedFile {
     std::size_t size_ = 0;
 };
 
-/// Writes a file under another name in the same folder and renames it to its own in commit(), so that at any time
-/// the file is either what it was or complete.
+/// Writes a file under another name in the same folder and renames it to its own in commit(), so that at any
+/// time the file is either what it was or complete.
 ///
-/// What is not committed is removed at the end. Only a process that is killed meanwhile leaves something behind:
-/// `.kvplane-PID-N.tmp`, PID being its number.
+/// What is not committed is removed at the end. Only a process that is killed meanwhile leaves something
+/// behind: `.kvplane-PID-N.tmp`, PID being its number.
 class FileReplacement {
   public:
-    /// Replaces a regular file, whose permissions and, where the system allows it, owner are kept, or a symbolic
-    /// link, which is not followed. Where there is nothing, the new file is readable and writable as the process'
-    /// umask says. Throws Error (io) where the system refuses, or a device, pipe or socket is at `path`.
+    /// Replaces a regular file, whose permissions and, where the system allows it, owner are kept, or a
+    /// symbolic link, which is not followed. Where there is nothing, the new file is readable and writable as
+    /// the process' umask says. Throws Error (io) where the system refuses, or a device, pipe or socket is at
+    /// `path`.
     explicit FileReplacement(const std::filesystem::path& path);
     FileReplacement(const FileReplacement&) = delete;
     FileReplacement& operator=(const FileReplacement&) = delete;

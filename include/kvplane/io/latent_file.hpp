@@ -1,7 +1,8 @@
 // kvplane/io/latent_file.hpp: statistics and bases of latent keys, to and from safetensors.
 //
-// Two kinds of files. Statistics (`calibrate` of the examples writes them) serve every recipe with latents and
-// merge; bases are what an engine ships with a model, for one recipe. Both say which model they belong to.
+// Two kinds of files. Statistics (`calibrate` of the examples writes them) serve every recipe with latents
+// and merge; bases are what an engine ships with a model, for one recipe. Both say which model they belong
+// to.
 //
 //   statistics  layers.L.keys.count [1], .mean [d], .scatter [d, d];
 //               layers.L.queries.count [heads], .mean [heads, head_dim], .scatter [heads, head_dim, head_dim];
@@ -41,8 +42,8 @@ void save_calibration(const Calibration& calibration, const std::filesystem::pat
 /// Throws Error: io; format; mismatch (no statistics; with `model` not empty, of another model).
 Calibration load_calibration(const std::filesystem::path& path, const std::string& model = "");
 
-/// Bases and widths of all layers of a model. Throws Error (option) for no layers, different kinds of bases, or
-/// numbers beyond what load_latent_keys reads, (io); and then leaves what was at `path`.
+/// Bases and widths of all layers of a model. Throws Error (option) for no layers, different kinds of bases,
+/// or numbers beyond what load_latent_keys reads, (io); and then leaves what was at `path`.
 void save_latent_keys(const std::vector<std::shared_ptr<const LatentKeys>>& layers, const std::string& model,
                       const std::filesystem::path& path);
 /// Throws Error: io; format; mismatch (no bases; with `model` not empty, of another model).

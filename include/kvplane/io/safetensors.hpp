@@ -137,8 +137,8 @@ class SafetensorsWriter {
     std::vector<std::byte> to_bytes() const;
 
     /// Writes the file: under another name in the same folder, synced, then renamed to `path`, so that `path`
-    /// is at any time either what it was or complete, and untouched where this throws. A regular file keeps its
-    /// permissions; a link at `path` is replaced, not followed; anything else there is refused. See
+    /// is at any time either what it was or complete, and untouched where this throws. A regular file keeps
+    /// its permissions; a link at `path` is replaced, not followed; anything else there is refused. See
     /// FileReplacement (io/file.hpp). Throws Error: io with the system's reason, option as to_bytes().
     void write(const std::filesystem::path& path) const;
 

@@ -55,8 +55,8 @@ std::string shape_text(const std::vector<Size>& shape) {
 }
 
 /// Bytes of a tensor whose elements take `element_bytes` each, or nothing where they overflow an Index. Sizes
-/// other than 0 are multiplied even where one is 0, so that any product of sizes, in any grouping, fits too. A
-/// negative size overflows.
+/// other than 0 are multiplied even where one is 0, so that any product of sizes, in any grouping, fits too.
+/// A negative size overflows.
 template <class Size>
 std::optional<std::size_t> shape_bytes(const std::vector<Size>& shape, std::size_t element_bytes) {
     constexpr auto most = static_cast<std::uint64_t>(std::numeric_limits<Index>::max());

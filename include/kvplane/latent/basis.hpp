@@ -104,8 +104,8 @@ class LatentBasis {
 LatentBasis fit_latent_basis(const LatentStatistics& statistics, const RopeSettings* rope,
                              const BasisSettings& settings);
 
-/// How much of new keys a basis misses that keeps `kept` latents of each subspace: shares of |k - mean|^2, and
-/// of the expected squared scores.
+/// How much of new keys a basis misses that keeps `kept` latents of each subspace: shares of |k - mean|^2,
+/// and of the expected squared scores.
 struct LatentDrift {
     double energy = 0.0;
     double weighted_energy = 0.0;

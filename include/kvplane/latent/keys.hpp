@@ -1,4 +1,5 @@
-// kvplane/latent/keys.hpp: the keys of one layer in latents: a basis, its widths, and the format of their tiles.
+// kvplane/latent/keys.hpp: the keys of one layer in latents: a basis, its widths, and the format of their
+// tiles.
 //
 // What a cache keeps of a LatentBasis: of every subspace the latents that have bits, as fp16 columns with a
 // scale each. A subspace's tile is a key tile (storage/tile.hpp) whose channels are latents. Several caches

@@ -52,8 +52,8 @@ class SecondMoments {
     MatrixD scatter_;
 };
 
-/// What a basis of one layer is fitted to: moments of its keys, heads concatenated, and of its queries, by key
-/// head; both before RoPE.
+/// What a basis of one layer is fitted to: moments of its keys, heads concatenated, and of its queries, by
+/// key head; both before RoPE.
 class LatentStatistics {
   public:
     /// Throws Error (option) unless the heads divide.

@@ -1,8 +1,8 @@
 // kvplane/latent/turn_average.hpp: moments of rotated vectors, averaged over positions, in closed form.
 //
-// Statistics are of keys and queries before RoPE. What a basis sees is rotated: a key by its place in its tile
-// (any of 0 to 127 alike), a query by its distance. The averages of R(t) m and R(t) M R(t)^T over
-// t = 0 .. count - 1 need no samples.
+// Statistics are of keys and queries before RoPE. What a basis sees is rotated: a key by its place in its
+// tile (any of 0 to 127 alike), a query by its distance. The averages of R(t) m and R(t) M R(t)^T over t = 0
+// .. count - 1 need no samples.
 #pragma once
 
 #include <cmath>

@@ -57,8 +57,8 @@ struct Block {
 class BlockQuantizer {
   public:
     /// Writes the codes of a block. Afterwards lower() and step() hold its grids in the order [token
-    /// group][channel] or [token][channel group]. Throws Error (not_finite, beyond_fp16) naming the position in
-    /// `rows`.
+    /// group][channel] or [token][channel group]. Throws Error (not_finite, beyond_fp16) naming the position
+    /// in `rows`.
     template <CacheScalar Scalar>
     void quantize(const HeadRows<Scalar>& rows, const Block& block) {
         rule_ = block.rule;

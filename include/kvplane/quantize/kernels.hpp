@@ -1,8 +1,8 @@
 // kvplane/quantize/kernels.hpp: the loops of quantization, one source for every instruction set.
 //
 // The bodies are written once with the vectors of simd/vector.hpp, and compiled for each instruction set. No
-// inexact product feeds a sum, so contraction to fused multiply-add cannot change a bit: all instruction sets,
-// and the scalar functions of grid.hpp, give the same grids and codes.
+// inexact product feeds a sum, so contraction to fused multiply-add cannot change a bit: all instruction
+// sets, and the scalar functions of grid.hpp, give the same grids and codes.
 //
 // Accumulators: fp32 minima and maxima (exact). Errors: those of Grid::encode and Grid::decode.
 #pragma once

@@ -1,4 +1,5 @@
-// kvplane/read/budget.hpp: so many bits of values on average, where the softmax weights make them count (T12).
+// kvplane/read/budget.hpp: so many bits of values on average, where the softmax weights make them count
+// (T12).
 //
 // Keys are read whole: their budget holds all that is stored. Budgets that it does not are coarse_pass.hpp's.
 #pragma once

@@ -1,12 +1,13 @@
 // kvplane/read/coarse_pass.hpp: keys by budget, in a coarse pass over all tiles and a refining one over some.
 //
-// The coarse pass takes an eighth of the stored bits, the first planes of the channels that count most, and tells
-// roughly what every token weighs. The refining pass reads what T12 makes of the rest of the budget: an error of
-// a score does to the output what the softmax weights of its tile allow, so that channels of tiles without weight
-// get no more bits, and those of others many. Values share the budget or have one of their own.
+// The coarse pass takes an eighth of the stored bits, the first planes of the channels that count most, and
+// tells roughly what every token weighs. The refining pass reads what T12 makes of the rest of the budget: an
+// error of a score does to the output what the softmax weights of its tile allow, so that channels of tiles
+// without weight get no more bits, and those of others many. Values share the budget or have one of their
+// own.
 //
-// On a CPU the two passes read less and take longer than reading everything (bench/README.md); on a GPU skipping
-// pays. Nothing outside this file knows of them.
+// On a CPU the two passes read less and take longer than reading everything (bench/README.md); on a GPU
+// skipping pays. Nothing outside this file knows of them.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,8 @@ namespace kvplane::detail {
 
 class CoarsePassPlanner final : public ReadPlanner {
   public:
-    /// Tiles are sorted into classes a factor of two apart, by what an error of their scores does to the output.
+    /// Tiles are sorted into classes a factor of two apart, by what an error of their scores does to the
+    /// output.
     static constexpr Index classes = 32;
     /// Chunks whose first tile tells what channels count, at most.
     static constexpr Index most_samples = 4;
@@ -180,9 +182,10 @@ class CoarsePassPlanner final : public ReadPlanner {
 
     /// Sorts tiles into classes. A score that is off by one moves the output by the token's weight times its
     /// value's distance from the output. The square of that is taken as a fiftieth of the square of what the
-    /// token's grids span (for normal values in 4 to 8 bits it is about that), and so follows from the importance
-    /// of the tile's values. Returns the exponent field of the first class: what an error of a tile's scores
-    /// counts for a bit of one channel, where the gains of values are for a bit of all channels of a group.
+    /// token's grids span (for normal values in 4 to 8 bits it is about that), and so follows from the
+    /// importance of the tile's values. Returns the exponent field of the first class: what an error of a
+    /// tile's scores counts for a bit of one channel, where the gains of values are for a bit of all channels
+    /// of a group.
     int classify_tiles() noexcept {
         const PlaneSplit& split = values_.split();
         // sqrt(2): of the nearest power of two.
@@ -210,8 +213,8 @@ class CoarsePassPlanner final : public ReadPlanner {
         return top;
     }
 
-    /// body(tiles, planes that are read in the end, planes of the coarse pass, the group, gain of a plane) for
-    /// every group of every class that has tiles.
+    /// body(tiles, planes that are read in the end, planes of the coarse pass, the group, gain of a plane)
+    /// for every group of every class that has tiles.
     template <class Body>
     void for_groups(int top, const Body& body) noexcept {
         for (Index s = 0; s < subspaces(); ++s)

@@ -59,8 +59,8 @@ void align_keys(Isa isa, const TileFormat& format, const std::byte* tile, RowVie
                 const AlignmentThresholds& thresholds, AttentionScratch& scratch,
                 std::uint8_t* planes) noexcept;
 
-/// Keys by the exponents of queries and of each channel's largest magnitude in the tile; values by those of the
-/// softmax weights.
+/// Keys by the exponents of queries and of each channel's largest magnitude in the tile; values by those of
+/// the softmax weights.
 class ExponentsPlanner final : public ReadPlanner {
   public:
     void begin(const PlanContext& context) override {

@@ -1,8 +1,8 @@
 // kvplane/read/plan.hpp: how many planes to read of each group, for the least error under a budget (T12).
 //
-// What a term of a score or an output may be off by is its factor (query, softmax weight) times the width of the
-// cell that was read, so that small factors need few bits. Query heads that share a key head share its reads:
-// the importance of a group sums up, or is the largest of, what all of them lose.
+// What a term of a score or an output may be off by is its factor (query, softmax weight) times the width of
+// the cell that was read, so that small factors need few bits. Query heads that share a key head share its
+// reads: the importance of a group sums up, or is the largest of, what all of them lose.
 #pragma once
 
 #include <algorithm>
@@ -18,16 +18,16 @@
 namespace kvplane::detail {
 
 /// Channels or tokens that are read to the same depth. Their importance is the sum of squared factors times
-/// steps: what an error of one step in each of them adds to the squared error. Where a bound is asked for, it is
-/// the sum of factors times steps.
+/// steps: what an error of one step in each of them adds to the squared error. Where a bound is asked for, it
+/// is the sum of factors times steps.
 struct PlaneGroup {
     float importance;
     PlaneSplit split;
     int size;
 };
 
-/// What reading plane `plane` as well gains for each bit of a code and each of importance. A group that is read
-/// in part errs by importance 4^(unread bits) / 12.
+/// What reading plane `plane` as well gains for each bit of a code and each of importance. A group that is
+/// read in part errs by importance 4^(unread bits) / 12.
 constexpr float plane_worth(const PlaneSplit& split, int plane) noexcept {
     const int unread = split.shift(plane), width = split[plane];
     return (power_of_two(2 * (unread + width)) - power_of_two(2 * unread)) /
@@ -42,10 +42,10 @@ inline float plane_gain(float importance, float worth) noexcept {
     return gain <= std::numeric_limits<float>::max() ? gain : std::numeric_limits<float>::max();
 }
 
-/// How many planes to read of each group, so that the expected squared error is least and at most `budget` bits
-/// are read altogether (a plane of a group takes width * size). The largest gains for a bit come first. That is
-/// exact where all planes take the same, because gains fall with every plane; otherwise it is off by what the
-/// last plane that did not fit would have gained. What is not finite is read first.
+/// How many planes to read of each group, so that the expected squared error is least and at most `budget`
+/// bits are read altogether (a plane of a group takes width * size). The largest gains for a bit come first.
+/// That is exact where all planes take the same, because gains fall with every plane; otherwise it is off by
+/// what the last plane that did not fit would have gained. What is not finite is read first.
 ///   order    [groups * max_planes], overwritten
 ///   planes   [groups], the result
 ///   deepest  planes that are read of any group at most
@@ -75,9 +75,9 @@ inline void choose_planes(std::span<const PlaneGroup> groups, Index budget, std:
     }
 }
 
-/// The same choice for so many groups that sorting would take longer than reading. Planes fall into buckets by
-/// their gain, each bucket a sixteenth of a power of two wide, and whole buckets are read, the largest first.
-/// Amounts are bits, or errors.
+/// The same choice for so many groups that sorting would take longer than reading. Planes fall into buckets
+/// by their gain, each bucket a sixteenth of a power of two wide, and whole buckets are read, the largest
+/// first. Amounts are bits, or errors.
 class GainHistogram {
   public:
     static constexpr float bucket_ratio = 1.0625f;  ///< of a bucket's edges, at most

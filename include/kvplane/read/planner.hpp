@@ -1,7 +1,8 @@
 // kvplane/read/planner.hpp: the interface of read policies: which planes of which tile are read.
 //
-// The pass over tiles (cache/decode.hpp) asks a planner before the scores of every tile and row block, tells it
-// what came out, and asks again for values. Planners know nothing of the pass. Reading everything needs none.
+// The pass over tiles (cache/decode.hpp) asks a planner before the scores of every tile and row block, tells
+// it what came out, and asks again for values. Planners know nothing of the pass. Reading everything needs
+// none.
 //
 //   begin                          all memory is taken here
 //   samples, sample, sampled       queries as some tiles see them, before the first pass (coarse_pass.hpp)
@@ -33,8 +34,8 @@ struct RowBlock {
     Index index;  ///< among all row blocks
 };
 
-/// Shapes of one attention over tiles, and the arithmetic of their indices. A query row is (head, query token);
-/// the rows of the query heads that share a key head follow each other.
+/// Shapes of one attention over tiles, and the arithmetic of their indices. A query row is (head, query
+/// token); the rows of the query heads that share a key head follow each other.
 struct DecodeShape {
     Index query_tokens = 0;
     Index heads = 0;          ///< of keys

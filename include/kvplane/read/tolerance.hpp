@@ -1,7 +1,7 @@
 // kvplane/read/tolerance.hpp: the fewest planes with which every head's output stays within an error (T13).
 //
-// Half of the tolerance goes to scores, shared out among channels evenly. Values get what the scores that were
-// then read leave of it.
+// Half of the tolerance goes to scores, shared out among channels evenly. Values get what the scores that
+// were then read leave of it.
 #pragma once
 
 #include <algorithm>

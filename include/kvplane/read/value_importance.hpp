@@ -1,8 +1,8 @@
 // kvplane/read/value_importance.hpp: how much the tokens of every tile of values count for the output.
 //
-// A token's part in the error of an output is its softmax weight times the step of its grid. Weights are known
-// when all scores are, so importance is noted tile by tile, relative to the tile's own largest score, and
-// combined afterwards.
+// A token's part in the error of an output is its softmax weight times the step of its grid. Weights are
+// known when all scores are, so importance is noted tile by tile, relative to the tile's own largest score,
+// and combined afterwards.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 namespace kvplane::detail {
 
 /// squares[t] = the sum over channels of token t's squared step. With `reach` it is the root of that, and the
-/// largest norm that the grids of any token can hold is returned. largest: the largest magnitude of all values,
-/// which fp16 goes by.
+/// largest norm that the grids of any token can hold is returned. largest: the largest magnitude of all
+/// values, which fp16 goes by.
 float value_steps(Isa isa, const TileFormat& format, const std::byte* tile, float largest, bool reach,
                   float* squares) noexcept;
 
@@ -75,8 +75,8 @@ class ValueImportance {
         return group_weights_.data() + weights_at(tile, row);
     }
 
-    /// Raises the largest norm of a head's values, as seen in one chunk (or in tokens outside tiles: the chunk
-    /// after the last).
+    /// Raises the largest norm of a head's values, as seen in one chunk (or in tokens outside tiles: the
+    /// chunk after the last).
     void note_norm(Index chunk, Index head, float norm) noexcept {
         float& most = largest_norms_[static_cast<std::size_t>(head * (context_.shape.chunks() + 1) + chunk)];
         most = std::max(most, norm);
@@ -87,8 +87,9 @@ class ValueImportance {
         return static_cast<double>(*std::max_element(of_head, of_head + chunks));
     }
 
-    /// Combines what was noted for one row block: the sum of squares over its rows, or with `reach` the largest.
-    /// Calls body(tile, importance [group]) for every tile that is seen, which may round what it is given.
+    /// Combines what was noted for one row block: the sum of squares over its rows, or with `reach` the
+    /// largest. Calls body(tile, importance [group]) for every tile that is seen, which may round what it is
+    /// given.
     template <class Body>
     void combine(const RowBlock& block, const Body& body) noexcept {
         const TileWeights& weights = *context_.weights;

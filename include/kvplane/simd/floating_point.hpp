@@ -1,9 +1,9 @@
 // kvplane/simd/floating_point.hpp: the processor's floating-point mode, made standard for a while.
 //
-// Other libraries flush subnormal numbers to zero in the threads that they share with kvplane (torch, TensorFlow,
-// ONNX Runtime, any object linked with -ffast-math). fp16 values below 2^-14 stand in subnormal floats on their
-// way through the kernels and would count as 0. Setting the mode costs some ten cycles, so it is done once a
-// call or item of work.
+// Other libraries flush subnormal numbers to zero in the threads that they share with kvplane (torch,
+// TensorFlow, ONNX Runtime, any object linked with -ffast-math). fp16 values below 2^-14 stand in subnormal
+// floats on their way through the kernels and would count as 0. Setting the mode costs some ten cycles, so it
+// is done once a call or item of work.
 #pragma once
 
 #include <cstdint>

@@ -3,8 +3,8 @@
 //
 // All of it is exact or rounds once, as IEEE 754 says, and gives the same bits on every instruction set. It
 // also does so in a thread that flushes subnormal numbers (torch, ONNX Runtime and objects linked with
-// -ffast-math set that mode), because fp16's subnormals are normal in fp32 and nothing below 2^-126 arises from
-// them. Only fp32 and bf16 numbers that are subnormal themselves count as zero there.
+// -ffast-math set that mode), because fp16's subnormals are normal in fp32 and nothing below 2^-126 arises
+// from them. Only fp32 and bf16 numbers that are subnormal themselves count as zero there.
 #pragma once
 
 #include <Eigen/Core>
@@ -47,11 +47,11 @@ KVPLANE_INLINE void upper_halves(Ints<Lanes>& to, const void* from, std::index_s
     to = (Ints<Lanes>)__builtin_shufflevector(narrow, zero, (Place % 2 ? Place / 2 : Lanes)...);
 }
 
-/// The number whose fp16 bits stand where fp32 has the like: the sign in bit 31, exponent and fraction in bits 27
-/// to 13, all others 0. Exact. No operand and no result of the arithmetic is a subnormal fp32 number: a product
-/// with 2^112 would be shorter, but takes fp16's subnormals for zero where the thread flushes them, and some
-/// processors a hundred times as long. Infinities and NaN come out as 65536 and more, which is all that a check
-/// of the range needs.
+/// The number whose fp16 bits stand where fp32 has the like: the sign in bit 31, exponent and fraction in
+/// bits 27 to 13, all others 0. Exact. No operand and no result of the arithmetic is a subnormal fp32 number:
+/// a product with 2^112 would be shorter, but takes fp16's subnormals for zero where the thread flushes them,
+/// and some processors a hundred times as long. Infinities and NaN come out as 65536 and more, which is all
+/// that a check of the range needs.
 template <int Lanes>
 KVPLANE_INLINE void from_half_place(Floats<Lanes>& to, const Words<Lanes>& placed) {
     const auto magnitude = (Ints<Lanes>)(placed & 0x7FFFFFFFu);

@@ -1,8 +1,8 @@
 // kvplane/simd/vector.hpp: the compilers' vector types, and what kernels do with them beyond arithmetic.
 //
-// A kernel is written once, `Lanes` fp32 numbers at a time, and compiled for each instruction set by run_on():
-// 16 lanes for AVX-512, 8 for AVX2, 4 for the baseline (SSE2, Advanced SIMD). Operators of C++ are arithmetic,
-// lane by lane; a comparison gives -1 or 0 in every lane, and `mask ? a : b` chooses.
+// A kernel is written once, `Lanes` fp32 numbers at a time, and compiled for each instruction set by
+// run_on(): 16 lanes for AVX-512, 8 for AVX2, 4 for the baseline (SSE2, Advanced SIMD). Operators of C++ are
+// arithmetic, lane by lane; a comparison gives -1 or 0 in every lane, and `mask ? a : b` chooses.
 //
 // The namespace is detail::simd, not detail: load, store and plus are words that other parts want as well.
 #pragma once
@@ -81,8 +81,8 @@ KVPLANE_INLINE void across_lanes(const Floats<Lanes>& min, const Floats<Lanes>& 
     }
 }
 
-/// Two vectors of `from` rows each, Lanes / from lanes a row, to one vector of 2 from rows: combine() takes the
-/// lower half of every row of both, and the upper half.
+/// Two vectors of `from` rows each, Lanes / from lanes a row, to one vector of 2 from rows: combine() takes
+/// the lower half of every row of both, and the upper half.
 template <int Lanes, int from, class Combine, std::size_t... Place>
 KVPLANE_INLINE void merge_rows(Floats<Lanes>& to, const Floats<Lanes>& a, const Floats<Lanes>& b,
                                const Combine& combine, std::index_sequence<Place...>) {
@@ -144,8 +144,8 @@ KVPLANE_INLINE void by_rows(Count rows, const Body& body) {
 inline constexpr float to_whole = 12582912.0f;
 inline constexpr std::int32_t to_whole_bits = 0x4B400000;
 
-/// x = e^x for x <= 0, off by at most 3e-7 + 8e-8 |x| of it (log2 e and its product are rounded), so by less than
-/// 3e-7 absolutely. 0 below -87.7, where numbers cease to be normal, -infinity included.
+/// x = e^x for x <= 0, off by at most 3e-7 + 8e-8 |x| of it (log2 e and its product are rounded), so by less
+/// than 3e-7 absolutely. 0 below -87.7, where numbers cease to be normal, -infinity included.
 template <int Lanes>
 KVPLANE_INLINE void exponential(Floats<Lanes>& x) {
     constexpr float log2_e = 1.44269504f;

@@ -36,17 +36,17 @@ class TileCoder {
         for (const auto& segment : format.segments()) codes_.emplace_back(segment.channels);
     }
 
-    /// Quantizes and packs tokens into `tile`; its other tokens stay as they are. Grids per channel need whole
-    /// groups: tile_token and count must be multiples of the group (count may stop short at the end of a
-    /// sequence). `argument` names the rows in errors. Throws Error (shape, index; not_finite and beyond_fp16
-    /// with the position) and may then have written part of the tile.
+    /// Quantizes and packs tokens into `tile`; its other tokens stay as they are. Grids per channel need
+    /// whole groups: tile_token and count must be multiples of the group (count may stop short at the end of
+    /// a sequence). `argument` names the rows in errors. Throws Error (shape, index; not_finite and
+    /// beyond_fp16 with the position) and may then have written part of the tile.
     template <CacheScalar Scalar>
     void encode(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
                 std::byte* tile);
 
     /// The first `tokens` tokens of a tile as floats, [token][channel], rows `stride` apart, read at `depth`
-    /// bits: every segment at the lesser of depth and its width; fp16 at 8, 12 or 16 bits. Throws Error (index,
-    /// option) before it writes anything.
+    /// bits: every segment at the lesser of depth and its width; fp16 at 8, 12 or 16 bits. Throws Error
+    /// (index, option) before it writes anything.
     void decode(const std::byte* tile, Index tokens, int depth, float* values, Index stride);
     /// All bits of them.
     void decode(const std::byte* tile, Index tokens, float* values, Index stride) {

@@ -1,4 +1,5 @@
-// kvplane/storage/tile_planes.hpp: codes of a tile's segment to planes, in the units of tile_format.hpp, and back.
+// kvplane/storage/tile_planes.hpp: codes of a tile's segment to planes, in the units of tile_format.hpp, and
+// back.
 //
 // Between quantizer and planes stand codes of one byte, TileCodes: [128 tokens][channels]. pack_segment() and
 // unpack_segment() go from one to the other; all else here is how. Vectors are 16 bytes on every instruction

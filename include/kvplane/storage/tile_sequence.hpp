@@ -13,8 +13,8 @@
 
 namespace kvplane {
 
-/// Where the tiles of all heads stand in a page. The heads that share a tile of keys are a subspace: each head
-/// is one by itself, or all of them share one where keys are in latents of one basis.
+/// Where the tiles of all heads stand in a page. The heads that share a tile of keys are a subspace: each
+/// head is one by itself, or all of them share one where keys are in latents of one basis.
 struct PageLayout {
     std::vector<TileFormat> keys;         ///< one for all subspaces, or one for each
     TileFormat values;                    ///< of every head

@@ -71,7 +71,8 @@ class ThreadExecutor::Team {
             others_.emplace_back([this, worker] { serve(worker); });
     }
 
-    /// Spins before a thread sleeps, because waking one takes 20 to 50 us and an attention has several rounds.
+    /// Spins before a thread sleeps, because waking one takes 20 to 50 us and an attention has several
+    /// rounds.
     template <class Happened>
     static bool happens_soon(const Happened& happened) noexcept {
         const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);

@@ -26,8 +26,8 @@ inline float code_centre(int bits, bool has_lower) noexcept {
     return middle + (has_lower ? 0.5f : -0.5f * power_of_two(bits));
 }
 
-/// The factors of several rows, and the sums of their products with the planes of one segment, in one run of its
-/// blocks at a time. The low halves of wide factors are rows of their own, after all high halves.
+/// The factors of several rows, and the sums of their products with the planes of one segment, in one run of
+/// its blocks at a time. The low halves of wide factors are rows of their own, after all high halves.
 class PlaneSums {
   public:
     /// along: how many channels (keys) or tokens (values) the dot product goes over.

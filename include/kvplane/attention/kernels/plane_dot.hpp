@@ -1,16 +1,16 @@
 // kvplane/attention/kernels/plane_dot.hpp: what every kernel computes: integer sums over planes.
 //
 // A plane is a list of 64-byte units of 16 lanes x 4 bytes, a byte holding 8 / width fields
-// (storage/tile_format.hpp). A block is as many consecutive units as cover the depth of the dot product: of keys 16
-// tokens and all channels, of values 16 channels and 128 tokens. For each block, row (a query head and token)
-// and lane,
+// (storage/tile_format.hpp). A block is as many consecutive units as cover the depth of the dot product: of
+// keys 16 tokens and all channels, of values 16 channels and 128 tokens. For each block, row (a query head
+// and token) and lane,
 //
 //   sum += 2^shift sum over units u, fields i, bytes j of
 //              field_i(byte(u, lane, j)) factor[(u fields + i) 4 + j]
 //
-// with unsigned fields and signed 8-bit factors in -127 .. 127 (a low half may be -128). Sums are int32: codes
-// of 8 bits in two planes add at most 255 x 128 a channel, so a sum could overflow beyond 65,793 channels in
-// one tile; max_depth refuses such a configuration.
+// with unsigned fields and signed 8-bit factors in -127 .. 127 (a low half may be -128). Sums are int32:
+// codes of 8 bits in two planes add at most 255 x 128 a channel, so a sum could overflow beyond 65,793
+// channels in one tile; max_depth refuses such a configuration.
 //
 // scalar.hpp is the definition; every other file is one instruction set and equals it bit for bit.
 #pragma once

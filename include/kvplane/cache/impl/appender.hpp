@@ -124,8 +124,8 @@ class Appender {
         }
     }
 
-    /// Fits the basis to the oldest `count` recent tokens, and makes the tiles that are due. cut: a schedule that
-    /// asks for more latents than the keys determine is cut; otherwise it is refused.
+    /// Fits the basis to the oldest `count` recent tokens, and makes the tiles that are due. cut: a schedule
+    /// that asks for more latents than the keys determine is cut; otherwise it is refused.
     void fit(Index count, bool cut) {
         const CacheConfiguration& c = cache_.configuration;
         LatentRecipe recipe = *c.recipe.latents;
@@ -143,8 +143,8 @@ class Appender {
         while (tokens_ >= recent_first_ + tile_tokens + c.recipe.recent_tokens) make_tile();
     }
 
-    /// Makes all of it part of `state`, the one that it was begun with. Throws std::bad_alloc and then has changed
-    /// nothing.
+    /// Makes all of it part of `state`, the one that it was begun with. Throws std::bad_alloc and then has
+    /// changed nothing.
     void commit(CacheState& state) {
         state.tile_pages.reserve(state.tile_pages.size() + tile_pages_.size());
         state.tiles.reserve(state.tiles.size() + tiles_.size());

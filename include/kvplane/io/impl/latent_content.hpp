@@ -1,5 +1,5 @@
-// kvplane/io/impl/latent_content.hpp: what latent_file.hpp and cache_file.hpp share: settings as JSON, subspaces
-// and moments as tensors. Inline, so that both may include it.
+// kvplane/io/impl/latent_content.hpp: what latent_file.hpp and cache_file.hpp share: settings as JSON,
+// subspaces and moments as tensors. Inline, so that both may include it.
 #pragma once
 
 #include <algorithm>

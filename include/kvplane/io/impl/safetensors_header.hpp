@@ -306,8 +306,8 @@ KVPLANE_FUNCTION std::string written_header(const std::vector<NamedTensor>& tens
     return length + text;
 }
 
-/// A dump that leaves out what is no UTF-8, read back, is the same text or not. (A strict dump would throw, and
-/// this must work without exceptions.)
+/// A dump that leaves out what is no UTF-8, read back, is the same text or not. (A strict dump would throw,
+/// and this must work without exceptions.)
 KVPLANE_FUNCTION bool is_utf8(const std::string& text) {
     using json = nlohmann::json;
     const std::string dumped = json(text).dump(-1, ' ', false, json::error_handler_t::ignore);
