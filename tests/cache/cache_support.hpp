@@ -33,7 +33,8 @@ void append(KvCache& cache, const K& keys, const V& values) {
     const CacheConfiguration& c = cache.configuration();
     const Matrix k = to_matrix<float>(keys);
     Matrix queries(k.rows(), c.query_heads * c.key_head_dim);
-    for (Index head = 0; head < c.query_heads; ++head)
+    // Of no tokens there are no columns to take.
+    for (Index head = 0; head < c.query_heads && k.rows() > 0; ++head)
         queries.middleCols(head * c.key_head_dim, c.key_head_dim) =
             k.middleCols(head / c.group() * c.key_head_dim, c.key_head_dim).rowwise().reverse() *
             (1.0f + 0.1f * static_cast<float>(head));
