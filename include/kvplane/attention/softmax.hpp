@@ -26,7 +26,6 @@ struct SoftmaxState {
     float* output;   ///< [row][stride] the same sum, each term times its token's values
     Index stride;    ///< channels padded to whole 16s
 
-    SoftmaxState row(Index r) const noexcept { return {largest + r, sum + r, output + r * stride, stride}; }
     void clear(Index rows) const noexcept {
         std::fill_n(largest, rows, nothing_seen);
         std::fill_n(sum, rows, 0.0f);

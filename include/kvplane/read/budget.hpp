@@ -97,9 +97,8 @@ class BudgetPlanner final : public ReadPlanner {
     }
     Index keys(const PlanPlace& place, RowView<const float>, AttentionScratch&,
                TileRead& read) noexcept override {
-        const PageLayout& layout = *context_.tiles->layout;
         read.wide_factors = wants_wide_factors(context_.policy.key_bits);
-        return bits_read(layout.key_format(layout.subspace_of(place.block.head)), nullptr);
+        return bits_read(context_.tiles->layout->key_format_of_head(place.block.head), nullptr);
     }
     void scored(const PlanPlace& place, AttentionScratch& scratch) noexcept override {
         values_.note(place, scratch);

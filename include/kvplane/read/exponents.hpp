@@ -70,7 +70,7 @@ class ExponentsPlanner final : public ReadPlanner {
     }
     Index keys(const PlanPlace& place, RowView<const float> queries, AttentionScratch& scratch,
                TileRead& read) noexcept override {
-        const TileFormat& format = context_.tiles->layout->key_format(subspace_of(place));
+        const TileFormat& format = context_.tiles->layout->key_format_of_head(place.block.head);
         std::uint8_t* const planes = planes_.of(place.worker);
         align_keys(context_.isa, format, read.tile, queries, context_.policy.thresholds, scratch, planes);
         read.planes = planes;
@@ -97,10 +97,6 @@ class ExponentsPlanner final : public ReadPlanner {
     }
 
   private:
-    Index subspace_of(const PlanPlace& place) const noexcept {
-        return context_.tiles->layout->subspace_of(place.block.head);
-    }
-
     PlanContext context_{};
     ValueImportance importance_;
     KeyPlanes planes_;

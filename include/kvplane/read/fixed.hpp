@@ -25,8 +25,7 @@ class FixedPlanner final : public ReadPlanner {
     }
     Index keys(const PlanPlace& place, RowView<const float>, AttentionScratch&,
                TileRead& read) noexcept override {
-        const PageLayout& layout = *context_.tiles->layout;
-        const TileFormat& format = layout.key_format(layout.subspace_of(place.block.head));
+        const TileFormat& format = context_.tiles->layout->key_format_of_head(place.block.head);
         std::uint8_t* const planes = planes_.of(place.worker);
         fixed_planes(format, context_.policy.key_bits, planes);
         read.planes = planes;

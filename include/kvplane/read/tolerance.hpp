@@ -41,8 +41,7 @@ class TolerancePlanner final : public ReadPlanner {
 
     Index keys(const PlanPlace& place, RowView<const float> queries, AttentionScratch& scratch,
                TileRead& read) noexcept override {
-        const PageLayout& layout = *context_.tiles->layout;
-        const TileFormat& format = layout.key_format(layout.subspace_of(place.block.head));
+        const TileFormat& format = context_.tiles->layout->key_format_of_head(place.block.head);
         read.planes = key_planes(format, place, queries, scratch, read.tile);
         return bits_read(format, read.planes);
     }

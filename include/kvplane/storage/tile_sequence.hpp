@@ -26,6 +26,7 @@ struct PageLayout {
     const TileFormat& key_format(Index subspace) const noexcept {
         return keys[keys.size() == 1 ? 0 : static_cast<std::size_t>(subspace)];
     }
+    const TileFormat& key_format_of_head(Index head) const noexcept { return key_format(subspace_of(head)); }
 };
 
 /// Lays out a page: for every head its keys (where it is the first of its subspace), then its values.
