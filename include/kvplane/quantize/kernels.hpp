@@ -56,8 +56,8 @@ using simd::Vector;
 using simd::widen;
 using simd::Words;
 
-/// Running extremes of one vector of values. NaN compares false and would slip through, so types that can
-/// hold it also keep a mask of the values inside fp16's range; widened fp16 holds none.
+/// Running extremes of one vector of values, and whether all of them are inside fp16's range. NaN compares
+/// false and would slip through the extremes.
 template <int Lanes, class Scalar>
 struct Extremes {
     Floats<Lanes> min, max;
@@ -77,12 +77,11 @@ struct Extremes {
         check(x);
     }
     KVPLANE_INLINE void check(const Floats<Lanes>& x) {
-        if constexpr (!std::is_same_v<Scalar, Eigen::half>)
-            inside &= (Floats<Lanes>)((Words<Lanes>)x & 0x7FFFFFFFu) <= fp16_max;
+        inside &= (Floats<Lanes>)((Words<Lanes>)x & 0x7FFFFFFFu) <= fp16_max;
     }
     /// All bits of a lane set where all its values can be stored.
     KVPLANE_INLINE void good_lanes(Ints<Lanes>& good) const {
-        good &= inside & (min >= -fp16_max) & (max <= fp16_max);
+        good &= inside;
     }
 };
 
