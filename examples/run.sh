@@ -11,7 +11,7 @@ repository=$PWD
 
 example=${1:-quickstart}
 [ $# -gt 0 ] && shift
-options=()
+options=() settings=()
 case $example in
     quickstart|report|attention) program=$example path=$example ;;
     synthetic|svdq|aligned) program=$example path=studies/$example ;;
@@ -23,8 +23,9 @@ bash tests/install_packages.sh
 if [ "${path%/*}" = engine ]; then
     options=(--model "$(bash examples/engine/fetch.sh)")
     [ "$example" = engine ] && options+=(--chat)
+    settings=(-DKVPLANE_ENGINE_NATIVE=ON)
 fi
-cmake --preset release >/dev/null
+cmake --preset release "${settings[@]}" >/dev/null
 cmake --build --preset release --target "$program" >&2
 cd "$folder"
 exec "$repository/build/release/examples/$path" "${options[@]}" "$@"

@@ -1,4 +1,6 @@
-#include <kvplane/kvplane.hpp>
+// A part of the library alone, which header-only compiles in seconds.
+#include <kvplane/metrics.hpp>
+#include <kvplane/storage/quantized.hpp>
 
 int main() {
     const kvplane::Matrix keys = kvplane::Matrix::Random(200, 64);
