@@ -117,7 +117,7 @@ TEST(Golden, PrintsWhatAttentionReturns) {
                     AttentionParameters parameters;
                     if (std::string(policy) != "all") parameters.read = recipes::read_policy(policy);
                     if (query_tokens == 3) parameters.softcap = 20.0;
-                    if (query_tokens == 8) parameters.sliding_window = 300, parameters.sinks = 3;
+                    if (query_tokens == 8) parameters.sliding_window = 300;
                     AttentionWorkspace workspace;
                     Matrix output(query_tokens, 4 * 48);
                     try {

@@ -60,6 +60,7 @@ class Drafter {
     std::vector<TokenId> next(Matrix& logits, Index count) {
         const Index before = caches_.front()->tokens();
         std::vector<TokenId> tokens{static_cast<TokenId>(likeliest(logits, 0))};
+        drafts(caches_, true);
         read(caches_, policy_);
         const Index most = std::min<Index>(count, 1 + ahead);
         while (static_cast<Index>(tokens.size()) < most)
@@ -74,6 +75,7 @@ class Drafter {
         accepted_ += static_cast<Index>(kept) - 1;
         tokens.resize(kept);
         truncate(caches_, before + static_cast<Index>(kept));
+        drafts(caches_, false);
         logits = all.row(static_cast<Index>(kept) - 1);
         return tokens;
     }

@@ -30,7 +30,7 @@ class KvplaneCache final : public LayerCache {
         : cache_(configuration, pool), shared_(std::move(shared)), parameters_(parameters) {}
 
     void append(const Matrix& keys, const Matrix& values, const Matrix& queries) override {
-        cache_.append(keys, values, queries);
+        drafts_ ? cache_.append_provisional(keys, values, queries) : cache_.append(keys, values, queries);
     }
     void attend(const Matrix& queries, Matrix& out) const override {
         const auto& c = cache_.configuration();
@@ -49,12 +49,19 @@ class KvplaneCache final : public LayerCache {
     /// How much later reads take; one cache serves them all.
     void read(const kvplane::ReadPolicy& policy) noexcept { parameters_.read = policy; }
     void truncate(Index tokens) { cache_.truncate(tokens); }
+    /// Whether tokens to come are drafts, which truncate() takes back without a trace. Where they cease to be,
+    /// those that are left are accepted.
+    void drafts(bool on) {
+        drafts_ = on;
+        if (!on) cache_.accept();
+    }
     const kvplane::KvCache& cache() const noexcept { return cache_; }
 
   private:
     kvplane::KvCache cache_;
     std::shared_ptr<SharedWorkspace> shared_;
     kvplane::AttentionParameters parameters_;
+    bool drafts_ = false;
 };
 
 /// How the caches of a model store and read.
@@ -89,12 +96,16 @@ inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& pla
     return caches;
 }
 
-/// A sequence of caches made by kvplane_caches(): how much later reads take, and back to its first tokens.
+/// A sequence of caches made by kvplane_caches(): how much later reads take, back to its first tokens, and
+/// whether tokens to come are drafts.
 inline void read(LayerCaches& caches, const kvplane::ReadPolicy& policy) {
     for (auto& layer : caches) dynamic_cast<KvplaneCache&>(*layer).read(policy);
 }
 inline void truncate(LayerCaches& caches, Index tokens) {
     for (auto& layer : caches) dynamic_cast<KvplaneCache&>(*layer).truncate(tokens);
+}
+inline void drafts(LayerCaches& caches, bool on) {
+    for (auto& layer : caches) dynamic_cast<KvplaneCache&>(*layer).drafts(on);
 }
 
 struct CacheSize {

@@ -25,20 +25,27 @@ inline CacheConfiguration configuration(const std::string& recipe, Index kv_head
     return made;
 }
 
+/// Queries that follow from the keys, so that they do not depend on how tokens come.
+inline Matrix queries_of(const CacheConfiguration& c, const Matrix& keys) {
+    Matrix queries(keys.rows(), c.query_heads * c.key_head_dim);
+    // Of no tokens there are no columns to take.
+    for (Index head = 0; head < c.query_heads && keys.rows() > 0; ++head)
+        queries.middleCols(head * c.key_head_dim, c.key_head_dim) =
+            keys.middleCols(head / c.group() * c.key_head_dim, c.key_head_dim).rowwise().reverse() *
+            (1.0f + 0.1f * static_cast<float>(head));
+    return queries;
+}
+
 /// Appends as the recipe wants it: with queries where the cache fits its own basis to them.
 template <class K, class V>
 void append(KvCache& cache, const K& keys, const V& values) {
     if (!cache.needs_queries()) return cache.append(keys, values);
-    // Queries that follow from the keys, so that they do not depend on how tokens come.
-    const CacheConfiguration& c = cache.configuration();
-    const Matrix k = to_matrix<float>(keys);
-    Matrix queries(k.rows(), c.query_heads * c.key_head_dim);
-    // Of no tokens there are no columns to take.
-    for (Index head = 0; head < c.query_heads && k.rows() > 0; ++head)
-        queries.middleCols(head * c.key_head_dim, c.key_head_dim) =
-            k.middleCols(head / c.group() * c.key_head_dim, c.key_head_dim).rowwise().reverse() *
-            (1.0f + 0.1f * static_cast<float>(head));
-    cache.append(keys, values, queries);
+    cache.append(keys, values, queries_of(cache.configuration(), to_matrix<float>(keys)));
+}
+template <class K, class V>
+void append_provisional(KvCache& cache, const K& keys, const V& values) {
+    if (!cache.needs_queries()) return cache.append_provisional(keys, values);
+    cache.append_provisional(keys, values, queries_of(cache.configuration(), to_matrix<float>(keys)));
 }
 
 /// Every way of storing that the cache has: the named recipes and what changes the path through the code.

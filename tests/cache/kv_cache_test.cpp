@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <functional>
 #include <memory_resource>
 #include <thread>
 
@@ -151,7 +153,13 @@ TEST_P(CacheOfRecipe, RandomOperationsAgainstANaiveCache) {
                     const Index query_tokens = std::min<Index>(1 + up_to(5), naive.tokens());
                     if (query_tokens == 0) break;
                     AttentionParameters parameters;
-                    if (up_to(1)) parameters.sliding_window = 1 + up_to(100);
+                    // No window that reaches what was dropped: that is refused.
+                    const Index reach = naive.dropped > configuration().recipe.sink_tokens
+                                            ? naive.tokens() - query_tokens + 1 - naive.dropped
+                                            : 101;
+                    if (up_to(1))
+                        parameters.sliding_window =
+                            std::clamp<Index>(1 + up_to(100), 0, std::max<Index>(0, reach));
                     if (up_to(1)) parameters.softcap = 5.0;
                     expect_attention(cache, naive, queries(query_tokens), parameters);
                 }
@@ -436,6 +444,126 @@ TEST_P(CacheOfRecipe, WhatIsMovedFromIsEmptyAndUsable) {
     append(other, k, v);
     EXPECT_EQ(other.tokens(), 400);
 }
+
+/// What attention sees of each token, where all keys are 0 and so all weights equal: the share of a channel that
+/// only the given tokens have.
+class SeenTokens : public testing::TestWithParam<std::string> {
+  protected:
+    static constexpr Index channels = 48;
+
+    /// Tokens of which token probes[i] has 1 in channel i, for the first head, and 0 elsewhere.
+    KvCache cache_of(Index tokens, const std::vector<Index>& probes) {
+        CacheConfiguration c = kvplane_test::configuration(GetParam(), 1, 2);
+        KvCache cache(c, pool_);
+        Matrix values = Matrix::Zero(tokens, channels);
+        for (std::size_t i = 0; i < probes.size(); ++i)
+            if (probes[i] >= 0 && probes[i] < tokens) values(probes[i], static_cast<Index>(i)) = 1.0f;
+        cache.append(Matrix::Zero(tokens, c.key_head_dim), values);
+        return cache;
+    }
+    /// [query token] how many tokens it sees, and which probes, in one call and path.
+    static void expect_seen(const KvCache& cache, const std::vector<Index>& probes, Index query_tokens,
+                            const AttentionParameters& parameters,
+                            const std::function<bool(Index position, Index token)>& sees) {
+        const Matrix out = attend(cache, Matrix::Zero(query_tokens, 2 * 32), parameters);
+        for (Index i = 0; i < query_tokens; ++i) {
+            const Index position = cache.tokens() - query_tokens + i;
+            Index seen = 0;
+            for (Index t = 0; t <= position; ++t) seen += sees(position, t);
+            for (std::size_t p = 0; p < probes.size(); ++p) {
+                if (probes[p] < 0) continue;
+                const bool sees_it = probes[p] <= position && sees(position, probes[p]);
+                const float share = out(i, static_cast<Index>(p)) * static_cast<float>(seen);
+                ASSERT_NEAR(share, sees_it ? 1.0f : 0.0f, 0.03f)
+                    << "token " << probes[p] << " at position " << position << ", " << seen << " seen";
+            }
+        }
+    }
+
+    TilePool pool_;
+};
+
+/// At every border of sinks, tiles and recent tokens, one window or another ends.
+TEST_P(SeenTokens, AreThoseOfTheWindow) {
+    for (const Index tokens : {3, 4, 5, 130, 132, 133, 160, 163, 164, 165, 260, 291, 292, 293, 400})
+        for (const Index window : {1, 2, 127, 128, 129, 160})
+            for (Index query_tokens = 1; query_tokens <= std::min<Index>(9, tokens); ++query_tokens) {
+                const Index last = tokens - 1, first = tokens - query_tokens;
+                std::vector<Index> probes{0, 1, 3, 4, last, first};
+                for (const Index position : {first, last})
+                    for (const Index border :
+                         {position - window - 1, position - window, position - window + 1})
+                        probes.push_back(border);
+                std::sort(probes.begin(), probes.end());
+                probes.erase(std::unique(probes.begin(), probes.end()), probes.end());
+                SCOPED_TRACE(std::to_string(tokens) + " tokens, window " + std::to_string(window) + ", " +
+                             std::to_string(query_tokens) + " query tokens");
+                const KvCache cache = cache_of(tokens, probes);
+                for (const Index sinks : {0, 2}) {
+                    AttentionParameters parameters;
+                    parameters.sliding_window = window;
+                    parameters.sinks = sinks;
+                    expect_seen(cache, probes, query_tokens, parameters, [&](Index position, Index token) {
+                        return position - token < window || token < sinks;
+                    });
+                    if (HasFatalFailure()) return;
+                }
+            }
+}
+
+/// The sinks that are to be kept stay, whatever the recipe keeps in fp16, and no window reaches what is gone.
+TEST_P(SeenTokens, AreTheSinksThatDroppingKeeps) {
+    const std::vector<Index> probes{0, 3, 4, 15, 16, 127, 128, 299, 300, 301, 500};
+    for (const Index sinks : {0, 2, 4, 16, 140}) {
+        SCOPED_TRACE(std::to_string(sinks) + " sinks kept");
+        KvCache cache = cache_of(501, probes);
+        const Index before = cache.bytes();
+        cache.drop_before(200, sinks);
+        cache.drop_before(300);
+        if (sinks <= 16) {  // of later ones no whole tile can go
+            EXPECT_LT(cache.bytes(), before);
+        }
+        EXPECT_EQ(cache.first_kept(), 300);
+        const auto kept = [&](Index, Index token) { return token < sinks || token >= 300; };
+        for (const Index query_tokens : {1, 8, 20}) expect_seen(cache, probes, query_tokens, {}, kept);
+        AttentionParameters window;
+        window.sliding_window = 150;
+        window.sinks = sinks;
+        for (const Index query_tokens : {1, 8, 20})
+            expect_seen(cache, probes, query_tokens, window,
+                        [&](Index position, Index token) { return token < sinks || position - token < 150; });
+        KvCache loaded = load_cache(to_bytes(cache), cache.configuration(), pool_);
+        expect_seen(loaded, probes, 1, {}, kept);
+        EXPECT_EQ(to_bytes(loaded), to_bytes(cache));
+
+        window.sinks = sinks + 1;
+        Matrix out(1, 2 * channels);
+        const auto ask = [&] { cache.attend(Matrix::Zero(1, 2 * 32), out, window); };
+        EXPECT_EQ(refusal(ErrorCode::option, ask),
+                  "kvplane: attend: " + std::to_string(sinks + 1) + " sinks, but tokens " +
+                      std::to_string(sinks) + " to 299 were dropped; expected drop_before() to keep as many");
+        window.sinks = sinks;
+        window.sliding_window = 202;
+        EXPECT_EQ(refusal(ErrorCode::option, ask),
+                  "kvplane: attend: a sliding window of 202 reaches token 299, but tokens " +
+                      std::to_string(sinks) + " to 299 were dropped");
+        refusal(ErrorCode::index, [&] { cache.drop_before(300, sinks + 1); });
+        refusal(ErrorCode::index, [&] { cache.truncate(299); });
+        cache.truncate(300);
+        cache.truncate(sinks);
+        EXPECT_EQ(cache.tokens(), sinks);
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Recipes, SeenTokens,
+                         testing::Values("fp16", "block32:8", "kivi:8", "key_favored:8:8", "standard",
+                                         "key_favored:8:8+sinks=17+recent=0"),
+                         [](const auto& info) {
+                             std::string name = info.param;
+                             for (char& c : name)
+                                 if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
+                             return name;
+                         });
 
 /// Tokens dropped within the sinks are still seen, and may be truncated; what is then saved can be loaded.
 TEST_P(CacheOfRecipe, DropsWithinTheSinksThenTruncatesBelow) {

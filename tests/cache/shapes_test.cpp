@@ -105,10 +105,7 @@ double rounding(Index terms, double magnitudes) {
 class RowReference {
   public:
     RowReference(const KvCache& cache, const MatrixD& keys, const MatrixD& values)
-        : cache_(cache),
-          keys_(keys),
-          values_(values),
-          sequence_(cache.state().sequence(cache.shape().recipe())) {}
+        : cache_(cache), keys_(keys), values_(values), sequence_(cache.state().sequence()) {}
 
     /// query: [key dim] of one query head. `decodes`: whether packed bits are read as they are.
     void compute(const Eigen::RowVectorXf& query, Index head, Index token, Index query_tokens,

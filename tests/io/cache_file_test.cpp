@@ -165,7 +165,8 @@ std::string documented_checksum(const SafetensorsFile& file) {
     };
     std::uint64_t hash =
         add_array(0xCBF29CE484222325U, std::as_bytes(std::span(text("kvplane.configuration"))));
-    for (const char* key : {"kvplane.tokens", "kvplane.dropped", "kvplane.window_first"})
+    for (const char* key :
+         {"kvplane.tokens", "kvplane.dropped", "kvplane.window_first", "kvplane.kept_sinks"})
         hash = add_word(hash, std::stoull(text(key)));
     for (const char* name : {"sinks", "tiles", "recent", "tile_first", "tile_tokens", "extremes"})
         hash = add_array(hash, file.bytes(name));
@@ -198,6 +199,74 @@ TEST(SavedCacheFile, ChecksumIsTheDocumentedOne) {
             EXPECT_EQ(file.metadata().find("kvplane.checksum")->second, documented_checksum(file))
                 << recipe << ", " << tokens << " tokens";
         }
+}
+
+/// Numbers that the writer of data/cache_format_3.safetensors made as well.
+Matrix numbers(Index rows, Index cols, int salt) {
+    Matrix matrix(rows, cols);
+    for (Index r = 0; r < rows; ++r)
+        for (Index c = 0; c < cols; ++c)
+            matrix(r, c) = static_cast<float>((r * 37 + c * 11 + salt) % 101 - 50) / 32.0f;
+    return matrix;
+}
+
+/// A cache of 400 tokens, 420 of them appended, dropped before 150; and what attention of it gave when it was
+/// written.
+TEST(SavedCacheFile, ReadsFormat3) {
+    CacheConfiguration c;
+    c.query_heads = 2;
+    c.key_head_dim = 16;
+    c.value_head_dim = 8;
+    c.recipe = recipes::parse("standard");
+    TilePool pool;
+    KvCache cache =
+        load_cache(std::filesystem::path(KVPLANE_TEST_DATA) / "cache_format_3.safetensors", c, pool);
+    EXPECT_EQ(cache.tokens(), 400);
+    EXPECT_EQ(cache.first_kept(), 150);
+    EXPECT_EQ(cache.bytes(), 7104);
+    const float expected[2][16] = {
+        {-0.928675115f, -0.844433665f, -0.561753333f, -0.202352762f, 0.0546511449f, 0.413895488f,
+         0.694225252f, 0.817028165f, 0.733025372f, 1.00379634f, 0.834984839f, -1.02713501f, -0.915399551f,
+         -0.661843538f, -0.300957859f, -0.021528231f},
+        {-0.241942167f, 0.101890549f, 0.428493023f, 0.695079327f, 0.96242547f, 0.611350775f, -0.99665159f,
+         -0.829862058f, -0.793561399f, -0.576844752f, -0.294523507f, 0.074447304f, 0.332234621f, 0.676837146f,
+         0.839789152f, 0.595299482f}};
+    Matrix output(2, 16);
+    cache.attend(numbers(2, 32, 3), output);
+    for (Index r = 0; r < 2; ++r)
+        for (Index i = 0; i < 16; ++i) EXPECT_NEAR(output(r, i), expected[r][i], 1e-5f);
+    // It is written in the format of today, and goes on.
+    KvCache again = load_cache(to_bytes(cache), c, pool);
+    again.append(numbers(300, 16, 4), numbers(300, 8, 5));
+    EXPECT_EQ(again.tokens(), 700);
+    EXPECT_LT(again.error_bound().value, 1.0);
+}
+
+/// What was taken back is nowhere in the file, on any path into a page.
+TEST_P(SavedCache, HoldsNothingOfTokensThatWereTakenBack) {
+    for (const Index left : {1, 3, 60, 130, 140, 165, 290}) {
+        SCOPED_TRACE(left);
+        KvCache one = filled(configuration_, pool_, left), other = one.fork();
+        const Index heads = configuration_.kv_heads;
+        const auto goes_on = [&](KvCache& cache, float with) {
+            append_provisional(cache, Matrix::Constant(20, heads * configuration_.key_head_dim, with),
+                               Matrix::Constant(20, heads * configuration_.value_head_dim, with));
+            cache.truncate(left);
+        };
+        goes_on(one, 3.0f);
+        goes_on(other, -7.0f);
+        EXPECT_EQ(to_bytes(one), to_bytes(other));
+    }
+}
+
+TEST(SavedCacheFile, RefusesProvisionalTokens) {
+    TilePool pool;
+    KvCache cache = filled(configuration("standard"), pool, 10);
+    append_provisional(cache, Matrix::Ones(2, 64), Matrix::Ones(2, 96));
+    EXPECT_EQ(refusal(ErrorCode::option, [&] { (void)to_bytes(cache); }),
+              "kvplane: save: 2 provisional tokens, expected none: accept them, or truncate to 10");
+    cache.accept();
+    EXPECT_EQ(load_cache(to_bytes(cache), cache.configuration(), pool).tokens(), 12);
 }
 
 }  // namespace

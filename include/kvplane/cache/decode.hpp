@@ -41,7 +41,7 @@ class DecodePass {
           work_(workspace),
           executor_(executor),
           isa_(current_isa()),
-          tiles_(state.sequence(cache.recipe())),
+          tiles_(state.sequence()),
           shape_{.query_tokens = query_tokens,
                  .heads = cache.configuration.kv_heads,
                  .rows_per_head = cache.configuration.group() * query_tokens,

@@ -11,8 +11,10 @@
 // reference and never written while shared, so that a fork copies nothing.
 //
 // What is stored depends on the tokens and not on how they came: one at a time, in chunks or all at once give
-// the same bytes. (A truncation inside a tile does not: the tile keeps its first tokens and a new one
-// begins.)
+// the same bytes. Drafts, which may be taken back, are appended as provisional tokens: attention sees them like
+// others, but no tile is made of them, so that to take them back leaves no trace. A truncation inside a tile
+// cannot undo what the tile has rounded: its tokens become recent ones when the sequence goes on, and are
+// rounded once more with their next tile (unless tiles are fp16).
 //
 // A recipe with latents and no basis given fits its own to the first tokens after the sinks (recipe.latents->
 // fit_tokens): until then these wait where recent tokens do, in recent_bits, and are counted so. What it sees
@@ -100,7 +102,7 @@ class KvCache {
     const CacheConfiguration& configuration() const noexcept;
     /// Tokens appended and not truncated: the position of the next one.
     Index tokens() const noexcept { return state_.tokens; }
-    /// The first token after the sinks that attend() still sees; see drop_before().
+    /// The first token after the kept sinks that attend() sees; see drop_before().
     Index first_kept() const noexcept;
     /// Tokens in packed tiles.
     Index packed_tokens() const noexcept;
@@ -112,25 +114,40 @@ class KvCache {
     ///
     /// queries: those of the same tokens, tokens x (query_heads * key_head_dim), after RoPE. They are looked
     /// at only while needs_queries(); without them append() then throws Error (option).
+    ///
+    /// All provisional tokens are accepted first.
     template <class K, class V>
     void append(const K& keys, const V& values) {
-        const auto k = heads_of_kv(keys);
-        const auto v = heads_of_kv(values);
-        append_rows(k, v, nullptr);
+        append_rows(heads_of_kv(keys), heads_of_kv(values), nullptr, false);
     }
     template <class K, class V, class Q>
     void append(const K& keys, const V& values, const Q& queries) {
-        const auto k = heads_of_kv(keys);
-        const auto v = heads_of_kv(values);
-        if (!needs_queries()) return append_rows(k, v, nullptr);
-        const auto q = input_heads(queries, configuration().query_heads);
-        const detail::AnyRows any(q);
-        append_rows(k, v, &any);
+        append_with(keys, values, queries, false);
     }
+
+    /// The same for tokens that may yet be taken back: drafts, or tokens of a step that another layer may
+    /// refuse. truncate() to a count within them leaves exactly what an append() of the other tokens would
+    /// have. Recipes that quantize every token pack these too.
+    template <class K, class V>
+    void append_provisional(const K& keys, const V& values) {
+        append_rows(heads_of_kv(keys), heads_of_kv(values), nullptr, true);
+    }
+    template <class K, class V, class Q>
+    void append_provisional(const K& keys, const V& values, const Q& queries) {
+        append_with(keys, values, queries, true);
+    }
+    /// Tokens at the end of the sequence that are provisional.
+    Index provisional_tokens() const noexcept { return tokens() - state_.settled(); }
+    /// Makes the first `count` provisional tokens tokens like all others, and the tiles that are then due.
+    /// Throws Error: index (more than there are); out_of_memory; shape as fit_basis(). Then nothing has
+    /// changed.
+    void accept(Index count);
+    /// Accepts all of them.
+    void accept() { accept(provisional_tokens()); }
 
     /// Whether append() needs queries: while the cache has yet to fit a query-weighted basis of its own.
     bool needs_queries() const noexcept;
-    /// Fits the cache's own basis now, to all tokens that wait, as SVDq does at the end of a prompt; and
+    /// Fits the cache's own basis now, to all tokens that wait and are not provisional, as SVDq does at the end of a prompt; and
     /// makes the tiles that are then due. Throws Error: option (the recipe fits no basis, or has done so),
     /// shape (fewer than two tokens wait; fewer independent keys than latents that are to have bits),
     /// out_of_memory.
@@ -171,14 +188,17 @@ class KvCache {
         attend(queries, output, parameters);
     }
 
-    /// Forgets all but the first `count` tokens. Throws Error (index) for more than there are, or for fewer
-    /// than have been dropped.
+    /// Forgets all but the first `count` tokens. Throws Error (index) for more than there are, or where
+    /// tokens were dropped that would be among the last.
     void truncate(Index count);
 
-    /// Forgets the tokens before `token`, sinks excepted, for a sliding window: attention does not see them,
-    /// and the pages of tiles that hold nothing else are given back. Positions stay. Throws Error (index) for
-    /// a token beyond the end.
-    void drop_before(Index token);
+    /// Forgets the tokens in [sinks, token), for a sliding window: attention does not see them, and the pages
+    /// of tiles that hold nothing else are given back. Positions stay. attend() then refuses a sliding window
+    /// that reaches those tokens, and more AttentionParameters::sinks. Throws Error (index) for a token beyond
+    /// the end, and for sinks that have been dropped.
+    void drop_before(Index token, Index sinks);
+    /// With the sinks of the call before; at first those that the recipe keeps in fp16.
+    void drop_before(Index token) { drop_before(token, state_.kept_sinks); }
 
     /// Back to no tokens.
     void clear() noexcept;
@@ -221,11 +241,19 @@ class KvCache {
     auto heads_of_kv(const Input& input) const {
         return input_heads(input, configuration().kv_heads);
     }
+    template <class K, class V, class Q>
+    void append_with(const K& keys, const V& values, const Q& queries, bool provisional) {
+        if (!needs_queries())
+            return append_rows(heads_of_kv(keys), heads_of_kv(values), nullptr, provisional);
+        const auto rows = input_heads(queries, configuration().query_heads);
+        const detail::AnyRows any(rows);
+        append_rows(heads_of_kv(keys), heads_of_kv(values), &any, provisional);
+    }
     static AttentionWorkspace& thread_workspace();
 
     // Below the seam: inputs have become rows of heads.
     void append_rows(const detail::AnyRows& keys, const detail::AnyRows& values,
-                     const detail::AnyRows* queries);
+                     const detail::AnyRows* queries, bool provisional);
     void attend_rows(const detail::AnyRows& queries, const detail::OutputSink& output,
                      const AttentionParameters& parameters, AttentionWorkspace& workspace) const;
     std::vector<std::vector<Index>> selected_rows(const detail::AnyRows& queries,
@@ -233,6 +261,7 @@ class KvCache {
     void require_queries(const detail::AnyRows& queries, Index out_rows, Index out_cols,
                          const AttentionParameters& parameters) const;
     void require_policy(const AttentionParameters& parameters) const;
+    void require_kept(const AttentionParameters& parameters, Index query_tokens) const;
     Matrix stored(TileSide side, Index first, Index count) const;
 
     std::shared_ptr<const detail::CacheShape> shape_;

@@ -85,7 +85,7 @@ class QueryRows {
             const Index query = (block.first + r) % shape_.query_tokens, position = first_position + query;
             const auto& rule = rules_[static_cast<std::size_t>((block.first + r) / shape_.query_tokens)];
             std::fill(scores + count, scores + padded, nothing_seen);
-            const bool hides_some = first < sequence.hidden_to && first >= sequence.hidden_from;
+            const bool hides_some = sequence.hides_some(first, count);
             if (rule.plain() && first + count - 1 <= position && !hides_some) continue;
             for (Index t = 0; t < count; ++t) {
                 const Index key = first + t;

@@ -75,11 +75,17 @@ class Reader {
     /// The largest error of any element of a side's tiles, as its grids tell; keys in latents were measured
     /// when their tiles were made, and count 0 here.
     double tile_error_bound(TileSide side) {
-        if (side == TileSide::keys && latents_) return 0.0;
         double bound = 0.0;
         for (const Run& run : runs_)
-            for (Index head = 0; run.page && head < cache_.configuration.kv_heads; ++head)
-                bound = std::max(bound, coder(side).error_bound(tile(run, side, head), run.count));
+            if (run.page) bound = std::max(bound, tile_error_bound(side, run));
+        return bound;
+    }
+    /// The same of one tile.
+    double tile_error_bound(TileSide side, const Run& run) {
+        double bound = 0.0;
+        if (side == TileSide::keys && latents_) return bound;
+        for (Index head = 0; head < cache_.configuration.kv_heads; ++head)
+            bound = std::max(bound, coder(side).error_bound(tile(run, side, head), run.count));
         return bound;
     }
 

@@ -1,6 +1,7 @@
 // kvplane/cache/shape.hpp: what a cache is, apart from its tokens.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -58,11 +59,18 @@ struct CacheShape {
         return exact ? fp16_max : 32000.0f;
     }
 
+    /// How far an element is off at most while it is a sink or recent, if no magnitude is above `largest`.
+    double rounding_bound(double largest) const noexcept {
+        const double half = largest * 0x1p-11 + 0x1p-25;
+        return recipe().recent_bits == 8 ? std::max(half, largest / 127.0 * (0.5 + 0x1p-9) + 0x1p-24) : half;
+    }
+
     /// No tokens.
     CacheState empty_state() const noexcept {
         CacheState state;
         state.layout = layout;
         state.latent = configuration.latent_keys;
+        state.kept_sinks = recipe().sink_tokens;
         return state;
     }
 

@@ -30,7 +30,25 @@ constexpr Index counted_bytes(Index bytes) noexcept {
     return bytes + PageReference::header_bytes;
 }
 
-/// The tokens of a cache, in the order of their positions: sinks, tiles, recent tokens.
+/// What bounds of errors go by, of some tokens.
+struct StoredExtremes {
+    PerSide<double> largest;  ///< magnitude ever stored
+    PerSide<double> excess;   ///< by which clipped values, and keys in latents, were off
+    /// Bound of what tokens had lost before a tile that was cut was opened again, and they went into another.
+    PerSide<double> carried;
+
+    void include(const StoredExtremes& other) noexcept {
+        for (const TileSide side : {TileSide::keys, TileSide::values}) {
+            largest[side] = std::max(largest[side], other.largest[side]);
+            excess[side] = std::max(excess[side], other.excess[side]);
+            carried[side] = std::max(carried[side], other.carried[side]);
+        }
+    }
+};
+
+/// The tokens of a cache, in the order of their positions: sinks, tiles, recent tokens. The last ones may be
+/// provisional: no tile is made of them, and what they add to the rest of the state stands apart, so that they
+/// can be taken back without a trace.
 struct CacheState {
     using QueryMoments = std::vector<SecondMoments>;  ///< [key head]
 
@@ -39,14 +57,17 @@ struct CacheState {
     std::shared_ptr<const QueryMoments>
         queries;  ///< before RoPE, while a basis is still to be fitted to them
     Index tokens = 0;
-    Index dropped = 0;       ///< tokens before this one, sinks aside, are not seen
+    Index dropped = 0;       ///< tokens in [kept_sinks, dropped) are not seen
+    Index kept_sinks = 0;    ///< how many of the first tokens stay visible
     Index recent_first = 0;  ///< position of the first token after the tiles
     PageReference sinks;
     std::vector<PageReference> tile_pages;  ///< [tile]
     std::vector<TilePlace> tiles;  ///< [tile]; fewer than 128 tokens after a truncation, or while it fills
-    std::vector<PageReference> recent;  ///< recent_page_tokens each
-    // For error bounds: the largest magnitude ever stored, and the largest clipped excess.
-    PerSide<double> largest, excess;
+    std::vector<PageReference> recent;        ///< recent_page_tokens each
+    bool stale = false;                       ///< whether the last tile holds traces of tokens taken back
+    StoredExtremes settled_extremes;          ///< of all tokens but the provisional ones
+    std::vector<StoredExtremes> provisional;  ///< [provisional token]
+    Matrix provisional_queries;  ///< [provisional token][query_heads * key dim] like `queries`, or empty
 
     void add_tile(PageReference page, Index first, Index count) {
         tiles.push_back({page.data(), first, count});
@@ -55,6 +76,21 @@ struct CacheState {
     Index sink_count(const CacheRecipe& recipe) const noexcept {
         return std::min(recipe.sink_tokens, tokens);
     }
+    /// Tokens that are not provisional.
+    Index settled() const noexcept { return tokens - static_cast<Index>(provisional.size()); }
+    /// Of all tokens.
+    StoredExtremes extremes() const noexcept {
+        StoredExtremes all = settled_extremes;
+        for (const StoredExtremes& token : provisional) all.include(token);
+        return all;
+    }
+    /// Whether some tokens are not seen.
+    bool hides() const noexcept { return dropped > kept_sinks; }
+    /// Whether the last tile was cut by a truncation, so that the sequence goes on in its middle.
+    bool cut() const noexcept {
+        return !tiles.empty() && tiles.back().tokens < tile_tokens &&
+               tiles.back().first + tiles.back().tokens == recent_first;
+    }
     /// Tokens in tiles.
     Index packed() const noexcept {
         Index sum = 0;
@@ -62,13 +98,13 @@ struct CacheState {
         return sum;
     }
     /// Its tiles, for readers. Valid until the state changes.
-    TileSequence sequence(const CacheRecipe& recipe) const noexcept {
+    TileSequence sequence() const noexcept {
         return {.places = tiles.data(),
                 .tiles = static_cast<Index>(tiles.size()),
                 .layout = layout.get(),
-                .hidden_from = recipe.sink_tokens,
+                .hidden_from = kept_sinks,
                 .hidden_to = dropped,
-                .largest_value = static_cast<float>(largest.values)};
+                .largest_value = static_cast<float>(extremes().largest.values)};
     }
     /// Memory of all pages, headers and unused room included.
     Index page_bytes() const noexcept {
@@ -80,28 +116,44 @@ struct CacheState {
 
     /// Forgets all but the first `count` tokens, of which there are more.
     void truncate(Index count) {
+        const auto left = static_cast<std::size_t>(std::max<Index>(0, count - settled()));
+        provisional.resize(left);
+        if (provisional_queries.rows() > 0)
+            provisional_queries.conservativeResize(static_cast<Index>(left), Eigen::NoChange);
         tokens = count;
         dropped = std::min(dropped, count);
         while (!tiles.empty() && tiles.back().first >= count) {
             tiles.pop_back();
             tile_pages.pop_back();
+            stale = false;
         }
-        if (!tiles.empty() && count < recent_first)
-            tiles.back().tokens = std::min(tiles.back().tokens, count - tiles.back().first);
+        if (!tiles.empty() && count < tiles.back().first + tiles.back().tokens) {
+            tiles.back().tokens = count - tiles.back().first;
+            stale = true;
+        }
         recent_first = std::min(recent_first, count);
         recent.resize(
             static_cast<std::size_t>((count - recent_first + recent_page_tokens - 1) / recent_page_tokens));
     }
-    /// Hides the tokens before `token` and lets go of the pages that hold nothing else. keep_last: whether
+    /// Hides the tokens in [sinks, token), and lets go of the tiles that hold nothing else. keep_last: whether
     /// the last tile stays, however old its tokens, because it is being filled.
-    void drop_before(Index token, bool keep_last) {
-        if (token <= dropped) return;
-        dropped = token;
-        std::size_t gone = 0;
-        while (gone < tiles.size() && tiles[gone].first + tiles[gone].tokens <= token) ++gone;
-        if (keep_last && gone == tiles.size() && gone > 0) --gone;
-        tiles.erase(tiles.begin(), tiles.begin() + static_cast<std::ptrdiff_t>(gone));
-        tile_pages.erase(tile_pages.begin(), tile_pages.begin() + static_cast<std::ptrdiff_t>(gone));
+    void drop_before(Index token, Index sinks, bool keep_last) {
+        kept_sinks = sinks;
+        dropped = std::max(dropped, token);
+        const auto goes = [&](std::size_t t) {
+            return tiles[t].first >= sinks && tiles[t].first + tiles[t].tokens <= dropped &&
+                   !(keep_last && t + 1 == tiles.size());
+        };
+        // Those that go stand side by side.
+        std::size_t first = 0, end;
+        while (first < tiles.size() && !goes(first)) ++first;
+        for (end = first; end < tiles.size() && goes(end);) ++end;
+        const auto erase = [&](auto& from) {
+            from.erase(from.begin() + static_cast<std::ptrdiff_t>(first),
+                       from.begin() + static_cast<std::ptrdiff_t>(end));
+        };
+        erase(tiles);
+        erase(tile_pages);
     }
 };
 

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/cache/state.hpp"
@@ -64,6 +65,30 @@ class TokenRows {
             for (Index c = 0; c < channels; ++c)
                 out[t * stride + c] = step * static_cast<float>(static_cast<int>(codes[c]) - 128);
         }
+    }
+
+    /// Copies a token of all heads, bit by bit, to row `to` of another page.
+    void copy(const std::byte* from_page, Index from, std::byte* to_page, Index to) const noexcept {
+        for (const TileSide side : {TileSide::keys, TileSide::values})
+            for (Index head = 0; head < kv_heads_; ++head) {
+                const Index size = bits_ / 8;
+                std::memcpy(to_page + row(side, head, to) * size, from_page + row(side, head, from) * size,
+                            static_cast<std::size_t>(dim(side) * size));
+                if (bits_ == 8)
+                    std::memcpy(to_page + step_at(side, head, to), from_page + step_at(side, head, from),
+                                sizeof(Eigen::half));
+            }
+    }
+    /// Makes the rows from `first` on zero, as in a new page.
+    void clear(std::byte* page, Index first) const noexcept {
+        for (const TileSide side : {TileSide::keys, TileSide::values})
+            for (Index head = 0; head < kv_heads_; ++head)
+                for (Index at = first; at < capacity_; ++at) {
+                    const Index size = bits_ / 8;
+                    std::memset(page + row(side, head, at) * size, 0,
+                                static_cast<std::size_t>(dim(side) * size));
+                    if (bits_ == 8) std::memset(page + step_at(side, head, at), 0, sizeof(Eigen::half));
+                }
     }
 
     /// Asks for the rows that read() will be given next.

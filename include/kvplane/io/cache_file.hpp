@@ -6,11 +6,16 @@
 //   tile_first   I64 [tiles]               position of each tile's first token
 //   tile_tokens  I64 [tiles]               tokens in each
 //   recent       U8  [pages, page bytes]   pages of tokens that are not in a tile yet
-//   extremes     F64 [4]                   largest magnitude of keys and values, clipped excess of each
+//   extremes     F64 [6]                   largest magnitude of keys and values, clipped excess of each, and
+//                                          what tokens of each had lost before they were stored again
 //   latent.*                               a basis that the cache fitted (io/latent_file.hpp: parts.P.*)
 //   queries.*    F64                       moments of queries, where it has yet to do so
 // Metadata: kvplane.format (the version of all this), kvplane.configuration (JSON), kvplane.tokens,
-// kvplane.dropped, kvplane.window_first, kvplane.checksum.
+// kvplane.kept_sinks and kvplane.dropped (what is not seen: [kept_sinks, dropped)), kvplane.window_first,
+// kvplane.checksum. Rows and codes of tokens that were taken back are zero.
+//
+// Format 3 has four extremes (nothing was stored again) and no kvplane.kept_sinks (they were the recipe's
+// sinks).
 //
 // The checksum finds damage, it is no protection against forgery. It is a decimal number, a hash h of 64-bit
 // words, with the constants of FNV-1a, but over words instead of bytes and with a shift that brings high bits
@@ -18,7 +23,7 @@
 //   h = 0xCBF29CE484222325, and for each word w:  h = (h xor w) * 0x100000001B3 mod 2^64;  h = h xor (h >> 29)
 // An array of bytes is hashed as its size in bytes, its whole words (little-endian), and one more word with
 // the 0 to 7 bytes that are left, filled up with zeros. In this order:
-//   the array kvplane.configuration; the words tokens, dropped, window_first;
+//   the array kvplane.configuration; the words tokens, dropped, window_first, kept_sinks (format 3: without);
 //   the arrays sinks, tiles, recent, tile_first, tile_tokens, extremes;
 //   with a basis of its own, the array of its checksum as decimal text;
 //   with moments of queries, for each head the arrays count, mean and scatter.
@@ -27,11 +32,11 @@
 // none).
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -43,13 +48,14 @@
 
 namespace kvplane {
 
-/// The file of a cache in memory. Two caches of the same content give the same bytes.
+/// The file of a cache in memory. Two caches of the same content give the same bytes. Throws Error (option)
+/// for a cache with provisional tokens, as save_cache(): accept them or take them back first.
 std::vector<std::byte> to_bytes(const KvCache& cache);
 
 /// Writes the file. Throws Error (io) and then leaves what was at `path`.
 void save_cache(const KvCache& cache, const std::filesystem::path& path);
 
-/// Reads a cache that was saved with exactly this configuration. Attention of the loaded cache equals that of
+/// Reads a cache that was saved with exactly this configuration, in this format or 3. Attention of the loaded cache equals that of
 /// the saved one bit for bit. Throws Error: io; format (malformed, truncated or altered content); mismatch
 /// (another format version, another configuration); out_of_memory.
 KvCache load_cache(const std::filesystem::path& path, const CacheConfiguration& configuration,
@@ -58,18 +64,20 @@ KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& c
 
 namespace detail {
 
-inline constexpr const char* cache_format_version = "3";
+inline constexpr const char* cache_format_version = "4";
 
 /// What a file holds, between the cache and the format.
 struct CacheContent {
     std::string configuration;
     Index tokens = 0, dropped = 0, window_first = 0;
+    std::optional<Index> kept_sinks;  ///< none: format 3
     std::vector<std::byte> sinks, tiles, recent;
     std::vector<std::int64_t> tile_first, tile_tokens;
-    std::array<double, 4> extremes{};
+    std::vector<double> extremes;
     std::shared_ptr<const LatentKeys> basis;  ///< the cache's own
     std::vector<SecondMoments> queries;       ///< while it has none
 
+    /// Throws Error (option) for a cache with provisional tokens.
     static CacheContent of(const KvCache& cache);
     KvCache restore(const CacheConfiguration& configuration, TilePool& pool, const std::string& source) const;
     std::string checksum() const;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 #include <vector>
 
@@ -17,6 +18,7 @@
 #include "kvplane/simd/isa.hpp"
 #include "kvplane/storage/tile_format.hpp"
 #include "kvplane/storage/tile_planes.hpp"
+#include "kvplane/storage/tile_sequence.hpp"
 
 namespace kvplane::detail {
 
@@ -52,6 +54,9 @@ class TileCoder {
     void decode(const std::byte* tile, Index tokens, float* values, Index stride) {
         decode(tile, tokens, 16, values, stride);
     }
+
+    /// Makes the tile that of its first `first` tokens. Grids over several tokens stay as they are.
+    void clear(std::byte* tile, Index first);
 
     /// Bound of |x - x'| over the first `tokens` tokens, clipped values aside (see excess()): half the widest
     /// cell, or the rounding to fp16 of the largest magnitude.
@@ -90,6 +95,14 @@ class TileCoder {
     std::vector<float> decoded_;                      ///< rows padded to what kernels take
     std::vector<std::uint16_t> half_bits_, largest_;  ///< [channel] of one token; over all tokens
 };
+
+/// Makes all tiles of a page those of their first `first` tokens.
+inline void clear_tiles(const PageLayout& layout, Index first, std::byte* page) {
+    for (Index s = 0; s < layout.subspaces(); ++s)
+        TileCoder(layout.key_format(s)).clear(page + layout.key_at[static_cast<std::size_t>(s)], first);
+    TileCoder values(layout.values);
+    for (const Index at : layout.value_at) values.clear(page + at, first);
+}
 
 // Implementation -------------------------------------------------------------------------------------------
 
@@ -138,6 +151,33 @@ inline void TileCoder::decode(const std::byte* tile, Index tokens, int depth, fl
             join_half(segment, segment_depth, tokens, codes_[s], to, stride);
         else
             decode_segment(tile, segment, segment_depth, tokens, codes_[s], to, stride);
+    }
+}
+
+inline void TileCoder::clear(std::byte* tile, Index first) {
+    for (std::size_t s = 0; s < format_.segments().size(); ++s) {
+        const Segment& segment = format_.segments()[s];
+        if (segment.bits == 0) continue;
+        TileCodes& codes = codes_[s];
+        unpack_segment(format_, s, segment.bits, tile, codes);
+        for (const int which : {0, 1})
+            std::fill(codes.byte(which) + first * codes.stride(),
+                      codes.byte(which) + tile_tokens * codes.stride(), std::uint8_t{0});
+        pack_segment(format_, s, codes, first, tile_tokens - first, tile);
+        if (segment.is_half() && format_.side() == TileSide::keys)
+            for (Index c = 0; c < segment.channels; ++c) {
+                int largest = 0;
+                for (Index t = 0; t < first; ++t)
+                    largest = std::max(largest, (codes.at(t, c, 0) << 8 | codes.at(t, c, 1)) & 0x7FFF);
+                tile[segment.exponent_at + c] = static_cast<std::byte>(largest >> 10);
+            }
+        if (!segment.has_grids() || format_.rule().granularity == Granularity::per_channel) continue;
+        for (Index run = 0; run < segment.grids / tile_tokens; ++run) {
+            const auto bytes = static_cast<std::size_t>(tile_tokens - first) * sizeof(Eigen::half);
+            const Index at = (run * tile_tokens + first) * static_cast<Index>(sizeof(Eigen::half));
+            std::memset(tile + segment.step_at + at, 0, bytes);
+            if (segment.scheme != Scheme::symmetric) std::memset(tile + segment.lower_at + at, 0, bytes);
+        }
     }
 }
 

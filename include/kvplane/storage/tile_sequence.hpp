@@ -5,7 +5,9 @@
 // device can hold them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <utility>
 #include <vector>
 
 #include "kvplane/matrix.hpp"
@@ -63,6 +65,9 @@ struct TileSequence {
     const TilePlace& operator[](Index tile) const noexcept { return places[tile]; }
     bool hides(Index first, Index count) const noexcept {
         return first >= hidden_from && first + count <= hidden_to;
+    }
+    bool hides_some(Index first, Index count) const noexcept {
+        return std::max(first, hidden_from) < std::min(first + count, hidden_to);
     }
     bool hidden(Index tile) const noexcept { return hides(places[tile].first, places[tile].tokens); }
     const std::byte* keys(Index tile, Index subspace) const noexcept {

@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -12,6 +13,7 @@
 
 #include "kvplane/cache/appender.hpp"
 #include "kvplane/cache/pages.hpp"
+#include "kvplane/cache/reader.hpp"
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/error.hpp"
@@ -94,11 +96,13 @@ class Appender {
           latent_(state.latent),
           queries_(state.queries),
           tokens_(state.tokens),
+          settled_(state.settled()),
           recent_first_(state.recent_first),
           sinks_(state.sinks),
           recent_(state.recent),
-          largest_(state.largest),
-          excess_(state.excess),
+          settled_extremes_(state.settled_extremes),
+          provisional_(state.provisional),
+          provisional_queries_(state.provisional_queries),
           sink_rows_(cache.sink_rows()),
           recent_rows_(cache.recent_rows()) {
         if (!state.tiles.empty()) last_tokens_ = state.tiles.back().tokens;
@@ -110,18 +114,41 @@ class Appender {
         Matrix queries;           ///< [token][query_heads * key dim] before RoPE, where they are needed
         PerSide<double> largest;  ///< magnitudes
     };
+    /// Adds tokens to settled ones; none may be provisional.
     void add(const Piece& piece) {
-        for (const TileSide side : {TileSide::keys, TileSide::values})
-            largest_[side] = std::max(largest_[side], piece.largest[side]);
-        for (Index done = 0; done < piece.keys.rows();) {
-            const Index left = piece.keys.rows() - done;
-            if (cache_.recipe().every_token)
-                done += fill_tile(piece, done, left);
-            else if (tokens_ < cache_.recipe().sink_tokens)
-                done += fill_sinks(piece, done, left);
-            else
-                done += fill_recent(piece, done, left);
+        open_cut_tile();
+        settled_extremes_.include({.largest = piece.largest, .excess = {}, .carried = {}});
+        for (Index done = 0, count; done < piece.keys.rows(); done += count) {
+            // Not beyond the token at which the oldest tile is due, so that what is stored does not depend on
+            // how the tokens came.
+            count = fill(piece, done, std::min(piece.keys.rows() - done, due() - tokens_), settled_extremes_);
+            settled_ = tokens_;
+            for (Index t = done; t < done + count; ++t) note_query(piece.queries, t);
+            make_what_is_due();
         }
+    }
+    /// Adds one token that may be taken back.
+    void add_provisional(const Piece& piece) {
+        StoredExtremes extremes{.largest = piece.largest, .excess = {}, .carried = {}};
+        fill(piece, 0, 1, extremes);
+        provisional_.push_back(extremes);
+        if (layout_ || piece.queries.rows() == 0) return;
+        provisional_queries_.conservativeResize(provisional_queries_.rows() + 1, piece.queries.cols());
+        provisional_queries_.bottomRows(1) = piece.queries;
+    }
+    /// Settles the first `count` provisional tokens: all is as if they had never been provisional.
+    void settle(Index count) {
+        if (count == 0) return;
+        open_cut_tile();
+        for (Index t = 0; t < count; ++t) {
+            settled_extremes_.include(provisional_[static_cast<std::size_t>(t)]);
+            ++settled_;
+            note_query(provisional_queries_, t);
+            make_what_is_due();
+        }
+        provisional_.erase(provisional_.begin(), provisional_.begin() + count);
+        const Index left = layout_ ? 0 : std::max<Index>(0, provisional_queries_.rows() - count);
+        provisional_queries_ = provisional_queries_.bottomRows(left).eval();
     }
 
     /// Fits the basis to the oldest `count` recent tokens, and makes the tiles that are due. cut: a schedule
@@ -140,7 +167,8 @@ class Appender {
         latent_ = fit_latent_keys(statistics, c.rope, recipe, recipe.basis.context, cut);
         layout_ = std::make_shared<const PageLayout>(page_layout(c, latent_.get()));
         queries_.reset();
-        while (tokens_ >= recent_first_ + tile_tokens + c.recipe.recent_tokens) make_tile();
+        provisional_queries_ = {};
+        make_what_is_due();
     }
 
     /// Makes all of it part of `state`, the one that it was begun with. Throws std::bad_alloc and then has
@@ -149,11 +177,18 @@ class Appender {
         state.tile_pages.reserve(state.tile_pages.size() + tile_pages_.size());
         state.tiles.reserve(state.tiles.size() + tiles_.size());
         // Nothing below can fail.
+        if (opened_) {
+            state.tiles.pop_back();
+            state.tile_pages.pop_back();
+            state.stale = false;
+        } else if (!state.tiles.empty()) {
+            state.tiles.back().tokens = last_tokens_;
+        }
         if (last_page_) {
             state.tile_pages.back() = std::move(last_page_);
             state.tiles.back().page = state.tile_pages.back().data();
+            state.stale = false;
         }
-        if (!state.tiles.empty()) state.tiles.back().tokens = last_tokens_;
         std::move(tile_pages_.begin(), tile_pages_.end(), std::back_inserter(state.tile_pages));
         state.tiles.insert(state.tiles.end(), tiles_.begin(), tiles_.end());
         state.layout = std::move(layout_);
@@ -163,8 +198,9 @@ class Appender {
         state.recent_first = recent_first_;
         state.sinks = std::move(sinks_);
         state.recent = std::move(recent_);
-        state.largest = largest_;
-        state.excess = excess_;
+        state.settled_extremes = settled_extremes_;
+        state.provisional = std::move(provisional_);
+        state.provisional_queries = std::move(provisional_queries_);
     }
 
   private:
@@ -194,6 +230,24 @@ class Appender {
         tile_pages_.push_back(std::move(page));
     }
 
+    /// The number of settled tokens at which the oldest recent ones become a tile, or are what a basis is
+    /// fitted to.
+    Index due() const noexcept {
+        if (cache_.recipe().every_token) return std::numeric_limits<Index>::max();
+        return recent_first_ + waiting() + cache_.recipe().recent_tokens;
+    }
+    Index waiting() const noexcept { return layout_ ? tile_tokens : cache_.recipe().latents->fit_tokens; }
+    void make_what_is_due() {
+        while (settled_ >= due()) layout_ ? make_tile() : fit(waiting(), true);
+    }
+
+    /// Stores up to `count` tokens of a piece where the next ones go; returns how many.
+    Index fill(const Piece& piece, Index first, Index count, StoredExtremes& extremes) {
+        if (cache_.recipe().every_token) return fill_tile(piece, first, count, extremes);
+        return tokens_ < cache_.recipe().sink_tokens ? fill_sinks(piece, first, count)
+                                                     : fill_recent(piece, first, count);
+    }
+
     Index fill_sinks(const Piece& piece, Index first, Index count) {
         count = std::min(count, cache_.recipe().sink_tokens - tokens_);
         sinks_ = sinks_ ? writable(sinks_) : pool_.page(sink_rows_.bytes());
@@ -211,26 +265,16 @@ class Appender {
         else
             recent_[page] = writable(recent_[page]);
         count = std::min(count, recent_page_tokens - row);
-        // Not beyond the token at which the oldest tile is due, so that what is stored does not depend on how
-        // the tokens came.
-        const Index waiting = layout_ ? tile_tokens : cache_.recipe().latents->fit_tokens;
-        const Index due = recent_first_ + waiting + cache_.recipe().recent_tokens;
-        if (tokens_ < due) count = std::min(count, due - tokens_);
         recent_rows_.write(piece.keys, piece.values, first, count, row, recent_[page].data());
-        if (!layout_ && piece.queries.rows() > 0) note_queries(piece.queries.middleRows(first, count));
         tokens_ += count;
-        if (tokens_ >= due) {
-            if (layout_)
-                make_tile();
-            else
-                fit(waiting, true);
-        }
         return count;
     }
 
-    /// Token by token, because sums in another order would give other bytes.
-    void note_queries(const Matrix& queries) {
+    /// What a basis that is still to be fitted learns of the queries of a token, where it needs them. Token by
+    /// token, because sums in another order would give other bytes.
+    void note_query(const Matrix& queries, Index token) {
         const CacheConfiguration& c = cache_.configuration;
+        if (layout_ || queries.rows() == 0 || settled_ <= c.recipe.sink_tokens) return;
         if (!own_queries_) {
             own_queries_ = queries_
                                ? std::make_shared<CacheState::QueryMoments>(*queries_)
@@ -238,10 +282,50 @@ class Appender {
                                      static_cast<std::size_t>(c.kv_heads), SecondMoments(c.key_head_dim));
             queries_ = own_queries_;
         }
-        for (Index t = 0; t < queries.rows(); ++t)
-            for (Index head = 0; head < c.query_heads; ++head)
-                (*own_queries_)[static_cast<std::size_t>(head / c.group())].add(
-                    queries.block(t, head * c.key_head_dim, 1, c.key_head_dim));
+        for (Index head = 0; head < c.query_heads; ++head)
+            (*own_queries_)[static_cast<std::size_t>(head / c.group())].add(
+                queries.block(token, head * c.key_head_dim, 1, c.key_head_dim));
+    }
+
+    /// A tile that was cut becomes recent tokens again, so that the sequence goes on as if it had never been
+    /// made. What its tokens have lost is carried.
+    void open_cut_tile() {
+        if (cache_.recipe().every_token || opened_ || !state_.cut()) return;
+        const TilePlace& tile = state_.tiles.back();
+        const Reader::Run run{tile.first, tile.tokens, tile.page};
+        Reader reader(cache_, state_);
+        PerSide<Matrix> rows;
+        for (const TileSide side : {TileSide::keys, TileSide::values}) {
+            const Index heads = cache_.configuration.kv_heads, dim = cache_.dim(side);
+            const bool latents = side == TileSide::keys && latent_;
+            rows[side].resize(run.count, heads * dim);
+            for (Index head = 0; head < heads; ++head)
+                rows[side].middleCols(head * dim, dim) =
+                    latents ? reader.input_keys(run, head, heads * dim) : reader.rows(run, side, head);
+            if (latents && cache_.rotates(side)) cache_.rotation(side).rotate(rows[side]);
+            // fp16 comes out of a tile as it went in.
+            if (!latents && recent_rows_.half() && coder(side).format().segments()[0].is_half()) continue;
+            settled_extremes_.carried[side] += cache_.rounding_bound(settled_extremes_.largest[side]) +
+                                               reader.tile_error_bound(side, run) +
+                                               settled_extremes_.excess[side];
+        }
+        // The tokens behind it are provisional ones.
+        const std::vector<PageReference> behind = std::exchange(recent_, {});
+        const Index count = tokens_ - recent_first_;
+        const auto page_of = [&](Index row) -> std::byte* {
+            const auto page = static_cast<std::size_t>(row / recent_page_tokens);
+            if (page == recent_.size()) recent_.push_back(pool_.page(recent_rows_.bytes()));
+            return recent_[page].data();
+        };
+        for (Index t = 0; t < run.count; t += recent_page_tokens)
+            recent_rows_.write(rows.keys, rows.values, t, std::min(recent_page_tokens, run.count - t), 0,
+                               page_of(t));
+        for (Index t = 0; t < count; ++t)
+            recent_rows_.copy(behind[static_cast<std::size_t>(t / recent_page_tokens)].data(),
+                              t % recent_page_tokens, page_of(run.count + t),
+                              (run.count + t) % recent_page_tokens);
+        recent_first_ = run.first;
+        opened_ = true;
     }
 
     /// [count][kv_heads * key dim] the oldest recent keys as attention takes them.
@@ -268,7 +352,7 @@ class Appender {
             std::vector<std::byte*> tiles;
             for (const Index at : layout_->key_at) tiles.push_back(page.data() + at);
             const double off = latents_->encode({recent_keys(tile_tokens), recent_first_}, tiles);
-            excess_.keys = std::max(excess_.keys, off);
+            settled_extremes_.excess.keys = std::max(settled_extremes_.excess.keys, off);
         } else {
             for (Index head = 0; head < heads; ++head)
                 encode_recent(TileSide::keys, head,
@@ -298,11 +382,12 @@ class Appender {
             read_recent(side, head, tile_tokens, gathered_.data(), dim);
             encode(gathered_);
         }
-        excess_[side] = std::max(excess_[side], coder(side).excess().largest);
+        double& excess = settled_extremes_.excess[side];
+        excess = std::max(excess, coder(side).excess().largest);
     }
 
     /// Every token into the tile that is being filled.
-    Index fill_tile(const Piece& piece, Index first, Index count) {
+    Index fill_tile(const Piece& piece, Index first, Index count, StoredExtremes& extremes) {
         const bool old = tiles_.empty() && !state_.tiles.empty();
         Index* tokens = old ? &last_tokens_ : tiles_.empty() ? nullptr : &tiles_.back().tokens;
         if (!tokens || *tokens == tile_tokens) {
@@ -310,17 +395,20 @@ class Appender {
             tokens = &tiles_.back().tokens;
         } else if (old && !last_page_) {
             last_page_ = writable(state_.tile_pages.back());
+            if (state_.stale) clear_tiles(*layout_, *tokens, last_page_.data());
         }
         std::byte* const page = (tiles_.empty() ? last_page_ : tile_pages_.back()).data();
         count = std::min(count, tile_tokens - *tokens);
         for (const TileSide side : {TileSide::keys, TileSide::values}) {
             const auto& at = side == TileSide::keys ? layout_->key_at : layout_->value_at;
-            for (Index head = 0; head < cache_.configuration.kv_heads; ++head)
+            for (Index head = 0; head < cache_.configuration.kv_heads; ++head) {
                 coder(side).encode(head_rows(side == TileSide::keys ? piece.keys : piece.values,
                                              cache_.configuration.kv_heads),
                                    name_of(side),
                                    {.head = head, .first = first, .count = count, .tile_token = *tokens},
                                    page + at[static_cast<std::size_t>(head)]);
+                extremes.excess[side] = std::max(extremes.excess[side], coder(side).excess().largest);
+            }
         }
         *tokens += count;
         tokens_ += count;
@@ -335,15 +423,18 @@ class Appender {
     std::shared_ptr<const PageLayout> layout_;
     std::shared_ptr<const LatentKeys> latent_;
     std::shared_ptr<const CacheState::QueryMoments> queries_;
-    Index tokens_, recent_first_;
+    Index tokens_, settled_, recent_first_;
     PageReference sinks_;
     std::vector<PageReference> recent_;
-    PerSide<double> largest_, excess_;
+    StoredExtremes settled_extremes_;
+    std::vector<StoredExtremes> provisional_;
+    Matrix provisional_queries_;
     // New tiles, and how the last old one goes on.
     std::vector<PageReference> tile_pages_;
     std::vector<TilePlace> tiles_;
     PageReference last_page_;  ///< a page that may be written, once the last old tile is being filled
     Index last_tokens_ = 0;    ///< tokens of the last old tile afterwards
+    bool opened_ = false;      ///< whether the last old tile is recent tokens now
 
     std::shared_ptr<CacheState::QueryMoments> own_queries_;  ///< this appender's own copy
     PerSide<std::optional<TileCoder>> coders_;               ///< made when a tile is
@@ -354,7 +445,8 @@ class Appender {
 };
 
 KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, TilePool& pool,
-                                    const AnyRows& keys, const AnyRows& values, const AnyRows* queries) {
+                                    const AnyRows& keys, const AnyRows& values, const AnyRows* queries,
+                                    bool provisional) {
     const CacheConfiguration& c = cache.configuration;
     Matrix seen;
     if (queries) {
@@ -375,10 +467,13 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
     if (seen.rows() > 0 && c.rope) RotaryEmbedding(c.key_head_dim, *c.rope).rotate_back(seen, state.tokens);
     Appender appender(cache, state, pool);
     const Isa isa = current_isa();
-    // In pieces that stay in a core's cache from one step to the next.
+    if (!provisional) appender.settle(state.tokens - state.settled());
+    // In pieces that stay in a core's cache from one step to the next; of provisional tokens each has its own
+    // extremes.
+    const Index most = provisional ? 1 : recent_page_tokens;
     Appender::Piece piece;
-    for (Index first = 0; first < keys.tokens; first += recent_page_tokens) {
-        const Index count = std::min(recent_page_tokens, keys.tokens - first);
+    for (Index first = 0; first < keys.tokens; first += most) {
+        const Index count = std::min(most, keys.tokens - first);
         widen_rows(keys, first, count, piece.keys);
         widen_rows(values, first, count, piece.values);
         if (cache.recipe().keys.rotate) cache.key_rotation.rotate(piece.keys);
@@ -386,8 +481,15 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
         piece.largest = {largest_magnitude(isa, piece.keys.data(), piece.keys.size()),
                          largest_magnitude(isa, piece.values.data(), piece.values.size())};
         if (seen.rows() > 0) piece.queries = seen.middleRows(first, count);
-        appender.add(piece);
+        provisional ? appender.add_provisional(piece) : appender.add(piece);
     }
+    appender.commit(state);
+}
+
+KVPLANE_FUNCTION void settle_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, Index count) {
+    const StandardFloatingPoint standard;
+    Appender appender(cache, state, pool);
+    appender.settle(count);
     appender.commit(state);
 }
 

@@ -71,7 +71,7 @@ KVPLANE_FUNCTION const CacheConfiguration& KvCache::configuration() const noexce
     return shape_->configuration;
 }
 KVPLANE_FUNCTION Index KvCache::first_kept() const noexcept {
-    return std::max(state_.dropped, state_.sink_count(shape_->recipe()));
+    return std::max(state_.dropped, std::min(state_.kept_sinks, tokens()));
 }
 KVPLANE_FUNCTION Index KvCache::packed_tokens() const noexcept {
     return state_.recent_first - state_.sink_count(shape_->recipe());
@@ -86,6 +86,7 @@ KVPLANE_FUNCTION Index KvCache::bytes() const noexcept {
     if (configuration().fits_basis() && state_.latent) sum += state_.latent->bytes();
     if (state_.queries)
         for (const SecondMoments& head : *state_.queries) sum += head.bytes();
+    sum += state_.provisional_queries.size() * static_cast<Index>(sizeof(float));
     return sum;
 }
 KVPLANE_FUNCTION double KvCache::bits_per_element() const noexcept {
@@ -110,15 +111,14 @@ KVPLANE_FUNCTION Index KvCache::predicted_bytes(const CacheConfiguration& c, Ind
     return sinks + tiles * tile + recent * detail::counted_bytes(shape.recent_rows().bytes());
 }
 
-/// Rounding of a token while it is recent (or a sink), then the grids of its tile, then what was clipped.
+/// Rounding of a token while it is recent (or a sink), then the grids of its tile, then what was clipped; and
+/// all of that once more for each time that a tile was opened again.
 KVPLANE_FUNCTION CacheErrorBound KvCache::error_bound() const {
     detail::Reader reader(*shape_, state_);
+    const detail::StoredExtremes extremes = state_.extremes();
     const auto bound = [&](TileSide side) {
-        const double largest = state_.largest[side];
-        const double half = largest * 0x1p-11 + 0x1p-25;
-        const double byte =
-            shape_->recipe().recent_bits == 8 ? largest / 127.0 * (0.5 + 0x1p-9) + 0x1p-24 : 0.0;
-        return std::max(half, byte) + reader.tile_error_bound(side) + state_.excess[side];
+        return shape_->rounding_bound(extremes.largest[side]) + reader.tile_error_bound(side) +
+               extremes.excess[side] + extremes.carried[side];
     };
     return {bound(TileSide::keys), bound(TileSide::values)};
 }
@@ -126,18 +126,24 @@ KVPLANE_FUNCTION CacheErrorBound KvCache::error_bound() const {
 // Appending and forgetting ---------------------------------------------------------------------------------
 
 KVPLANE_FUNCTION void KvCache::append_rows(const detail::AnyRows& keys, const detail::AnyRows& values,
-                                           const detail::AnyRows* queries) {
+                                           const detail::AnyRows* queries, bool provisional) {
     require(queries || !needs_queries(), ErrorCode::option, "append: recipe '", shape_->recipe().name,
             "' fits its basis to the sequence's own queries; expected append(keys, values, queries), or a "
             "basis in the configuration");
-    detail::append_tokens(*shape_, state_, *pool_, keys, values, queries);
+    detail::append_tokens(*shape_, state_, *pool_, keys, values, queries, provisional);
+}
+
+KVPLANE_FUNCTION void KvCache::accept(Index count) {
+    require(count >= 0 && count <= provisional_tokens(), ErrorCode::index, "accept: ", count, " of ",
+            provisional_tokens(), " provisional tokens");
+    detail::settle_tokens(*shape_, state_, *pool_, count);
 }
 
 KVPLANE_FUNCTION void KvCache::fit_basis() {
     require(configuration().fits_basis() && !state_.layout, ErrorCode::option, "fit_basis: recipe '",
             shape_->recipe().name, "' ",
             configuration().fits_basis() ? "has its basis" : "fits no basis of its own");
-    const Index waiting = tokens() - state_.recent_first;
+    const Index waiting = state_.settled() - state_.recent_first;
     require(waiting >= 2, ErrorCode::shape, "fit_basis: ", waiting,
             " tokens after the sinks, expected at least 2");
     detail::fit_own_basis(*shape_, state_, *pool_, waiting);
@@ -146,18 +152,21 @@ KVPLANE_FUNCTION void KvCache::fit_basis() {
 KVPLANE_FUNCTION void KvCache::truncate(Index count) {
     require(count >= 0 && count <= tokens(), ErrorCode::index, "truncate: to ", count, " of ", tokens(),
             " tokens");
-    require(state_.dropped <= shape_->recipe().sink_tokens || count >= state_.dropped, ErrorCode::index,
+    require(!state_.hides() || count <= state_.kept_sinks || count >= state_.dropped, ErrorCode::index,
             "truncate: to ", count, " tokens, expected at least ", state_.dropped,
-            ", before which they were dropped");
+            ", before which they were dropped, or at most the ", state_.kept_sinks, " sinks");
     if (count == tokens()) return;
     if (count == 0) return clear();
     state_.truncate(count);
 }
 
-KVPLANE_FUNCTION void KvCache::drop_before(Index token) {
+KVPLANE_FUNCTION void KvCache::drop_before(Index token, Index sinks) {
     require(token >= 0 && token <= tokens(), ErrorCode::index, "drop_before: token ", token, " of ",
             tokens());
-    state_.drop_before(token, shape_->recipe().every_token);
+    require(sinks >= 0 && (!state_.hides() || sinks <= state_.kept_sinks), ErrorCode::index,
+            "drop_before: ", sinks, " sinks to keep, expected 0 to ",
+            state_.hides() ? state_.kept_sinks : tokens(), "; later ones were dropped");
+    state_.drop_before(token, sinks, shape_->recipe().every_token);
 }
 
 // Attention ------------------------------------------------------------------------------------------------
@@ -181,6 +190,18 @@ KVPLANE_FUNCTION void KvCache::require_queries(const detail::AnyRows& queries, I
     detail::require_parameters(parameters, c.query_heads, queries.tokens, tokens());
     require(parameters.key_fraction >= 1.0 || c.recipe.latents, ErrorCode::option, "attend: recipe '",
             c.recipe.name, "' has no latents to choose keys by; expected a key_fraction of 1");
+}
+
+/// That no query asks for tokens which were dropped.
+KVPLANE_FUNCTION void KvCache::require_kept(const AttentionParameters& parameters, Index query_tokens) const {
+    if (!state_.hides() || parameters.sliding_window == 0) return;
+    const Index first_seen = tokens() - query_tokens + 1 - parameters.sliding_window;
+    require(first_seen >= state_.dropped, ErrorCode::option, "attend: a sliding window of ",
+            parameters.sliding_window, " reaches token ", std::max<Index>(first_seen, 0), ", but tokens ",
+            state_.kept_sinks, " to ", state_.dropped - 1, " were dropped");
+    require(parameters.sinks <= state_.kept_sinks, ErrorCode::option, "attend: ", parameters.sinks,
+            " sinks, but tokens ", state_.kept_sinks, " to ", state_.dropped - 1,
+            " were dropped; expected drop_before() to keep as many");
 }
 
 KVPLANE_FUNCTION void KvCache::require_policy(const AttentionParameters& parameters) const {
@@ -209,6 +230,7 @@ KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const
                                            AttentionWorkspace& workspace) const {
     require_queries(queries, output.rows, output.cols, parameters);
     require_policy(parameters);
+    require_kept(parameters, queries.tokens);
     const Index query_tokens = queries.tokens, dim = configuration().value_head_dim;
     if (query_tokens == 0) return;
     const detail::StandardFloatingPoint standard;
@@ -238,10 +260,9 @@ KVPLANE_FUNCTION std::vector<std::vector<Index>> KvCache::selected_rows(
 KVPLANE_FUNCTION Matrix KvCache::stored(TileSide side, Index first, Index count) const {
     require(first >= 0 && count >= 0 && first + count <= tokens(), ErrorCode::index, "stored tokens ", first,
             " to ", first + count, " of ", tokens());
-    const Index sinks = state_.sink_count(shape_->recipe());
-    require(count == 0 || first >= first_kept() || first + count <= sinks || state_.dropped <= sinks,
-            ErrorCode::index, "stored tokens ", first, " to ", first + count, ": those before ", first_kept(),
-            " were dropped");
+    require(count == 0 || !state_.hides() || first >= state_.dropped || first + count <= state_.kept_sinks,
+            ErrorCode::index, "stored tokens ", first, " to ", first + count, ": tokens ", state_.kept_sinks,
+            " to ", state_.dropped - 1, " were dropped");
     return detail::stored_rows(*shape_, state_, side, first, count);
 }
 

@@ -56,7 +56,7 @@ struct BlockQueries {
 
     /// From q.k of a run to what the softmax takes; hidden tokens get -infinity.
     void apply(const Reader::Run& run, const TileSequence& sequence, Matrix& scores) const {
-        const bool hides_some = run.first < sequence.hidden_to && run.first >= sequence.hidden_from;
+        const bool hides_some = sequence.hides_some(run.first, run.count);
         for (Index r = 0; r < rows(); ++r) {
             const ScoreRule<float>& rule = rules[static_cast<std::size_t>(r / block.tokens)];
             auto row = scores.row(r);
@@ -142,11 +142,10 @@ inline Index selection_latents(const CacheState& state, const AttentionParameter
     return state.latent ? std::max<Index>(1, state.latent->subspace_channels() / 4) : 1;
 }
 
-inline KeySelection select_keys(const CacheShape& cache, const CacheState& state, Reader& reader,
-                                RunScores& run_scores, const BlockQueries& queries,
-                                const AttentionParameters& parameters) {
+inline KeySelection select_keys(const CacheState& state, Reader& reader, RunScores& run_scores,
+                                const BlockQueries& queries, const AttentionParameters& parameters) {
     KeySelection selection{Eigen::VectorXf(queries.rows()), Matrix(queries.rows(), state.packed())};
-    const TileSequence sequence = state.sequence(cache.recipe());
+    const TileSequence sequence = state.sequence();
     const Index latents = selection_latents(state, parameters);
     Matrix scores;
     Index at = 0;
@@ -178,7 +177,7 @@ class Prefill {
           state_(state),
           queries_(queries),
           parameters_(parameters),
-          sequence_(state.sequence(cache.recipe())),
+          sequence_(state.sequence()),
           output_(queries.rows(), cache.configuration.query_heads * cache.dim(TileSide::values)) {
         // One basis holds the latents of all heads, which therefore decode it together.
         const Index heads = cache.configuration.kv_heads,
@@ -234,7 +233,7 @@ class Prefill {
         const Index all_latents = cache_.dim(TileSide::keys) * cache_.configuration.kv_heads;
         const bool sparse = parameters_.key_fraction < 1.0;
         KeySelection selection;
-        if (sparse) selection = select_keys(cache_, state_, reader, run_scores, queries, parameters_);
+        if (sparse) selection = select_keys(state_, reader, run_scores, queries, parameters_);
         Eigen::VectorXf largest = Eigen::VectorXf::Constant(rows, nothing_seen),
                         sum = Eigen::VectorXf::Zero(rows);
         Matrix weighted = Matrix::Zero(rows, value_dim), scores;
@@ -302,7 +301,7 @@ KVPLANE_FUNCTION std::vector<std::vector<Index>> selected_keys(const CacheShape&
                                {0, cache.configuration.kv_heads, 0, given.rows()});
     Reader reader(cache, state);
     RunScores run_scores(cache, state);
-    const KeySelection selection = select_keys(cache, state, reader, run_scores, queries, parameters);
+    const KeySelection selection = select_keys(state, reader, run_scores, queries, parameters);
     std::vector<std::vector<Index>> all(static_cast<std::size_t>(queries.rows()));
     Index at = 0;
     for (const Reader::Run& run : reader.runs()) {

@@ -11,6 +11,7 @@
 #include "kvplane/io/cache_file.hpp"
 #include "kvplane/io/impl/latent_content.hpp"
 #include "kvplane/io/safetensors.hpp"
+#include "kvplane/storage/tile_coder.hpp"
 
 namespace kvplane {
 
@@ -104,19 +105,34 @@ inline void append_page(std::vector<std::byte>& to, const PageReference& page) {
 
 KVPLANE_FUNCTION CacheContent CacheContent::of(const KvCache& cache) {
     const CacheState& state = cache.state();
+    require(state.provisional.empty(), ErrorCode::option, "save: ", state.provisional.size(),
+            " provisional tokens, expected none: accept them, or truncate to ", state.settled());
     CacheContent content;
     content.configuration = configuration_json(cache.configuration());
     content.tokens = state.tokens;
+    content.kept_sinks = state.kept_sinks;
     content.dropped = state.dropped;
     content.window_first = state.recent_first;
-    content.extremes = {state.largest.keys, state.largest.values, state.excess.keys, state.excess.values};
-    if (state.sinks) append_page(content.sinks, state.sinks);
-    for (const PageReference& page : state.tile_pages) append_page(content.tiles, page);
-    for (const TilePlace& tile : state.tiles) {
+    const StoredExtremes& extremes = state.settled_extremes;
+    for (const PerSide<double>& of : {extremes.largest, extremes.excess, extremes.carried})
+        content.extremes.insert(content.extremes.end(), {of.keys, of.values});
+    const TokenRows sink_rows = cache.shape().sink_rows(), recent_rows = cache.shape().recent_rows();
+    if (state.sinks) {
+        append_page(content.sinks, state.sinks);
+        sink_rows.clear(content.sinks.data(), state.sink_count(cache.configuration().recipe));
+    }
+    for (std::size_t t = 0; t < state.tiles.size(); ++t) {
+        const TilePlace& tile = state.tiles[t];
+        append_page(content.tiles, state.tile_pages[t]);
+        if (state.stale && t + 1 == state.tiles.size())
+            clear_tiles(*state.layout, tile.tokens,
+                        content.tiles.data() + content.tiles.size() - state.layout->bytes);
         content.tile_first.push_back(tile.first);
         content.tile_tokens.push_back(tile.tokens);
     }
     for (const PageReference& page : state.recent) append_page(content.recent, page);
+    if (const Index rest = (state.tokens - state.recent_first) % recent_page_tokens; rest > 0)
+        recent_rows.clear(content.recent.data() + content.recent.size() - recent_rows.bytes(), rest);
     if (cache.configuration().fits_basis() && state.layout) content.basis = state.latent;
     if (state.queries) content.queries = *state.queries;
     return content;
@@ -127,6 +143,7 @@ KVPLANE_FUNCTION std::string CacheContent::checksum() const {
     sum.add(std::as_bytes(std::span(configuration)));
     for (const Index number : {tokens, dropped, window_first})
         sum.add_word(static_cast<std::uint64_t>(number));
+    if (kept_sinks) sum.add_word(static_cast<std::uint64_t>(*kept_sinks));
     sum.add(sinks);
     sum.add(tiles);
     sum.add(recent);
@@ -149,7 +166,7 @@ KVPLANE_FUNCTION std::string CacheContent::checksum() const {
 
 /// Whether the parts make up a cache: positions without gaps, pages of the right number and size.
 KVPLANE_FUNCTION void CacheContent::require_consistent(const CacheShape& shape, const CacheState& state,
-                                             const std::string& source) const {
+                                                       const std::string& source) const {
     const auto expect = [&](bool holds, const auto&... what) {
         require(holds, ErrorCode::format, source, ": ", what...);
     };
@@ -160,9 +177,10 @@ KVPLANE_FUNCTION void CacheContent::require_consistent(const CacheShape& shape, 
     expect(state.layout || tile_first.empty(), "tiles, but no basis to read them with");
     constexpr Index most = Index{1} << 40;
     expect(tokens >= 0 && tokens < most && dropped >= 0 && dropped <= tokens && window_first >= 0 &&
-               window_first <= tokens,
-           "tokens ", tokens, ", dropped ", dropped, ", window_first ", window_first,
-           " contradict each other");
+               window_first <= tokens && (!kept_sinks || (*kept_sinks >= 0 && *kept_sinks < most)),
+           "tokens ", tokens, ", kept_sinks ", kept_sinks.value_or(0), ", dropped ", dropped,
+           ", window_first ", window_first, " contradict each other");
+    const Index kept = kept_sinks.value_or(recipe.sink_tokens);
     const Index sink_count = std::min(recipe.sink_tokens, tokens);
     const Index sink_bytes = sink_count > 0 ? shape.sink_rows().bytes() : 0;
     expect(static_cast<Index>(sinks.size()) == sink_bytes, "sinks: ", sinks.size(), " bytes, expected ",
@@ -172,16 +190,19 @@ KVPLANE_FUNCTION void CacheContent::require_consistent(const CacheShape& shape, 
     const auto count = tile_first.size();
     expect(tile_tokens.size() == count && tiles.size() == count * static_cast<std::size_t>(tile_bytes),
            "tiles: ", tiles.size(), " bytes for ", count, " tiles of ", tile_bytes);
-    Index next = count > 0 ? static_cast<Index>(tile_first[0]) : window_first;
-    expect(next >= sink_count && (next == sink_count || next <= dropped), "the first tile begins at token ",
-           next, ", expected ", sink_count, " or one before ", dropped);
+    // Tiles follow each other; where some were dropped there is a gap.
+    const auto may_begin = [&](Index first, Index at) {
+        return first == at || (kept <= at && at < first && first <= dropped);
+    };
+    Index next = sink_count;
     for (std::size_t i = 0; i < count; ++i) {
-        expect(tile_first[i] == next && tile_tokens[i] >= 1 && tile_tokens[i] <= kvplane::tile_tokens,
-               "tile ", i, ": ", tile_tokens[i], " tokens from ", tile_first[i], ", expected 1 to 128 from ",
-               next);
-        next += static_cast<Index>(tile_tokens[i]);
+        const auto first = static_cast<Index>(tile_first[i]);
+        expect(may_begin(first, next) && tile_tokens[i] >= 1 && tile_tokens[i] <= kvplane::tile_tokens,
+               "tile ", i, ": ", tile_tokens[i], " tokens from ", first, ", expected 1 to 128 from ", next,
+               dropped > next ? " or one that was dropped" : "");
+        next = first + static_cast<Index>(tile_tokens[i]);
     }
-    expect(next == window_first, "the tiles end at token ", next, ", expected ", window_first);
+    expect(may_begin(window_first, next), "the tiles end at token ", next, ", expected ", window_first);
     const Index left = tokens - window_first;
     expect(!recipe.every_token || left == 0, left,
            " tokens outside tiles of a recipe that quantizes every one");
@@ -192,7 +213,7 @@ KVPLANE_FUNCTION void CacheContent::require_consistent(const CacheShape& shape, 
 }
 
 KVPLANE_FUNCTION KvCache CacheContent::restore(const CacheConfiguration& configuration_wanted, TilePool& pool,
-                                     const std::string& source) const {
+                                               const std::string& source) const {
     const CacheShape shape(configuration_wanted);
     CacheState state = shape.empty_state();
     if (basis) {
@@ -210,12 +231,15 @@ KVPLANE_FUNCTION KvCache CacheContent::restore(const CacheConfiguration& configu
     state.tokens = tokens;
     state.dropped = dropped;
     state.recent_first = window_first;
-    state.largest = {extremes[0], extremes[1]};
-    state.excess = {extremes[2], extremes[3]};
+    if (kept_sinks) state.kept_sinks = *kept_sinks;
+    state.settled_extremes = {
+        .largest = {extremes[0], extremes[1]}, .excess = {extremes[2], extremes[3]}, .carried = {}};
+    if (kept_sinks) state.settled_extremes.carried = {extremes[4], extremes[5]};
     if (!sinks.empty()) state.sinks = page_of(sinks, static_cast<Index>(sinks.size()), 0);
     for (std::size_t i = 0; i < tile_first.size(); ++i)
         state.add_tile(page_of(tiles, state.layout->bytes, i), static_cast<Index>(tile_first[i]),
                        static_cast<Index>(tile_tokens[i]));
+    state.stale = !state.tiles.empty() && state.tiles.back().tokens < kvplane::tile_tokens;  // of format 3
     const Index page_bytes = shape.recent_rows().bytes();
     for (std::size_t i = 0; i * static_cast<std::size_t>(page_bytes) < recent.size(); ++i)
         state.recent.push_back(page_of(recent, page_bytes, i));
@@ -232,12 +256,14 @@ inline SafetensorsWriter cache_writer(const KvCache& cache) {
     writer.add("recent", {size(content.recent)}, DType::uint8, content.recent);
     writer.add("tile_first", {tiles}, DType::int64, std::as_bytes(std::span(content.tile_first)));
     writer.add("tile_tokens", {tiles}, DType::int64, std::as_bytes(std::span(content.tile_tokens)));
-    writer.add("extremes", {4}, DType::float64, std::as_bytes(std::span(content.extremes)));
+    writer.add("extremes", {size(content.extremes)}, DType::float64,
+               std::as_bytes(std::span(content.extremes)));
     if (content.basis) add_latent_keys(writer, "latent.", *content.basis);
     if (!content.queries.empty()) add_queries(writer, "queries.", content.queries);
     writer.metadata("kvplane.format", cache_format_version);
     writer.metadata("kvplane.configuration", content.configuration);
     writer.metadata("kvplane.tokens", std::to_string(content.tokens));
+    writer.metadata("kvplane.kept_sinks", std::to_string(*content.kept_sinks));
     writer.metadata("kvplane.dropped", std::to_string(content.dropped));
     writer.metadata("kvplane.window_first", std::to_string(content.window_first));
     writer.metadata("kvplane.checksum", content.checksum());
@@ -251,14 +277,15 @@ class CacheFile {
     KvCache load(const CacheConfiguration& configuration, TilePool& pool) const {
         require_configuration(configuration);
         const std::string& version = text("kvplane.format");
-        require(version == cache_format_version, ErrorCode::mismatch, source_, ": a cache of format ",
-                version, ", expected ", cache_format_version);
+        require(version == cache_format_version || version == "3", ErrorCode::mismatch, source_,
+                ": a cache of format ", version, ", expected 3 or ", cache_format_version);
         CacheContent content;
         content.configuration = text("kvplane.configuration");
         const std::string wanted = configuration_json(configuration);
         require(content.configuration == wanted, ErrorCode::mismatch, source_,
                 ": a cache of another configuration: ", content.configuration, ", expected ", wanted);
         content.tokens = number("kvplane.tokens");
+        if (version != "3") content.kept_sinks = number("kvplane.kept_sinks");
         content.dropped = number("kvplane.dropped");
         content.window_first = number("kvplane.window_first");
         read("sinks", DType::uint8, content.sinks);
@@ -266,11 +293,10 @@ class CacheFile {
         read("recent", DType::uint8, content.recent);
         read("tile_first", DType::int64, content.tile_first);
         read("tile_tokens", DType::int64, content.tile_tokens);
-        std::vector<double> extremes;
-        read("extremes", DType::float64, extremes);
-        require(extremes.size() == 4, ErrorCode::format, source_, ": extremes: ", extremes.size(),
-                " numbers, expected 4");
-        std::copy(extremes.begin(), extremes.end(), content.extremes.begin());
+        read("extremes", DType::float64, content.extremes);
+        const std::size_t expected = content.kept_sinks ? 6 : 4;
+        require(content.extremes.size() == expected, ErrorCode::format, source_,
+                ": extremes: ", content.extremes.size(), " numbers, expected ", expected);
         read_latents(configuration, content);
         require(text("kvplane.checksum") == content.checksum(), ErrorCode::format, source_,
                 ": the checksum does not match: the content was altered");
