@@ -1,16 +1,20 @@
 // kvplane/latent/basis.hpp: a basis in which keys need few bits, from second moments.
 //
-// A latent is a coordinate of a key: z = (k - mean) E. The key is k' = mean + z' D^T and the score
-// q.k' = q.mean + z'.(D^T q): a query is projected once, and no key is rebuilt. With
+// A latent is a coordinate of a key: z = (k - mean) E. From latents z' as stored, the key is
+// k' = mean + z' D^T and the score is q.k' = q.mean + z'.(D^T q). A query is therefore projected once, and no
+// key is rebuilt. With
 //
-//   C = E[u u^T]  of the queries u as the keys' frame sees them, summed over the query heads of a key head,
+//   C = E[u u^T]  the expectation over queries u in the frame of the keys, summed over the query heads of a
+//                 key head,
 //   A = C^(1/2)   (C = I: the basis of SVDq, arXiv 2502.15304, which is the SVD of the keys),
 //   U, lambda     eigenvectors and eigenvalues of cov((k - mean) A),
 //
-// z = (k - mean) A U / sqrt(lambda): unit variance each, and an error e_j of latent j costs lambda_j e_j^2 of
-// expected squared score (theorem T6b). Thus lambda is all that an allocation of bits needs to know.
+// the latents are z = (k - mean) A U / sqrt(lambda). Each has unit variance, and an error e_j of latent j
+// costs lambda_j e_j^2 of expected squared score (theorem T6b). So lambda is all that an allocation of bits
+// needs to know.
 //
-// A subspace is a set of heads that share one basis: each key head has its own, or all of them share one.
+// A subspace is a set of heads that share one basis. Either each key head has a subspace of its own, or all
+// of them share one.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +30,7 @@ namespace kvplane {
 
 enum class LatentDirections : std::uint8_t {
     eigenvectors,  ///< the least error at a given rate
-    channels       ///< the channels themselves, most important first: no matrix, and no product at a read
+    channels       ///< the channels themselves, most important first; needs no matrix or product at a read
 };
 
 struct BasisSettings {
@@ -34,8 +38,8 @@ struct BasisSettings {
     bool query_weighted = true;   ///< false: C = I
     bool heads_together = false;  ///< one subspace for all heads
     LatentDirections directions = LatentDirections::eigenvectors;
-    Index tile_tokens = 128;  ///< in the frame of a tile, how far its keys are turned
-    Index context = 4096;     ///< how far queries look back, and, after RoPE, how far keys are turned
+    Index tile_tokens = 128;  ///< how far keys turn in the frame of a tile, in positions
+    Index context = 4096;     ///< how far queries look back; after RoPE, also how far keys turn
 
     bool operator==(const BasisSettings&) const = default;
 };
@@ -44,16 +48,16 @@ struct BasisSettings {
 class LatentBasis {
   public:
     struct Subspace {
-        /// lambda, descending: expected squared score (q.k, unscaled) of each latent.
+        /// [latents] lambda, descending: the expected squared score (q.k, unscaled) of each latent.
         Eigen::VectorXd spectrum;
-        Eigen::RowVectorXf mean;  ///< of keys, in the frame
+        Eigen::RowVectorXf mean;  ///< [channels] of keys, in the frame
         Matrix to_latents;        ///< E [channels, latents]
         Matrix from_latents;      ///< D [channels, latents]
         Index rank;               ///< latents that the statistics determine; E and D are 0 beyond them
     };
 
-    /// rope: nullptr for a model without. Throws Error (shape, not_finite, option) for subspaces that do not
-    /// make up a basis.
+    /// rope: nullptr for a model without RoPE. Throws Error (shape, not_finite, option) for subspaces that do
+    /// not make up a basis.
     LatentBasis(const BasisSettings& settings, Index kv_heads, Index query_heads, Index head_dim,
                 const RopeSettings* rope, std::vector<Subspace> subspaces);
 
@@ -62,27 +66,29 @@ class LatentBasis {
     Index kv_heads() const noexcept { return kv_heads_; }
     Index query_heads() const noexcept { return query_heads_; }
     Index head_dim() const noexcept { return head_dim_; }
-    /// Of the model whose keys it was fitted to; nullptr: none.
+    /// RoPE of the model whose keys the basis was fitted to; nullptr if that model has none.
     const RopeSettings* rope() const noexcept { return has_rope_ ? &rope_ : nullptr; }
     const std::vector<Subspace>& subspaces() const noexcept { return subspaces_; }
     Index subspace_channels() const noexcept {
         return kv_heads_ * head_dim_ / static_cast<Index>(subspaces_.size());
     }
 
-    /// All latents of keys [tokens, kv_heads * head_dim], subspace by subspace. Throws Error (mismatch) for
-    /// another frame, (shape) for another width.
+    /// All latents of keys [tokens, kv_heads * head_dim], subspace by subspace. Throws Error: mismatch for
+    /// keys in another frame, shape for another number of channels.
     template <KeyFrame frame>
     Matrix encode(const FramedKeys<frame>& keys) const {
         return encode_rows(frame, keys.rows);
     }
-    /// The keys of latents; the first `kept` of each subspace count, the rest are taken as 0 (-1: all count).
+    /// The keys that `latents` stand for. The first `kept` latents of each subspace count and the rest are
+    /// taken as 0; -1: all count.
     template <KeyFrame frame>
     FramedKeys<frame> decode(const Matrix& latents, Index first_position, Index kept = -1) const {
         return {decode_rows(frame, latents, kept), first_position};
     }
 
-    /// Bytes that a cache keeps for every latent that has bits (latent/keys.hpp): two fp16 columns and their
-    /// scales; one column where E and D differ in scale alone (C = I), one number for a channel.
+    /// Bytes of basis that a cache keeps for every latent that has bits (latent/keys.hpp): two fp16 columns
+    /// and their scales. If E and D differ only in scale (C = I), it keeps one column. If directions are
+    /// channels, it keeps one number instead of columns.
     Index bytes_per_latent() const noexcept {
         if (settings_.directions == LatentDirections::channels) return 8 + 2;
         return 8 + 2 * subspace_channels() * (settings_.query_weighted ? 2 : 1);
@@ -99,20 +105,20 @@ class LatentBasis {
     std::vector<Subspace> subspaces_;
 };
 
-/// Fits a basis. rope: nullptr for a model without. Throws Error: shape (fewer than two keys; query-weighted
-/// and no queries), option (settings).
+/// Fits a basis. rope: nullptr for a model without RoPE. Throws Error: shape (fewer than two keys, or a
+/// query-weighted basis without queries), option (settings).
 LatentBasis fit_latent_basis(const LatentStatistics& statistics, const RopeSettings* rope,
                              const BasisSettings& settings);
 
-/// How much of new keys a basis misses that keeps `kept` latents of each subspace: shares of |k - mean|^2,
-/// and of the expected squared scores.
+/// How much of new keys is missed by a basis that keeps `kept` latents of each subspace: as shares of
+/// |k - mean|^2 and of the expected squared scores.
 struct LatentDrift {
     double energy = 0.0;
     double weighted_energy = 0.0;
 };
 
 namespace detail {
-/// `latents` and `close` are what the basis makes of the keys, and the keys that `kept` of them give.
+/// `latents` are those of the keys in this basis; `close` are the keys rebuilt from `kept` of them.
 LatentDrift latent_drift(const LatentBasis& basis, const Matrix& keys, const Matrix& latents,
                          const Matrix& close, Index kept);
 }  // namespace detail

@@ -15,7 +15,7 @@
 namespace kvplane {
 
 /// Encodes and decodes the tiles of one LatentKeys, in memory that is reused from tile to tile. Copies share
-/// the widened basis.
+/// D as floats.
 class LatentCoder {
   public:
     explicit LatentCoder(std::shared_ptr<const LatentKeys> keys);
@@ -38,9 +38,9 @@ class LatentCoder {
     Matrix in_frame(FramedKeys<KeyFrame::after_rope> keys) const;
 
     std::shared_ptr<const LatentKeys> keys_;
-    std::vector<detail::TileCoder> coders_;                    // one a subspace
-    std::shared_ptr<const std::vector<Matrix>> from_latents_;  // D, one a subspace
-    std::vector<Matrix> to_latents_;                           // E, filled by the first encode()
+    std::vector<detail::TileCoder> coders_;                    // [subspace]
+    std::shared_ptr<const std::vector<Matrix>> from_latents_;  // [subspace] D
+    std::vector<Matrix> to_latents_;                           // [subspace] E, filled by the first encode()
     Matrix latents_;
 };
 

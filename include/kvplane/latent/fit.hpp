@@ -1,4 +1,4 @@
-// kvplane/latent/fit.hpp: from statistics and a recipe to bases with widths.
+// kvplane/latent/fit.hpp: fits bases and widths to statistics, as a recipe asks.
 #pragma once
 
 #include <memory>
@@ -15,37 +15,40 @@
 
 namespace kvplane {
 
-/// Keys in latents instead of channels. The basis is part of the model (CacheConfiguration::latent_keys), or
-/// the cache fits one to the first tokens of its own sequence.
+/// How keys are stored as latents instead of channels. The basis is either part of the model
+/// (CacheConfiguration::latent_keys), or the cache fits one to the first tokens of its own sequence.
 struct LatentRecipe {
     BasisSettings basis;
-    /// Widths of equal groups of latents, as SVDq gives them; empty: the best widths for `bits`.
+    /// Widths of equal groups of latents, as SVDq gives them. If empty, the best widths for `bits` are
+    /// chosen.
     std::vector<int> groups;
-    /// Budget where widths are chosen, as an equivalent width by channel: 3.0 means 3 bits, and .25 more for
-    /// the grid, because grids by channel take 32 bits for 128 tokens. The bytes of a cache's own basis count
-    /// too, spread over basis.context tokens.
+    /// The budget if widths are chosen, given as the width of keys by channel that take as many bytes. 3.0
+    /// means 3 bits plus .25 for the grid, because grids by channel take 32 bits for 128 tokens. The bytes of
+    /// a cache's own basis count too, spread over basis.context tokens.
     double bits = 3.0;
-    /// Widths of given bases are chosen over all layers together, not for each layer at the same budget.
+    /// Whether the widths of given bases are chosen over all layers together, not for each layer at the same
+    /// budget.
     bool layers_together = true;
-    /// A basis of the cache's own covers all heads (basis.heads_together says so of one that is given). Its
-    /// bytes count, and are as many times more as there are heads.
+    /// Whether a basis that the cache fits itself covers all heads together. (For a given basis,
+    /// basis.heads_together says so.) The bytes of such a basis count, and there are as many times more of
+    /// them as there are heads.
     bool own_heads_together = false;
-    Index fit_tokens = 512;  ///< tokens after the sinks that a basis of the cache's own is fitted to
+    Index fit_tokens = 512;  ///< tokens after the sinks that the cache's own basis is fitted to
 
     bool operator==(const LatentRecipe&) const = default;
 };
 
-/// Bases and widths of all layers of a model from their statistics, as the recipe asks. context_tokens: over
-/// how many tokens the basis' bytes are spread; 0: they do not count, as where the basis is part of the
-/// model. cut: latents that the statistics do not determine get no bits; without it a schedule by groups that
-/// asks for them is refused. Throws Error (shape, option) as fit_latent_basis, grouped_schedule and
-/// best_schedules do.
+/// Bases and widths of all layers of a model from their statistics, as the recipe asks. context_tokens: the
+/// number of tokens over which the bytes of the basis are spread; 0 if they do not count, as for a basis that
+/// is part of the model. cut: whether latents that the statistics do not determine get no bits; if false, a
+/// schedule by groups that asks for them is refused. Throws Error (shape, option) as fit_latent_basis,
+/// grouped_schedule and best_schedules do.
 std::vector<std::shared_ptr<const LatentKeys>> fit_latent_keys(std::span<const LatentStatistics> layers,
                                                                const std::optional<RopeSettings>& rope,
                                                                const LatentRecipe& recipe,
                                                                Index context_tokens = 0, bool cut = false);
 
-/// Those of one layer.
+/// The same for one layer.
 inline std::shared_ptr<const LatentKeys> fit_latent_keys(const LatentStatistics& statistics,
                                                          const std::optional<RopeSettings>& rope,
                                                          const LatentRecipe& recipe, Index context_tokens = 0,

@@ -1,9 +1,10 @@
 // kvplane/latent/keys.hpp: the keys of one layer in latents: a basis, its widths, and the format of their
 // tiles.
 //
-// What a cache keeps of a LatentBasis: of every subspace the latents that have bits, as fp16 columns with a
-// scale each. A subspace's tile is a key tile (storage/tile.hpp) whose channels are latents. Several caches
-// share one object where it is part of the model; a cache that fits its own owns it and counts its bytes.
+// LatentKeys is what a cache keeps of a LatentBasis: from every subspace the latents that have bits, as fp16
+// columns with a scale each. A subspace's tile is a key tile (storage/tile_format.hpp) whose channels are
+// latents. Several caches share one object if it is part of the model. A cache that fits its own object owns
+// it and counts its bytes.
 #pragma once
 
 #include <cstdint>
@@ -28,15 +29,15 @@ class LatentKeys {
         std::vector<ChannelSegment> segments;  ///< of the kept latents: widths 1 to 8, first latent first
         Eigen::RowVectorXf mean;               ///< [channels]
         Eigen::RowVectorXf to_latents_scale, from_latents_scale;  ///< [kept]
-        RowMajorMatrix<Eigen::half> from_latents;  ///< [channels, kept]; none for channels as directions
-        RowMajorMatrix<Eigen::half> to_latents;    ///< the same; none where it equals from_latents (C = I)
-        std::vector<std::int64_t> channels;        ///< channels as directions: which ones [kept]
+        RowMajorMatrix<Eigen::half> from_latents;  ///< [channels, kept]; empty if directions are channels
+        RowMajorMatrix<Eigen::half> to_latents;    ///< the same; also empty if it equals from_latents (C = I)
+        std::vector<std::int64_t> channels;        ///< [kept] which channels, if directions are channels
 
         Index kept() const noexcept { return from_latents_scale.size(); }
     };
 
-    /// From a basis and a schedule for each of its subspaces. Throws Error (shape) where these do not belong
-    /// together, or a schedule keeps more latents than the statistics of the basis determine.
+    /// From a basis and a schedule for each of its subspaces. Throws Error (shape) if these do not belong
+    /// together, or if a schedule keeps more latents than the statistics of the basis determine.
     LatentKeys(const LatentBasis& basis, std::span<const LatentSchedule> schedules);
     /// From stored subspaces. Throws Error (shape, not_finite, option, index).
     LatentKeys(const BasisSettings& settings, Index kv_heads, Index query_heads, Index head_dim,
@@ -63,7 +64,7 @@ class LatentKeys {
     Matrix to_latents(Index s) const;
     Matrix from_latents(Index s) const;
 
-    /// Memory of what is stored: fp16 columns, scales, means, channel numbers.
+    /// Bytes of memory of what is stored: fp16 columns, scales, means, channel numbers.
     Index bytes() const noexcept;
 
   private:

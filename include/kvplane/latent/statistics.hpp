@@ -21,7 +21,7 @@ class SecondMoments {
   public:
     explicit SecondMoments(Index channels)
         : mean_(Eigen::VectorXd::Zero(channels)), scatter_(MatrixD::Zero(channels, channels)) {}
-    /// From what count(), mean() and scatter() gave. Throws Error (shape, not_finite, option).
+    /// Restores what count(), mean() and scatter() gave. Throws Error (shape, not_finite, option).
     SecondMoments(double count, const Eigen::VectorXd& mean, const MatrixD& scatter);
 
     Index channels() const noexcept { return mean_.size(); }
@@ -33,7 +33,7 @@ class SecondMoments {
     /// The scatter divided by the count.
     MatrixD covariance() const { return count_ > 0.0 ? MatrixD(scatter_ / count_) : scatter_; }
 
-    /// Memory of the numbers.
+    /// Bytes of memory that the numbers take.
     Index bytes() const noexcept { return 8 * (1 + mean_.size() + scatter_.size()); }
 
     /// Adds rows [count, channels] of any element type. Throws Error (shape; not_finite with the position).
@@ -41,7 +41,7 @@ class SecondMoments {
     void add(const Eigen::MatrixBase<Derived>& rows, std::string_view argument = "rows") {
         add_rows(rows.template cast<double>(), argument);
     }
-    /// As if the other's rows had been added. Throws Error (shape).
+    /// Has the effect of adding the other's rows. Throws Error (shape).
     void merge(const SecondMoments& other);
 
   private:
@@ -52,11 +52,11 @@ class SecondMoments {
     MatrixD scatter_;
 };
 
-/// What a basis of one layer is fitted to: moments of its keys, heads concatenated, and of its queries, by
-/// key head; both before RoPE.
+/// What a basis of one layer is fitted to: moments of its keys, with heads concatenated, and of its queries,
+/// one set per key head. Both are taken before RoPE.
 class LatentStatistics {
   public:
-    /// Throws Error (option) unless the heads divide.
+    /// Throws Error (option) unless query_heads is a multiple of kv_heads and all arguments are at least 1.
     LatentStatistics(Index kv_heads, Index query_heads, Index head_dim);
     /// From stored moments. Throws Error (shape, not_finite, option).
     LatentStatistics(Index query_heads, SecondMoments keys, std::vector<SecondMoments> queries);
@@ -65,18 +65,19 @@ class LatentStatistics {
     Index query_heads() const noexcept { return query_heads_; }
     Index head_dim() const noexcept { return keys_.channels() / kv_heads(); }
     const SecondMoments& keys() const noexcept { return keys_; }
-    /// Rows are single queries: count() is that of tokens times the query heads that share the key head.
+    /// Each row is one query: count() is the number of tokens times that of the query heads that share the
+    /// key head.
     const SecondMoments& queries(Index kv_head) const { return queries_[static_cast<std::size_t>(kv_head)]; }
 
     /// Throws Error (shape, not_finite).
     void add_keys(const FramedKeys<KeyFrame::before_rope>& keys) { keys_.add(keys.rows, "keys"); }
-    /// Queries before RoPE [tokens, query_heads * head_dim]. Throws Error (shape, not_finite) and then has
+    /// Queries before RoPE [tokens, query_heads * head_dim]. If it throws Error (shape, not_finite), it has
     /// changed nothing.
     void add_queries(const Matrix& queries_before_rope);
     /// Throws Error (mismatch) for other heads or another head_dim.
     void merge(const LatentStatistics& other);
 
-    /// Memory of all of it.
+    /// Bytes of memory that all moments take.
     Index bytes() const noexcept { return keys_.bytes() + kv_heads() * queries_[0].bytes(); }
 
   private:

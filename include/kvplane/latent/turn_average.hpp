@@ -1,8 +1,8 @@
 // kvplane/latent/turn_average.hpp: moments of rotated vectors, averaged over positions, in closed form.
 //
-// Statistics are of keys and queries before RoPE. What a basis sees is rotated: a key by its place in its
-// tile (any of 0 to 127 alike), a query by its distance. The averages of R(t) m and R(t) M R(t)^T over t = 0
-// .. count - 1 need no samples.
+// Statistics are of keys and queries before RoPE, but a basis sees rotated vectors. A key is rotated by its
+// place in its tile (0 to 127, all equally likely), a query by its distance. The averages of R(t) m and
+// R(t) M R(t)^T over t = 0 .. count - 1 need no samples.
 #pragma once
 
 #include <cmath>
@@ -15,9 +15,9 @@ namespace kvplane::detail {
 
 /// Averages over t = 0 .. count - 1 of turned vectors and second moments, R(t) m and R(t) M R(t)^T.
 ///
-/// A pair of channels as a complex number turns by e^{i t f}. A 2 x 2 block between two pairs is the sum of a
-/// part that commutes with rotations, as one complex number, and of one that anticommutes; these turn by
-/// e^{i t (f - g)} and e^{i t (f + g)}.
+/// A pair of channels, taken as a complex number, turns by e^{i t f}. A 2 x 2 block between two pairs is the
+/// sum of a part that commutes with rotations and a part that anticommutes. Each part is one complex number,
+/// and they turn by e^{i t (f - g)} and e^{i t (f + g)}.
 class TurnAverage {
   public:
     TurnAverage(const RotaryEmbedding& rope, Index count) : rope_(rope), count_(static_cast<double>(count)) {}

@@ -41,12 +41,12 @@ template <CacheScalar Scalar>
     fail(ErrorCode::not_finite, argument, ": holds a value that cannot be stored");
 }
 
-/// What BlockQuantizer takes from some rows, and where its codes go.
+/// The part of some rows that BlockQuantizer quantizes, and where its codes go.
 struct Block {
-    std::string_view argument = "input";    ///< what errors call the rows
-    Index head = 0;                         ///< of the rows
-    Index first = 0, count = 0;             ///< tokens
-    Index first_channel = 0, channels = 0;  ///< of the head
+    std::string_view argument = "input";    ///< the name of the rows in errors
+    Index head = 0;                         ///< which head of the rows
+    Index first = 0, count = 0;             ///< tokens first .. first + count - 1
+    Index first_channel = 0, channels = 0;  ///< of the head, likewise
     GridRule rule = {};
     int bits = 8;
     std::uint8_t* codes = nullptr;  ///< [count][channels], rows `code_stride` apart
@@ -84,8 +84,8 @@ class BlockQuantizer {
     ClipExcess excess() const noexcept { return excess_; }
 
   private:
-    /// Rows as kernels want them: contiguous, runs of `group` channels padded to a multiple of 16 by
-    /// repeating a value of the run. The input's own memory where it is like that already.
+    /// Rows in the form that kernels need: contiguous, with runs of `group` channels padded to a multiple of
+    /// 16 by repeating a value of the run. They are the input's own memory if it has that form already.
     struct Prepared {
         SourceRows rows;
         Index channels;  ///< of the padded row
@@ -184,7 +184,7 @@ class BlockQuantizer {
         return codes_.data();
     }
 
-    /// Fits `padded` grids; those beyond `grids` come from whatever the memory held and are not looked at.
+    /// Fits `padded` grids. Those beyond `grids` come from whatever the memory held and are not looked at.
     void fit(Index padded, Index grids, const Block& block) {
         fit_grids(
             isa_, rule_.scheme, bits_, padded, min_.data(), max_.data(),
@@ -199,9 +199,9 @@ class BlockQuantizer {
                     " grid beyond fp16; expected a smaller range, more bits, or the cell scheme");
     }
 
-    /// Replaces grid g by the one with the least squared error over the group, its interval shrunk about its
-    /// middle, and keeps account of what then lies outside. Products are exact in double, so that contraction
-    /// to fused multiply-add cannot choose another grid.
+    /// Replaces grid g by the one with the least squared error over the group, whose interval is shrunk about
+    /// its middle, and adds what then lies outside to excess_. Products are exact in double, so that
+    /// contraction to fused multiply-add cannot choose another grid.
     template <class Value>
     void shrink(Index g, Index size, const Value& value) {
         const auto at = static_cast<std::size_t>(g);
@@ -253,7 +253,7 @@ class BlockQuantizer {
     std::vector<std::byte> source_;
 };
 
-/// The largest magnitude; not finite where one of the values is not.
+/// The largest magnitude. It is not finite if one of the values is not.
 template <CacheScalar Scalar>
 float largest_magnitude(const HeadRows<Scalar>& rows) {
     if (rows.tokens() == 0 || rows.channels() == 0) return 0.0f;
@@ -275,8 +275,8 @@ float largest_magnitude(const HeadRows<Scalar>& rows) {
     return largest;
 }
 
-/// Refuses values that cannot be stored, naming the argument and the position: what a container calls on all
-/// of its input before it changes. Throws Error (not_finite, beyond_fp16).
+/// Refuses values that cannot be stored and names the argument and the position. A container calls this on
+/// all of its input before it changes anything. Throws Error (not_finite, beyond_fp16).
 template <CacheScalar Scalar>
 void require_storable(const HeadRows<Scalar>& rows, std::string_view argument) {
     if (!(largest_magnitude(rows) <= fp16_max)) refuse_first_bad_value(rows, argument);

@@ -5,17 +5,18 @@
 //
 //   cell       exactly [min, max]
 //   min_max    half a step further on both sides, so that the extremes are (nearly) reproduced:
-//              step = range / (2^bits - 1). What KIVI, HQQ and ggml compute.
+//              step = range / (2^bits - 1). KIVI, HQQ and ggml compute this.
 //   symmetric  two's complement around zero: alpha = max|x| / (2^(bits-1) - 1), codes -(2^(bits-1) - 1) ..
 //              2^(bits-1) - 1 stored with 2^(bits-1) added; lower follows from step and is not stored.
 //              The quantizer of theorems 3 and 4 of arXiv 2502.15075.
 //
-// A prefix of p of the bits is the p-bit cell code of the same interval, whatever the scheme, so a coarser
-// read needs nothing but fewer bits.
+// The first p bits of a code are the code of the p-bit cell grid over the same interval, whatever the scheme.
+// A coarser read therefore needs nothing but fewer bits.
 //
-// lower and step are kept as fp16 and are rounded outward, so that the interval still covers the data; codes
-// are computed against the rounded values. A group whose values are all equal gets step 0 and decodes to
-// that value rounded to fp16 (symmetric: unless it is zero, it keeps a step like any other).
+// lower and step are kept as fp16 and are rounded outward, so that the interval still covers the data. Codes
+// are computed from the rounded values. A group whose values are all equal gets step 0 and decodes to that
+// value rounded to fp16. (With the symmetric scheme this is so only if the value is zero; another value gets
+// a step like any other.)
 #pragma once
 
 #include <algorithm>
@@ -46,8 +47,8 @@ constexpr const char* name(Scheme scheme) noexcept {
     return "unknown";
 }
 
-/// The better fit at a width where nothing may be clipped: min_max reproduces the extremes, which at 1 and 2
-/// bits spends so much of the range on them that exact cells are better.
+/// The scheme with the better fit at a width if nothing may be clipped. min_max reproduces the extremes, and
+/// at 1 and 2 bits it spends so much of the range on them that exact cells are better.
 constexpr Scheme scheme_for(int bits) noexcept {
     return bits <= 2 ? Scheme::cell : Scheme::min_max;
 }
@@ -84,9 +85,9 @@ struct Grid {
     }
     float decode(int code) const noexcept { return decode(code, bits); }
 
-    /// Bound of |x - decoded x| for x inside the interval, read at `depth` bits (theorem T1): half a cell,
-    /// and the rounding of fp32 arithmetic, which is below 2^-22 of the largest magnitude involved. A group
-    /// of equal values (step 0) has the rounding of that value to fp16.
+    /// Bound of |x - decoded x| for x inside the interval, read at `depth` bits (theorem T1): half a cell
+    /// plus the rounding of fp32 arithmetic, which is below 2^-22 of the largest magnitude involved. For a
+    /// group of equal values (step 0) it is the rounding of that value to fp16.
     float error_bound(int depth) const noexcept {
         const float rounding =
             std::ldexp(std::abs(lower) + std::abs(step) * static_cast<float>(codes()), -22);
@@ -107,9 +108,9 @@ inline void require_width(int bits, Scheme scheme) {
 }  // namespace detail
 
 /// The grid of values between `min` and `max` (finite, |x| <= fp16_max). A min_max grid whose lower end would
-/// lie below fp16 starts at -fp16_max. The step is infinite where fp16 cannot hold it, which only 1-bit
-/// min_max grids over more than half of the fp16 range reach.
-/// The arithmetic is fp32 in this order on every machine, so that the bits stored never differ.
+/// lie below fp16 starts at -fp16_max. The step is infinite if fp16 cannot hold it; only 1-bit min_max grids
+/// over more than half of the fp16 range get there. The arithmetic is fp32 in this order on every machine, so
+/// that the bits stored never differ.
 inline Grid fit_grid(Scheme scheme, int bits, float min, float max) {
     Grid grid{0.0f, 0.0f, bits};
     const auto codes = static_cast<float>(1 << bits);
@@ -124,7 +125,8 @@ inline Grid fit_grid(Scheme scheme, int bits, float min, float max) {
         grid.lower = static_cast<float>(half_below(min)) + 0.0f;
         grid.step = static_cast<float>(half_above((max - grid.lower) / codes));
     } else {
-        // One division: half of a quotient is inexact among fp32's subnormals, where contraction would show.
+        // One division, because half of a quotient is inexact among fp32's subnormals, where contraction
+        // would show.
         const float half_step = (max - min) / (2.0f * codes - 2.0f);
         grid.lower = static_cast<float>(half_below(std::max(min - half_step, -fp16_max))) + 0.0f;
         grid.step = static_cast<float>(half_above((max - grid.lower) / (codes - 0.5f)));

@@ -1,8 +1,8 @@
 // kvplane/quantize/kernels.hpp: the loops of quantization, one source for every instruction set.
 //
-// The bodies are written once with the vectors of simd/vector.hpp, and compiled for each instruction set. No
-// inexact product feeds a sum, so contraction to fused multiply-add cannot change a bit: all instruction
-// sets, and the scalar functions of grid.hpp, give the same grids and codes.
+// The bodies are written once with the vectors of simd/vector.hpp and are compiled for each instruction set.
+// No inexact product feeds a sum, so contraction to fused multiply-add cannot change a bit. All instruction
+// sets and the scalar functions of grid.hpp therefore give the same grids and codes.
 //
 // Accumulators: fp32 minima and maxima (exact). Errors: those of Grid::encode and Grid::decode.
 #pragma once
@@ -29,7 +29,7 @@ struct SourceRows {
     Index stride = 0;
 };
 
-/// Where fit_grids writes: one entry a group in each array. `stored_*` are the fp16 forms.
+/// Where fit_grids writes: arrays [group]. `stored_*` are the fp16 forms.
 struct GridArrays {
     float* lower;
     float* step;
@@ -56,8 +56,8 @@ using simd::Vector;
 using simd::widen;
 using simd::Words;
 
-/// Running extremes of one vector of values, and whether all of them are inside fp16's range. NaN compares
-/// false and would slip through the extremes.
+/// Running extremes of one vector of values, and whether all values are inside fp16's range. The extremes
+/// alone would miss NaN, because NaN compares false.
 template <int Lanes, class Scalar>
 struct Extremes {
     Floats<Lanes> min, max;
@@ -79,7 +79,8 @@ struct Extremes {
     KVPLANE_INLINE void check(const Floats<Lanes>& x) {
         inside &= (Floats<Lanes>)((Words<Lanes>)x & 0x7FFFFFFFu) <= fp16_max;
     }
-    /// All bits of a lane set where all its values can be stored.
+    /// Keeps all bits of a lane of `good` set if all values of the lane can be stored, and clears them
+    /// otherwise.
     KVPLANE_INLINE void good_lanes(Ints<Lanes>& good) const {
         good &= inside;
     }
@@ -90,7 +91,7 @@ KVPLANE_INLINE void strip_extremes(const Scalar* data, Index stride, Index token
                                    Ints<Lanes>& good) {
     Extremes<Lanes, Scalar> strips[Strips];
     for (int s = 0; s < Strips; ++s) strips[s].start(data + s * Lanes);
-    // Rows of one head lie apart, often in another page of memory, where hardware does not look ahead.
+    // Rows of one head lie apart, often on different pages of memory, where hardware does not prefetch.
     constexpr int line = 64 / static_cast<int>(sizeof(Scalar)), rows_ahead = 16;
     for (Index t = 1; t < tokens; ++t) {
         if (t + rows_ahead < tokens)
@@ -118,7 +119,7 @@ KVPLANE_INLINE bool column_extremes(const Scalar* data, Index stride, Index toke
     return all_set<Lanes>(good);
 }
 
-/// Eight lanes at most: the halving at the end of every run costs more than wider lanes save.
+/// Uses 8 lanes at most, because the halving at the end of every run costs more than wider vectors save.
 template <int Lanes, class Scalar>
 KVPLANE_INLINE bool row_extremes(const Scalar* data, Index stride, Index tokens, Index channels, Index group,
                                  float* min, float* max) {
@@ -178,7 +179,7 @@ KVPLANE_INLINE void fit_grids(Scheme scheme, int bits, Index count, const float*
     }
 }
 
-/// The position is within the cells, or a few beyond where values were clipped, so it fits an integer.
+/// The position lies within the cells, or a few beyond if values were clipped, so it fits an integer.
 template <int Lanes, class Scalar>
 KVPLANE_INLINE void encode_lanes(const Scalar* from, const Floats<Lanes>& lower, const Floats<Lanes>& inverse,
                                  int last, std::uint8_t* codes) {
@@ -261,8 +262,8 @@ auto with_scalar(SourceRows rows, const Body& body) {
 // What the rest of the library calls. Pointers need no alignment; `channels` and `group` must be multiples of
 // kernel_channels (scratch rows are padded to that).
 
-/// Minima and maxima over `tokens` rows of each of `channels` columns. False when any value is NaN, infinite
-/// or beyond fp16; the extremes mean nothing then.
+/// Writes min and max [channel], each over `tokens` rows. Returns false if any value is NaN, infinite or
+/// beyond fp16; the extremes are then meaningless.
 inline bool column_extremes(Isa isa, SourceRows rows, Index tokens, Index channels, float* min, float* max) {
     return with_scalar(rows, [&](const auto* data) {
         return run_on(isa, [&](auto lanes) KVPLANE_BODY {
@@ -271,7 +272,7 @@ inline bool column_extremes(Isa isa, SourceRows rows, Index tokens, Index channe
     });
 }
 
-/// The same for each run of `group` channels of each row, to [token * (channels / group) + run].
+/// The same for each run of `group` channels of each row: min and max are [token][run of channels].
 inline bool row_extremes(Isa isa, SourceRows rows, Index tokens, Index channels, Index group, float* min,
                          float* max) {
     return with_scalar(rows, [&](const auto* data) {
@@ -289,7 +290,7 @@ inline void fit_grids(Isa isa, Scheme scheme, int bits, Index count, const float
     });
 }
 
-/// Codes of every value; the grid of channel c stands at [c].
+/// Writes the code of every value. lower and inverse are [channel].
 inline void encode_columns(Isa isa, SourceRows rows, Index tokens, Index channels, int bits,
                            const float* lower, const float* inverse, std::uint8_t* codes, Index code_stride) {
     return with_scalar(rows, [&](const auto* data) {
@@ -300,7 +301,7 @@ inline void encode_columns(Isa isa, SourceRows rows, Index tokens, Index channel
     });
 }
 
-/// Codes of every value; the grid of a run stands where row_extremes puts it.
+/// Writes the code of every value. lower and inverse are [token][run of channels], as in row_extremes.
 inline void encode_rows(Isa isa, SourceRows rows, Index tokens, Index channels, Index group, int bits,
                         const float* lower, const float* inverse, std::uint8_t* codes, Index code_stride) {
     return with_scalar(rows, [&](const auto* data) {
@@ -311,7 +312,7 @@ inline void encode_rows(Isa isa, SourceRows rows, Index tokens, Index channels, 
     });
 }
 
-/// lower + step (code + 1/2), with `step` that of the depth at which the codes were read.
+/// Writes lower + step (code + 1/2). `step` [channel] is the step at the depth at which the codes were read.
 inline void decode_columns(Isa isa, const std::uint8_t* codes, Index code_stride, Index tokens,
                            Index channels, const float* lower, const float* step, float* values,
                            Index value_stride) {
@@ -321,10 +322,10 @@ inline void decode_columns(Isa isa, const std::uint8_t* codes, Index code_stride
     });
 }
 
-/// The largest magnitude of `count` numbers, 0 of none; not finite where one of them is not.
+/// The largest magnitude of `count` numbers, or 0 if there are none. It is not finite if one of them is not.
 template <CacheScalar Scalar>
 float largest_magnitude(Isa isa, const Scalar* from, Index count) noexcept {
-    // As integers, for so infinity is above all numbers, and NaN above infinity.
+    // Compared as integers, because infinity is then above all numbers, and NaN above infinity.
     using Bits = std::conditional_t<sizeof(Scalar) == 4, std::int32_t, std::int16_t>;
     constexpr Bits magnitude = std::numeric_limits<Bits>::max();
     return run_on(isa, [=](auto lanes) KVPLANE_BODY {

@@ -17,8 +17,8 @@ constexpr const char* name(Granularity granularity) noexcept {
     return granularity == Granularity::per_channel ? "per_channel" : "per_token";
 }
 
-/// Groups of `group` elements that `count` elements make; the last may be smaller. Any group >= 1 will do,
-/// however large.
+/// How many groups of `group` elements `count` elements make. The last group may be smaller. `group` may be
+/// any number from 1 on, however large.
 constexpr Index groups_of(Index count, Index group) noexcept {
     return count / group + (count % group != 0 ? 1 : 0);
 }
@@ -39,7 +39,7 @@ struct GridRule {
         return granularity == Granularity::per_channel ? groups_of(tokens, group) * channels
                                                        : tokens * groups_of(channels, group);
     }
-    /// Bytes that one grid is stored in: an fp16 step, and an fp16 lower unless that follows from step.
+    /// Bytes that one grid takes in storage: an fp16 step, and an fp16 lower unless that follows from step.
     Index bytes_per_grid() const noexcept { return scheme == Scheme::symmetric ? 2 : 4; }
 
     bool operator==(const GridRule&) const = default;

@@ -16,8 +16,9 @@ namespace kvplane::theory {
 /// scheme `cell`). range finite and >= 0, bits >= 1; throws Error (not_finite, option) otherwise.
 double cell_step(double range, int bits);
 
-/// T1, the step of the grid whose first and last middle are the ends of an interval of length `range`, so
-/// that both are reproduced exactly (the scheme `min_max`): range / (2^bits - 1). Throws as cell_step.
+/// T1, the step of the grid whose first and last cells have their middles at the ends of an interval of
+/// length `range`, so that both ends are reproduced exactly (the scheme `min_max`): range / (2^bits - 1).
+/// Throws as cell_step.
 double min_max_step(double range, int bits);
 
 /// T1, T2: the step of two's complement around zero (the scheme `symmetric`; alpha in arXiv 2502.15075):
@@ -25,9 +26,9 @@ double min_max_step(double range, int bits);
 double symmetric_step(double largest, int bits);
 
 /// T1: whatever the scheme, |x - x'| <= step * 2^(bits - depth) / 2 for every x in the interval that the
-/// 2^bits cells cover, read from the first `depth` bits of its code. Reached at the edges of the cells of
-/// that depth. Where grids are rounded outward to fp16 it holds for the step as stored. step finite and >= 0,
-/// 1 <= depth <= bits; throws Error (not_finite, option) otherwise.
+/// 2^bits cells cover, read from the first `depth` bits of its code. The bound is reached at the edges of the
+/// cells of that depth. If grids are rounded outward to fp16, it holds for the step as stored. step finite
+/// and >= 0, 1 <= depth <= bits; throws Error (not_finite, option) otherwise.
 double read_error_bound(double step, int bits, int depth);
 
 /// T2, Frobenius and spectral bounds (arXiv 2502.15075, theorems 3 and 4). A is rows x columns, M = `largest`
@@ -35,63 +36,66 @@ double read_error_bound(double step, int bits, int depth);
 ///
 ///     |A - A'|_2 <= |A - A'|_F <= sqrt(rows * columns) * M / (2 * (2^(bits-1) - 1)).
 ///
-/// Approached where every entry but the largest lies half a step from a code; those errors can all be equal,
-/// so the spectral norm reaches it too. rows, columns >= 0; throws Error (shape, not_finite, option)
-/// otherwise.
+/// The bound is approached if every entry but the largest lies half a step from a code. Those errors can all
+/// be equal, so the spectral norm comes as close. rows, columns >= 0; throws Error (shape, not_finite,
+/// option) otherwise.
 ///
 /// Theorem 3 also prints a lower bound, M <= |A - A'|_2. It is false: an A whose entries lie on the grid has
 /// no error at all.
 double symmetric_frobenius_bound(Index rows, Index columns, double largest, int bits);
 
-/// T2 from the spectral norm of A alone: as M <= |A|_2, neither norm of A - A' exceeds
+/// T2 from the spectral norm of A alone. Because M <= |A|_2, neither norm of A - A' exceeds
 ///
 ///     sqrt(rows * columns) * |A|_2 / (2 * (2^(bits-1) - 1)).
 ///
-/// Looser than symmetric_frobenius_bound wherever |A|_2 > M. Throws as that.
+/// It is looser than symmetric_frobenius_bound wherever |A|_2 > M. Throws as symmetric_frobenius_bound.
 double symmetric_spectral_bound(Index rows, Index columns, double spectral_norm, int bits);
 
-/// T2 for the scheme `cell`, range = max A_ij - min A_ij: |A - A'|_F <= sqrt(rows * columns) * range /
-/// 2^(bits+1). Stronger than symmetric_frobenius_bound by a factor of at least 2^(bits-1) / (2^(bits-1) -
-/// 1), as range <= 2 M. Reached where every entry lies at the edge of a cell. bits >= 1; throws as
+/// T2 for the scheme `cell`, with range = max A_ij - min A_ij:
+///
+///     |A - A'|_F <= sqrt(rows * columns) * range / 2^(bits+1).
+///
+/// Because range <= 2 M, it is stronger than symmetric_frobenius_bound by a factor of at least 2^(bits-1) /
+/// (2^(bits-1) - 1). It is reached if every entry lies at the edge of a cell. bits >= 1; throws as
 /// symmetric_frobenius_bound.
 double cell_frobenius_bound(Index rows, Index columns, double range, int bits);
 
 /// T3, key-prioritized quantization (arXiv 2502.15075, theorem 2, in the form that can be proved). Keys and
-/// values of the same shape, both quantized by the same uniform quantizer with the squared error D(b) =
-/// constant * |M|_F^2 * 4^-b. Returns the difference that giving `first_bits` to the keys and `second_bits`
-/// to the values makes against the opposite,
+/// values have the same shape and are quantized by the same uniform quantizer, whose squared error is D(b) =
+/// constant * |M|_F^2 * 4^-b. Returns the error of giving `first_bits` to the keys and `second_bits` to the
+/// values, less the error of the opposite assignment,
 ///
 ///     D_K(b1) + D_V(b2) - D_K(b2) - D_V(b1) = constant * (|K|_F^2 - |V|_F^2) * (4^-b1 - 4^-b2),
 ///
-/// which is negative exactly when the matrix of larger norm gets more bits. Norms finite and >= 0; throws
-/// Error (not_finite, option) otherwise.
+/// which is negative exactly if the matrix of larger norm gets more bits. Norms finite and >= 0; throws Error
+/// (not_finite, option) otherwise.
 double key_prioritized_difference(double key_norm, double value_norm, double first_bits, double second_bits,
                                   double constant = 1);
 
-/// T3, the split of least error: b_K - b_V = log2(|K|_F / |V|_F), for real bits and the error of
-/// key_prioritized_difference. (Appendix B.4 of arXiv 2502.15075 prints the ratio upside down; at this split
-/// the errors of keys and values are equal, which is where the sum for a given b_K + b_V is least.) Norms
+/// T3, the split of least error: b_K - b_V = log2(|K|_F / |V|_F), for real bits and the error D(b) of
+/// key_prioritized_difference. At this split the errors of keys and values are equal, and that is where their
+/// sum for a given b_K + b_V is least. (Appendix B.4 of arXiv 2502.15075 prints the ratio upside down.) Norms
 /// finite and > 0; throws Error (not_finite, option) otherwise.
 double optimal_key_value_split(double key_norm, double value_norm);
 
-/// T4, norm disparity (arXiv 2502.15075, theorem 1): E|W_K| > E|W_V|. What a table of norms by layer says of
-/// it.
+/// T4, norm disparity (arXiv 2502.15075, theorem 1): E|W_K| > E|W_V|. This is what a table of norms per layer
+/// says about that claim.
 struct NormDisparity {
     Index layers = 0;
     double mean_key_norm = 0;
     double mean_value_norm = 0;
     std::vector<Index> exceptions;  ///< layers whose key norm is not above their value norm, ascending
 
-    /// The claim as stated: of the mean over layers.
+    /// Whether the claim holds as stated, for the average over layers.
     bool holds_on_average() const { return mean_key_norm > mean_value_norm; }
-    /// The stronger one that allocation by layer relies on.
+    /// Whether the stronger claim holds that allocation layer by layer relies on.
     bool holds_in_every_layer() const { return exceptions.empty(); }
 };
 
-/// T4. It is an empirical claim: on the authors' own table it holds in Frobenius norm for the Llama models
-/// (all layers but 0 and 1 of Llama-3.3-70B) and fails for most layers of every Qwen3 model, whose keys are
-/// normalised after projection; in spectral norm it holds in all layers but 0 to 3 of Llama-3.3-70B and layer
-/// 33 of Qwen3-4B and Qwen3-8B. One norm a layer, finite and >= 0; throws Error (shape, not_finite, option)
+/// T4. The claim is empirical. On the authors' own table it holds in Frobenius norm for the Llama models (all
+/// layers but 0 and 1 of Llama-3.3-70B) and fails for most layers of every Qwen3 model, whose keys are
+/// normalised after projection. In spectral norm it holds in all layers but 0 to 3 of Llama-3.3-70B and layer
+/// 33 of Qwen3-4B and Qwen3-8B. One norm per layer, finite and >= 0; throws Error (shape, not_finite, option)
 /// otherwise.
 NormDisparity norm_disparity(const Eigen::Ref<const Eigen::VectorXd>& key_norms,
                              const Eigen::Ref<const Eigen::VectorXd>& value_norms);
@@ -101,152 +105,161 @@ NormDisparity norm_disparity(const Eigen::Ref<const Eigen::VectorXd>& key_norms,
 ///
 ///     sum_i min_o (errors(i, o) + price * costs(i, o)) - price * budget,
 ///
-/// whatever price >= 0 an error is charged for a bit. errors and costs are items x options, with weights and
-/// counts multiplied in; an item with fewer options than others repeats one. Tight at the price of the last
-/// step taken where all curves are convex and the budget ends with that step. Throws Error (shape,
+/// for any price >= 0, the error charged for a bit. errors and costs are [items][options], with weights and
+/// counts multiplied in; an item with fewer options than others repeats one. The bound is tight at the price
+/// of the last step taken if all curves are convex and the budget ends with that step. Throws Error (shape,
 /// not_finite, option).
 double allocation_lower_bound(const Eigen::Ref<const MatrixD>& errors, const Eigen::Ref<const MatrixD>& costs,
                               double price, double budget);
 
-/// T5 in closed form for D_i(b) = weights(i) * 4^-b and real widths b_i, also below 0, with counts(i)
-/// elements each: by the weighted inequality of means no allocation of sum_i counts(i) * b_i <= budget has an
-/// error below
+/// T5 in closed form, for D_i(b) = weights(i) * 4^-b and real widths b_i, which may be negative. Item i has
+/// counts(i) elements. By the weighted inequality of arithmetic and geometric means, no allocation with
+/// sum_i counts(i) * b_i <= budget has an error below
 ///
 ///     N * 4^(-budget / N) * prod_i (weights(i) / counts(i))^(counts(i) / N),    N = sum_i counts(i).
 ///
-/// Reached exactly where weights(i) / counts(i) * 4^-b_i is the same for all items; with two items of equal
-/// count that is optimal_key_value_split. weights >= 0, counts > 0; throws Error (shape, not_finite, option)
-/// otherwise.
+/// It is reached exactly if weights(i) / counts(i) * 4^-b_i is the same for all items. With two items of
+/// equal count that is optimal_key_value_split. weights >= 0, counts > 0; throws Error (shape, not_finite,
+/// option) otherwise.
 double high_rate_allocation_bound(const Eigen::Ref<const Eigen::VectorXd>& weights,
                                   const Eigen::Ref<const Eigen::VectorXd>& counts, double budget);
 
-/// T5, the premise under which greedy on marginal gain is exact: all steps of all menus cost the same and no
-/// curve gains more by a later step than by an earlier one. errors and costs as for allocation_lower_bound,
-/// costs ascending. Steps are compared up to a relative 1e-12. Throws Error (shape, not_finite, option).
+/// T5, the premise under which greedy on marginal gain is exact: all steps of all menus cost the same, and no
+/// curve gains more by a later step than by an earlier one. errors and costs are as for
+/// allocation_lower_bound, with ascending costs. Steps are compared with a relative tolerance of 1e-12.
+/// Throws Error (shape, not_finite, option).
 bool greedy_is_exact(const Eigen::Ref<const MatrixD>& errors, const Eigen::Ref<const MatrixD>& costs);
 
-/// T6, truncation (Eckart and Young 1936). Of the spectrum of K - mean, descending: its squared singular
-/// values, or the eigenvalues of its covariance (then an error a token). No matrix of rank `kept` is nearer
-/// to K - mean in squared Frobenius norm than
+/// T6, truncation (Eckart and Young 1936). `spectrum` holds the squared singular values of K - mean,
+/// descending. If it holds the eigenvalues of the covariance instead, the result is an error per token. No
+/// matrix of rank `kept` is nearer to K - mean in squared Frobenius norm than
 ///
 ///     sum_{j >= kept} spectrum_j,
 ///
-/// which the first `kept` latents reach. In an orthonormal basis rotation changes no norm, so with latents
-/// themselves in error, |K - K'|_F^2 = |L_r - L_r'|_F^2 + this. spectrum: >= 0 and descending; 0 <= kept <=
+/// which the first `kept` latents reach. An orthonormal basis changes no norm, so if the latents themselves
+/// have errors, |K - K'|_F^2 = |L_r - L_r'|_F^2 + this sum. spectrum >= 0 and descending; 0 <= kept <=
 /// latents. Throws Error (not_finite, option) otherwise.
 double truncation_error(const Eigen::Ref<const Eigen::VectorXd>& spectrum, Index kept);
 
-/// T6b, query-weighted basis: latents z = (k - mean) A U / sqrt(lambda), A = C^(1/2), C = E[u u^T] of the
-/// queries as the keys' frame sees them. For u independent of the error,
+/// T6b, query-weighted basis. The latents are z = (k - mean) A U / sqrt(lambda), with A = C^(1/2) and
+/// C = E[u u^T] over the queries u in the frame of the keys. For u independent of the error,
 ///
 ///     E[(u.(k - k'))^2] = sum_j lambda_j e_j,    e_j = E[(z_j - z_j')^2],
 ///
-/// in squared (unscaled) scores: a latent that is not kept has e_j = 1. With C = I it is E|k - k'|^2. Exact;
-/// a ridge added to C adds the same multiple of E|k - k'|^2. spectrum (lambda) and errors >= 0, one a latent.
-/// Throws Error (shape, not_finite, option) otherwise.
+/// in squared scores without the factor 1 / sqrt(head_dim). A latent that is not kept has e_j = 1. With C = I
+/// the sum is E|k - k'|^2. It is exact. If a ridge is added to C, the sum grows by the same multiple of
+/// E|k - k'|^2. spectrum (lambda) and errors >= 0, one entry per latent. Throws Error (shape, not_finite,
+/// option) otherwise.
 double expected_score_error(const Eigen::Ref<const Eigen::VectorXd>& spectrum,
                             const Eigen::Ref<const Eigen::VectorXd>& errors);
 
-/// T7, deterministic bound of SVDq (arXiv 2502.15304). `cell` grids over the intervals of length ranges(j) =
-/// max - min of latent j, L = (K - mean) U, over `tokens` tokens:
+/// T7, deterministic bound of SVDq (arXiv 2502.15304). The latents L = (K - mean) U of `tokens` tokens are
+/// quantized with `cell` grids. The grid of latent j covers an interval of length ranges(j) = max - min of
+/// that latent:
 ///
 ///     |K - K'|_F^2 <= tokens * sum_{bits_j > 0} (ranges(j) / 2^(bits_j + 1))^2
 ///                     + sum_{bits_j = 0} squared_singular_values(j).
 ///
-/// Reached where every latent lies at the edge of a cell. One grid a latent; where grids cover fewer tokens,
-/// it holds for the sum over them. bits 0 or more, all else >= 0, one of each a latent. Throws Error (shape,
-/// not_finite, option) otherwise.
+/// The bound is reached if every latent lies at the edge of a cell. Each latent has one grid; if grids cover
+/// fewer tokens, the bound holds for the sum over the grids. bits 0 or more, everything else >= 0, one entry
+/// per latent. Throws Error (shape, not_finite, option) otherwise.
 double svdq_error_bound(const Eigen::Ref<const Eigen::VectorXd>& ranges, std::span<const int> bits,
                         const Eigen::Ref<const Eigen::VectorXd>& squared_singular_values, Index tokens);
 
-/// T8, what SVDq gains over per-channel quantization at the same mean bits (arXiv 2502.15304 says "x0.1 or
-/// even lower"). Latent variances lambda(t) = lambda_0 e^(-decay t), t in [0, 1], errors lambda 4^-b (high
-/// rate), and real widths of least error: the ratio of the errors is that of the geometric to the arithmetic
-/// mean of the variances,
+/// T8, what SVDq gains over per-channel quantization at the same average number of bits (arXiv 2502.15304
+/// says "x0.1 or even lower"). Let the latent variances be lambda(t) = lambda_0 e^(-decay t) with t in
+/// [0, 1], the errors lambda 4^-b (high rate), and the widths real and of least error. The ratio of the
+/// errors is then that of the geometric to the arithmetic mean of the variances,
 ///
-///     (decay / 2) / sinh(decay / 2);
+///     (decay / 2) / sinh(decay / 2).
 ///
-/// 1 at a decay of 0, .1000 at 9. decay finite, else Error (not_finite).
+/// It is 1 at a decay of 0 and .1000 at 9. decay finite; throws Error (not_finite) otherwise.
 double svdq_gain(double decay);
 
-/// T8 at low rate: equal groups of latents, each of rho = e^(-decay / groups) times the energy of the one
-/// before, group g with widths[g] bits. The share of the trace that is lost,
+/// T8 at low rate. The latents form equal groups, each with rho = e^(-decay / groups) times the energy of the
+/// one before. Group g has widths[g] bits. Returns the share of the trace that is lost,
 ///
 ///     sum_g e_g f(widths[g]),    e_g = (1 - rho) rho^g / (1 - rho^groups),
 ///
-/// f = error_by_width: mean squared error of a latent of variance 1 at 0, 1, 2, ... bits, f(0) = 1 (for the
-/// library's grids: latent_grid_error). Divided by f(b) of the mean width it is the ratio that svdq_gain
-/// bounds. 0 <= rho <= 1, at least one group, widths within the table, table >= 0. Throws Error (shape,
-/// not_finite, option) otherwise.
+/// where f = error_by_width is the mean squared error of a latent of variance 1 at 0, 1, 2, ... bits, and
+/// f(0) = 1. (For the library's grids, f is latent_grid_error.) Divided by f(b) at the average width b, the
+/// result is the ratio that svdq_gain bounds. 0 <= rho <= 1, at least one group, widths within the table,
+/// table >= 0. Throws Error (shape, not_finite, option) otherwise.
 double svdq_grouped_error(double rho, std::span<const int> widths, std::span<const double> error_by_width);
 
-/// T8: the decay of a measured spectrum, minus the slope of the least squares line through log(spectrum_j)
-/// over t_j = (j + 1/2) / latents. At least two latents, all > 0. Throws Error (shape, not_finite, option)
-/// otherwise.
+/// T8: the decay of a measured spectrum. It is the negative slope of the least squares line through
+/// log(spectrum_j) over t_j = (j + 1/2) / latents. At least two latents, all > 0. Throws Error (shape,
+/// not_finite, option) otherwise.
 double fitted_decay(const Eigen::Ref<const Eigen::VectorXd>& spectrum);
 
 /// T9, reverse water-filling (Shannon; Cover and Thomas, theorem 10.3.3).
 struct WaterFilling {
     double distortion = 0;  ///< sum over latents, in the spectrum's units
-    double level = 0;       ///< theta: what no latent's error exceeds
+    double level = 0;       ///< theta: no latent's error exceeds it
 };
 
-/// T9: normal latents of the variances `spectrum` (any order) cannot be coded, by any means, in a mean of
-/// `mean_bits` bits a latent with a summed mean squared error below
+/// T9: let normal latents have the variances `spectrum`, in any order. No code of any kind that spends
+/// `mean_bits` bits per latent on average has a summed mean squared error below
 ///
 ///     distortion = sum_j min(theta, spectrum_j),    mean_bits = mean_j max(0, 1/2 log2(spectrum_j / theta)).
 ///
-/// No schedule of scalar quantizers reaches it at low rate, as f(b) > 4^-b. spectrum >= 0, at least one
-/// latent, mean_bits >= 0. Throws Error (shape, not_finite, option) otherwise.
+/// No schedule of scalar quantizers reaches it at low rate, because their error f(b) (see svdq_grouped_error)
+/// is above 4^-b. spectrum >= 0, at least one latent, mean_bits >= 0. Throws Error (shape, not_finite,
+/// option) otherwise.
 WaterFilling reverse_water_filling(const Eigen::Ref<const Eigen::VectorXd>& spectrum, double mean_bits);
 
-/// T10: mean bits of equal groups of these widths (>= 0, at least one); 2 for SVDq's (8,4,2,1,1,0,0,0), 1.25
-/// for its (4,4,2,0,0,0,0,0). Throws Error (shape, option) otherwise.
+/// T10: the average number of bits per latent in equal groups of these widths (>= 0, at least one). It is 2
+/// for SVDq's (8,4,2,1,1,0,0,0) and 1.25 for its (4,4,2,0,0,0,0,0). Throws Error (shape, option) otherwise.
 double schedule_rate(std::span<const int> widths);
 
-/// T10: how many times smaller keys are than in fp16, by nominal bits and with a share `key_fraction` of the
-/// tokens kept: 16 / bits / key_fraction. 409.6 at 1.25 bits and 1/32: the "410x" of arXiv 2502.15304. bits >
-/// 0, 0 < key_fraction <= 1. Throws Error (not_finite, option) otherwise.
+/// T10: how many times smaller keys are than in fp16, counted in nominal bits and with a share `key_fraction`
+/// of the tokens kept: 16 / bits / key_fraction. It is 409.6 at 1.25 bits and 1/32, the "410x" of arXiv
+/// 2502.15304. bits > 0, 0 < key_fraction <= 1. Throws Error (not_finite, option) otherwise.
 double key_compression(double bits, double key_fraction);
 
-/// T10: what an element of a key really takes, in bits, where `kept` of `channels` latents have a width, the
-/// schedule's mean is `bits`, one fp16 basis (kept vectors of `channels` numbers) serves `tokens` tokens, and
-/// every `grid_group` tokens of a latent have an fp16 step and lower:
+/// T10: the bits that one element of a key really takes. `kept` of `channels` latents have a width. The
+/// schedule spends `bits` bits per latent on average. One fp16 basis, `kept` vectors of `channels` numbers,
+/// serves `tokens` tokens. Every `grid_group` tokens of a latent have an fp16 step and lower:
 ///
 ///     bits + 16 kept / tokens + (kept / channels) 32 / grid_group.
 ///
-/// Padding of planes comes on top. 0 <= kept <= channels, the other counts >= 1, bits >= 0. Throws Error
+/// The padding of planes comes on top. 0 <= kept <= channels, the other counts >= 1, bits >= 0. Throws Error
 /// (not_finite, option) otherwise.
 double latent_true_rate(double bits, Index kept, Index channels, Index tokens, Index grid_group);
 
-/// T11 (the rule of AlignedKV, arXiv 2409.16546, with the thresholds that it supports): fp16 keys read in
-/// planes {8, 4, 4} and filled with the middle of what is unread. E* = `largest_exponent` = max over channels
-/// of e(q_j) + e(max |k_j|), e the unbiased exponent (-14 for subnormals). A channel whose sum lies 4 or more
-/// below E* may be read at 12 bits, 8 or more below at 8 bits: then |q_i (k_i - k_i')| < 2^(E* - 10), what
-/// fp16 rounds the largest term by at most.
+/// T11 (the rule of AlignedKV, arXiv 2409.16546, with the thresholds that it supports): fp16 keys are read in
+/// planes of {8, 4, 4} bits, and unread bits are filled with the middle of their range. E* =
+/// `largest_exponent` = max over channels of e(q_j) + e(max |k_j|), where e is the unbiased exponent (-14 for
+/// subnormals). A channel whose sum of exponents lies 4 or more below E* may be read at 12 bits, and one that
+/// lies 8 or more below at 8 bits. Then |q_i (k_i - k_i')| < 2^(E* - 10), which is the most that fp16 rounds
+/// the largest term by.
 double aligned_term_bound(int largest_exponent);
-/// T11: |s - s'| of a score (q.k / sqrt(head_dim)) of which `truncated` channels were read so. truncated >=
-/// 0, head_dim >= 1; throws Error (option) otherwise.
+/// T11: bound of |s - s'| for a score s = q.k / sqrt(head_dim) of which `truncated` channels were read in
+/// that way. truncated >= 0, head_dim >= 1; throws Error (option) otherwise.
 double aligned_score_bound(Index truncated, int largest_exponent, Index head_dim);
 
-/// T13: |s - s'| of scale q.k where channel c is read to a cell of width read_step[c] (step 2^(unread bits)):
-/// scale sum |q_c| read_step[c] / 2. Throws Error (shape) where lengths differ.
+/// T13: bound of |s - s'| for a score s = scale q.k whose channel c is read to a cell of width read_step[c]
+/// (step 2^(unread bits)): scale sum_c |q_c| read_step[c] / 2. Throws Error (shape) if the lengths differ.
 double read_score_bound(const Eigen::Ref<const Eigen::VectorXd>& query,
                         const Eigen::Ref<const Eigen::VectorXd>& read_step, double scale);
-/// T13, the certificate of an output: where no score is off by more than score_error,
+/// T13, the certificate of an attention output: if no score is off by more than score_error, then
 ///
 ///     |o - o'|_2 <= 2 tanh(score_error / 2) radius + value_error,
 ///
-/// radius = max_t |v_t - c|_2 over the exact values for any c, value_error = sum_t p'_t |v_t - v'_t|_2.
-/// Reached by two tokens whose weights are e^(+-score_error / 2) to each other. Nothing negative; throws
-/// Error (not_finite, option) otherwise.
+/// where radius = max_t |v_t - c|_2 over the exact values v_t, for any vector c, and value_error =
+/// sum_t p'_t |v_t - v'_t|_2. The bound is reached by two tokens whose unnormalised weights are
+/// e^(score_error / 2) and e^(-score_error / 2). All arguments >= 0; throws Error (not_finite, option)
+/// otherwise.
 double output_error_bound(double score_error, double radius, double value_error);
 
-/// T14: what rounding factors (the query times a channel's step, a softmax weight times a token's) adds at
-/// most to a sum of `count` products with codes of `bits` bits. largest: of the factors' magnitudes. Codes
-/// count from their middle, (2^b - 1) / 2 away at most; factors have 8 bits, largest / 254 off, or, for more
-/// than 4 bits, two times 8, of which the low one does not meet the `bits_below` bits below the first plane.
-/// Throws Error (option) for bits outside 1 to 8, and what is negative.
+/// T14: the most that rounding the factors adds to a sum of `count` products of a factor and a code of `bits`
+/// bits. A factor is the query times a channel's step, or a softmax weight times a token's step. `largest` is
+/// the largest magnitude of the factors.
+///
+/// Codes count from their middle, so they are at most (2^bits - 1) / 2 in magnitude. Up to 4 bits, a factor
+/// is rounded to 8 bits and is off by largest / 254 at most. Above 4 bits, it is rounded to two parts of 8
+/// bits each, and the low part is not multiplied with the `bits_below` bits below the first plane. Throws
+/// Error (option) for bits outside 1 to 8 and for negative arguments.
 double rounded_factors_error(int bits, int bits_below, Index count, double largest);
 
 }  // namespace kvplane::theory

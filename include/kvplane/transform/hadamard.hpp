@@ -1,13 +1,13 @@
 // kvplane/transform/hadamard.hpp: the randomized Hadamard transform of the rows of a matrix.
 //
-// y = x R, R = D H / sqrt(n): random signs, then Sylvester's Hadamard matrix. It spreads an outlier channel
-// over all channels of its head, so that one grid for a whole token loses less. R is orthogonal: a transform
-// of keys is undone by applying it to the query as well (q R . k R = q . k), one of values by applying the
-// inverse to the attention output once.
+// y = x R with R = D H / sqrt(n), where D holds random signs and H is Sylvester's Hadamard matrix of size n.
+// R spreads an outlier channel over all channels of its head, so that one grid for a whole token loses less.
+// R is orthogonal. A transform of keys is undone by applying it to the query as well (q R . k R = q . k), and
+// a transform of values by applying the inverse to the attention output once.
 //
-// Any number of channels: block-diagonal with the largest powers of two that fit, so 80 = 64 + 16, 96 = 64
-// + 32. O(d log d) a row. The signs follow from the seed alone, on every machine; sums are fp32, so R R^T = I
-// to about log2(d) 2^-24.
+// Any number of channels d will do: R is block-diagonal with the largest powers of two that fit, so
+// 80 = 64 + 16 and 96 = 64 + 32. A row takes O(d log d) operations. The signs follow from the seed alone, on
+// every machine. Sums are fp32, so R R^T = I to about log2(d) 2^-24.
 #pragma once
 
 #include <cstddef>
@@ -24,12 +24,13 @@ namespace kvplane {
 /// The transform of the heads of one model; const calls are safe from several threads at once.
 class Hadamard {
   public:
-    /// For heads of `channels` channels. Throws Error (option) for less than one.
+    /// For heads of `channels` channels. Throws Error (option) if there is not at least one.
     explicit Hadamard(Index channels, std::uint64_t seed = 0);
 
     Index channels() const noexcept { return static_cast<Index>(signs_.size()); }
 
-    /// Rotates in place every row of tokens x (heads * channels), each head by itself. Throws Error (shape).
+    /// Rotates every row of `rows` [tokens, heads * channels] in place, each head by itself. Throws Error
+    /// (shape).
     template <class Derived>
     void rotate(Eigen::MatrixBase<Derived>& rows) const {
         transform(rows, false);
@@ -40,12 +41,12 @@ class Hadamard {
         transform(rows, true);
     }
 
-    /// One head of one token, in place.
+    /// Rotates one head of one token in place.
     void rotate(float* head) const noexcept { transform(head, 1, channels(), false); }
     void rotate_back(float* head) const noexcept { transform(head, 1, channels(), true); }
 
   private:
-    /// Every head of `count` rows of `cols` channels, one row after another.
+    /// Transforms every head of `count` rows of `cols` channels, which lie one after another.
     void transform(float* rows, Index count, Index cols, bool back) const noexcept;
     template <class Derived>
     void transform(Eigen::MatrixBase<Derived>& rows, bool back) const {

@@ -1,13 +1,14 @@
 // kvplane/transform/rope.hpp: rotary embedding (arXiv 2104.09864), its inverse, and the frames of keys.
 //
-// Channels in pairs; pair i of a head at position p turns by the angle p f_i. Engines hand over keys after
-// that. Three frames, between which a key goes by rotations that depend on positions alone, so without loss:
+// Channels form pairs. Pair i of a head at position p turns by the angle p f_i. Engines hand over keys that
+// are turned already. There are three frames. A key goes from one to another by rotations that depend on
+// positions alone, so without loss:
 //
 //   before_rope   k: as the projection gave it
 //   after_rope    R(p) k: what attention multiplies with a query
-//   tile          R(p - m0) k, m0 the position of the first token of the key's tile: slow pairs look
-//                 as before RoPE, and no key is turned at a read, as q.k' = (R(-m0) q).(R(-m0) k')
-//                 exactly (T6)
+//   tile          R(p - m0) k, where m0 is the position of the first token of the key's tile. Slow pairs
+//                 look as before RoPE. No key is turned at a read, because
+//                 q.k' = (R(-m0) q).(R(-m0) k') exactly (T6).
 //
 // Keys carry their frame in their type (FramedKeys), so that they cannot be mixed. Angles are computed in
 // double: at position 8000 an fp32 angle would be off by 5e-4.
@@ -35,10 +36,10 @@ constexpr const char* name(RopeLayout layout) noexcept {
 /// The rotary embedding of a model.
 struct RopeSettings {
     RopeLayout layout = RopeLayout::interleaved;
-    /// Channels of a head that turn, the first ones; even. 0: as many as frequencies say, or all.
+    /// How many channels of a head turn, counted from the first; even. 0: as many as frequencies say, or all.
     Index dims = 0;
     double base = 10000.0;  ///< f_i = base^(-2 i / dims)
-    /// Radians a position, one a pair: for scaled positions (linear, NTK, YaRN, Llama 3). Empty: from base.
+    /// [pair] radians per position, for scaled positions (linear, NTK, YaRN, Llama 3). Empty: from base.
     std::vector<double> frequencies = {};
 
     bool operator==(const RopeSettings&) const = default;
@@ -58,8 +59,8 @@ constexpr const char* name(KeyFrame frame) noexcept {
     return "unknown";
 }
 
-/// Keys of consecutive tokens, tokens x (kv_heads * head_dim), in one frame. first_position: of rows.row(0);
-/// in the frame of a tile also what all of them are turned back by.
+/// Keys of consecutive tokens in one frame. rows is [tokens, kv_heads * head_dim]. first_position is the
+/// position of rows.row(0). In the frame of a tile it is also the position that all rows are turned back by.
 template <KeyFrame frame_>
 struct FramedKeys {
     static constexpr KeyFrame frame = frame_;
@@ -69,24 +70,25 @@ struct FramedKeys {
 
 class RotaryEmbedding {
   public:
-    /// Two channels that turn together, or one alone (second = -1) that is left over where an odd number of
-    /// channels does not turn. Every channel of a head is in exactly one; frequency 0: it does not turn.
+    /// Two channels that turn together, or one alone (second = -1), which is left over if an odd number of
+    /// channels does not turn. Every channel of a head is in exactly one pair. A pair of frequency 0 does not
+    /// turn.
     struct Pair {
         Index first, second;
         double frequency;
     };
 
-    /// For heads of head_dim channels. Throws Error (option): dims odd or beyond head_dim, a base not above
-    /// 0, frequencies not finite or not dims / 2 of them.
+    /// For heads of head_dim channels. Throws Error (option) if dims is odd or above head_dim, the base is
+    /// not above 0, or the frequencies are not finite or not dims / 2 in number.
     explicit RotaryEmbedding(Index head_dim, const RopeSettings& settings = {});
-    /// For a model without: all frames are the same.
+    /// For a model without rotary embedding: all frames are the same.
     static RotaryEmbedding none(Index head_dim);
 
     Index head_dim() const noexcept { return head_dim_; }
     const std::vector<Pair>& pairs() const noexcept { return pairs_; }
 
-    /// Turns in place the rows of tokens x (heads * head_dim); row i stands at position first + i. Throws
-    /// Error (shape) where columns do not divide by head_dim.
+    /// Turns `rows` [tokens, heads * head_dim] in place; row i stands at position first_position + i. Throws
+    /// Error (shape) if the number of columns is not a multiple of head_dim.
     template <class Derived>
     void rotate(Eigen::MatrixBase<Derived>& rows, Index first_position) const {
         turn_rows(rows, first_position, 1, 1.0);
@@ -105,17 +107,17 @@ class RotaryEmbedding {
     FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::before_rope> keys) const;
     FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::tile> keys) const;
     FramedKeys<KeyFrame::before_rope> before(FramedKeys<KeyFrame::after_rope> keys) const;
-    /// The keys of one tile, all of them.
+    /// `keys` must be all keys of one tile.
     FramedKeys<KeyFrame::tile> to_tile(FramedKeys<KeyFrame::after_rope> keys) const;
     FramedKeys<KeyFrame::tile> to_tile(FramedKeys<KeyFrame::before_rope> keys) const;
 
   private:
     RotaryEmbedding() = default;
-    /// The channels from `first` on do not turn.
+    /// Lists the channels from `first` on as pairs that do not turn.
     void leave(Index first);
-    /// Cosine and sine of what every pair turns by over `positions`.
+    /// [pair] cosine and sine of the angle that the pair turns by over `positions` positions.
     void angles_at(double positions, std::vector<std::array<double, 2>>& angles) const;
-    /// Row i turns by sign (first + i stride) positions.
+    /// Turns row i by sign (first + i stride) positions.
     template <class Derived>
     void turn_rows(Eigen::MatrixBase<Derived>& rows, Index first, Index stride, double sign) const;
 

@@ -68,7 +68,7 @@ inline Menu efficient_menu(const AllocationItem& item) {
     Menu menu;
     for (const Choice& choice : all) {
         if (!menu.empty() && choice.error >= menu.back().error) continue;
-        // Costs that differ by rounding are one cost.
+        // Costs that differ only by rounding count as equal.
         const bool same_cost =
             !menu.empty() && choice.cost - menu.back().cost <= 1e-12 * (base + choice.cost);
         if (same_cost)
@@ -153,7 +153,7 @@ inline Allocation uniform_allocation(std::span<const AllocationItem> items, doub
     return best;
 }
 
-/// The better of what the steps of `state` reached and one option for all.
+/// The better of two allocations: what the steps of `state` reached, and one option for all items.
 inline Allocation greedy_allocation(std::span<const AllocationItem> items, double budget,
                                     const Problem& problem, const Greedy& state) {
     const Allocation by_steps = to_allocation(items, problem, state.positions, state.price);

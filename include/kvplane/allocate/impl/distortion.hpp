@@ -13,8 +13,8 @@ namespace kvplane {
 
 namespace detail::distortion {
 
-// Distortion of the best quantizers of a unit Gaussian; index: width in bits.
-// tests/allocate/distortion_test.cpp computes both again.
+// [width in bits] distortion of the best quantizers of a unit Gaussian. tests/allocate/distortion_test.cpp
+// computes both tables again.
 inline constexpr std::array<double, 9> uniform_table = {1,
                                                         0.3633802276324,
                                                         0.1188460503841,
@@ -35,9 +35,9 @@ inline constexpr std::array<double, 9> lloyd_max_table = {1,
                                                           0.00004118508286698};
 inline constexpr double three_levels = 0.1901740392479;  // the same for both: three levels are always uniform
 
-/// Which table entry a width is; -1 for none, 9 for three levels.
+/// The table index of a width: -1 if the tables lack it, 9 for three levels.
 inline int table_index(double width) {
-    if (std::abs(width - std::log2(3.0)) < 0.006) return 9;  // 1.58 and 1.585 are written for it
+    if (std::abs(width - std::log2(3.0)) < 0.006) return 9;  // 1.58 and 1.585 stand for log2(3)
     const double rounded = std::round(width);
     return width == rounded && rounded <= 8 ? static_cast<int>(rounded) : -1;
 }

@@ -36,9 +36,9 @@ struct Core {
     const Problem& problem;
     const Positions& start;  ///< the bound's own choice
     double price;
-    double room;    ///< the budget it leaves: below 0 never, above 0 where the last step did not fit
-    double margin;  ///< rounding: nothing within it of the gap is dropped
-    double gap;     ///< how much the best known choice is above the bound
+    double room;    ///< budget that `start` leaves unused: >= 0, and > 0 if the last step did not fit
+    double margin;  ///< for rounding: no state is dropped that is above the gap by less than this
+    double gap;     ///< how far the best known choice is above the bound
     Positions best;
 };
 
@@ -49,7 +49,7 @@ inline Deviation deviation(const Core& core, std::size_t item, std::size_t posit
     return {cost, error, std::max(0.0, error + core.price * cost), position};
 }
 
-/// How far a choice is above the bound, as a sum of terms >= 0: no cancellation.
+/// How far a choice is above the bound. It is a sum of terms >= 0, so nothing cancels.
 inline double gap_of(const Core& core, const Positions& positions) {
     double reduced = 0, cost = 0;
     for (std::size_t i = 0; i < positions.size(); ++i) {
@@ -60,7 +60,8 @@ inline double gap_of(const Core& core, const Positions& positions) {
     return reduced + core.price * std::max(0.0, core.room - cost);
 }
 
-/// Those that can still deviate, most constrained first, so that the frontier grows late.
+/// The items that can still deviate from the bound's choice, most constrained first, so that the frontier
+/// grows late.
 inline std::vector<FreeItem> free_items(const Core& core) {
     std::vector<std::pair<double, FreeItem>> ranked;
     for (std::size_t i = 0; i < core.start.size(); ++i) {
@@ -80,7 +81,7 @@ inline std::vector<FreeItem> free_items(const Core& core) {
     return items;
 }
 
-/// Cost that the items after each one can still give back (least, <= 0) and take up (most, >= 0).
+/// [item] the least (<= 0) and the most (>= 0) that this item and those after it can still add to the cost.
 struct Reach {
     std::vector<double> least, most;
 };
@@ -94,8 +95,9 @@ inline Reach reach_after(const std::vector<FreeItem>& items) {
     return reach;
 }
 
-/// Appends to a frontier in ascending cost. Costs within `tolerance` of each other count as one, the lower
-/// error stays: 1.58 + 1.58 + 2 and 2 + 1.58 + 1.58 differ in the last bits and must not become two states.
+/// Appends states to a frontier in ascending cost. Costs within `tolerance` of each other count as one, and
+/// the state of lower error stays, because 1.58 + 1.58 + 2 and 2 + 1.58 + 1.58 differ in the last bits and
+/// must not become two states.
 class Frontier {
   public:
     Frontier(std::vector<State>& states, double tolerance) : states_(states), tolerance_(tolerance) {}
@@ -127,11 +129,12 @@ class Pass {
           max_states_(max_states) {
         std::size_t merges = 1;
         for (const FreeItem& item : items_) merges += item.deviations.size();
-        // Every merge may raise a cost by the tolerance; all together stay within the slack of the budget.
+        // Every merge may raise a cost by the tolerance. All merges together stay within the slack of the
+        // budget.
         tolerance_ = core.problem.slack / static_cast<double>(merges);
     }
 
-    /// Improves core.best where it can. True: the optimum is found. False: the width cut states off.
+    /// Improves core.best if it can. Returns true if the optimum is found, false if the width cut states off.
     bool run() {
         states_ = {{0, 0, 0, 0}};
         for (std::size_t i = 0; i < items_.size() && !states_.empty(); ++i) extend(i);
@@ -176,7 +179,7 @@ class Pass {
 
     double reduced(const State& state) const { return state.error + core_.price * state.cost; }
 
-    /// No completion by the items from `next` on fits the budget, or stays within the gap.
+    /// Whether no completion by the items from `next` on fits the budget, or none stays within the gap.
     bool hopeless(const State& state, std::size_t next) const {
         if (state.cost + reach_.least[next] > core_.room + core_.problem.slack) return true;
         const double left_over = std::max(0.0, core_.room - state.cost - reach_.most[next]);

@@ -15,7 +15,7 @@ struct Step {
     }
 };
 
-/// The step from `from` to a position below `end` of most gain per bit; target == from where there is none.
+/// The step of most gain per bit from `from` to a position below `end`. If there is none, target == from.
 inline Step best_step(const Menu& menu, std::size_t item, std::size_t from, std::size_t end) {
     Step best{-1, item, from};
     for (std::size_t to = from + 1; to < end; ++to) {

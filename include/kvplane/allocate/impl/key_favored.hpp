@@ -71,7 +71,8 @@ double squared_error(const HeadRows<Scalar>& rows, const Matrix& close) {
     return sum;
 }
 
-/// Relative squared error at every option. Granularity decides what the groups count.
+/// Relative squared error at every option, [width][group]. `granularity` decides whether groups are of tokens
+/// or of channels.
 template <CacheScalar Scalar>
 std::vector<double> measure(const HeadRows<Scalar>& rows, Granularity granularity,
                             const std::vector<Index>& groups, const KeyFavoredOptions& options,
@@ -120,12 +121,12 @@ inline bool use_measured(std::span<const LayerProfile> layers, DistortionCurve c
     return curve == DistortionCurve::measured;
 }
 
-/// How one matrix of a layer becomes an item.
+/// What is known of one matrix of a layer, its keys or its values, before it becomes an item.
 struct Side {
     double norm, elements;
     const std::vector<Index>& groups;
     const std::vector<double>& distortion;  ///< measured, or empty
-    Index run;                              ///< elements in a row that are cut into groups; 0: unlimited
+    Index run;                              ///< consecutive elements that are cut into groups; 0: unlimited
 };
 
 inline double grids_per_element(const Side& side, Index group) {

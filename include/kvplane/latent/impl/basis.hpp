@@ -15,7 +15,7 @@ namespace kvplane {
 
 namespace detail {
 
-/// C^(1/2) and its inverse of one head, and what C was divided by so that its mean eigenvalue is 1.
+/// C^(1/2) of one head and its inverse, after C was divided by `scale` so that its mean eigenvalue is 1.
 struct QueryWeight {
     MatrixD root, inverse;
     double scale = 1.0;
@@ -30,7 +30,8 @@ inline MatrixD with_eigenvalues(const Eigen::MatrixXd& vectors, const Eigen::Vec
 }
 
 inline QueryWeight query_weight(const MatrixD& moment, LatentDirections directions) {
-    // A ridge on C, in units of its mean eigenvalue, for directions that no query has looked along so far.
+    // A ridge is added to C, in units of its mean eigenvalue, for directions that no query has looked along
+    // so far.
     constexpr double ridge = 1e-3;
     const Index dim = moment.rows();
     const double scale = moment.trace() / static_cast<double>(dim);
@@ -77,7 +78,7 @@ inline LatentBasis::Subspace fit_subspace(const Eigen::VectorXd& mean, const Mat
     const Eigen::MatrixXd half_weighted = root * covariance;
     const MatrixD weighted = half_weighted * root;
     directions_of(weighted, directions, spectrum, vectors);
-    // What is below the rounding of the statistics is no direction of the keys.
+    // Eigenvalues below the rounding of the statistics belong to no direction of the keys.
     const double least = 1e-12 * std::max(spectrum[0], 1e-300);
     subspace.rank = 0;
     Eigen::VectorXd deviation = spectrum.cwiseSqrt();
@@ -175,7 +176,7 @@ KVPLANE_FUNCTION LatentBasis::LatentBasis(const BasisSettings& settings, Index k
     require(static_cast<Index>(subspaces_.size()) == (settings.heads_together ? 1 : kv_heads),
             ErrorCode::shape, "latent basis: ", subspaces_.size(), " subspaces, expected ",
             settings.heads_together ? 1 : kv_heads);
-    if (rope) RotaryEmbedding(head_dim, *rope);  // throws where it is none
+    if (rope) RotaryEmbedding(head_dim, *rope);  // throws if the settings are invalid
     const Index channels = subspace_channels();
     for (std::size_t s = 0; s < subspaces_.size(); ++s) {
         const Subspace& subspace = subspaces_[s];

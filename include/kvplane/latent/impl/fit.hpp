@@ -1,4 +1,5 @@
-// kvplane/latent/impl/fit.hpp: bases of all layers, schedules under one budget, and both as LatentKeys.
+// kvplane/latent/impl/fit.hpp: fits bases for all layers and schedules under one budget, and makes
+// LatentKeys.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@ namespace kvplane {
 
 namespace detail {
 
-/// The same schedule with no bits for what the statistics do not determine.
+/// Takes the bits from all latents that the statistics do not determine.
 inline void limit_to_rank(LatentSchedule& schedule, Index rank) {
     const Index channels = schedule.channels();
     Index left = rank;
@@ -55,7 +56,8 @@ KVPLANE_FUNCTION std::vector<std::shared_ptr<const LatentKeys>> fit_latent_keys(
             schedules.push_back(grouped_schedule(spectrum, recipe.groups, settings));
     }
     std::vector<std::shared_ptr<const LatentKeys>> fitted;
-    // A run may end beyond the rank by less than a step; a cache of its own must take what keys it gets.
+    // A run may end beyond the rank by less than a step. A cache that fits its own basis must take whatever
+    // keys it gets.
     if (recipe.groups.empty() || cut)
         for (std::size_t i = 0; i < schedules.size(); ++i)
             detail::limit_to_rank(schedules[i], bases[i / subspaces].subspaces()[i % subspaces].rank);

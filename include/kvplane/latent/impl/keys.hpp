@@ -1,4 +1,4 @@
-// kvplane/latent/impl/keys.hpp: what is stored of a basis, checked; and its matrices widened to float.
+// kvplane/latent/impl/keys.hpp: checks what is stored of a basis, and widens its matrices to float.
 #pragma once
 
 #include <utility>
@@ -30,7 +30,7 @@ inline std::vector<ChannelSegment> kept_segments(const LatentSchedule& schedule)
     return kept;
 }
 
-/// Columns times their scales; where directions are channels, the scales at their channels.
+/// Columns times their scales. If directions are channels, each scale stands at its channel.
 inline Matrix widened(const LatentKeys::Subspace& subspace, const RowMajorMatrix<Eigen::half>& stored,
                       const Eigen::RowVectorXf& scale) {
     if (stored.size() == 0) {  // channels as directions, or nothing kept
@@ -81,7 +81,7 @@ KVPLANE_FUNCTION LatentKeys::LatentKeys(const LatentBasis& basis, std::span<cons
         } else {
             detail::store_columns(from_latents, subspace.from_latents, subspace.from_latents_scale);
             detail::store_columns(to_latents, subspace.to_latents, subspace.to_latents_scale);
-            // Orthonormal columns: E and D differ in scale alone.
+            // The columns are orthonormal, so E and D differ only in scale.
             if (!settings_.query_weighted) subspace.to_latents.resize(0, 0);
         }
         subspaces_.push_back(std::move(subspace));

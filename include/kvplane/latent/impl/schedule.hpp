@@ -41,12 +41,12 @@ inline double plane_bytes_of(Index channels, int bits) {
     return static_cast<double>(bytes);
 }
 
-/// Grids and the basis' share.
+/// Bytes that each kept latent adds beside its planes: its grid and its share of the basis.
 inline double bytes_per_latent(const ScheduleSettings& settings) {
     return settings.basis_bytes_per_latent + 4.0;
 }
 
-/// Fills in error and bytes.
+/// Fills in the error and the bytes of a schedule.
 inline void account(const Eigen::VectorXd& spectrum, const ScheduleSettings& settings,
                     LatentSchedule& schedule) {
     schedule.error = schedule.bytes = 0.0;
@@ -70,8 +70,8 @@ inline void append_run(LatentSchedule& schedule, Index channels, int bits) {
 }
 
 /// Dynamic programming over (latents covered, bytes spent), one width after the other, from wide to narrow.
-/// Latents go in steps of at least 4, the least that any unit holds, so that a basis of any size has at most
-/// 64 steps; bytes in 16ths of a kilobyte.
+/// Latents go in steps of at least 4, the least that any unit holds. Steps grow with the basis, so that a
+/// basis of any size has at most 64 of them. Bytes are counted in units of 64.
 class ScheduleFrontier {
   public:
     ScheduleFrontier(const Eigen::VectorXd& spectrum, const ScheduleSettings& settings)
@@ -100,7 +100,7 @@ class ScheduleFrontier {
     static constexpr double unit = 64.0;
     struct Cell {
         double error = std::numeric_limits<double>::infinity();
-        /// Ends of the runs by width, in steps; 0: none of that width.
+        /// [width] where the run of that width ends, in steps; 0: there is none.
         std::array<std::uint8_t, 9> end{};
     };
 

@@ -41,7 +41,7 @@ inline void require_bits(int bits, int least) {
     require(bits >= least, ErrorCode::option, "bits: ", bits, ", expected at least ", least);
 }
 
-/// |.|_F of a matrix of that shape whose entries all are 1.
+/// |.|_F of a matrix of that shape whose entries are all 1.
 inline double root_of_size(Index rows, Index columns) {
     require(rows >= 0 && columns >= 0, ErrorCode::shape, "a matrix of ", rows, " x ", columns,
             ", expected sizes of 0 or more");
@@ -104,7 +104,7 @@ KVPLANE_FUNCTION double key_prioritized_difference(double key_norm, double value
     detail::require_not_negative(constant, "constant");
     detail::require_number(first_bits, "first_bits");
     detail::require_number(second_bits, "second_bits");
-    // As products, so that the sign is right where the norms or the widths nearly agree.
+    // Written as products, so that the sign is right even if the norms or the widths nearly agree.
     const double norms = (key_norm - value_norm) * (key_norm + value_norm);
     return constant * norms * (std::exp2(-2 * first_bits) - std::exp2(-2 * second_bits));
 }
@@ -268,7 +268,7 @@ KVPLANE_FUNCTION WaterFilling reverse_water_filling(const Eigen::Ref<const Eigen
         for (const double variance : spectrum) sum += std::max(0.0, 0.5 * (std::log2(variance) - log2_level));
         return sum / latents;
     };
-    // At the upper end no latent gets a bit, at the lower one the largest alone has all that there are.
+    // At `above` no latent gets a bit. At `below` the largest latent alone gets all the bits there are.
     double above = std::log2(spectrum.maxCoeff()), below = above - 2 * mean_bits * latents;
     for (int halvings = 0; halvings < 200; ++halvings) {
         const double middle = 0.5 * (above + below);

@@ -1,6 +1,6 @@
 // kvplane/transform/impl/hadamard.hpp: the functions of transform/hadamard.hpp.
 //
-// Accumulator: fp32, log2(channels) additions a number.
+// Accumulator: fp32, log2(channels) additions per number.
 #pragma once
 
 #include <utility>
@@ -12,7 +12,7 @@
 namespace kvplane {
 namespace detail {
 
-/// (a, b) to (a + b, a - b), vector by vector.
+/// Replaces (a, b) by (a + b, a - b), vector by vector.
 template <int Lanes>
 KVPLANE_INLINE void butterfly(float* a, float* b) {
     simd::Floats<Lanes> x, y;
@@ -30,8 +30,8 @@ KVPLANE_INLINE void butterflies_of(simd::Floats<Lanes>& x, std::index_sequence<L
         butterflies_of<Lanes, 2 * half>(x, lanes);
     }
 }
-/// x = (x D) H scale of `size` channels, a power of two, or x H scale D'. signs: of D or D', or nullptr.
-/// The same sums in the same order on every instruction set.
+/// Replaces x, `size` channels, a power of two, by (x D) H scale or by x H scale D'. signs_before holds D and
+/// signs_after D'; either may be nullptr. The sums and their order are the same on every instruction set.
 template <int Lanes>
 KVPLANE_INLINE void hadamard(float* x, Index size, float scale, const float* signs_before,
                              const float* signs_after) {
@@ -70,7 +70,7 @@ KVPLANE_INLINE void hadamard(float* x, Index size, float scale, const float* sig
         simd::store(x + i, value);
     }
 }
-/// Every block of the diagonal, of one head.
+/// Transforms one head, every block of the diagonal by itself.
 template <int Lanes>
 KVPLANE_INLINE void hadamard_blocks(float* head, Index channels, const float* signs, bool back) {
     for (Index first = 0, size; first < channels; first += size) {
