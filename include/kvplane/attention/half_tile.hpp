@@ -130,7 +130,7 @@ inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Place
         std::fill(x[r] + count, x[r] + groups * half_depth, 0.0f);
     }
     HalfBlock first{};
-    Index block_bytes[PlaneSplit::max_planes];
+    Index block_bytes[PlaneSplit::max_planes]{};
     for (int p = 0; p < segment.split.count; ++p) {
         const Index at = segment.plane_at[static_cast<std::size_t>(p)];
         first.plane[p] = read.tile + at;

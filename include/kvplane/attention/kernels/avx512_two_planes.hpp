@@ -213,6 +213,10 @@ KVPLANE_TARGET_AVX512 inline void three_bits_dot(const PlanePairCall& call) noex
     }
 }
 
+// The kernels above are written for these splits.
+static_assert(plane_split(3) == PlaneSplit{2, {2, 1}} && plane_split(5) == PlaneSplit{2, {4, 1}} &&
+              plane_split(6) == PlaneSplit{2, {4, 2}} && plane_split(8) == PlaneSplit{2, {4, 4}});
+
 inline constexpr PlaneDot plane_dots{.name = "avx512",
                                      .of_width = {plane_dot<1>, plane_dot<2>, plane_dot<4>},
                                      .pairs = {{{.bits = 3, .dot = three_bits_dot},
