@@ -5,6 +5,7 @@
 #include "kvplane/allocate/bit_allocation.hpp"
 #include "kvplane/allocate/key_favored.hpp"
 #include "kvplane/attention/executor.hpp"
+#include "kvplane/attention/merge.hpp"
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/attention/read_policy.hpp"
 #include "kvplane/attention/reference.hpp"

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <span>
 
 #include "kvplane/attention/read_policy.hpp"
@@ -15,13 +16,21 @@ namespace kvplane {
 ///
 ///     s = scale q.k;   s = softcap tanh(s / softcap) where there is a softcap;   s += slope_h (t - p) + bias
 ///
-/// and key t is seen when t <= p, and, with a sliding window, p - t < window or t < sinks. A query that sees
-/// nothing gets zeros; a query row that is not finite gets NaN, and no other row notices.
+/// and key t is seen when t <= p, and, with a sliding window, p - t < window or t < sinks. The output is the sum
+/// of exp(s) v over the seen keys, divided by that of exp(s), and of exp(sink logit) where the head has one. A
+/// query that sees nothing gets zeros; a query row that is not finite gets NaN, and no other row notices.
 struct AttentionParameters {
-    double scale = 0.0;                        ///< of q.k; 0: 1 / sqrt(head_dim)
-    double softcap = 0.0;                      ///< 0, or 1e30 and more: none; applied before masking
-    Index sliding_window = 0;                  ///< keys a query sees, itself included; 0: all
-    Index sinks = 0;                           ///< first tokens that stay visible in spite of the window
+    double scale = 0.0;        ///< of q.k; 0: 1 / sqrt(head_dim)
+    double softcap = 0.0;      ///< 0, or 1e30 and more: none; applied before masking
+    Index sliding_window = 0;  ///< keys a query sees, itself included; 0: all
+    Index sinks = 0;           ///< first tokens that stay visible in spite of the window
+    /// The position p of the first query token, anywhere, also beyond the tokens (where the context goes on in
+    /// another cache). None: the queries are those of the last tokens.
+    std::optional<Index> position = std::nullopt;
+    /// false: every query sees all tokens (cross-attention, drafts side by side); without a sliding window.
+    bool causal = true;
+    /// Learned sinks, one a query head, or none: scores of no token, that take their share of the weights.
+    std::span<const float> sink_logits = {};
     std::span<const float> alibi_slopes = {};  ///< one a query head, or none
     /// Added to scores: query_tokens x keys for all heads, or (query_heads * query_tokens) x keys, head by
     /// head; -infinity masks. nullptr: none.
@@ -33,6 +42,11 @@ struct AttentionParameters {
     /// Followed for up to 8 query tokens; more read all. Recipes that are not read by planes refuse every
     /// policy but `all`.
     ReadPolicy read = {};
+
+    /// The position of the first of `query_tokens` over a sequence of `tokens`.
+    Index first_position(Index tokens, Index query_tokens) const noexcept {
+        return position.value_or(tokens - query_tokens);
+    }
 };
 
 namespace detail {
@@ -68,6 +82,23 @@ inline void require_parameters(const AttentionParameters& parameters, Index quer
     for (const float slope : parameters.alibi_slopes)
         require(std::isfinite(slope), ErrorCode::not_finite, "attention: an ALiBi slope of ", slope,
                 ", expected finite numbers");
+    require(
+        parameters.sink_logits.empty() || static_cast<Index>(parameters.sink_logits.size()) == query_heads,
+        ErrorCode::shape, "attention: ", parameters.sink_logits.size(), " sink logits, expected ",
+        query_heads, ", one a query head");
+    for (const float logit : parameters.sink_logits)
+        require(std::isfinite(logit), ErrorCode::not_finite, "attention: a sink logit of ", logit,
+                ", expected finite numbers");
+    constexpr Index last_position = Index{1} << 40;
+    require(!parameters.position || (*parameters.position >= 0 && *parameters.position < last_position),
+            ErrorCode::index, "attention: queries at position ", parameters.position.value_or(0),
+            ", expected 0 or more");
+    require(parameters.causal || parameters.sliding_window == 0, ErrorCode::option,
+            "attention: a sliding window of ", parameters.sliding_window,
+            " for queries that see all tokens, expected none");
+    require(parameters.position || !parameters.causal || query_tokens <= keys, ErrorCode::shape,
+            "attention: ", query_tokens, " query tokens over ", keys,
+            " cached ones, expected the last of them, or a position");
     require(!parameters.bias ||
                 (parameters.bias->cols() == keys && (parameters.bias->rows() == query_tokens ||
                                                      parameters.bias->rows() == query_heads * query_tokens)),

@@ -3,7 +3,9 @@
 // Written to be read, not to be fast: one query head and one query token at a time, scores, softmax, sum.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/attention/score_rule.hpp"
@@ -12,7 +14,8 @@
 
 namespace kvplane {
 
-/// Attention of `queries`, the last query_tokens of the sequence, causal among themselves.
+/// Attention of `queries`, the last query_tokens of the sequence, causal among themselves, unless the parameters
+/// say otherwise.
 /// keys: tokens x (kv_heads * key_dim); values: tokens x (kv_heads * value_dim); queries: query_tokens x
 /// (query_heads * key_dim); all of any element type, or rank-3 tensors (heads, tokens, channels). Query head
 /// h reads key/value head h / (query_heads / kv_heads). Returns query_tokens x (query_heads * value_dim); a
@@ -25,8 +28,7 @@ MatrixD reference_attention(const K& keys, const V& values, const Q& queries, In
             "reference_attention: ", query_heads, " query heads over ", kv_heads,
             " key/value heads, expected a multiple");
     require(k.rows() == v.rows() && k.cols() % kv_heads == 0 && v.cols() % kv_heads == 0 &&
-                q.cols() % query_heads == 0 && q.cols() / query_heads == k.cols() / kv_heads &&
-                q.rows() <= k.rows(),
+                q.cols() % query_heads == 0 && q.cols() / query_heads == k.cols() / kv_heads,
             ErrorCode::shape, "reference_attention: keys ", k.rows(), " x ", k.cols(), ", values ", v.rows(),
             " x ", v.cols(), ", queries ", q.rows(), " x ", q.cols(), " in ", kv_heads, " and ", query_heads,
             " heads do not fit together");
@@ -38,18 +40,20 @@ MatrixD reference_attention(const K& keys, const V& values, const Q& queries, In
         const Index kv_head = head / (query_heads / kv_heads);
         const detail::ScoreRule<double> rule(parameters, head, q.rows(), key_dim);
         for (Index i = 0; i < q.rows(); ++i) {
-            const Index position = k.rows() - q.rows() + i;
+            const Index position = parameters.first_position(k.rows(), q.rows()) + i;
             Eigen::VectorXd scores = k.middleCols(kv_head * key_dim, key_dim) *
                                      q.row(i).segment(head * key_dim, key_dim).transpose();
             for (Index t = 0; t < k.rows(); ++t) scores[t] = rule(scores[t], i, position, t);
-            const double largest =
+            const double seen =
                 scores.size() > 0 ? scores.maxCoeff() : -std::numeric_limits<double>::infinity();
+            const double largest = std::max(seen, rule.sink_logit());
             if (std::isinf(largest) && largest < 0.0) continue;
             // std::exp: Eigen's own gives 2e-308 for -infinity, and a masked key is to weigh nothing.
             const Eigen::VectorXd weights =
                 scores.unaryExpr([&](double score) { return std::exp(score - largest); });
             output.row(i).segment(head * value_dim, value_dim) =
-                weights.transpose() * v.middleCols(kv_head * value_dim, value_dim) / weights.sum();
+                weights.transpose() * v.middleCols(kv_head * value_dim, value_dim) /
+                (weights.sum() + std::exp(rule.sink_logit() - largest));
         }
     }
     return output;

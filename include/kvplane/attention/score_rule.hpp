@@ -22,12 +22,16 @@ class ScoreRule {
           slope_(parameters.alibi_slopes.empty()
                      ? Real(0)
                      : static_cast<Real>(parameters.alibi_slopes[static_cast<std::size_t>(head)])),
+          sink_logit_(parameters.sink_logits.empty()
+                          ? -std::numeric_limits<Real>::infinity()
+                          : static_cast<Real>(parameters.sink_logits[static_cast<std::size_t>(head)])),
           bias_row_(parameters.bias && parameters.bias->rows() > query_tokens ? head * query_tokens : 0) {}
 
     Real scale() const noexcept { return scale_; }
     bool sees(Index position, Index key) const noexcept {
-        return key <= position && (parameters_.sliding_window == 0 ||
-                                   position - key < parameters_.sliding_window || key < parameters_.sinks);
+        return !parameters_.causal ||
+               (key <= position && (parameters_.sliding_window == 0 ||
+                                    position - key < parameters_.sliding_window || key < parameters_.sinks));
     }
     /// From q.k (not scaled) to what the softmax takes.
     Real operator()(Real product, Index query, Index position, Index key) const noexcept {
@@ -38,6 +42,12 @@ class ScoreRule {
         if (parameters_.bias) score += static_cast<Real>((*parameters_.bias)(bias_row_ + query, key));
         return score;
     }
+    /// Whether all keys up to `last` are seen.
+    bool sees_until(Index position, Index last) const noexcept {
+        return !parameters_.causal || (last <= position && parameters_.sliding_window == 0);
+    }
+    /// The learned sink of the head; -infinity: none.
+    Real sink_logit() const noexcept { return sink_logit_; }
     /// Whether it is no more than a product and a causal mask.
     bool plain() const noexcept {
         return softcap_ == Real(0) && slope_ == Real(0) && !parameters_.bias &&
@@ -46,7 +56,7 @@ class ScoreRule {
 
   private:
     AttentionParameters parameters_;
-    Real scale_, softcap_, slope_;
+    Real scale_, softcap_, slope_, sink_logit_;
     Index bias_row_;
 };
 

@@ -32,7 +32,18 @@ struct SoftmaxState {
         std::fill_n(output, rows * stride, 0.0f);
     }
     /// log of the sum of exp(score) over the tokens of one row; nothing_seen without any.
-    float log_sum_exp() const noexcept { return *sum > 0.0f ? *largest + std::log(*sum) : *largest; }
+    float log_sum_exp() const noexcept { return *sum == 0.0f ? *largest : *largest + std::log(*sum); }
+    /// Gives a score that no token has its share of one row's weights; -infinity: none.
+    void add_sink(float logit, Index channels) const noexcept {
+        if (logit == nothing_seen) return;
+        if (logit > *largest) {
+            const float keep = std::exp(*largest - logit);
+            *sum *= keep;
+            for (Index c = 0; c < channels; ++c) output[c] *= keep;
+            *largest = logit;
+        }
+        *sum += std::exp(logit - *largest);
+    }
     /// Divides the output of one row by its sum: what attention returns. A row that saw nothing gets zeros,
     /// one whose sum is NaN gets NaN.
     void normalise(Index channels) const noexcept {

@@ -34,8 +34,8 @@ inline bool decodes(const PageLayout& layout, const LatentKeys* latent) noexcept
 class DecodePass {
   public:
     /// Takes all memory that the attention needs. Throws std::bad_alloc.
-    DecodePass(const CacheShape& cache, const CacheState& state, Index query_tokens, const ReadPolicy& policy,
-               Workspace& workspace, Executor& executor)
+    DecodePass(const CacheShape& cache, const CacheState& state, Index query_tokens,
+               const AttentionParameters& parameters, Workspace& workspace, Executor& executor)
         : cache_(cache),
           state_(state),
           work_(workspace),
@@ -47,9 +47,10 @@ class DecodePass {
                  .rows_per_head = cache.configuration.group() * query_tokens,
                  .subspaces = state.layout ? state.layout->subspaces() : 1,
                  .tiles = tiles_.tiles},
-          first_position_(state.tokens - query_tokens),
+          parameters_(parameters),
+          first_position_(parameters.first_position(state.tokens, query_tokens)),
           together_(state.latent && shape_.subspaces == 1 && shape_.heads > 1),
-          planner_(tiles_.tiles > 0 ? workspace.planner(policy, *state.layout) : nullptr),
+          planner_(tiles_.tiles > 0 ? workspace.planner(parameters.read, *state.layout) : nullptr),
           sink_rows_(cache.sink_rows()),
           recent_rows_(cache.recent_rows()) {
         const Index key_dim = cache.dim(TileSide::keys), value_dim = cache.dim(TileSide::values);
@@ -66,7 +67,7 @@ class DecodePass {
         work_.weights.begin(shape_);
         planner_->begin({.shape = shape_,
                          .tiles = &tiles_,
-                         .policy = policy,
+                         .policy = parameters.read,
                          .score_scales = work_.queries.score_scales(),
                          .weights = &work_.weights,
                          .executor = &executor_,
@@ -76,8 +77,8 @@ class DecodePass {
     DecodePass(const DecodePass&) = delete;
     DecodePass& operator=(const DecodePass&) = delete;
 
-    void run(const AnyRows& queries, const AttentionParameters& parameters) noexcept {
-        work_.queries.take(queries, parameters, cache_, state_);
+    void run(const AnyRows& queries) noexcept {
+        work_.queries.take(queries, parameters_, cache_, state_);
         if (planner_ && !planner_->samples().empty()) {
             each(across(), [this](Index head, Index worker) { sample(head, worker); });
             planner_->sampled();
@@ -104,17 +105,22 @@ class DecodePass {
             for (Index r = 0; r < shape_.rows(); ++r) merge(work_.states.of(0, r), work_.states.of(chunk, r));
     }
 
-    /// [value dim] the output of a query head's token, in the frame of the input. Once for each.
-    const float* output(Index head, Index token) noexcept {
+    struct Output {
+        const float* values;  ///< [value dim] in the frame of the input
+        float log_sum_exp;    ///< of the scores, and the sink's logit
+    };
+    /// The output of a query head's token. Once for each.
+    Output output(Index head, Index token) noexcept {
         const Index row = head * shape_.query_tokens + token, value_dim = cache_.dim(TileSide::values);
         const SoftmaxState state = work_.states.of(0, row);
         if (!work_.queries.finite(row)) {
             std::fill_n(state.output, value_dim, std::numeric_limits<float>::quiet_NaN());
-            return state.output;
+            return {state.output, std::numeric_limits<float>::quiet_NaN()};
         }
+        state.add_sink(work_.queries.sink_logit(row), value_dim);
         state.normalise(value_dim);
         if (cache_.recipe().values.rotate) cache_.value_rotation.rotate_back(state.output);
-        return state.output;
+        return {state.output, state.log_sum_exp()};
     }
 
   private:
@@ -281,12 +287,14 @@ class DecodePass {
     /// The largest score and the sum of weights of every row, over the whole sequence.
     void normalise_weights() noexcept {
         for (Index r = 0; r < shape_.rows(); ++r) {
-            float top = nothing_seen, sum = 0.0f;
+            const float sink = work_.queries.sink_logit(r);
+            float top = sink, sum = 0.0f;
             for (Index chunk = 0; chunk <= shape_.chunks(); ++chunk)
                 top = std::max(top, *work_.states.of(chunk, r).largest);
             for (Index chunk = 0; chunk <= shape_.chunks(); ++chunk)
                 if (const SoftmaxState part = work_.states.of(chunk, r); *part.largest != nothing_seen)
                     sum += *part.sum * std::exp(*part.largest - top);
+            if (sink != nothing_seen) sum += std::exp(sink - top);
             const bool counts = sum > 0.0f && work_.queries.finite(r);
             work_.weights.set_row(r, top, counts ? 1.0f / sum : 0.0f);
         }
@@ -418,6 +426,7 @@ class DecodePass {
     Isa isa_;
     TileSequence tiles_;
     DecodeShape shape_;
+    const AttentionParameters& parameters_;
     Index first_position_;
     bool together_;  ///< all heads read the same tiles of keys, so they go together
     ReadPlanner* planner_;

@@ -51,6 +51,7 @@ struct OutputSink {
     Index rows, cols;
     void (*store)(void* context, Index row, Index column, const float* values, Index count);
     void* context;
+    Matrix* log_sum_exp;  ///< [query token][query head] the result, or nullptr
 };
 
 }  // namespace detail
@@ -156,7 +157,8 @@ class KvCache {
     /// fitted.
     const LatentKeys* latent_keys() const noexcept { return state_.latent.get(); }
 
-    /// Attention of the last tokens of the sequence, causal among themselves. queries: query_tokens x
+    /// Attention of the last tokens of the sequence, causal among themselves (or of others: see
+    /// AttentionParameters::position and causal). queries: query_tokens x
     /// (query_heads * key_head_dim), or a tensor; output: query_tokens x (query_heads * value_head_dim), of
     /// any float type and layout. Throws Error (shape, option, not_finite) before it writes anything.
     ///
@@ -166,6 +168,10 @@ class KvCache {
     /// tile is decoded once for a block of query tokens, and which takes memory at every call
     /// (std::bad_alloc). Either way the workspace's executor runs it, and results do not depend on how many
     /// workers it has. Without a workspace the calling thread's own is used.
+    ///
+    /// log_sum_exp: made query_tokens x query_heads, log of the sum of exp(score) over what each query sees
+    /// (-infinity for nothing; a sink logit counts), with which merge_attention() puts the outputs of several
+    /// caches together. nullptr: not wanted.
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output,
                 const AttentionParameters& parameters = {}) const {
@@ -173,14 +179,14 @@ class KvCache {
     }
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output, const AttentionParameters& parameters,
-                AttentionWorkspace& workspace) const {
+                AttentionWorkspace& workspace, Matrix* log_sum_exp = nullptr) const {
         const auto rows = input_heads(queries, configuration().query_heads);
         const auto store = [](void* context, Index row, Index column, const float* values, Index count) {
             auto& to = *static_cast<Eigen::MatrixBase<Derived>*>(context);
             for (Index c = 0; c < count; ++c)
                 to(row, column + c) = static_cast<typename Derived::Scalar>(values[c]);
         };
-        attend_rows(rows, {output.rows(), output.cols(), store, &output}, parameters, workspace);
+        attend_rows(rows, {output.rows(), output.cols(), store, &output, log_sum_exp}, parameters, workspace);
     }
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>&& output,

@@ -15,10 +15,15 @@
 
 namespace kvplane::detail {
 
-/// [query token][query_heads * value dim] attention of the last tokens, in the frame of the input. queries:
-/// [query token][query_heads * key dim]. Takes memory (std::bad_alloc), and throws what a worker ran into.
-Matrix prefill(const CacheShape& cache, const CacheState& state, const Matrix& queries,
-               const AttentionParameters& parameters, Executor& executor);
+struct PrefillOutput {
+    Matrix values;       ///< [query token][query_heads * value dim] in the frame of the input
+    Matrix log_sum_exp;  ///< [query token][query head] of the scores, and the sink's logit
+};
+
+/// queries: [query token][query_heads * key dim]. Takes memory (std::bad_alloc), and throws what a worker ran
+/// into.
+PrefillOutput prefill(const CacheShape& cache, const CacheState& state, const Matrix& queries,
+                      const AttentionParameters& parameters, Executor& executor);
 
 /// The tokens of tiles that take part for each query row with parameters.key_fraction: query head by query
 /// head.

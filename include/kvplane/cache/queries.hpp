@@ -73,6 +73,10 @@ class QueryRows {
     RowView<const float> rotated(const RowBlock& block) const noexcept {
         return {rotated_.data() + block.first * dim_, dim_, block.rows};
     }
+    /// The learned sink of a row's head; -infinity: none.
+    float sink_logit(Index row) const noexcept {
+        return rules_[static_cast<std::size_t>(row / shape_.query_tokens)].sink_logit();
+    }
     bool finite(Index row) const noexcept { return finite_[static_cast<std::size_t>(row)] != 0; }
     std::span<const double> score_scales() const noexcept { return scales_; }
 
@@ -86,7 +90,7 @@ class QueryRows {
             const auto& rule = rules_[static_cast<std::size_t>((block.first + r) / shape_.query_tokens)];
             std::fill(scores + count, scores + padded, nothing_seen);
             const bool hides_some = sequence.hides_some(first, count);
-            if (rule.plain() && first + count - 1 <= position && !hides_some) continue;
+            if (rule.plain() && rule.sees_until(position, first + count - 1) && !hides_some) continue;
             for (Index t = 0; t < count; ++t) {
                 const Index key = first + t;
                 if (sequence.hides(key, 1) || !rule.sees(position, key))

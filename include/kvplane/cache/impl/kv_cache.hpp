@@ -182,8 +182,6 @@ KVPLANE_FUNCTION void KvCache::require_queries(const detail::AnyRows& queries, I
     require(queries.heads == c.query_heads && queries.head_dim == c.key_head_dim, ErrorCode::shape,
             "attend: queries of ", queries.heads, " heads of ", queries.head_dim, " channels, expected ",
             c.query_heads, " of ", c.key_head_dim);
-    require(queries.tokens <= tokens(), ErrorCode::shape, "attend: ", queries.tokens, " query tokens over ",
-            tokens(), " cached ones, expected the last of them");
     require(out_rows == queries.tokens && out_cols == c.query_heads * c.value_head_dim, ErrorCode::shape,
             "attend: an output of ", out_rows, " x ", out_cols, ", expected ", queries.tokens, " x ",
             c.query_heads * c.value_head_dim);
@@ -195,7 +193,8 @@ KVPLANE_FUNCTION void KvCache::require_queries(const detail::AnyRows& queries, I
 /// That no query asks for tokens which were dropped.
 KVPLANE_FUNCTION void KvCache::require_kept(const AttentionParameters& parameters, Index query_tokens) const {
     if (!state_.hides() || parameters.sliding_window == 0) return;
-    const Index first_seen = tokens() - query_tokens + 1 - parameters.sliding_window;
+    const Index first_seen =
+        parameters.first_position(tokens(), query_tokens) + 1 - parameters.sliding_window;
     require(first_seen >= state_.dropped, ErrorCode::option, "attend: a sliding window of ",
             parameters.sliding_window, " reaches token ", std::max<Index>(first_seen, 0), ", but tokens ",
             state_.kept_sinks, " to ", state_.dropped - 1, " were dropped");
@@ -232,22 +231,27 @@ KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const
     require_policy(parameters);
     require_kept(parameters, queries.tokens);
     const Index query_tokens = queries.tokens, dim = configuration().value_head_dim;
+    if (output.log_sum_exp) output.log_sum_exp->resize(query_tokens, configuration().query_heads);
     if (query_tokens == 0) return;
     const detail::StandardFloatingPoint standard;
     if (query_tokens <= detail::decode_query_tokens && parameters.key_fraction >= 1.0 &&
         (state_.tiles.empty() || detail::decodes(*state_.layout, state_.latent.get()))) {
-        detail::DecodePass pass(*shape_, state_, query_tokens, parameters.read, workspace.arrays(),
+        detail::DecodePass pass(*shape_, state_, query_tokens, parameters, workspace.arrays(),
                                 workspace.executor());
-        pass.run(queries, parameters);
+        pass.run(queries);
         for (Index head = 0; head < configuration().query_heads; ++head)
-            for (Index i = 0; i < query_tokens; ++i)
-                output.store(output.context, i, head * dim, pass.output(head, i), dim);
+            for (Index i = 0; i < query_tokens; ++i) {
+                const auto [values, log_sum_exp] = pass.output(head, i);
+                output.store(output.context, i, head * dim, values, dim);
+                if (output.log_sum_exp) (*output.log_sum_exp)(i, head) = log_sum_exp;
+            }
         return;
     }
-    const Matrix result =
+    detail::PrefillOutput result =
         detail::prefill(*shape_, state_, detail::widened(queries), parameters, workspace.executor());
     for (Index i = 0; i < query_tokens; ++i)
-        output.store(output.context, i, 0, result.data() + i * result.cols(), result.cols());
+        output.store(output.context, i, 0, result.values.row(i).data(), result.values.cols());
+    if (output.log_sum_exp) *output.log_sum_exp = std::move(result.log_sum_exp);
 }
 
 KVPLANE_FUNCTION std::vector<std::vector<Index>> KvCache::selected_rows(

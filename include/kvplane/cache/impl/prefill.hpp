@@ -35,7 +35,8 @@ struct BlockQueries {
                  const AttentionParameters& parameters, const QueryBlock& which)
         : block(which),
           rows_per_head(cache.configuration.group() * which.tokens),
-          first_position(cached_tokens - given.rows()) {
+          first_position(parameters.first_position(cached_tokens, given.rows())),
+          causal(parameters.causal) {
         const CacheConfiguration& c = cache.configuration;
         plain.resize(block.heads * rows_per_head, c.key_head_dim);
         for (Index h = 0; h < block.heads * c.group(); ++h) {
@@ -51,8 +52,10 @@ struct BlockQueries {
     Index rows() const noexcept { return plain.rows(); }
     Index token(Index row) const noexcept { return block.first + row % block.tokens; }
     Index position(Index row) const noexcept { return first_position + token(row); }
-    /// Of the last query token.
-    Index last_position() const noexcept { return first_position + block.first + block.tokens - 1; }
+    /// Whether none of the queries sees tokens from `first` on.
+    bool all_before(Index first) const noexcept {
+        return causal && first > first_position + block.first + block.tokens - 1;
+    }
 
     /// From q.k of a run to what the softmax takes; hidden tokens get -infinity.
     void apply(const Reader::Run& run, const TileSequence& sequence, Matrix& scores) const {
@@ -60,7 +63,7 @@ struct BlockQueries {
         for (Index r = 0; r < rows(); ++r) {
             const ScoreRule<float>& rule = rules[static_cast<std::size_t>(r / block.tokens)];
             auto row = scores.row(r);
-            if (rule.plain() && run.first + run.count - 1 <= position(r) && !hides_some) {
+            if (rule.plain() && rule.sees_until(position(r), run.first + run.count - 1) && !hides_some) {
                 row *= rule.scale();
                 continue;
             }
@@ -74,6 +77,7 @@ struct BlockQueries {
     QueryBlock block;
     Index rows_per_head;  ///< of one key head
     Index first_position;
+    bool causal;
     Matrix plain, rotated;                ///< [row][key dim] as given, and as keys in channels are stored
     std::vector<ScoreRule<float>> rules;  ///< [query head of the block]
 };
@@ -178,7 +182,8 @@ class Prefill {
           queries_(queries),
           parameters_(parameters),
           sequence_(state.sequence()),
-          output_(queries.rows(), cache.configuration.query_heads * cache.dim(TileSide::values)) {
+          output_{Matrix(queries.rows(), cache.configuration.query_heads * cache.dim(TileSide::values)),
+                  Matrix(queries.rows(), cache.configuration.query_heads)} {
         // One basis holds the latents of all heads, which therefore decode it together.
         const Index heads = cache.configuration.kv_heads,
                     together = state.latent && state.latent->subspaces() == 1 ? heads : 1;
@@ -191,8 +196,8 @@ class Prefill {
                 readers_.push_back(readers_.front());
     }
 
-    /// [query token][query_heads * value dim], in the frame of the input. Throws what a block threw.
-    Matrix run(Executor& executor) {
+    /// Throws what a block threw.
+    PrefillOutput run(Executor& executor) {
         SerialExecutor alone;
         Executor& used = readers_.size() == 1 ? static_cast<Executor&>(alone) : executor;
         run_items(used, static_cast<Index>(blocks_.size()),
@@ -200,7 +205,7 @@ class Prefill {
 #if defined(__cpp_exceptions)
         if (failure_) std::rethrow_exception(failure_);
 #endif
-        if (cache_.recipe().values.rotate) cache_.value_rotation.rotate_back(output_);
+        if (cache_.recipe().values.rotate) cache_.value_rotation.rotate_back(output_.values);
         return std::move(output_);
     }
 
@@ -241,7 +246,7 @@ class Prefill {
         Index packed = 0;
         for (const Reader::Run& run : reader.runs()) {
             const Index at = std::exchange(packed, run.page ? packed + run.count : packed);
-            if (run.first > queries.last_position()) break;
+            if (queries.all_before(run.first)) break;
             if (sequence_.hides(run.first, run.count)) continue;
             if (sparse && run.page &&
                 (selection.scores.middleCols(at, run.count).rowwise().maxCoeff().array() <
@@ -261,9 +266,14 @@ class Prefill {
                     reader.rows(run, TileSide::values, block.first_head + h);
         }
         const Index first_head = block.first_head * cache_.configuration.group();
-        for (Index r = 0; r < rows; ++r)
-            output_.row(queries.token(r)).segment((first_head + r / block.tokens) * value_dim, value_dim) =
-                weighted.row(r) * (sum[r] == 0.0f ? 0.0f : 1.0f / sum[r]);
+        for (Index r = 0; r < rows; ++r) {
+            const Index head = first_head + r / block.tokens, token = queries.token(r);
+            const SoftmaxState state{&largest[r], &sum[r], weighted.row(r).data(), value_dim};
+            state.add_sink(queries.rules[static_cast<std::size_t>(r / block.tokens)].sink_logit(), value_dim);
+            state.normalise(value_dim);
+            output_.values.row(token).segment(head * value_dim, value_dim) = weighted.row(r);
+            output_.log_sum_exp(token, head) = state.log_sum_exp();
+        }
     }
     /// Turns a row of scores into weights, and scales down what is there where a larger score has come.
     template <class Row, class Weighted>
@@ -285,7 +295,7 @@ class Prefill {
     const Matrix& queries_;
     const AttentionParameters& parameters_;
     TileSequence sequence_;
-    Matrix output_;
+    PrefillOutput output_;
     std::vector<QueryBlock> blocks_;
     std::vector<Reader> readers_;  ///< [worker]
 #if defined(__cpp_exceptions)
@@ -315,8 +325,9 @@ KVPLANE_FUNCTION std::vector<std::vector<Index>> selected_keys(const CacheShape&
     return all;
 }
 
-KVPLANE_FUNCTION Matrix prefill(const CacheShape& cache, const CacheState& state, const Matrix& queries,
-                                const AttentionParameters& parameters, Executor& executor) {
+KVPLANE_FUNCTION PrefillOutput prefill(const CacheShape& cache, const CacheState& state,
+                                       const Matrix& queries, const AttentionParameters& parameters,
+                                       Executor& executor) {
     return Prefill(cache, state, queries, parameters, executor).run(executor);
 }
 
