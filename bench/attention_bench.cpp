@@ -4,7 +4,10 @@
 // RECIPE@POLICY reads in part (recipes::read_policy). Counters: `bytes` of the cache that are
 // read, `bytes_per_second`, `bandwidth_share` = that over the read bandwidth that this run measures with as
 // many threads, before and after each case; `fp16_floor_ratio` = time over what reading an fp16 cache at that
-// bandwidth takes. Several caches take turns, together twice what the last-level cache holds, so that
+// bandwidth takes.
+//   DecodeBatch/RECIPE/.../sequences:S/threads:T   one query token of each of S sequences in one call
+//   DecodeLoop/...                                 the same in a call each
+// Several caches take turns, together twice what the last-level cache holds, so that
 // all of it comes from memory. Usage: attention_bench [--all] [--recipes=A,B] [benchmark's own options];
 // --all: every length and shape, not only the main ones.
 #include <benchmark/benchmark.h>
@@ -13,6 +16,8 @@
 #include <memory>
 #include <sstream>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "bandwidth.hpp"
 #include "cases.hpp"
@@ -33,11 +38,11 @@ struct Caches {
     std::vector<KvCache> caches;
 };
 
-/// The caches of one case; made when it is asked for, and kept while it is.
-Caches& caches_of(const std::string& recipe, const Shape& shape) {
+/// The caches of one case, at least so many; made when it is asked for, and kept while it is.
+Caches& caches_of(const std::string& recipe, const Shape& shape, std::size_t at_least = 1) {
     static std::string key;
     static std::unique_ptr<Caches> made;
-    const std::string wanted = name_of(recipe, shape);
+    const std::string wanted = name_of(recipe, shape) + "/" + std::to_string(at_least);
     if (key == wanted) return *made;
     made = std::make_unique<Caches>();
     const CacheConfiguration c = configuration(recipe, shape);
@@ -47,7 +52,8 @@ Caches& caches_of(const std::string& recipe, const Shape& shape) {
         KvCache& cache = made->caches.emplace_back(c, made->pool);
         for (Index t = 0; t < shape.tokens; t += piece) cache.append(keys, values);
     } while (made->caches[0].bytes() * static_cast<Index>(made->caches.size()) <
-             static_cast<Index>(kvplane_bench::beyond_caches()));
+                 static_cast<Index>(kvplane_bench::beyond_caches()) ||
+             made->caches.size() < at_least);
     key = wanted;
     return *made;
 }
@@ -90,6 +96,54 @@ void decode(benchmark::State& state, const std::string& name, const Shape& shape
         fp16 / bandwidth * runs, benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
 }
 
+/// One query token of each of many sequences, together or one after another.
+void decode_many(benchmark::State& state, const std::string& recipe, const Shape& shape,
+                 std::size_t sequences, int threads, bool together) {
+    Caches& all = caches_of(recipe, shape, sequences);
+    ThreadExecutor executor(threads);
+    AttentionWorkspace workspace(&executor);
+    const auto count = static_cast<Index>(sequences);
+    const Matrix queries = random_rows(count, shape.query_heads * shape.head_dim, 3);
+    Matrix output(count, shape.query_heads * shape.head_dim);
+    std::vector<const KvCache*> batch(sequences);
+    std::vector<Index> offsets(sequences + 1);
+    for (std::size_t i = 0; i <= sequences; ++i) offsets[i] = static_cast<Index>(i);
+    std::size_t next = 0;
+    for (auto _ : state) {
+        for (const KvCache*& cache : batch) {
+            cache = &all.caches[next];
+            next = (next + 1) % all.caches.size();
+        }
+        if (together)
+            KvCache::attend_batch(batch, offsets, queries, output, {}, workspace);
+        else
+            for (Index i = 0; i < count; ++i) {
+                auto row = output.row(i);
+                batch[static_cast<std::size_t>(i)]->attend(queries.row(i), row, {}, workspace);
+            }
+        benchmark::DoNotOptimize(output.data());
+    }
+    state.SetItemsProcessed(state.iterations() * count);
+}
+
+void add_batch(const std::string& recipe, const Shape& shape, std::size_t sequences) {
+    std::vector<int> teams{1, 2};
+    if (const auto cores = static_cast<int>(std::thread::hardware_concurrency()); cores > 2)
+        teams.push_back(cores);
+    for (const int threads : teams)
+        for (const bool together : {false, true}) {
+            const std::string name = std::string(together ? "DecodeBatch/" : "DecodeLoop/") +
+                                     name_of(recipe, shape) + "/sequences:" + std::to_string(sequences) +
+                                     "/threads:" + std::to_string(threads);
+            benchmark::RegisterBenchmark(name.c_str(),
+                                         [=](benchmark::State& state) {
+                                             decode_many(state, recipe, shape, sequences, threads, together);
+                                         })
+                ->UseRealTime()
+                ->Unit(benchmark::kMicrosecond);
+        }
+}
+
 void add(const std::string& recipe, const Shape& shape) {
     for (const int threads : {1, 2}) {
         const std::string name = "Decode/" + name_of(recipe, shape) + "/threads:" + std::to_string(threads);
@@ -128,6 +182,7 @@ int main(int count, char** arguments) {
             add(recipe, {tokens, 9, 3, 64});
         }
     }
+    for (const char* recipe : {"fp16", "key_favored:4:4"}) add_batch(recipe, {512, 32, 8, 128}, 64);
     benchmark::Initialize(&kept, arguments);
     if (benchmark::ReportUnrecognizedArguments(kept, arguments)) return 1;
     benchmark::RunSpecifiedBenchmarks();

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <iostream>
 #include <random>
@@ -18,6 +19,21 @@ inline std::uint64_t seed(std::uint64_t standard = 20240607) {
     const std::uint64_t value = chosen ? std::strtoull(chosen, nullptr, 10) : standard;
     std::cout << "seed " << value << " (KVPLANE_TEST_SEED)\n";
     return value;
+}
+
+/// Whether a sanitizer makes everything some ten times slower.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+inline constexpr bool sanitized = true;
+#elif defined(__has_feature)
+inline constexpr bool sanitized = __has_feature(address_sanitizer) || __has_feature(thread_sanitizer);
+#else
+inline constexpr bool sanitized = false;
+#endif
+
+/// How often a random test draws: KVPLANE_TEST_ROUNDS from the environment, or the given number.
+inline int rounds(int standard) {
+    const char* chosen = std::getenv("KVPLANE_TEST_ROUNDS");
+    return chosen ? std::max(1, std::atoi(chosen)) : standard;
 }
 
 /// Runs `call` and returns the sentence with which it was refused, "" (and a test failure) where it was not.

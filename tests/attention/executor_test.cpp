@@ -62,6 +62,33 @@ TEST(ThreadExecutor, RunsOfSeveralThreadsTakeTurns) {
     EXPECT_EQ(sum, 4 * 200 * 45);
 }
 
+TEST(ThreadExecutor, ABodyMayStartRunsOfItsOwnExecutor) {
+    ThreadExecutor executor(3), other(2);
+    struct Context {
+        ThreadExecutor *executor, *other;
+        std::atomic<long> sum{0};
+    } context{&executor, &other};
+    const auto add = [](void* sum, Index item, Index) { *static_cast<std::atomic<long>*>(sum) += item; };
+    for (int round = 0; round < 50; ++round)
+        executor.run(
+            7,
+            [](void* given, Index, Index) {
+                auto& all = *static_cast<Context*>(given);
+                const auto add_item = [](void* sum, Index item, Index worker) {
+                    EXPECT_LE(worker, 1);
+                    *static_cast<std::atomic<long>*>(sum) += item;
+                };
+                all.executor->run(10, add_item, &all.sum);
+                all.other->run(10, add_item, &all.sum);
+            },
+            &context);
+    EXPECT_EQ(context.sum, 50 * 7 * 2 * 45);
+    // Afterwards the calling thread's runs are shared out again.
+    std::atomic<long> sum{0};
+    executor.run(100, add, &sum);
+    EXPECT_EQ(sum, 4950);
+}
+
 TEST(ThreadExecutor, RefusesWhereTheSystemCannotStartSoManyThreads) {
 #if defined(__GLIBC__)
     // Stacks of 10 TB: several fit into the address space, 40 do not. Sanitizers would clear them.

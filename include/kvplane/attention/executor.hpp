@@ -4,7 +4,10 @@
 // that have none. Results do not depend on the number of workers.
 #pragma once
 
+#include <exception>
 #include <memory>
+#include <mutex>
+#include <utility>
 
 #include "kvplane/compiled.hpp"
 #include "kvplane/matrix.hpp"
@@ -35,6 +38,35 @@ void run_items(Executor& executor, Index items, Body&& body) noexcept {
         &body);
 }
 
+/// Keeps the first exception of a run's bodies, which executors cannot take, to be thrown after the run.
+class FirstFailure {
+  public:
+    template <class Body>
+    void guard(const Body& body) noexcept {
+#if defined(__cpp_exceptions)
+        try {
+            body();
+        } catch (...) {
+            const std::lock_guard lock(mutex_);
+            if (!failure_) failure_ = std::current_exception();
+        }
+#else
+        body();
+#endif
+    }
+    void rethrow() {
+#if defined(__cpp_exceptions)
+        if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+#endif
+    }
+
+  private:
+#if defined(__cpp_exceptions)
+    std::mutex mutex_;
+    std::exception_ptr failure_;
+#endif
+};
+
 }  // namespace detail
 
 /// Everything in the calling thread.
@@ -46,8 +78,9 @@ class SerialExecutor final : public Executor {
     }
 };
 
-/// The calling thread and others that wait for work between calls. Runs from several threads take turns; a
-/// body must not start a run of the same executor.
+/// The calling thread and others that wait for work between calls. Runs from several threads take turns. A run
+/// that a body starts on the same executor (attention within an engine's own parallel loop) stays in the body's
+/// thread.
 class ThreadExecutor final : public Executor {
   public:
     /// Throws Error: option for less than one thread, out_of_memory where the system cannot start so many.

@@ -26,6 +26,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -48,7 +49,7 @@ struct Workspace;
 
 /// Where attention puts its output: store(context, query token, first column, values [count]).
 struct OutputSink {
-    Index rows, cols;
+    Index rows, cols;  ///< of all of it
     void (*store)(void* context, Index row, Index column, const float* values, Index count);
     void* context;
     Matrix* log_sum_exp;  ///< [query token][query head] the result, or nullptr
@@ -71,12 +72,15 @@ class AttentionWorkspace {
 
     /// For kvplane's own use.
     detail::Workspace& arrays();
+    /// One for each worker of the executor, for calls that each run in one of them.
+    std::vector<AttentionWorkspace>& of_workers();
     Executor& executor() noexcept { return executor_ ? *executor_ : static_cast<Executor&>(serial_); }
 
   private:
     Executor* executor_;
     SerialExecutor serial_;
     std::unique_ptr<detail::Workspace> arrays_;
+    std::vector<AttentionWorkspace> of_workers_;
 };
 
 /// Bounds of |x - x'| over all stored elements, in the frame in which they are stored (rotated, where the
@@ -181,17 +185,28 @@ class KvCache {
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output, const AttentionParameters& parameters,
                 AttentionWorkspace& workspace, Matrix* log_sum_exp = nullptr) const {
         const auto rows = input_heads(queries, configuration().query_heads);
-        const auto store = [](void* context, Index row, Index column, const float* values, Index count) {
-            auto& to = *static_cast<Eigen::MatrixBase<Derived>*>(context);
-            for (Index c = 0; c < count; ++c)
-                to(row, column + c) = static_cast<typename Derived::Scalar>(values[c]);
-        };
-        attend_rows(rows, {output.rows(), output.cols(), store, &output, log_sum_exp}, parameters, workspace);
+        attend_rows(rows, sink_of(output, log_sum_exp), parameters, workspace);
     }
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>&& output,
                 const AttentionParameters& parameters = {}) const {
         attend(queries, output, parameters);
+    }
+
+    /// attend() of many sequences in one call, as a server decodes them: workers take whole sequences, the long
+    /// ones together, so that many short sequences use all workers as one long one does. Cache i takes the
+    /// query tokens [offsets[i], offsets[i + 1]) of `queries`, which are all of its kind, and gives the same
+    /// rows of `output`. Bit for bit what attend() gives each by itself. The caches have one configuration (the
+    /// same heads and widths at least); one may come several times. The parameters hold for all, without bias
+    /// and position. Throws Error as attend(), and shape for offsets that do not begin at 0, ascend, and end
+    /// with the queries; and then has written nothing, unless memory ended (std::bad_alloc).
+    template <class Q, class Derived>
+    static void attend_batch(std::span<const KvCache* const> caches, std::span<const Index> offsets,
+                             const Q& queries, Eigen::MatrixBase<Derived>& output,
+                             const AttentionParameters& parameters, AttentionWorkspace& workspace) {
+        if (caches.empty()) return;
+        const auto rows = input_heads(queries, caches[0]->configuration().query_heads);
+        attend_batch_rows(caches, offsets, rows, sink_of(output, nullptr), parameters, workspace);
     }
 
     /// Forgets all but the first `count` tokens. Throws Error (index) for more than there are, or where
@@ -256,14 +271,31 @@ class KvCache {
         append_rows(heads_of_kv(keys), heads_of_kv(values), &any, provisional);
     }
     static AttentionWorkspace& thread_workspace();
+    template <class Derived>
+    static detail::OutputSink sink_of(Eigen::MatrixBase<Derived>& output, Matrix* log_sum_exp) {
+        const auto store = [](void* context, Index row, Index column, const float* values, Index count) {
+            auto& to = *static_cast<Eigen::MatrixBase<Derived>*>(context);
+            for (Index c = 0; c < count; ++c)
+                to(row, column + c) = static_cast<typename Derived::Scalar>(values[c]);
+        };
+        return {output.rows(), output.cols(), store, &output, log_sum_exp};
+    }
 
     // Below the seam: inputs have become rows of heads.
     void append_rows(const detail::AnyRows& keys, const detail::AnyRows& values,
                      const detail::AnyRows* queries, bool provisional);
     void attend_rows(const detail::AnyRows& queries, const detail::OutputSink& output,
                      const AttentionParameters& parameters, AttentionWorkspace& workspace) const;
+    static void attend_batch_rows(std::span<const KvCache* const> caches, std::span<const Index> offsets,
+                                  const detail::AnyRows& queries, const detail::OutputSink& output,
+                                  const AttentionParameters& parameters, AttentionWorkspace& workspace);
+    /// attend_rows() of what was checked, into the rows from `first_row` on.
+    void attend_checked(const detail::AnyRows& queries, const detail::OutputSink& output, Index first_row,
+                        const AttentionParameters& parameters, AttentionWorkspace& workspace) const;
     std::vector<std::vector<Index>> selected_rows(const detail::AnyRows& queries,
                                                   const AttentionParameters& parameters) const;
+    void require_attend(const detail::AnyRows& queries, Index out_rows, Index out_cols,
+                        const AttentionParameters& parameters) const;
     void require_queries(const detail::AnyRows& queries, Index out_rows, Index out_cols,
                          const AttentionParameters& parameters) const;
     void require_policy(const AttentionParameters& parameters) const;

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kvplane/error.hpp"
@@ -47,7 +48,7 @@ class ThreadExecutor::Team {
     }
 
     void run(Index items, Body body, void* context) noexcept {
-        if (others_.empty() || items <= 1) {
+        if (others_.empty() || items <= 1 || running_ == this) {
             for (Index item = 0; item < items; ++item) body(context, item, 0);
             return;
         }
@@ -88,8 +89,10 @@ class ThreadExecutor::Team {
     }
 
     void work(Index worker) noexcept {
+        const Team* const outer = std::exchange(running_, this);
         for (Index item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;)
             body_(context_, item, worker);
+        running_ = outer;
     }
     void serve(Index worker) noexcept {
         for (std::uint32_t seen = 0;;) {
@@ -101,6 +104,9 @@ class ThreadExecutor::Team {
             if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
         }
     }
+
+    /// The team whose bodies this thread runs.
+    inline static thread_local const Team* running_ = nullptr;
 
     std::vector<std::thread> others_;
     std::mutex turn_;

@@ -30,6 +30,10 @@ KVPLANE_FUNCTION detail::Workspace& AttentionWorkspace::arrays() {
     if (!arrays_) arrays_ = std::make_unique<detail::Workspace>();
     return *arrays_;
 }
+KVPLANE_FUNCTION std::vector<AttentionWorkspace>& AttentionWorkspace::of_workers() {
+    while (static_cast<Index>(of_workers_.size()) < executor().workers()) of_workers_.emplace_back();
+    return of_workers_;
+}
 
 // Life -----------------------------------------------------------------------------------------------------
 
@@ -224,14 +228,26 @@ KVPLANE_FUNCTION void KvCache::require_policy(const AttentionParameters& paramet
             "' holds no fp16 to be read by exponents; expected fp16 keys or values, or another policy");
 }
 
+KVPLANE_FUNCTION void KvCache::require_attend(const detail::AnyRows& queries, Index out_rows, Index out_cols,
+                                              const AttentionParameters& parameters) const {
+    require_queries(queries, out_rows, out_cols, parameters);
+    require_policy(parameters);
+    require_kept(parameters, queries.tokens);
+}
+
 KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const detail::OutputSink& output,
                                            const AttentionParameters& parameters,
                                            AttentionWorkspace& workspace) const {
-    require_queries(queries, output.rows, output.cols, parameters);
-    require_policy(parameters);
-    require_kept(parameters, queries.tokens);
+    require_attend(queries, output.rows, output.cols, parameters);
+    if (output.log_sum_exp) output.log_sum_exp->resize(queries.tokens, configuration().query_heads);
+    attend_checked(queries, output, 0, parameters, workspace);
+}
+
+KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
+                                              const detail::OutputSink& output, Index first_row,
+                                              const AttentionParameters& parameters,
+                                              AttentionWorkspace& workspace) const {
     const Index query_tokens = queries.tokens, dim = configuration().value_head_dim;
-    if (output.log_sum_exp) output.log_sum_exp->resize(query_tokens, configuration().query_heads);
     if (query_tokens == 0) return;
     const detail::StandardFloatingPoint standard;
     if (query_tokens <= detail::decode_query_tokens && parameters.key_fraction >= 1.0 &&
@@ -242,7 +258,7 @@ KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const
         for (Index head = 0; head < configuration().query_heads; ++head)
             for (Index i = 0; i < query_tokens; ++i) {
                 const auto [values, log_sum_exp] = pass.output(head, i);
-                output.store(output.context, i, head * dim, values, dim);
+                output.store(output.context, first_row + i, head * dim, values, dim);
                 if (output.log_sum_exp) (*output.log_sum_exp)(i, head) = log_sum_exp;
             }
         return;
@@ -250,8 +266,56 @@ KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const
     detail::PrefillOutput result =
         detail::prefill(*shape_, state_, detail::widened(queries), parameters, workspace.executor());
     for (Index i = 0; i < query_tokens; ++i)
-        output.store(output.context, i, 0, result.values.row(i).data(), result.values.cols());
+        output.store(output.context, first_row + i, 0, result.values.row(i).data(), result.values.cols());
     if (output.log_sum_exp) *output.log_sum_exp = std::move(result.log_sum_exp);
+}
+
+KVPLANE_FUNCTION void KvCache::attend_batch_rows(
+    std::span<const KvCache* const> caches, std::span<const Index> offsets, const detail::AnyRows& queries,
+    const detail::OutputSink& output, const AttentionParameters& parameters, AttentionWorkspace& workspace) {
+    const std::size_t count = caches.size();
+    require(offsets.size() == count + 1 && offsets.front() == 0 && offsets.back() == queries.tokens &&
+                std::is_sorted(offsets.begin(), offsets.end()),
+            ErrorCode::shape, "attend_batch: ", offsets.size(), " offsets for ", count, " caches and ",
+            queries.tokens, " query tokens, expected ", count + 1, " that ascend from 0 to ", queries.tokens);
+    require(!parameters.bias && !parameters.position, ErrorCode::option,
+            "attend_batch: a bias or a position, expected neither: sequences differ in them");
+    require(output.rows == queries.tokens, ErrorCode::shape, "attend_batch: an output of ", output.rows,
+            " rows, expected ", queries.tokens);
+    const auto queries_of = [&](std::size_t i) {
+        return queries.visit([&](const auto& rows) {
+            return detail::AnyRows(rows.middle_tokens(offsets[i], offsets[i + 1] - offsets[i]));
+        });
+    };
+    for (std::size_t i = 0; i < count; ++i)
+        caches[i]->require_attend(queries_of(i), offsets[i + 1] - offsets[i], output.cols, parameters);
+
+    // The longest first, so that none of them is the last to begin.
+    std::vector<std::size_t> order(count);
+    for (std::size_t i = 0; i < count; ++i) order[i] = i;
+    const auto work = [&](std::size_t i) { return caches[i]->tokens() * (offsets[i + 1] - offsets[i]); };
+    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return work(a) > work(b); });
+    Index left = 0;
+    for (std::size_t i = 0; i < count; ++i) left += work(i);
+    // What is more than a worker's share takes all workers.
+    const Index workers = workspace.executor().workers();
+    std::size_t together = 0;
+    for (; together < count && work(order[together]) * workers > left; ++together) {
+        const std::size_t i = order[together];
+        left -= work(i);
+        caches[i]->attend_checked(queries_of(i), output, offsets[i], parameters, workspace);
+    }
+    std::vector<AttentionWorkspace>& own = workspace.of_workers();
+    detail::FirstFailure failure;
+    detail::run_items(workspace.executor(), static_cast<Index>(count - together),
+                      [&](Index item, Index worker) {
+                          failure.guard([&] {
+                              const std::size_t i = order[together + static_cast<std::size_t>(item)];
+                              caches[i]->attend_checked(queries_of(i), output, offsets[i], parameters,
+                                                        own[static_cast<std::size_t>(worker)]);
+                          });
+                      });
+    failure.rethrow();
 }
 
 KVPLANE_FUNCTION std::vector<std::vector<Index>> KvCache::selected_rows(

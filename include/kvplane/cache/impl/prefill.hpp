@@ -3,10 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <exception>
 #include <functional>
 #include <limits>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -200,11 +198,13 @@ class Prefill {
     PrefillOutput run(Executor& executor) {
         SerialExecutor alone;
         Executor& used = readers_.size() == 1 ? static_cast<Executor&>(alone) : executor;
-        run_items(used, static_cast<Index>(blocks_.size()),
-                  [this](Index item, Index worker) { guarded(item, worker); });
-#if defined(__cpp_exceptions)
-        if (failure_) std::rethrow_exception(failure_);
-#endif
+        run_items(used, static_cast<Index>(blocks_.size()), [this](Index item, Index worker) {
+            const StandardFloatingPoint standard;
+            failure_.guard([&] {
+                attend(blocks_[static_cast<std::size_t>(item)], readers_[static_cast<std::size_t>(worker)]);
+            });
+        });
+        failure_.rethrow();
         if (cache_.recipe().values.rotate) cache_.value_rotation.rotate_back(output_.values);
         return std::move(output_);
     }
@@ -212,23 +212,6 @@ class Prefill {
   private:
     /// Query tokens of a block: enough to make up for decoding, few enough to share out among threads.
     static constexpr Index block_tokens = 128;
-
-    /// What fails here fails where memory ends; executors take no exceptions.
-    void guarded(Index item, Index worker) noexcept {
-        const StandardFloatingPoint standard;
-        const QueryBlock& block = blocks_[static_cast<std::size_t>(item)];
-        Reader& reader = readers_[static_cast<std::size_t>(worker)];
-#if defined(__cpp_exceptions)
-        try {
-            attend(block, reader);
-        } catch (...) {
-            const std::lock_guard lock(mutex_);
-            failure_ = std::current_exception();
-        }
-#else
-        attend(block, reader);
-#endif
-    }
 
     void attend(const QueryBlock& block, Reader& reader) {
         const BlockQueries queries(cache_, state_.tokens, queries_, parameters_, block);
@@ -298,10 +281,7 @@ class Prefill {
     PrefillOutput output_;
     std::vector<QueryBlock> blocks_;
     std::vector<Reader> readers_;  ///< [worker]
-#if defined(__cpp_exceptions)
-    std::mutex mutex_;
-    std::exception_ptr failure_;
-#endif
+    FirstFailure failure_;
 };
 
 KVPLANE_FUNCTION std::vector<std::vector<Index>> selected_keys(const CacheShape& cache,
