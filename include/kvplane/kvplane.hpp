@@ -9,6 +9,7 @@
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/attention/read_policy.hpp"
 #include "kvplane/attention/reference.hpp"
+#include "kvplane/cache/capabilities.hpp"
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/cache/kv_cache.hpp"

@@ -232,10 +232,18 @@ requires(Plain::NumDimensions ==
     return detail::tensor_head_rows(tensor);
 }
 
-/// Any input that head_rows() takes: a matrix or expression with its number of heads, or a tensor.
+/// Rows of heads as they are, for instance [head][token][channel] with strides of the caller's own.
+template <CacheScalar Scalar>
+const HeadRows<Scalar>& head_rows(const HeadRows<Scalar>& rows) {
+    return rows;
+}
+
+/// Any input that head_rows() takes: a matrix or expression with its number of heads, a tensor, or rows of heads.
 template <class Input>
 auto input_heads(const Input& input, Index heads) {
-    if constexpr (requires { head_rows(input, heads); })
+    if constexpr (std::is_same_v<Input, detail::AnyRows>)
+        return input;
+    else if constexpr (requires { head_rows(input, heads); })
         return head_rows(input, heads);
     else
         return head_rows(input);

@@ -254,6 +254,49 @@ TEST_P(CacheOfRecipe, InputTypesAndLayoutsAreTheSameToIt) {
     EXPECT_EQ(to_bytes(halves), to_bytes(expressions));
 }
 
+/// As many heads as tokens as channels: only strides tell which is which.
+TEST(InputLayouts, AreWhatTheirStridesSay) {
+    constexpr Index n = 8;
+    TilePool pool;
+    std::mt19937_64 random(seed());
+    const Matrix keys = normal_matrix(random, n, n * n), values = normal_matrix(random, n, n * n);
+    const auto bytes_of = [&](const auto& k, const auto& v) {
+        KvCache cache(configuration("standard", n, n, n, n), pool);
+        cache.append(k, v);
+        return to_bytes(cache);
+    };
+    const std::vector<std::byte> expected = bytes_of(keys, values);
+
+    Eigen::Tensor<float, 3, Eigen::RowMajor> k_rows(n, n, n), v_rows(n, n, n);
+    Eigen::Tensor<float, 3, Eigen::ColMajor> k_columns(n, n, n), v_columns(n, n, n);
+    for (Index h = 0; h < n; ++h)
+        for (Index t = 0; t < n; ++t)
+            for (Index c = 0; c < n; ++c) {
+                k_rows(h, t, c) = k_columns(h, t, c) = keys(t, h * n + c);
+                v_rows(h, t, c) = v_columns(h, t, c) = values(t, h * n + c);
+            }
+    EXPECT_EQ(bytes_of(k_rows, v_rows), expected);
+    EXPECT_EQ(bytes_of(k_columns, v_columns), expected);
+    EXPECT_EQ(bytes_of(k_rows, v_columns), expected);
+
+    // From the last token to the first, and [head][token][channel].
+    const Matrix k_back = keys.colwise().reverse(), v_back = values.colwise().reverse();
+    const Index last = (n - 1) * n * n;
+    EXPECT_EQ(bytes_of(HeadRows<float>(k_back.data() + last, n, n, n, n, -n * n, 1),
+                       HeadRows<float>(v_back.data() + last, n, n, n, n, -n * n, 1)),
+              expected);
+    EXPECT_EQ(bytes_of(HeadRows<float>(k_rows.data(), n, n, n, n * n, n, 1), values), expected);
+
+    // A block of a larger map, and one row for all tokens.
+    Matrix larger = Matrix::Constant(n + 3, n * n + 5, 9.0f);
+    larger.block(2, 4, n, n * n) = keys;
+    const Eigen::Map<const Matrix> map(larger.data(), larger.rows(), larger.cols());
+    EXPECT_EQ(bytes_of(map.block(2, 4, n, n * n), values), expected);
+    using Strided = Eigen::Map<const Matrix, 0, Eigen::OuterStride<>>;
+    EXPECT_EQ(bytes_of(Strided(keys.data(), n, n * n, Eigen::OuterStride<>(0)), values),
+              bytes_of(Matrix(keys.row(0).replicate(n, 1)), values));
+}
+
 TEST_P(CacheOfRecipe, PredictedBytesAreTheBytes) {
     if (configuration().fits_basis()) GTEST_SKIP() << "refused: latent_cache_test.cpp";
     KvCache cache(configuration(), pool_);
@@ -266,9 +309,13 @@ TEST_P(CacheOfRecipe, PredictedBytesAreTheBytes) {
 TEST_P(CacheOfRecipe, AForkCopiesNothing) {
     KvCache cache(configuration(), pool_);
     append(cache, keys(600), values(600));
-    const Index pages = pool_.pages() - pool_.unused_pages();
+    const Index pages = pool_.pages() - pool_.unused_pages(), bytes = pool_.bytes();
+    if (!configuration().fits_basis()) {
+        EXPECT_EQ(bytes, cache.bytes());
+    }
     const KvCache fork = cache.fork();
     EXPECT_EQ(pool_.pages() - pool_.unused_pages(), pages);
+    EXPECT_EQ(pool_.bytes(), bytes);
     const Matrix q = queries(2);
     EXPECT_EQ(attend(cache, q), attend(fork, q));
 }
@@ -285,6 +332,7 @@ TEST_P(CacheOfRecipe, PagesGoBackToThePool) {
         EXPECT_EQ(cache.bytes(), 0);
     }
     EXPECT_EQ(pool_.pages(), pool_.unused_pages());
+    EXPECT_EQ(pool_.bytes(), 0);
     pool_.trim();
     EXPECT_EQ(pool_.pages(), 0);
 }

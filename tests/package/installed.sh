@@ -21,3 +21,10 @@ export PKG_CONFIG_PATH=$folder/prefix/share/pkgconfig
 # shellcheck disable=SC2046
 "$compiler" $(pkg-config --cflags kvplane) "$source/consumer.cpp" -o "$folder/plain"
 "$folder/plain"
+
+if pkg-config --exists kvplane-c; then
+    library=$(pkg-config --variable=libdir kvplane-c)
+    # shellcheck disable=SC2046
+    cc -std=c99 "$source/consumer.c" $(pkg-config --cflags --libs kvplane-c) -o "$folder/from_c"
+    [ "$(LD_LIBRARY_PATH=$library "$folder/from_c")" = "$version" ]
+fi

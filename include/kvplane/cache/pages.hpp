@@ -91,6 +91,7 @@ class TilePool {
             const std::lock_guard lock(mutex_);
             page = reuse(bytes);
             if (!page) page = make(bytes);
+            if (page) used_bytes_ += bytes + PageReference::header_bytes;
         }
         if (!page) fail(ErrorCode::out_of_memory, "tile pool: no memory for a page of ", bytes, " bytes");
         std::memset(page->data, 0, static_cast<std::size_t>(bytes));
@@ -109,6 +110,12 @@ class TilePool {
         const std::lock_guard lock(mutex_);
         return pages_;
     }
+    /// Memory of the pages that are referred to, each counted once however many forks share it, and with what
+    /// the pool knows of it.
+    Index bytes() const noexcept {
+        const std::lock_guard lock(mutex_);
+        return used_bytes_;
+    }
     Index unused_pages() const noexcept {
         const std::lock_guard lock(mutex_);
         return unused_pages_;
@@ -120,6 +127,7 @@ class TilePool {
         detail::PageHeader*& first = unused_.find(page->bytes)->second;
         page->next = std::exchange(first, page);
         ++unused_pages_;
+        used_bytes_ -= page->bytes + PageReference::header_bytes;
     }
 
   private:
@@ -173,7 +181,7 @@ class TilePool {
     std::pmr::memory_resource* memory_;
     mutable std::mutex mutex_;
     std::map<Index, detail::PageHeader*> unused_;
-    Index pages_ = 0, unused_pages_ = 0;
+    Index pages_ = 0, unused_pages_ = 0, used_bytes_ = 0;
 };
 
 inline void PageReference::release() noexcept {

@@ -1,0 +1,35 @@
+// kvplane/cache/capabilities.hpp: what a configuration can do beyond storing and attending, as data.
+#pragma once
+
+#include "kvplane/cache/configuration.hpp"
+#include "kvplane/compiled.hpp"
+
+namespace kvplane {
+
+/// What a cache of some configuration supports. What it does not is refused with a sentence by the call that
+/// asks for it.
+struct CacheCapabilities {
+    /// Up to 8 query tokens are attended on the packed bits, without allocation. Otherwise every attention
+    /// decodes tiles, as for more query tokens.
+    bool decodes_packed = false;
+    /// ReadPolicy::fixed and aligned, of any number of bits; of a side in fp16, of 8 bits and more.
+    bool reads_by_bits = false;
+    bool reads_by_tolerance = false;  ///< ReadPolicy::tolerance
+    bool reads_by_exponents = false;  ///< ReadPolicy::exponents, of sides in fp16
+    bool selects_keys = false;        ///< AttentionParameters::key_fraction
+    /// A truncation inside a tile loses nothing. Otherwise its tokens are rounded once more with their next
+    /// tile. Provisional tokens are taken back exactly by every recipe.
+    bool truncates_exactly = false;
+    bool fits_basis = false;      ///< the cache fits a basis of its own to the first tokens
+    bool wants_queries = false;   ///< append() takes queries until that basis is fitted
+    bool predicts_bytes = false;  ///< KvCache::predicted_bytes
+};
+
+/// Throws Error (option) for a configuration that cannot be.
+CacheCapabilities capabilities(const CacheConfiguration& configuration);
+
+}  // namespace kvplane
+
+#if !defined(KVPLANE_COMPILED)
+#include "kvplane/cache/impl/capabilities.hpp"
+#endif

@@ -1,0 +1,33 @@
+// kvplane/cache/impl/capabilities.hpp: capabilities as the checks of KvCache see them.
+#pragma once
+
+#include "kvplane/attention/tile_attention.hpp"
+#include "kvplane/cache/capabilities.hpp"
+#include "kvplane/storage/tile_format.hpp"
+
+namespace kvplane {
+
+KVPLANE_FUNCTION CacheCapabilities capabilities(const CacheConfiguration& c) {
+    detail::require_configuration(c);
+    const CacheRecipe& recipe = c.recipe;
+    const bool half_keys = !recipe.latents && recipe.keys.is_half(), half_values = recipe.values.is_half();
+    const auto reads_keys = [&] {
+        if (recipe.latents) return recipe.latents->basis.frame != KeyFrame::before_rope;
+        return detail::reads_key_planes(
+            TileFormat(TileSide::keys, c.key_head_dim, recipe.keys.bits, recipe.keys.rule));
+    };
+    const bool planes = detail::reads_value_planes(TileFormat(TileSide::values, c.value_head_dim,
+                                                              recipe.values.bits, recipe.values.rule)) &&
+                        reads_keys();
+    CacheCapabilities can;
+    can.decodes_packed = can.reads_by_bits = can.reads_by_tolerance = planes;
+    can.reads_by_exponents = planes && (half_keys || half_values);
+    can.selects_keys = recipe.latents.has_value();
+    can.truncates_exactly = recipe.every_token || (half_keys && half_values && recipe.recent_bits == 16);
+    can.fits_basis = c.fits_basis();
+    can.wants_queries = c.fits_basis() && recipe.latents->basis.query_weighted;
+    can.predicts_bytes = !c.fits_basis();
+    return can;
+}
+
+}  // namespace kvplane

@@ -1,0 +1,80 @@
+// What capabilities() says is what the cache does: every call that it promises works, every other one is refused.
+#include "kvplane/cache/capabilities.hpp"
+
+#include <gtest/gtest.h>
+
+#include "cache_support.hpp"
+#include "kvplane/io/cache_file.hpp"
+#include "kvplane/recipes.hpp"
+#include "test_support.hpp"
+
+namespace {
+
+using namespace kvplane;
+using namespace kvplane_test;
+
+/// Whether the call goes through; anything but a refusal as an option is a failure of the test.
+template <class Call>
+bool works(const Call& call) {
+    try {
+        call();
+        return true;
+    } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::option) << error.what();
+        return false;
+    }
+}
+
+TEST(Capabilities, AreWhatTheCacheDoes) {
+    std::mt19937_64 random(seed());
+    std::vector<std::string> names = recipe_names();
+    for (const char* more : {"kivi:8", "latent:3:3+frame=before_rope+fit_tokens=130", "key_favored:16:4"})
+        names.push_back(more);
+    for (const std::string& name : names) {
+        SCOPED_TRACE(name);
+        const CacheConfiguration c = configuration(name);
+        const CacheCapabilities can = capabilities(c);
+        TilePool pool;
+        KvCache cache(c, pool);
+        EXPECT_EQ(cache.needs_queries(), can.wants_queries);
+        EXPECT_EQ(works([&] { (void)KvCache::predicted_bytes(c, 100); }), can.predicts_bytes);
+        const Matrix keys = normal_matrix(random, 500, 64), values = normal_matrix(random, 500, 96),
+                     q = normal_matrix(random, 2, 128);
+        append(cache, keys, values);
+        EXPECT_EQ(cache.latent_keys() != nullptr, can.fits_basis);
+        const auto reads = [&](const ReadPolicy& policy) {
+            return works([&] {
+                AttentionParameters parameters;
+                parameters.read = policy;
+                (void)attend(cache, q, parameters);
+            });
+        };
+        EXPECT_EQ(reads(recipes::read_policy("fixed8")), can.reads_by_bits);
+        EXPECT_EQ(reads(recipes::read_policy("9")), can.reads_by_bits);
+        EXPECT_EQ(reads(recipes::read_policy("tolerance=0.1")), can.reads_by_tolerance);
+        EXPECT_EQ(reads(recipes::read_policy("aligned")), can.reads_by_exponents);
+        EXPECT_EQ(works([&] {
+                      AttentionParameters parameters;
+                      parameters.key_fraction = 0.5;
+                      (void)attend(cache, q, parameters);
+                  }),
+                  can.selects_keys);
+        AttentionWorkspace workspace;
+        Matrix out(2, 192);
+        cache.attend(q, out, {}, workspace);
+        EXPECT_EQ(workspace.report().mean_bits > 0.0, can.decodes_packed);
+
+        KvCache again = cache.fork();
+        again.truncate(200);
+        append(again, keys.bottomRows(300), values.bottomRows(300));
+        EXPECT_EQ(to_bytes(again) == to_bytes(cache), can.truncates_exactly);
+    }
+}
+
+TEST(Capabilities, RefuseAConfigurationThatCannotBe) {
+    CacheConfiguration c = configuration("standard");
+    c.query_heads = 3;
+    refusal(ErrorCode::option, [&] { (void)capabilities(c); });
+}
+
+}  // namespace
