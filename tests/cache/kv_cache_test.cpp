@@ -531,7 +531,8 @@ class SeenTokens : public testing::TestWithParam<std::string> {
 TEST_P(SeenTokens, AreThoseOfTheWindow) {
     for (const Index tokens : {3, 4, 5, 130, 132, 133, 160, 163, 164, 165, 260, 291, 292, 293, 400})
         for (const Index window : {1, 2, 127, 128, 129, 160})
-            for (Index query_tokens = 1; query_tokens <= std::min<Index>(9, tokens); ++query_tokens) {
+            for (Index query_tokens = 1; query_tokens <= std::min<Index>(9, tokens);
+                 query_tokens += sanitized ? 4 : 1) {
                 const Index last = tokens - 1, first = tokens - query_tokens;
                 std::vector<Index> probes{0, 1, 3, 4, last, first};
                 for (const Index position : {first, last})
