@@ -360,6 +360,32 @@ TEST(TileAppend, LeavesOtherTokensAlone) {
     }
 }
 
+/// What is left of a tile whose later tokens were cleared is the tile of the others, where grids do not span tokens.
+TEST(TileClear, LeavesTheTileOfTheFirstTokens) {
+    Random random(kvplane_test::seed());
+    for (const Case& c : all_cases({33, 64}, all_rules())) {
+        const bool by_token = c.rule.granularity == Granularity::per_token ||
+                              (c.segments.size() == 1 && c.segments[0].bits == 16);
+        const Matrix values = normal_matrix(128, c.channels(), random);
+        const Tile whole = encoded(c, values);
+        for (const Index tokens : {0, 1, 31, 64, 77, 127, 128}) {
+            SCOPED_TRACE(testing::Message() << c.text() << ", " << tokens << " tokens");
+            Tile tile = whole;
+            TileCoder(c.format()).clear(tile.data(), tokens);
+            if (by_token) {
+                ASSERT_TRUE(tile == (tokens == 0 ? Tile(tile.size()) : encoded(c, values.topRows(tokens))));
+            } else {
+                ASSERT_EQ(differing(decoded(c, tile, tokens), decoded(c, whole, tokens)), 0);
+            }
+            const DocumentedTile documented = c.documented();
+            for (std::size_t s = 0; s < documented.segments.size(); ++s)
+                for (Index t = tokens; t < 128; ++t)
+                    for (Index k = 0; k < documented.segments[s].channels; ++k)
+                        ASSERT_EQ(documented.code(tile, s, t, k), 0);
+        }
+    }
+}
+
 /// A coder's memory is reused: what it decoded or encoded before does not reach the next tile's bytes.
 TEST(TileAppend, DoesNotDependOnEarlierTiles) {
     Random random(kvplane_test::seed());

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kvplane/storage/tile_format.hpp"
+#include "test_support.hpp"
 
 namespace kvplane_test::tiles {
 
@@ -180,7 +181,7 @@ inline std::vector<Case> all_cases(const std::vector<Index>& channel_counts,
                 if (rule.scheme != Scheme::symmetric || segments.size() < 7)
                     cases.push_back({side, segments, rule});
         }
-    return cases;
+    return thinned(std::move(cases));
 }
 
 }  // namespace kvplane_test::tiles
