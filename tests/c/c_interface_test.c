@@ -209,7 +209,7 @@ int main(void) {
     EXPECT_REFUSED(KVPLANE_SHAPE, "kvplane: append: 2 keys and 3 values, expected as many of each",
                    kvplane_cache_append(cache, &k, &v, NULL));
     k = rows_of(keys, kv_heads, 3);
-    k.type = (kvplane_type)9;
+    k.type = 9;
     EXPECT_REFUSED(KVPLANE_OPTION, "kvplane: keys: type 9, expected KVPLANE_FP32, KVPLANE_FP16 or KVPLANE_BF16",
                    kvplane_cache_append(cache, &k, &v, NULL));
     keys[1][0][5] = NAN;

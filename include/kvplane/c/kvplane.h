@@ -71,7 +71,7 @@ KVPLANE_C_API void kvplane_workspace_destroy(kvplane_workspace* workspace);
 typedef enum kvplane_type { KVPLANE_FP32 = 0, KVPLANE_FP16 = 1, KVPLANE_BF16 = 2 } kvplane_type;
 typedef struct kvplane_rows {
     const void* data;
-    kvplane_type type;
+    int type; /* kvplane_type */
     int64_t heads, tokens, head_dim;
     int64_t head_stride, token_stride, channel_stride;
 } kvplane_rows;
@@ -135,7 +135,7 @@ typedef struct kvplane_attention {
 /* [query token][query_heads * value_head_dim], rows token_stride elements apart (0: without gaps). */
 typedef struct kvplane_output {
     void* data;
-    kvplane_type type;
+    int type; /* kvplane_type */
     int64_t token_stride;
 } kvplane_output;
 

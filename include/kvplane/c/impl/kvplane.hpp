@@ -71,9 +71,9 @@ void require_pointer(const Pointer* pointer, const char* argument) {
     require(pointer != nullptr, ErrorCode::option, argument, " is NULL");
 }
 
-inline ScalarType scalar_type_of(kvplane_type type, const char* argument) {
+inline ScalarType scalar_type_of(int type, const char* argument) {
     require(type == KVPLANE_FP32 || type == KVPLANE_FP16 || type == KVPLANE_BF16, ErrorCode::option, argument,
-            ": type ", static_cast<int>(type), ", expected KVPLANE_FP32, KVPLANE_FP16 or KVPLANE_BF16");
+            ": type ", type, ", expected KVPLANE_FP32, KVPLANE_FP16 or KVPLANE_BF16");
     return type == KVPLANE_FP32   ? ScalarType::float32
            : type == KVPLANE_FP16 ? ScalarType::float16
                                   : ScalarType::bfloat16;
