@@ -200,11 +200,7 @@ TEST_P(Parameters, HugeQueriesGiveFiniteOutputs) {
         }
 }
 
-INSTANTIATE_TEST_SUITE_P(Recipes, Parameters, testing::Values("fp16", "key_favored:8:8"),
-                         [](const auto& info) {
-                             return info.param == "fp16" ? std::string("fp16")
-                                                         : std::string("key_favored_8_8");
-                         });
+INSTANTIATE_TEST_SUITE_P(Recipes, Parameters, testing::Values("fp16", "key_favored:8:8"), test_name);
 
 TEST(Parameters, BadOnesAreRefused) {
     TilePool pool;

@@ -6,7 +6,6 @@
 
 #include <deque>
 #include <limits>
-#include <memory_resource>
 
 #include "cache_support.hpp"
 #include "kvplane/io/cache_file.hpp"
@@ -206,31 +205,10 @@ TEST_P(Appending, DraftsBehindATileThatWasCut) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Recipes, Appending, testing::ValuesIn(recipe_names()), [](const auto& info) {
-    std::string name = info.param;
-    for (char& c : name)
-        if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-    return name;
-});
-
-/// Memory that ends: so many allocations are left.
-class EndingMemory : public std::pmr::memory_resource {
-  public:
-    int left = std::numeric_limits<int>::max();
-
-  private:
-    void* do_allocate(std::size_t bytes, std::size_t alignment) override {
-        if (left-- <= 0) throw std::bad_alloc();
-        return std::pmr::new_delete_resource()->allocate(bytes, alignment);
-    }
-    void do_deallocate(void* p, std::size_t bytes, std::size_t alignment) override {
-        std::pmr::new_delete_resource()->deallocate(p, bytes, alignment);
-    }
-    bool do_is_equal(const memory_resource& other) const noexcept override { return this == &other; }
-};
+INSTANTIATE_TEST_SUITE_P(Recipes, Appending, testing::ValuesIn(recipe_names()), test_name);
 
 TEST(Provisional, AcceptChangesNothingWhereMemoryEnds) {
-    EndingMemory memory;
+    FailingMemory memory;
     TilePool pool(&memory);
     KvCache cache(configuration("standard"), pool);
     std::mt19937_64 random(seed());

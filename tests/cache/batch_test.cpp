@@ -67,12 +67,7 @@ TEST_P(Batch, EqualsEachSequenceByItself) {
 INSTANTIATE_TEST_SUITE_P(Recipes, Batch,
                          testing::Values("fp16", "block32:4", "kivi:2", "key_favored:4:2", "standard",
                                          "latent:3:3+fit_tokens=130", "svdq:2+fit_tokens=140"),
-                         [](const auto& info) {
-                             std::string name = info.param;
-                             for (char& c : name)
-                                 if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-                             return name;
-                         });
+                         test_name);
 
 TEST(BatchOfCaches, BadInputIsRefusedBeforeAnythingIsWritten) {
     TilePool pool;

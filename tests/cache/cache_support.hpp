@@ -1,6 +1,12 @@
 // tests/cache/cache_support.hpp: configurations and a naive cache that the real one is compared with.
 #pragma once
 
+#include <gtest/gtest.h>
+
+#include <cctype>
+#include <limits>
+#include <memory_resource>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -69,6 +75,29 @@ inline const std::vector<std::string>& recipe_names() {
                                                 "weighted:3:16+fit_tokens=150+recent=0"};
     return names;
 }
+
+/// A recipe as part of a test's name.
+inline std::string test_name(const testing::TestParamInfo<std::string>& info) {
+    std::string name;
+    for (const char c : info.param) name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
+    return name;
+}
+
+/// Memory that ends after so many allocations.
+class FailingMemory : public std::pmr::memory_resource {
+  public:
+    Index left = std::numeric_limits<Index>::max();
+
+  private:
+    void* do_allocate(std::size_t bytes, std::size_t alignment) override {
+        if (left-- <= 0) throw std::bad_alloc();
+        return std::pmr::new_delete_resource()->allocate(bytes, alignment);
+    }
+    void do_deallocate(void* memory, std::size_t bytes, std::size_t alignment) override {
+        std::pmr::new_delete_resource()->deallocate(memory, bytes, alignment);
+    }
+    bool do_is_equal(const memory_resource& other) const noexcept override { return this == &other; }
+};
 
 inline Matrix normal_matrix(std::mt19937_64& random, Index rows, Index cols, float scale = 1.0f) {
     std::normal_distribution<float> normal(0.0f, scale);

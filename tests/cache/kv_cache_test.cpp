@@ -378,22 +378,6 @@ TEST(KvCache, ARefusalAfterRotationChangesNothing) {
     EXPECT_EQ(cache.tokens(), 450);
 }
 
-/// Refuses the nth allocation.
-class FailingMemory : public std::pmr::memory_resource {
-  public:
-    Index left = std::numeric_limits<Index>::max();
-
-  private:
-    void* do_allocate(std::size_t bytes, std::size_t alignment) override {
-        if (left-- <= 0) throw std::bad_alloc();
-        return std::pmr::new_delete_resource()->allocate(bytes, alignment);
-    }
-    void do_deallocate(void* memory, std::size_t bytes, std::size_t alignment) override {
-        std::pmr::new_delete_resource()->deallocate(memory, bytes, alignment);
-    }
-    bool do_is_equal(const memory_resource& other) const noexcept override { return this == &other; }
-};
-
 TEST_P(CacheOfRecipe, AFailedAllocationLosesNothing) {
     FailingMemory memory;
     TilePool pool(&memory);
@@ -603,12 +587,7 @@ TEST_P(SeenTokens, AreTheSinksThatDroppingKeeps) {
 INSTANTIATE_TEST_SUITE_P(Recipes, SeenTokens,
                          testing::Values("fp16", "block32:8", "kivi:8", "key_favored:8:8", "standard",
                                          "key_favored:8:8+sinks=17+recent=0"),
-                         [](const auto& info) {
-                             std::string name = info.param;
-                             for (char& c : name)
-                                 if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-                             return name;
-                         });
+                         test_name);
 
 /// Tokens dropped within the sinks are still seen, and may be truncated; what is then saved can be loaded.
 TEST_P(CacheOfRecipe, DropsWithinTheSinksThenTruncatesBelow) {
@@ -718,11 +697,6 @@ TEST(TilePool, ServesCachesOfOtherShapesFromOneBudget) {
     EXPECT_EQ(to_bytes(cache), before);
 }
 
-std::string test_name(const testing::TestParamInfo<std::string>& info) {
-    std::string name;
-    for (const char c : info.param) name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
-    return name;
-}
 INSTANTIATE_TEST_SUITE_P(Recipes, CacheOfRecipe, testing::ValuesIn(recipe_names()), test_name);
 
 TEST(Cache, DroppedTokensAreNotSeen) {

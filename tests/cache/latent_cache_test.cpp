@@ -151,12 +151,7 @@ INSTANTIATE_TEST_SUITE_P(Recipes, LatentCache,
                          testing::Values("svdq:2", "svdq:8-8-8-4:4", "latent:4:4",
                                          "latent:4:16+heads_together=1", "latent:4:4+frame=before_rope",
                                          "latent:4:16+frame=after_rope", "weighted:5:8"),
-                         [](const auto& info) {
-                             std::string name = info.param;
-                             for (char& c : name)
-                                 if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-                             return name;
-                         });
+                         test_name);
 
 // -- Refusals ----------------------------------------------------------------------------------------------
 

@@ -351,11 +351,6 @@ TEST_P(Shapes, AttendWithinT14OnAllInstructionSets) {
     }
 }
 
-std::string test_name(const testing::TestParamInfo<std::string>& info) {
-    std::string name;
-    for (const char c : info.param) name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
-    return name;
-}
 INSTANTIATE_TEST_SUITE_P(Recipes, Shapes, testing::ValuesIn(recipe_names()), test_name);
 
 }  // namespace
