@@ -29,6 +29,7 @@
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/recipes.hpp"
 #include "kvplane/simd/isa.hpp"
+#include "kvplane/storage/narrow.hpp"
 #include "kvplane/storage/planes.hpp"
 #include "kvplane/storage/quantized.hpp"
 #include "kvplane/storage/tile_format.hpp"

@@ -68,6 +68,28 @@ TEST(Capabilities, AreWhatTheCacheDoes) {
         again.truncate(200);
         append(again, keys.bottomRows(300), values.bottomRows(300));
         EXPECT_EQ(to_bytes(again) == to_bytes(cache), can.truncates_exactly);
+
+        EXPECT_EQ(works([&] { cache.fork().remove(200, 300); }), can.removes);
+        if (c.recipe.latents) continue;  // the widths of their segments follow from the basis
+        const auto narrows = [&](TileSide side, int bits) {
+            KvCache narrow = cache.fork();
+            const bool keys = side == TileSide::keys;
+            if (!works([&] { narrow.narrow(0, 500, keys ? bits : 16, keys ? 16 : bits); })) return false;
+            return narrow.bytes() < cache.bytes();
+        };
+        for (const TileSide side : {TileSide::keys, TileSide::values}) {
+            std::vector<int> widths;
+            const bool is_keys = side == TileSide::keys;
+            // A width between two is taken for the next below, which the cache has then no fewer bytes than.
+            for (int bits = (is_keys ? c.recipe.keys : c.recipe.values).bits - 1; bits > 0; --bits)
+                if (narrows(side, bits)) {
+                    KvCache narrow = cache.fork();
+                    narrow.narrow(0, 500, is_keys ? bits : 16, is_keys ? 16 : bits);
+                    const auto& most = narrow.state().narrowed.back().most_bits;
+                    if (most[side] == bits) widths.push_back(bits);
+                }
+            EXPECT_EQ(widths, is_keys ? can.narrower_keys : can.narrower_values);
+        }
     }
 }
 

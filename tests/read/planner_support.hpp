@@ -49,7 +49,7 @@ class Drive {
           scales_(static_cast<std::size_t>(of.heads * of.rows_per_head / of.query_tokens), 1.0),
           scratch_(512) {
         for (Index t = 0; t < of.tiles; ++t)
-            places_.push_back({pages_[static_cast<std::size_t>(t)].data(), t * tile_tokens, tile_tokens});
+            places_.push_back({pages_[static_cast<std::size_t>(t)].data(), &layout_, t * tile_tokens, tile_tokens});
         sequence_ = {.places = places_.data(), .tiles = of.tiles, .layout = &layout_};
         weights_.begin(shape_);
         for (Index row = 0; row < shape_.rows(); ++row) {

@@ -1,6 +1,8 @@
 // kvplane/cache/capabilities.hpp: what a configuration can do beyond storing and attending, as data.
 #pragma once
 
+#include <vector>
+
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/compiled.hpp"
 
@@ -20,6 +22,10 @@ struct CacheCapabilities {
     /// A truncation inside a tile loses nothing. Otherwise its tokens are rounded once more with their next
     /// tile. Provisional tokens are taken back exactly by every recipe.
     bool truncates_exactly = false;
+    bool removes = false;  ///< KvCache::remove
+    /// The widths that KvCache::narrow leaves keys and values of the recipe's width, largest first; of keys in
+    /// latents those of the widest latents. None where they cannot be narrowed.
+    std::vector<int> narrower_keys, narrower_values;
     bool fits_basis = false;      ///< the cache fits a basis of its own to the first tokens
     bool wants_queries = false;   ///< append() takes queries until that basis is fitted
     bool predicts_bytes = false;  ///< KvCache::predicted_bytes

@@ -56,8 +56,9 @@ struct CacheConfiguration {
     Index value_head_dim = 64;
     CacheRecipe recipe;
     std::uint64_t rotation_seed = 0;
-    /// The model's rotary embedding, which latents are turned with; none: the model has none. Other recipes
-    /// do not look at it.
+    /// The model's rotary embedding, which latents are turned with, and keys whose tokens move when others are
+    /// removed. Recipes with latents take none for a model that has none; others, which seldom look at it, take
+    /// frequencies of 0 for that.
     std::optional<RopeSettings> rope = std::nullopt;
     /// For a recipe with latents, the basis and widths of this layer; nullptr: the cache fits its own.
     std::shared_ptr<const LatentKeys> latent_keys = nullptr;

@@ -163,7 +163,7 @@ class DecodePass {
             if (state_.latent) own.projection.turn_to(isa_, *state_.latent, tiles_, t, 1, false);
             for_blocks(head, together_ ? shape_.heads : 1, [&](const RowBlock& block) {
                 std::array<float, row_block_rows> offsets{};
-                RowView<const float> queries = work_.queries.rotated(block);
+                RowView<const float> queries = rotated_for(t, block);
                 if (state_.latent) {
                     own.projection.project(isa_, *state_.latent, work_.queries, block, 1, offsets.data());
                     queries = own.projection.projected(0, block);
@@ -197,12 +197,15 @@ class DecodePass {
                                           .next = next_tile(t, work, tiles_.layout->subspace_of(block.head)),
                                           .block = block,
                                           .worker = worker};
-                    score_tile(place,
-                               projects ? own.projection.projected(i, block) : work_.queries.rotated(block),
+                    score_tile(place, projects ? own.projection.projected(i, block) : rotated_for(t, block),
                                offsets.data() + i * block.rows);
                 }
             });
         }
+    }
+    /// The queries as the keys of a tile in channels are stored.
+    RowView<const float> rotated_for(Index tile, const RowBlock& block) const noexcept {
+        return work_.queries.rotated(block, state_.latent ? 0 : cache_.query_turn(state_, tiles_[tile]));
     }
     bool scores(Index tile, Index subspace) const noexcept {
         return !tiles_.hidden(tile) && (!refining_ || planner_->refines(tile, subspace));
@@ -235,15 +238,18 @@ class DecodePass {
             return;
         }
         WorkerScratch& own = scratch(place.worker);
-        const TileFormat& format = tiles_.layout->key_format(subspace);
+        const TileFormat& format = tiles_.key_format(t, subspace);
         TileRead read{.tile = tiles_.keys(t, subspace), .next = tiles_.keys(place.next, subspace)};
         own.count.key_bits +=
             planner_ ? planner_->keys(place, queries, own.attention, read) : bits_read(format, nullptr);
         if (!refining_) own.count.keys += stored_elements(format);
         float* const scores = values_wait_ ? work_.weights.weights(t, block.first) : own.attention.scores();
         tile_scores(isa_, format, read, queries, offsets, own.attention, scores);
-        work_.queries.apply(block, tiles_[t].first, tiles_[t].tokens, tile_tokens, tiles_, first_position_,
-                            scores);
+        const TilePlace& tile = tiles_[t];
+        for (Index r = 0; r < block.rows && tile.row > 0; ++r)
+            std::fill_n(scores + r * tile_tokens, tile.row, nothing_seen);
+        work_.queries.apply(block, tile.first, tile.tokens, tile_tokens - tile.row, tiles_, first_position_,
+                            scores + tile.row);
         if (values_wait_)
             keep_weights(place, chunk, scores);
         else
@@ -260,7 +266,7 @@ class DecodePass {
         for (Index r = 0; r < block.rows; ++r)
             add_weights(work_.states.of(chunk, block.first + r), tile_max[r],
                         sums[static_cast<std::size_t>(r)]);
-        prefetch_grids(tiles_.layout->values, tiles_.values(place.next, block.head));
+        prefetch_grids(tiles_.value_format(place.next), tiles_.values(place.next, block.head));
         planner_->scored(place, scratch(place.worker).attention);
     }
     void add_tile(const PlanPlace& place, Index chunk, float* scores) noexcept {
@@ -275,13 +281,14 @@ class DecodePass {
             read.planes = own.planes[0].data();
             read.wide_factors = planner_->wide_values();
         }
-        add_tile_values(isa_, tiles_.layout->values, read, scores, own.attention,
-                        {to.output, to.stride, block.rows});
-        count_values(own, read.planes);
+        const TileFormat& format = tiles_.value_format(place.tile);
+        add_tile_values(isa_, format, read, scores, own.attention, {to.output, to.stride, block.rows});
+        count_values(own, format, read.planes);
     }
-    void count_values(WorkerScratch& own, const std::uint8_t* planes) const noexcept {
-        own.count.value_bits += bits_read(tiles_.layout->values, planes);
-        own.count.values += stored_elements(tiles_.layout->values);
+    static void count_values(WorkerScratch& own, const TileFormat& format,
+                             const std::uint8_t* planes) noexcept {
+        own.count.value_bits += bits_read(format, planes);
+        own.count.values += stored_elements(format);
     }
 
     /// The largest score and the sum of weights of every row, over the whole sequence.
@@ -318,7 +325,7 @@ class DecodePass {
                 next = seen_from(t + 1);
                 const bool goes_on = next < work.end_tile;
                 if (goes_on) plan(next, next_planes);
-                count_values(own, planes);
+                count_values(own, tiles_.layout->values, planes);
                 add_waiting_tile(block, work.chunk, t, own,
                                  {.tile = tiles_.values(t, block.head),
                                   .next = tiles_.values(goes_on ? next : t, block.head),

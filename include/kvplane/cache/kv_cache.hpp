@@ -221,6 +221,26 @@ class KvCache {
     /// With the sinks of the call before; at first those that the recipe keeps in fp16.
     void drop_before(Index token) { drop_before(token, state_.kept_sinks); }
 
+    /// Takes the tokens [first, last) out of the sequence: those behind them move back by as many positions, and
+    /// attention is what it would be had they been computed there (a context shift). Keys in tiles are not
+    /// touched, because queries are turned by RoPE instead; those of recent tokens are turned and rounded once
+    /// more. Pages of tiles that hold nothing else are given back; a tile in whose middle tokens were removed is
+    /// two afterwards, which share its page. Throws Error, and then has changed nothing: index (no such tokens,
+    /// or sinks of the recipe among them); option (provisional tokens; a configuration without `rope`, unless it
+    /// has latents); beyond_fp16 (keys so large that a turn might leave fp16); out_of_memory.
+    void remove(Index first, Index last);
+
+    /// Leaves the tiles whose tokens all lie in [first, last) at most key_bits and value_bits an element: their
+    /// codes lose their low planes (storage/narrow.hpp says which widths become which), which is all that is
+    /// lost, and the pages go back to the pool. error_bound() holds afterwards for the wider cells. Tokens
+    /// outside tiles, and a last tile that is not full, stay as they are, and new tiles get the recipe's widths.
+    /// All or nothing, so that it takes memory for the new pages first. attend() then refuses a ReadPolicy other
+    /// than all. Throws Error, and then has changed nothing: index (no such tokens); option (widths that a tile
+    /// cannot be narrowed to); out_of_memory.
+    void narrow(Index first, Index last, int key_bits, int value_bits);
+    /// What bytes() would be after narrow(). Throws Error (index, option).
+    Index narrowed_bytes(Index first, Index last, int key_bits, int value_bits) const;
+
     /// Back to no tokens.
     void clear() noexcept;
 
@@ -299,6 +319,7 @@ class KvCache {
     void require_queries(const detail::AnyRows& queries, Index out_rows, Index out_cols,
                          const AttentionParameters& parameters) const;
     void require_policy(const AttentionParameters& parameters) const;
+    void require_range(const char* call, Index first, Index last) const;
     void require_kept(const AttentionParameters& parameters, Index query_tokens) const;
     Matrix stored(TileSide side, Index first, Index count) const;
 

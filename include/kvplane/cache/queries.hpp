@@ -14,6 +14,7 @@
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/read/planner.hpp"
+#include "kvplane/transform/rope.hpp"
 
 namespace kvplane::detail {
 
@@ -29,7 +30,8 @@ class QueryRows {
         dim_ = cache.configuration.key_head_dim;
         const auto rows = static_cast<std::size_t>(shape.rows());
         plain_.resize(rows * static_cast<std::size_t>(dim_));
-        rotated_.resize(plain_.size());
+        find_turns(cache, state);
+        rotated_.resize(turns_.size() * plain_.size());
         partner_.resize(state.latent ? plain_.size() : 0);
         finite_.resize(rows);
         const auto heads = static_cast<std::size_t>(cache.configuration.query_heads);
@@ -51,9 +53,7 @@ class QueryRows {
                     take_row(rows, head, i, head * shape_.query_tokens + i, scale);
             }
         });
-        std::copy(plain_.begin(), plain_.end(), rotated_.begin());
-        if (cache.recipe().keys.rotate)
-            for (Index r = 0; r < shape_.rows(); ++r) cache.key_rotation.rotate(rotated_.data() + r * dim_);
+        for (std::size_t i = 0; i < turns_.size(); ++i) turn_rows(i, cache);
         if (partner_.empty()) return;
         for (Index r = 0; r < shape_.rows(); ++r) {
             const float* const row = plain_.data() + r * dim_;
@@ -69,9 +69,11 @@ class QueryRows {
     const float* plain(Index row) const noexcept { return plain_.data() + row * dim_; }
     /// With the channels of each RoPE pair exchanged; for latents only.
     const float* partner(Index row) const noexcept { return partner_.data() + row * dim_; }
-    /// As keys in channels, and tokens outside tiles, are stored.
-    RowView<const float> rotated(const RowBlock& block) const noexcept {
-        return {rotated_.data() + block.first * dim_, dim_, block.rows};
+    /// As keys in channels, and tokens outside tiles, are stored. turn: see CacheShape::query_turn().
+    RowView<const float> rotated(const RowBlock& block, Index turn = 0) const noexcept {
+        std::size_t i = 0;
+        while (turns_[i] != turn) ++i;
+        return {rotated_.data() + i * plain_.size() + block.first * dim_, dim_, block.rows};
     }
     /// The learned sink of a row's head; -infinity: none.
     float sink_logit(Index row) const noexcept {
@@ -102,6 +104,34 @@ class QueryRows {
     }
 
   private:
+    /// Lists the turns that tiles of channels ask for; 0 comes first.
+    void find_turns(const CacheShape& cache, const CacheState& state) {
+        turns_.assign(1, 0);
+        if (state.latent) return;  // their queries are turned tile by tile
+        for (const TilePlace& tile : state.tiles)
+            if (const Index turn = cache.query_turn(state, tile);
+                std::find(turns_.begin(), turns_.end(), turn) == turns_.end())
+                turns_.push_back(turn);
+    }
+    void turn_rows(std::size_t i, const CacheShape& cache) noexcept {
+        float* row = rotated_.data() + i * plain_.size();
+        std::copy(plain_.begin(), plain_.end(), row);
+        if (turns_[i] != 0)
+            for (const RotaryEmbedding::Pair& pair : cache.rope->pairs()) {
+                if (pair.frequency == 0.0) continue;
+                const double angle = static_cast<double>(turns_[i]) * pair.frequency;
+                const auto cosine = static_cast<float>(std::cos(angle)),
+                           sine = static_cast<float>(std::sin(angle));
+                for (Index r = 0; r < shape_.rows(); ++r) {
+                    float &x = row[r * dim_ + pair.first], &y = row[r * dim_ + pair.second];
+                    const float turned = x * cosine - y * sine;
+                    y = x * sine + y * cosine;
+                    x = turned;
+                }
+            }
+        if (!cache.recipe().keys.rotate) return;
+        for (Index r = 0; r < shape_.rows(); ++r) cache.key_rotation.rotate(row + r * dim_);
+    }
     template <class Scalar>
     void take_row(const HeadRows<Scalar>& rows, Index head, Index token, Index r, float scale) noexcept {
         float* const row = plain_.data() + r * dim_;
@@ -118,10 +148,12 @@ class QueryRows {
 
     DecodeShape shape_;
     Index dim_ = 0;
-    std::vector<float> plain_, partner_, rotated_;  ///< [row][key dim]
-    std::vector<std::uint8_t> finite_;              ///< [row]
-    std::vector<ScoreRule<float>> rules_;           ///< [query head]
-    std::vector<double> scales_;                    ///< [query head], 1 where queries are scaled already
+    std::vector<float> plain_, partner_;   ///< [row][key dim]
+    std::vector<Index> turns_;             ///< 0, and those of tiles whose tokens have moved
+    std::vector<float> rotated_;           ///< [turn][row][key dim]
+    std::vector<std::uint8_t> finite_;     ///< [row]
+    std::vector<ScoreRule<float>> rules_;  ///< [query head]
+    std::vector<double> scales_;           ///< [query head], 1 where queries are scaled already
 };
 
 /// One worker's queries on their way into the latents of some tiles.
@@ -138,17 +170,21 @@ class QueryProjection {
         depth_ = depth;
     }
 
-    /// Makes the turns back by the first positions of `count` tiles from tile `first` on: exactly for the
+    /// Makes the turns of queries to where the keys of `count` tiles from tile `first` on stand: exactly for the
     /// first tile, and for others from the tile before where that is 128 tokens away. go_on: whether the tile
     /// before `first` was the last of the call before.
     void turn_to(Isa isa, const LatentKeys& keys, const TileSequence& tiles, Index first, Index count,
                  bool go_on) noexcept {
         const Index channels = keys.head_dim();
-        if (!go_on) exact_turn(keys, tile_tokens, turn(projected_tiles));
+        // In the tile's own frame queries are turned back; in that of the input, forward by what tokens moved.
+        const bool back = keys.frame() == KeyFrame::tile;
+        const Index step = back ? -tile_tokens : 0;
+        const auto positions = [&](Index t) { return back ? -tiles[t].origin() : tiles[t].shift; };
+        if (!go_on) exact_turn(keys, step, turn(projected_tiles));
         for (Index i = 0; i < count; ++i) {
             float* const to = turn(i);
-            if ((i == 0 && !go_on) || tiles[first + i].first != tiles[first + i - 1].first + tile_tokens) {
-                exact_turn(keys, tiles[first + i].first, to);
+            if ((i == 0 && !go_on) || positions(first + i) != positions(first + i - 1) + step) {
+                exact_turn(keys, positions(first + i), to);
                 continue;
             }
             const float* const from = turn(i > 0 ? i - 1 : projected_tiles - 1);
@@ -198,9 +234,8 @@ class QueryProjection {
     /// tile to the next stands at projected_tiles.
     float* turn(Index tile) noexcept { return turns_.data() + 2 * tile * depth_; }
     void exact_turn(const LatentKeys& keys, Index positions, float* cosine) noexcept {
-        const bool turns = keys.frame() == KeyFrame::tile;
         for (const RotaryEmbedding::Pair& pair : keys.embedding().pairs()) {
-            const double angle = turns ? -static_cast<double>(positions) * pair.frequency : 0.0;
+            const double angle = static_cast<double>(positions) * pair.frequency;
             const auto sine = static_cast<float>(std::sin(angle));
             cosine[pair.first] = static_cast<float>(std::cos(angle));
             cosine[depth_ + pair.first] = -sine;

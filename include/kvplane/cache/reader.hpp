@@ -17,22 +17,17 @@ class Reader {
     /// Consecutive tokens: those of one tile, or others.
     struct Run {
         Index first, count;
-        const std::byte* page;  ///< of the tile; nullptr: tokens outside tiles
+        const TilePlace* tile = nullptr;  ///< nullptr: tokens outside tiles
+        std::size_t coders = 0;           ///< which are those of the tile's layout
     };
 
     Reader(const CacheShape& cache, const CacheState& state)
         : cache_(cache), state_(state), sink_rows_(cache.sink_rows()), recent_rows_(cache.recent_rows()) {
         const Index sinks = state.sink_count(cache.recipe());
-        if (sinks > 0) runs_.push_back({0, sinks, nullptr});
-        for (const TilePlace& tile : state.tiles) runs_.push_back({tile.first, tile.tokens, tile.page});
+        if (sinks > 0) runs_.push_back({.first = 0, .count = sinks});
+        for (const TilePlace& tile : state.tiles) runs_.push_back(run_of(tile));
         if (!state.recent.empty())
-            runs_.push_back({state.recent_first, state.tokens - state.recent_first, nullptr});
-        if (state.tiles.empty()) return;
-        values_.emplace(state.layout->values);
-        if (state.latent)
-            latents_.emplace(state.latent);
-        else
-            keys_.emplace(state.layout->keys[0]);
+            runs_.push_back({.first = state.recent_first, .count = state.tokens - state.recent_first});
     }
 
     /// Runs that hold tokens which are still kept.
@@ -41,10 +36,15 @@ class Reader {
     /// [count][dim] one side and head of a run, in the frame in which it is stored. Not for keys in latents.
     const Matrix& rows(const Run& run, TileSide side, Index head) {
         const Index dim = cache_.dim(side);
+        if (run.tile) {
+            // Rows before the first are decoded too: their grids are the same.
+            decoded_.resize(run.tile->end_row(), dim);
+            coder(side, run).decode(tile(run, side, head), decoded_.rows(), decoded_.data(), dim);
+            if (run.tile->row > 0) decoded_ = decoded_.bottomRows(run.count).eval();
+            return decoded_;
+        }
         decoded_.resize(run.count, dim);
-        if (run.page) {
-            coder(side).decode(tile(run, side, head), run.count, decoded_.data(), dim);
-        } else if (run.first < state_.sink_count(cache_.recipe())) {
+        if (run.first < state_.sink_count(cache_.recipe())) {
             sink_rows_.read(state_.sinks.data(), side, head, 0, run.count, decoded_.data(), dim);
         } else {
             for (Index t = 0; t < run.count; t += recent_page_tokens)
@@ -55,21 +55,42 @@ class Reader {
         return decoded_;
     }
 
-    bool in_latents(const Run& run) const noexcept { return run.page && latents_; }
-    LatentCoder& latents() noexcept { return *latents_; }
-    /// Where the keys of one head stand in latents.
-    const std::byte* latent_tile(const Run& run, Index head) const noexcept {
-        return run.page + state_.layout->key_at[static_cast<std::size_t>(state_.layout->subspace_of(head))];
+    bool in_latents(const Run& run) const noexcept { return run.tile && state_.latent; }
+    /// Of a run in latents: the latents of a subspace [count][kept], valid until the next call.
+    const Matrix& latents(const Run& run, Index subspace) {
+        const std::byte* const tile =
+            run.tile->page + run.tile->layout->key_at[static_cast<std::size_t>(subspace)];
+        const Matrix& all = latent_coder(run).latents(subspace, tile, run.tile->end_row());
+        if (run.tile->row == 0) return all;
+        latents_ = all.bottomRows(run.count);
+        return latents_;
+    }
+    /// Of a run in latents: D of a subspace.
+    const Matrix& from_latents(const Run& run, Index subspace) {
+        return latent_coder(run).from_latents(subspace);
     }
 
     /// [count][key dim] the keys of one head of a run in the frame of the input; of latents the first `most`
     /// count.
     Matrix input_keys(const Run& run, Index head, Index most) {
-        if (in_latents(run))
-            return latents_->reconstruct(head, latent_tile(run, head), run.count, run.first, most);
-        Matrix keys = rows(run, TileSide::keys, head);
-        if (cache_.recipe().keys.rotate) cache_.key_rotation.rotate_back(keys);
+        Matrix keys;
+        if (in_latents(run)) {
+            const auto subspace = static_cast<std::size_t>(run.tile->layout->subspace_of(head));
+            keys = latent_coder(run)
+                       .reconstruct(head, run.tile->page + run.tile->layout->key_at[subspace],
+                                    run.tile->end_row(), run.tile->origin(), most)
+                       .bottomRows(run.count);
+        } else {
+            keys = rows(run, TileSide::keys, head);
+            if (cache_.recipe().keys.rotate) cache_.key_rotation.rotate_back(keys);
+        }
+        if (const Index turn = query_turn(run)) cache_.rope->turn(keys, -turn);
         return keys;
+    }
+    /// By how many positions queries are turned forward before they meet the stored keys of a run, because its
+    /// tokens have moved back since they were stored.
+    Index query_turn(const Run& run) const noexcept {
+        return run.tile ? cache_.query_turn(state_, *run.tile) : 0;
     }
 
     /// The largest error of any element of a side's tiles, as its grids tell; keys in latents were measured
@@ -77,33 +98,58 @@ class Reader {
     double tile_error_bound(TileSide side) {
         double bound = 0.0;
         for (const Run& run : runs_)
-            if (run.page) bound = std::max(bound, tile_error_bound(side, run));
+            if (run.tile) bound = std::max(bound, tile_error_bound(side, run));
         return bound;
     }
     /// The same of one tile.
     double tile_error_bound(TileSide side, const Run& run) {
         double bound = 0.0;
-        if (side == TileSide::keys && latents_) return bound;
+        if (side == TileSide::keys && state_.latent) return bound;
         for (Index head = 0; head < cache_.configuration.kv_heads; ++head)
-            bound = std::max(bound, coder(side).error_bound(tile(run, side, head), run.count));
+            bound = std::max(bound, coder(side, run).error_bound(tile(run, side, head), run.tile->end_row()));
         return bound;
+    }
+    /// The run of one tile, which need not be one of runs().
+    Run run_of(const TilePlace& tile) {
+        const auto known = std::find_if(coders_.begin(), coders_.end(),
+                                        [&](const Coders& coders) { return coders.layout == tile.layout; });
+        const auto index = static_cast<std::size_t>(known - coders_.begin());
+        if (known == coders_.end()) add_coders(*tile.layout);
+        return {.first = tile.first, .count = tile.tokens, .tile = &tile, .coders = index};
     }
 
   private:
-    TileCoder& coder(TileSide side) noexcept { return side == TileSide::keys ? *keys_ : *values_; }
+    /// For tiles of one layout.
+    struct Coders {
+        const PageLayout* layout;
+        TileCoder values;
+        std::optional<TileCoder> keys;       ///< in channels
+        std::optional<LatentCoder> latents;  ///< otherwise
+    };
+    void add_coders(const PageLayout& layout) {
+        Coders& coders = coders_.emplace_back(Coders{&layout, TileCoder(layout.values), {}, {}});
+        if (state_.latent)
+            coders.latents.emplace(state_.latent, layout.keys);
+        else
+            coders.keys.emplace(layout.keys[0]);
+    }
+    TileCoder& coder(TileSide side, const Run& run) noexcept {
+        Coders& coders = coders_[run.coders];
+        return side == TileSide::keys ? *coders.keys : coders.values;
+    }
+    LatentCoder& latent_coder(const Run& run) noexcept { return *coders_[run.coders].latents; }
     const std::byte* tile(const Run& run, TileSide side, Index head) const noexcept {
-        const PageLayout& layout = *state_.layout;
-        return run.page +
+        const PageLayout& layout = *run.tile->layout;
+        return run.tile->page +
                (side == TileSide::keys ? layout.key_at : layout.value_at)[static_cast<std::size_t>(head)];
     }
 
     const CacheShape& cache_;
     const CacheState& state_;
     std::vector<Run> runs_;
-    std::optional<TileCoder> keys_, values_;
-    std::optional<LatentCoder> latents_;
+    std::vector<Coders> coders_;
     TokenRows sink_rows_, recent_rows_;
-    Matrix decoded_;
+    Matrix decoded_, latents_;
 };
 
 /// [count][kv_heads * dim] the stored tokens [first, first + count) of a side, in the frame of the input.

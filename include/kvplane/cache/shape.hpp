@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -12,6 +14,7 @@
 #include "kvplane/latent/keys.hpp"
 #include "kvplane/storage/tile_sequence.hpp"
 #include "kvplane/transform/hadamard.hpp"
+#include "kvplane/transform/rope.hpp"
 
 namespace kvplane::detail {
 
@@ -34,6 +37,7 @@ struct CacheShape {
         : configuration((require_configuration(given), given)),
           key_rotation(given.key_head_dim, given.rotation_seed),
           value_rotation(given.value_head_dim, given.rotation_seed + 1) {
+        if (given.rope) rope.emplace(given.key_head_dim, *given.rope);
         if (!given.fits_basis())
             layout = std::make_shared<const PageLayout>(page_layout(given, given.latent_keys.get()));
     }
@@ -59,6 +63,20 @@ struct CacheShape {
         return exact ? fp16_max : 32000.0f;
     }
 
+    /// By how many positions a query is turned forward before it meets the stored keys of a tile whose tokens
+    /// have moved back since they were stored: q.(R(-n) k) = (R(n) q).k. Keys that are stored before RoPE, or in
+    /// the frame of their tile, go by the positions that they have now.
+    Index query_turn(const CacheState& state, const TilePlace& tile) const noexcept {
+        return configuration.rope && (!state.latent || state.latent->frame() == KeyFrame::after_rope)
+                   ? tile.shift
+                   : 0;
+    }
+    /// By how much a turn by RoPE can enlarge an element of a stored key, or its error, at most. It mixes two
+    /// channels, and with a rotation around it all.
+    double turn_growth() const noexcept {
+        return std::sqrt(rotates(TileSide::keys) ? static_cast<double>(dim(TileSide::keys)) : 2.0);
+    }
+
     /// How far an element is off at most while it is a sink or recent, if no magnitude is above `largest`.
     double rounding_bound(double largest) const noexcept {
         const double half = largest * 0x1p-11 + 0x1p-25;
@@ -76,6 +94,7 @@ struct CacheShape {
 
     CacheConfiguration configuration;
     Hadamard key_rotation, value_rotation;
+    std::optional<RotaryEmbedding> rope;  ///< the configuration's
     std::shared_ptr<const PageLayout>
         layout;  ///< of tiles; nullptr: it follows from a basis of the cache's own
 };

@@ -46,13 +46,20 @@ struct StoredExtremes {
     }
 };
 
+/// A layout of pages whose tiles were narrowed, and the most bits that it has.
+struct NarrowedLayout {
+    PerSide<int> most_bits;
+    std::shared_ptr<const PageLayout> layout;
+};
+
 /// The tokens of a cache, in the order of their positions: sinks, tiles, recent tokens. The last ones may be
 /// provisional: no tile is made of them, and what they add to the rest of the state stands apart, so that they
 /// can be taken back without a trace.
 struct CacheState {
     using QueryMoments = std::vector<SecondMoments>;  ///< [key head]
 
-    std::shared_ptr<const PageLayout> layout;  ///< of tiles; nullptr until the cache has fitted its basis
+    std::shared_ptr<const PageLayout> layout;  ///< of new tiles; nullptr until the cache has fitted its basis
+    std::vector<NarrowedLayout> narrowed;      ///< those of others
     std::shared_ptr<const LatentKeys> latent;  ///< what tiles hold keys in; nullptr: channels
     std::shared_ptr<const QueryMoments>
         queries;  ///< before RoPE, while a basis is still to be fitted to them
@@ -61,16 +68,17 @@ struct CacheState {
     Index kept_sinks = 0;    ///< how many of the first tokens stay visible
     Index recent_first = 0;  ///< position of the first token after the tiles
     PageReference sinks;
-    std::vector<PageReference> tile_pages;  ///< [tile]
-    std::vector<TilePlace> tiles;  ///< [tile]; fewer than 128 tokens after a truncation, or while it fills
+    std::vector<PageReference> tile_pages;    ///< [tile]; two tiles may be parts of one page
+    std::vector<TilePlace> tiles;             ///< [tile]; fewer than 128 tokens where some were forgotten
     std::vector<PageReference> recent;        ///< recent_page_tokens each
     bool stale = false;                       ///< whether the last tile holds traces of tokens taken back
     StoredExtremes settled_extremes;          ///< of all tokens but the provisional ones
     std::vector<StoredExtremes> provisional;  ///< [provisional token]
     Matrix provisional_queries;  ///< [provisional token][query_heads * key dim] like `queries`, or empty
 
-    void add_tile(PageReference page, Index first, Index count) {
-        tiles.push_back({page.data(), first, count});
+    void add_tile(PageReference page, TilePlace place) {
+        place.page = page.data();
+        tiles.push_back(place);
         tile_pages.push_back(std::move(page));
     }
     Index sink_count(const CacheRecipe& recipe) const noexcept {
@@ -88,8 +96,13 @@ struct CacheState {
     bool hides() const noexcept { return dropped > kept_sinks; }
     /// Whether the last tile was cut by a truncation, so that the sequence goes on in its middle.
     bool cut() const noexcept {
-        return !tiles.empty() && tiles.back().tokens < tile_tokens &&
+        return !tiles.empty() && tiles.back().end_row() < tile_tokens &&
                tiles.back().first + tiles.back().tokens == recent_first;
+    }
+    /// Whether some tile has other widths than new ones get.
+    bool has_narrowed() const noexcept {
+        return std::any_of(tiles.begin(), tiles.end(),
+                           [&](const TilePlace& tile) { return tile.layout != layout.get(); });
     }
     /// Tokens in tiles.
     Index packed() const noexcept {
@@ -109,7 +122,8 @@ struct CacheState {
     /// Memory of all pages, headers and unused room included.
     Index page_bytes() const noexcept {
         Index sum = sinks ? counted_bytes(sinks.bytes()) : 0;
-        for (const PageReference& page : tile_pages) sum += counted_bytes(page.bytes());
+        for (std::size_t t = 0; t < tile_pages.size(); ++t)
+            if (t == 0 || tile_pages[t] != tile_pages[t - 1]) sum += counted_bytes(tile_pages[t].bytes());
         for (const PageReference& page : recent) sum += counted_bytes(page.bytes());
         return sum;
     }
@@ -154,6 +168,35 @@ struct CacheState {
         };
         erase(tiles);
         erase(tile_pages);
+    }
+
+    /// Takes the tokens [first, last) out of the tiles, and moves those behind them. What is outside tiles is
+    /// the caller's.
+    void remove_from_tiles(Index first, Index last) {
+        std::vector<TilePlace> places;
+        std::vector<PageReference> pages;
+        places.reserve(tiles.size() + 1);
+        pages.reserve(tiles.size() + 1);
+        for (std::size_t t = 0; t < tiles.size(); ++t) {
+            const TilePlace& tile = tiles[t];
+            const Index end = tile.first + tile.tokens;
+            if (tile.first < first) {
+                places.push_back(tile);
+                places.back().tokens = std::min(end, first) - tile.first;
+                pages.push_back(tile_pages[t]);
+            }
+            if (end <= last) continue;
+            const Index from = std::max(tile.first, last);
+            places.push_back({.page = tile.page,
+                              .layout = tile.layout,
+                              .first = from - (last - first),
+                              .tokens = end - from,
+                              .row = tile.row + from - tile.first,
+                              .shift = tile.shift + last - first});
+            pages.push_back(tile_pages[t]);
+        }
+        tiles = std::move(places);
+        tile_pages = std::move(pages);
     }
 };
 

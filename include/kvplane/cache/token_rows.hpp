@@ -40,12 +40,14 @@ class TokenRows {
     /// Stores tokens [first, first + count) of both matrices, tokens x (kv_heads * dim), from row `at` on.
     void write(const Matrix& keys, const Matrix& values, Index first, Index count, Index at,
                std::byte* page) {
-        for (const TileSide side : {TileSide::keys, TileSide::values}) {
-            const Matrix& rows = side == TileSide::keys ? keys : values;
-            for (Index head = 0; head < kv_heads_; ++head)
-                bits_ == 16 ? write_half(rows, side, head, first, count, at, page)
-                            : write_bytes(rows, side, head, first, count, at, page);
-        }
+        write(TileSide::keys, keys, first, count, at, page);
+        write(TileSide::values, values, first, count, at, page);
+    }
+    /// Those of one side.
+    void write(TileSide side, const Matrix& rows, Index first, Index count, Index at, std::byte* page) {
+        for (Index head = 0; head < kv_heads_; ++head)
+            bits_ == 16 ? write_half(rows, side, head, first, count, at, page)
+                        : write_bytes(rows, side, head, first, count, at, page);
     }
 
     /// Rows [at, at + count) of one head and side as floats, `stride` apart.

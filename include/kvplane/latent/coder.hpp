@@ -19,6 +19,8 @@ namespace kvplane {
 class LatentCoder {
   public:
     explicit LatentCoder(std::shared_ptr<const LatentKeys> keys);
+    /// For tiles of other formats than those of the keys, such as narrower ones: one, or one a subspace.
+    LatentCoder(std::shared_ptr<const LatentKeys> keys, std::span<const TileFormat> formats);
 
     /// Encodes 128 keys after RoPE [tokens, kv_heads * head_dim]; the tile of subspace s begins at tiles[s].
     /// Returns the largest |k - k'| of any element in the basis' frame. Latents beyond +-30000 standard

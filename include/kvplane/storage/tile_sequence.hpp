@@ -46,18 +46,27 @@ inline PageLayout page_layout(std::vector<TileFormat> keys, Index subspaces, con
     return layout;
 }
 
-/// A page of tiles and the tokens that it holds.
+/// A page of tiles, and the tokens of it that are still part of the sequence: its rows [row, row + tokens).
 struct TilePlace {
     const std::byte* page;
-    Index first;   ///< position of the first token
-    Index tokens;  ///< up to 128
+    const PageLayout* layout;  ///< of the page
+    Index first;               ///< position of the first token
+    Index tokens;              ///< up to 128
+    Index row = 0;             ///< of the first token; above 0 where tokens before it were removed
+    /// By how many positions the tokens have moved towards the beginning since they were stored, because
+    /// others before them were removed.
+    Index shift = 0;
+
+    /// The position that row 0 has, or would have.
+    Index origin() const noexcept { return first - row; }
+    Index end_row() const noexcept { return row + tokens; }
 };
 
 /// Tiles in the order of their positions.
 struct TileSequence {
     const TilePlace* places = nullptr;
     Index tiles = 0;
-    const PageLayout* layout = nullptr;  ///< nullptr without tiles
+    const PageLayout* layout = nullptr;  ///< of tiles that were not narrowed; nullptr without tiles
     /// Tokens in [hidden_from, hidden_to) are seen by no query.
     Index hidden_from = 0, hidden_to = 0;
     float largest_value = 0.0f;  ///< the largest magnitude of any value, which fp16 values go by
@@ -69,12 +78,16 @@ struct TileSequence {
     bool hides_some(Index first, Index count) const noexcept {
         return std::max(first, hidden_from) < std::min(first + count, hidden_to);
     }
+    const TileFormat& key_format(Index tile, Index subspace) const noexcept {
+        return places[tile].layout->key_format(subspace);
+    }
+    const TileFormat& value_format(Index tile) const noexcept { return places[tile].layout->values; }
     bool hidden(Index tile) const noexcept { return hides(places[tile].first, places[tile].tokens); }
     const std::byte* keys(Index tile, Index subspace) const noexcept {
-        return places[tile].page + layout->key_at[static_cast<std::size_t>(subspace)];
+        return places[tile].page + places[tile].layout->key_at[static_cast<std::size_t>(subspace)];
     }
     const std::byte* values(Index tile, Index head) const noexcept {
-        return places[tile].page + layout->value_at[static_cast<std::size_t>(head)];
+        return places[tile].page + places[tile].layout->value_at[static_cast<std::size_t>(head)];
     }
 };
 

@@ -226,7 +226,7 @@ class Appender {
         return *coder;
     }
     void add_tile(PageReference page, Index first, Index count) {
-        tiles_.push_back({page.data(), first, count});
+        tiles_.push_back({.page = page.data(), .layout = layout_.get(), .first = first, .tokens = count});
         tile_pages_.push_back(std::move(page));
     }
 
@@ -291,23 +291,25 @@ class Appender {
     /// made. What its tokens have lost is carried.
     void open_cut_tile() {
         if (cache_.recipe().every_token || opened_ || !state_.cut()) return;
-        const TilePlace& tile = state_.tiles.back();
-        const Reader::Run run{tile.first, tile.tokens, tile.page};
         Reader reader(cache_, state_);
+        const Reader::Run run = reader.run_of(state_.tiles.back());
         PerSide<Matrix> rows;
         for (const TileSide side : {TileSide::keys, TileSide::values}) {
             const Index heads = cache_.configuration.kv_heads, dim = cache_.dim(side);
-            const bool latents = side == TileSide::keys && latent_;
+            const bool as_input = side == TileSide::keys && (latent_ || reader.query_turn(run) != 0);
             rows[side].resize(run.count, heads * dim);
             for (Index head = 0; head < heads; ++head)
                 rows[side].middleCols(head * dim, dim) =
-                    latents ? reader.input_keys(run, head, heads * dim) : reader.rows(run, side, head);
-            if (latents && cache_.rotates(side)) cache_.rotation(side).rotate(rows[side]);
+                    as_input ? reader.input_keys(run, head, heads * dim) : reader.rows(run, side, head);
+            if (as_input && cache_.rotates(side)) cache_.rotation(side).rotate(rows[side]);
             // fp16 comes out of a tile as it went in.
-            if (!latents && recent_rows_.half() && coder(side).format().segments()[0].is_half()) continue;
-            settled_extremes_.carried[side] += cache_.rounding_bound(settled_extremes_.largest[side]) +
-                                               reader.tile_error_bound(side, run) +
-                                               settled_extremes_.excess[side];
+            const TileFormat& format =
+                side == TileSide::keys ? run.tile->layout->key_format(0) : run.tile->layout->values;
+            if (!as_input && recent_rows_.half() && format.segments()[0].is_half()) continue;
+            double& carried = settled_extremes_.carried[side];
+            carried += cache_.rounding_bound(settled_extremes_.largest[side]) +
+                       reader.tile_error_bound(side, run) + settled_extremes_.excess[side];
+            if (as_input) carried *= cache_.turn_growth();
         }
         // The tokens behind it are provisional ones.
         const std::vector<PageReference> behind = std::exchange(recent_, {});
@@ -386,9 +388,13 @@ class Appender {
         excess = std::max(excess, coder(side).excess().largest);
     }
 
+    /// Whether a tile of every_token recipes can take more tokens: its own stand as new ones will.
+    bool goes_on(const TilePlace& tile) const noexcept {
+        return tile.row == 0 && tile.shift == 0 && tile.layout == layout_.get();
+    }
     /// Every token into the tile that is being filled.
     Index fill_tile(const Piece& piece, Index first, Index count, StoredExtremes& extremes) {
-        const bool old = tiles_.empty() && !state_.tiles.empty();
+        const bool old = tiles_.empty() && !state_.tiles.empty() && goes_on(state_.tiles.back());
         Index* tokens = old ? &last_tokens_ : tiles_.empty() ? nullptr : &tiles_.back().tokens;
         if (!tokens || *tokens == tile_tokens) {
             add_tile(pool_.page(layout_->bytes), tokens_, 0);

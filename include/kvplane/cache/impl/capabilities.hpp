@@ -3,6 +3,7 @@
 
 #include "kvplane/attention/tile_attention.hpp"
 #include "kvplane/cache/capabilities.hpp"
+#include "kvplane/storage/narrow.hpp"
 #include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane {
@@ -19,11 +20,18 @@ KVPLANE_FUNCTION CacheCapabilities capabilities(const CacheConfiguration& c) {
     const bool planes = detail::reads_value_planes(TileFormat(TileSide::values, c.value_head_dim,
                                                               recipe.values.bits, recipe.values.rule)) &&
                         reads_keys();
+    const auto widths_of = [](const SideRecipe& side) {
+        return side.is_half() || side.rule.scheme == Scheme::symmetric ? std::vector<int>{}
+                                                                       : narrower_widths(side.bits);
+    };
     CacheCapabilities can;
     can.decodes_packed = can.reads_by_bits = can.reads_by_tolerance = planes;
     can.reads_by_exponents = planes && (half_keys || half_values);
     can.selects_keys = recipe.latents.has_value();
     can.truncates_exactly = recipe.every_token || (half_keys && half_values && recipe.recent_bits == 16);
+    can.removes = c.rope || recipe.latents;
+    can.narrower_keys = recipe.latents ? narrower_widths(8) : widths_of(recipe.keys);
+    can.narrower_values = widths_of(recipe.values);
     can.fits_basis = c.fits_basis();
     can.wants_queries = c.fits_basis() && recipe.latents->basis.query_weighted;
     can.predicts_bytes = !c.fits_basis();

@@ -6,6 +6,7 @@
 
 #include "kvplane/cache/appender.hpp"
 #include "kvplane/cache/decode.hpp"
+#include "kvplane/cache/edit.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cache/prefill.hpp"
 #include "kvplane/cache/reader.hpp"
@@ -173,6 +174,42 @@ KVPLANE_FUNCTION void KvCache::drop_before(Index token, Index sinks) {
     state_.drop_before(token, sinks, shape_->recipe().every_token);
 }
 
+KVPLANE_FUNCTION void KvCache::require_range(const char* call, Index first, Index last) const {
+    require(first >= 0 && first <= last && last <= tokens(), ErrorCode::index, call, ": tokens ", first,
+            " to ", last, " of ", tokens());
+}
+
+KVPLANE_FUNCTION void KvCache::remove(Index first, Index last) {
+    require_range("remove", first, last);
+    const CacheRecipe& recipe = shape_->recipe();
+    require(first >= state_.sink_count(recipe) || first == last, ErrorCode::index, "remove: tokens ", first,
+            " to ", last, ", expected none of the ", recipe.sink_tokens, " sinks of recipe '", recipe.name,
+            "'");
+    require(provisional_tokens() == 0, ErrorCode::option, "remove: ", provisional_tokens(),
+            " provisional tokens, expected none: accept them, or truncate to ", state_.settled());
+    require(shape_->rope || recipe.latents, ErrorCode::option,
+            "remove: keys are stored after RoPE, and the configuration does not say which; expected "
+            "CacheConfiguration::rope (with frequencies of 0 for a model that has none)");
+    constexpr double most = 60000.0;
+    const double largest = state_.extremes().largest.keys * shape_->turn_growth();
+    require(!shape_->rope || largest <= most, ErrorCode::beyond_fp16, "remove: keys of magnitudes up to ",
+            state_.extremes().largest.keys, " may become as large as ", largest,
+            " when they are turned, expected at most ", most);
+    if (first == last) return;
+    if (last == tokens() && first >= state_.dropped) return truncate(first);
+    detail::remove_tokens(*shape_, state_, *pool_, first, last);
+}
+
+KVPLANE_FUNCTION void KvCache::narrow(Index first, Index last, int key_bits, int value_bits) {
+    require_range("narrow", first, last);
+    detail::narrow_tiles(*shape_, state_, *pool_, first, last, {key_bits, value_bits});
+}
+KVPLANE_FUNCTION Index KvCache::narrowed_bytes(Index first, Index last, int key_bits, int value_bits) const {
+    require_range("narrow", first, last);
+    return bytes() - state_.page_bytes() +
+           detail::narrowed_page_bytes(state_, first, last, {key_bits, value_bits});
+}
+
 // Attention ------------------------------------------------------------------------------------------------
 
 KVPLANE_FUNCTION AttentionWorkspace& KvCache::thread_workspace() {
@@ -214,6 +251,8 @@ KVPLANE_FUNCTION void KvCache::require_policy(const AttentionParameters& paramet
     require(read.kind == Kind::all || !state_.layout || detail::decodes(*state_.layout, state_.latent.get()),
             ErrorCode::option, "attend: recipe '", recipe.name,
             "' is not read by planes; expected ReadPolicy::all()");
+    require(read.kind == Kind::all || !state_.has_narrowed(), ErrorCode::option,
+            "attend: tiles were narrowed, which are read in full; expected ReadPolicy::all()");
     const bool half_keys = !recipe.latents && recipe.keys.is_half(), half_values = recipe.values.is_half();
     const bool by_bits = read.kind == Kind::fixed || read.kind == Kind::aligned;
     require(!by_bits || ((!half_keys || read.key_bits >= 8.0) && (!half_values || read.value_bits >= 8.0)),

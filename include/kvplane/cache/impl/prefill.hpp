@@ -93,34 +93,44 @@ class RunScores {
         const LatentKeys* const keys = reader.in_latents(run) ? state_.latent.get() : nullptr;
         if (keys && keys->frame() != KeyFrame::before_rope)
             return project(reader, run, *keys, queries, most, scores);
+        const Matrix& rotated = keys ? queries.plain : turned(reader, run, queries);
         for (Index h = 0; h < queries.block.heads; ++h) {
             auto to = scores.middleRows(h * rows, rows);
             if (keys)
-                to.noalias() = queries.plain.middleRows(h * rows, rows) *
+                to.noalias() = rotated.middleRows(h * rows, rows) *
                                reader.input_keys(run, first_head + h, most).transpose();
             else
-                to.noalias() = queries.rotated.middleRows(h * rows, rows) *
+                to.noalias() = rotated.middleRows(h * rows, rows) *
                                reader.rows(run, TileSide::keys, first_head + h).transpose();
         }
     }
 
   private:
+    /// The queries as keys in channels, which may have moved, are stored.
+    const Matrix& turned(const Reader& reader, const Reader::Run& run, const BlockQueries& queries) {
+        const Index turn = reader.query_turn(run);
+        if (turn == 0) return queries.rotated;
+        turned_ = queries.plain;
+        cache_.rope->turn(turned_, turn);
+        if (cache_.recipe().keys.rotate) cache_.key_rotation.rotate(turned_);
+        return turned_;
+    }
     /// The queries are turned and projected, once for the tile; no key is rebuilt. (Keys before RoPE have an
     /// angle each, so these are: the slow path that SVDq's authors name.)
     void project(Reader& reader, const Reader::Run& run, const LatentKeys& keys, const BlockQueries& queries,
                  Index most, Matrix& scores) {
         const Index rows = queries.rows_per_head, dim = cache_.dim(TileSide::keys);
         turned_ = queries.plain;
-        if (keys.frame() == KeyFrame::tile) keys.embedding().turn(turned_, -run.first);
+        if (keys.frame() == KeyFrame::tile) keys.embedding().turn(turned_, -run.tile->origin());
+        if (const Index turn = reader.query_turn(run)) keys.embedding().turn(turned_, turn);
         const Matrix* latents = nullptr;
         for (Index h = 0; h < queries.block.heads; ++h) {
             const Index head = queries.block.first_head + h, subspace = keys.subspace_of_head(head),
                         at = keys.head_offset(head);
-            if (!latents || keys.subspaces() > 1)
-                latents = &reader.latents().latents(subspace, reader.latent_tile(run, head), run.count);
+            if (!latents || keys.subspaces() > 1) latents = &reader.latents(run, subspace);
             const Index kept = std::min(most, latents->cols());
             const auto turned = turned_.middleRows(h * rows, rows);
-            projected_.noalias() = turned * reader.latents().from_latents(subspace).block(at, 0, dim, kept);
+            projected_.noalias() = turned * reader.from_latents(run, subspace).block(at, 0, dim, kept);
             auto to = scores.middleRows(h * rows, rows);
             to.noalias() = projected_ * latents->leftCols(kept).transpose();
             to.colwise() += turned * keys.subspace(subspace).mean.segment(at, dim).transpose();
@@ -152,7 +162,7 @@ inline KeySelection select_keys(const CacheState& state, Reader& reader, RunScor
     Matrix scores;
     Index at = 0;
     for (const Reader::Run& run : reader.runs()) {
-        if (!run.page) continue;
+        if (!run.tile) continue;
         run_scores.compute(reader, run, queries, latents, scores);
         queries.apply(run, sequence, scores);
         selection.scores.middleCols(at, run.count) = scores;
@@ -228,17 +238,17 @@ class Prefill {
 
         Index packed = 0;
         for (const Reader::Run& run : reader.runs()) {
-            const Index at = std::exchange(packed, run.page ? packed + run.count : packed);
+            const Index at = std::exchange(packed, run.tile ? packed + run.count : packed);
             if (queries.all_before(run.first)) break;
             if (sequence_.hides(run.first, run.count)) continue;
-            if (sparse && run.page &&
+            if (sparse && run.tile &&
                 (selection.scores.middleCols(at, run.count).rowwise().maxCoeff().array() <
                  selection.least.array())
                     .all())
                 continue;
             run_scores.compute(reader, run, queries, all_latents, scores);
             queries.apply(run, sequence_, scores);
-            if (sparse && run.page)
+            if (sparse && run.tile)
                 for (Index r = 0; r < rows; ++r)
                     for (Index t = 0; t < run.count; ++t)
                         if (selection.scores(r, at + t) < selection.least[r]) scores(r, t) = nothing_seen;
@@ -295,7 +305,7 @@ KVPLANE_FUNCTION std::vector<std::vector<Index>> selected_keys(const CacheShape&
     std::vector<std::vector<Index>> all(static_cast<std::size_t>(queries.rows()));
     Index at = 0;
     for (const Reader::Run& run : reader.runs()) {
-        if (!run.page) continue;
+        if (!run.tile) continue;
         for (Index r = 0; r < queries.rows(); ++r)
             for (Index t = 0; t < run.count; ++t)
                 if (selection.scores(r, at + t) >= selection.least[r])

@@ -107,6 +107,9 @@ KVPLANE_FUNCTION CacheContent CacheContent::of(const KvCache& cache) {
     const CacheState& state = cache.state();
     require(state.provisional.empty(), ErrorCode::option, "save: ", state.provisional.size(),
             " provisional tokens, expected none: accept them, or truncate to ", state.settled());
+    for (const TilePlace& tile : state.tiles)
+        require(tile.layout == state.layout.get() && tile.row == 0 && tile.shift == 0, ErrorCode::option,
+                "save: tiles that were narrowed, or whose tokens have moved, expected neither");
     CacheContent content;
     content.configuration = configuration_json(cache.configuration());
     content.tokens = state.tokens;
@@ -237,8 +240,11 @@ KVPLANE_FUNCTION KvCache CacheContent::restore(const CacheConfiguration& configu
     if (kept_sinks) state.settled_extremes.carried = {extremes[4], extremes[5]};
     if (!sinks.empty()) state.sinks = page_of(sinks, static_cast<Index>(sinks.size()), 0);
     for (std::size_t i = 0; i < tile_first.size(); ++i)
-        state.add_tile(page_of(tiles, state.layout->bytes, i), static_cast<Index>(tile_first[i]),
-                       static_cast<Index>(tile_tokens[i]));
+        state.add_tile(page_of(tiles, state.layout->bytes, i),
+                       {.page = nullptr,
+                        .layout = state.layout.get(),
+                        .first = static_cast<Index>(tile_first[i]),
+                        .tokens = static_cast<Index>(tile_tokens[i])});
     state.stale = !state.tiles.empty() && state.tiles.back().tokens < kvplane::tile_tokens;  // of format 3
     const Index page_bytes = shape.recent_rows().bytes();
     for (std::size_t i = 0; i * static_cast<std::size_t>(page_bytes) < recent.size(); ++i)

@@ -8,10 +8,16 @@
 
 namespace kvplane {
 
-KVPLANE_FUNCTION LatentCoder::LatentCoder(std::shared_ptr<const LatentKeys> keys) : keys_(std::move(keys)) {
+KVPLANE_FUNCTION LatentCoder::LatentCoder(std::shared_ptr<const LatentKeys> keys)
+    : LatentCoder(std::move(keys), {}) {}
+KVPLANE_FUNCTION LatentCoder::LatentCoder(std::shared_ptr<const LatentKeys> keys,
+                                          std::span<const TileFormat> formats)
+    : keys_(std::move(keys)) {
     std::vector<Matrix> from_latents;
     for (Index s = 0; s < keys_->subspaces(); ++s) {
-        coders_.emplace_back(keys_->format(s));
+        coders_.emplace_back(formats.empty()
+                                 ? keys_->format(s)
+                                 : formats[formats.size() == 1 ? 0 : static_cast<std::size_t>(s)]);
         from_latents.push_back(keys_->from_latents(s));
     }
     from_latents_ = std::make_shared<const std::vector<Matrix>>(std::move(from_latents));
@@ -54,8 +60,8 @@ KVPLANE_FUNCTION double LatentCoder::encode(FramedKeys<KeyFrame::after_rope> key
         latents.noalias() = centered * to_latents_[static_cast<std::size_t>(s)];
         latents = latents.cwiseMax(-most).cwiseMin(most);
         std::byte* const tile = tiles[static_cast<std::size_t>(s)];
-        coders_[static_cast<std::size_t>(s)].encode(head_rows(latents), "latents",
-                                                    {.count = rows.rows()}, tile);
+        coders_[static_cast<std::size_t>(s)].encode(head_rows(latents), "latents", {.count = rows.rows()},
+                                                    tile);
         const Matrix close = this->latents(s, tile, rows.rows()) * from_latents(s).transpose();
         largest = std::max(largest, static_cast<double>((centered - close).cwiseAbs().maxCoeff()));
     }

@@ -1,0 +1,90 @@
+// kvplane/storage/impl/narrow.hpp: the functions of storage/narrow.hpp.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "kvplane/error.hpp"
+#include "kvplane/storage/narrow.hpp"
+#include "kvplane/storage/planes.hpp"
+
+namespace kvplane {
+
+KVPLANE_FUNCTION std::vector<int> narrower_widths(int bits) {
+    require(bits >= 1 && bits <= 8, ErrorCode::option, "narrow: codes of ", bits, " bits, expected 1 to 8");
+    const PlaneSplit split = plane_split(bits);
+    std::vector<int> widths;
+    for (int planes = split.count - 1; planes > 0; --planes) widths.push_back(split.prefix_bits(planes));
+    return widths;
+}
+
+namespace detail {
+
+KVPLANE_FUNCTION TileFormat narrowed(const TileFormat& format, int bits) {
+    const char* const side = format.side() == TileSide::keys ? "keys" : "values";
+    std::vector<ChannelSegment> segments;
+    for (const TileFormat::Placed& segment : format.segments()) {
+        int width = segment.bits;
+        if (width > bits) {
+            require(!segment.is_half(), ErrorCode::option, "narrow: ", side, " in fp16 to ", bits,
+                    " bits, expected 16: they have no grid that could be coarser");
+            require(segment.scheme != Scheme::symmetric, ErrorCode::option, "narrow: ", side, " of ", width,
+                    " bits to ", bits,
+                    ", but their grids are symmetric, of which no prefix of the planes is one");
+            const std::vector<int> widths = narrower_widths(width);
+            const auto found = std::find_if(widths.begin(), widths.end(), [&](int w) { return w <= bits; });
+            require(found != widths.end(), ErrorCode::option, "narrow: ", side, " of ", width, " bits to ",
+                    bits, ", expected at least ", widths.empty() ? width : widths.back(),
+                    ", the width of their first plane");
+            width = *found;
+        }
+        segments.push_back({segment.channels, width, segment.scheme});
+    }
+    return TileFormat(format.side(), segments, format.rule());
+}
+
+KVPLANE_FUNCTION PageLayout narrowed(const PageLayout& layout, int key_bits, int value_bits) {
+    std::vector<TileFormat> keys;
+    for (const TileFormat& format : layout.keys) keys.push_back(narrowed(format, key_bits));
+    return page_layout(std::move(keys), layout.subspaces(), narrowed(layout.values, value_bits),
+                       static_cast<Index>(layout.value_at.size()));
+}
+
+inline void narrow_segment(const TileFormat::Placed& wide, const std::byte* from,
+                           const TileFormat::Placed& narrow, std::byte* to,
+                           const TileFormat& format) noexcept {
+    if (wide.is_half() && format.side() == TileSide::keys)
+        std::memcpy(to + narrow.exponent_at, from + wide.exponent_at,
+                    static_cast<std::size_t>(wide.channels));
+    // Exact: a step is at most a cell of fp16's range, and what is multiplied up loses no bit.
+    const float by = power_of_two(wide.bits - narrow.bits);
+    const auto* const old_step = reinterpret_cast<const Eigen::half*>(from + wide.step_at);
+    auto* const step = reinterpret_cast<Eigen::half*>(to + narrow.step_at);
+    for (Index g = 0; g < wide.grids; ++g)
+        step[g] = static_cast<Eigen::half>(static_cast<float>(old_step[g]) * by);
+    if (wide.scheme != Scheme::symmetric)
+        std::memcpy(to + narrow.lower_at, from + wide.lower_at, static_cast<std::size_t>(2 * wide.grids));
+    for (int p = 0; p < narrow.split.count; ++p)
+        std::memcpy(to + narrow.plane_at[static_cast<std::size_t>(p)],
+                    from + wide.plane_at[static_cast<std::size_t>(p)],
+                    static_cast<std::size_t>(format.plane_bytes(narrow.channels, narrow.split[p])));
+}
+inline void narrow_tile(const TileFormat& wide, const std::byte* from, const TileFormat& narrow,
+                        std::byte* to) noexcept {
+    for (std::size_t s = 0; s < wide.segments().size(); ++s)
+        narrow_segment(wide.segments()[s], from, narrow.segments()[s], to, narrow);
+}
+
+KVPLANE_FUNCTION void narrow_page(const PageLayout& wide, const std::byte* from, const PageLayout& narrow,
+                                  std::byte* to) noexcept {
+    for (Index s = 0; s < wide.subspaces(); ++s) {
+        const auto at = static_cast<std::size_t>(s);
+        narrow_tile(wide.key_format(s), from + wide.key_at[at], narrow.key_format(s), to + narrow.key_at[at]);
+    }
+    for (std::size_t head = 0; head < wide.value_at.size(); ++head)
+        narrow_tile(wide.values, from + wide.value_at[head], narrow.values, to + narrow.value_at[head]);
+}
+
+}  // namespace detail
+}  // namespace kvplane
