@@ -13,10 +13,10 @@
 namespace kvplane::detail {
 
 /// Appends tokens to `state`: as provisional ones, or as settled ones, in which case all others are settled
-/// first. queries: [token][query_heads * key dim] after RoPE, or none. Throws Error (shape, not_finite,
+/// first. values: nullptr where they are in keys. queries: [token][query_heads * key dim] after RoPE, or none. Throws Error (shape, not_finite,
 /// beyond_fp16, out_of_memory) and then has changed nothing.
 void append_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, const AnyRows& keys,
-                   const AnyRows& values, const AnyRows* queries, bool provisional);
+                   const AnyRows* values, const AnyRows* queries, bool provisional);
 
 /// Settles the first `count` provisional tokens. Throws Error (out_of_memory) and then has changed nothing.
 void settle_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, Index count);

@@ -41,6 +41,9 @@ struct CacheRecipe {
     Index sink_tokens = 4;
     Index recent_tokens = 32;
     int recent_bits = 16;  ///< 16: fp16; 8: symmetric grids, one a head and token
+    /// Where values are in keys (CacheConfiguration::values_in_keys): the bits of the channels behind them, which
+    /// carry RoPE, 1 to 8 or 16; 0: those of the keys.
+    int rotary_bits = 0;
     /// Quantize every token when it comes: what block formats of common engines do. No sinks, no recent
     /// tokens, and grids per token on both sides.
     bool every_token = false;
@@ -56,6 +59,10 @@ struct CacheConfiguration {
     Index value_head_dim = 64;
     CacheRecipe recipe;
     std::uint64_t rotation_seed = 0;
+    /// The values of a head are the first value_head_dim channels of its keys, and are stored once: the rows of
+    /// multi-head latent attention (MLA, arXiv 2405.04434), 576 numbers of which 512 are the value. The recipe's
+    /// keys say how; what it says of values is not looked at.
+    bool values_in_keys = false;
     /// The model's rotary embedding, which latents are turned with, and keys whose tokens move when others are
     /// removed. Recipes with latents take none for a model that has none; others, which seldom look at it, take
     /// frequencies of 0 for that.
@@ -67,7 +74,27 @@ struct CacheConfiguration {
     bool fits_basis() const noexcept { return recipe.latents && !latent_keys; }
     Index group() const noexcept { return query_heads / kv_heads; }
     /// Numbers that one token adds to the layer.
-    Index elements_per_token() const noexcept { return kv_heads * (key_head_dim + value_head_dim); }
+    Index elements_per_token() const noexcept {
+        return kv_heads * (key_head_dim + (values_in_keys ? 0 : value_head_dim));
+    }
+    /// Of what is not in latents.
+    TileFormat key_format() const {
+        const int rotary_bits = recipe.rotary_bits > 0 ? recipe.rotary_bits : recipe.keys.bits;
+        if (!values_in_keys || value_head_dim == key_head_dim || rotary_bits == recipe.keys.bits)
+            return {TileSide::keys, key_head_dim, recipe.keys.bits, recipe.keys.rule};
+        return {TileSide::keys,
+                std::vector<ChannelSegment>{{value_head_dim, recipe.keys.bits},
+                                            {key_head_dim - value_head_dim, rotary_bits}},
+                recipe.keys.rule};
+    }
+    /// Where values are not in keys.
+    TileFormat value_format() const {
+        return {TileSide::values, value_head_dim, recipe.values.bits, recipe.values.rule};
+    }
+    /// Whether a side is stored rotated (of latents: tokens outside tiles).
+    bool rotates(TileSide side) const noexcept {
+        return (side == TileSide::keys || values_in_keys ? recipe.keys : recipe.values).rotate;
+    }
 
     bool operator==(const CacheConfiguration&) const = default;
 };

@@ -27,7 +27,7 @@ inline constexpr Index decode_query_tokens = 8;
 /// Whether DecodePass reads tiles of this layout: keys by channel or in latents of the tile's own frame or of
 /// that of the input, values by token.
 inline bool decodes(const PageLayout& layout, const LatentKeys* latent) noexcept {
-    return reads_value_planes(layout.values) &&
+    return (layout.values_in_keys || reads_value_planes(layout.values)) &&
            (latent ? latent->frame() != KeyFrame::before_rope : reads_key_planes(layout.keys[0]));
 }
 
@@ -59,6 +59,7 @@ class DecodePass {
         for (WorkerScratch& worker : work_.workers) {
             worker.attention.reserve(std::max(channels, padded_channels(value_dim)));
             if (state.latent) worker.projection.reserve(channels);
+            worker.values_in_keys.begin(tiles_);
             worker.count = {};
         }
         work_.queries.begin(shape_, cache, state);
@@ -119,7 +120,7 @@ class DecodePass {
         }
         state.add_sink(work_.queries.sink_logit(row), value_dim);
         state.normalise(value_dim);
-        if (cache_.recipe().values.rotate) cache_.value_rotation.rotate_back(state.output);
+        if (cache_.rotates(TileSide::values)) cache_.value_rotation.rotate_back(state.output);
         return {state.output, state.log_sum_exp()};
     }
 
@@ -274,6 +275,11 @@ class DecodePass {
         const RowBlock& block = place.block;
         const SoftmaxState to = work_.states.of(chunk, block.first);
         online_softmax(isa_, scores, tile_tokens, block.rows, to);
+        if (tiles_.layout->values_in_keys)
+            return add_rows(isa_, {scores, tile_tokens, block.rows},
+                            own.values_in_keys.rows(tiles_.value_format(place.tile),
+                                                    tiles_.values(place.tile, block.head)),
+                            cache_.dim(TileSide::values), {to.output, to.stride, block.rows});
         TileRead read{.tile = tiles_.values(place.tile, block.head),
                       .next = tiles_.values(place.next, block.head)};
         if (planner_) {

@@ -123,7 +123,13 @@ class KvCache {
     /// All provisional tokens are accepted first.
     template <class K, class V>
     void append(const K& keys, const V& values) {
-        append_rows(heads_of_kv(keys), heads_of_kv(values), nullptr, false);
+        const detail::AnyRows rows(heads_of_kv(values));
+        append_rows(heads_of_kv(keys), &rows, nullptr, false);
+    }
+    /// Where values are in keys: the keys are all there is. append() with values is then refused (option).
+    template <class K>
+    void append(const K& keys) {
+        append_rows(heads_of_kv(keys), nullptr, nullptr, false);
     }
     template <class K, class V, class Q>
     void append(const K& keys, const V& values, const Q& queries) {
@@ -135,7 +141,12 @@ class KvCache {
     /// have. Recipes that quantize every token pack these too.
     template <class K, class V>
     void append_provisional(const K& keys, const V& values) {
-        append_rows(heads_of_kv(keys), heads_of_kv(values), nullptr, true);
+        const detail::AnyRows rows(heads_of_kv(values));
+        append_rows(heads_of_kv(keys), &rows, nullptr, true);
+    }
+    template <class K>
+    void append_provisional(const K& keys) {
+        append_rows(heads_of_kv(keys), nullptr, nullptr, true);
     }
     template <class K, class V, class Q>
     void append_provisional(const K& keys, const V& values, const Q& queries) {
@@ -284,11 +295,10 @@ class KvCache {
     }
     template <class K, class V, class Q>
     void append_with(const K& keys, const V& values, const Q& queries, bool provisional) {
-        if (!needs_queries())
-            return append_rows(heads_of_kv(keys), heads_of_kv(values), nullptr, provisional);
-        const auto rows = input_heads(queries, configuration().query_heads);
-        const detail::AnyRows any(rows);
-        append_rows(heads_of_kv(keys), heads_of_kv(values), &any, provisional);
+        const detail::AnyRows value_rows(heads_of_kv(values));
+        if (!needs_queries()) return append_rows(heads_of_kv(keys), &value_rows, nullptr, provisional);
+        const detail::AnyRows query_rows(input_heads(queries, configuration().query_heads));
+        append_rows(heads_of_kv(keys), &value_rows, &query_rows, provisional);
     }
     static AttentionWorkspace& thread_workspace();
     template <class Derived>
@@ -302,7 +312,7 @@ class KvCache {
     }
 
     // Below the seam: inputs have become rows of heads.
-    void append_rows(const detail::AnyRows& keys, const detail::AnyRows& values,
+    void append_rows(const detail::AnyRows& keys, const detail::AnyRows* values,
                      const detail::AnyRows* queries, bool provisional);
     void attend_rows(const detail::AnyRows& queries, const detail::OutputSink& output,
                      const AttentionParameters& parameters, AttentionWorkspace& workspace) const;

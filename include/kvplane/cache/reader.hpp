@@ -38,9 +38,13 @@ class Reader {
         const Index dim = cache_.dim(side);
         if (run.tile) {
             // Rows before the first are decoded too: their grids are the same.
-            decoded_.resize(run.tile->end_row(), dim);
-            coder(side, run).decode(tile(run, side, head), decoded_.rows(), decoded_.data(), dim);
-            if (run.tile->row > 0) decoded_ = decoded_.bottomRows(run.count).eval();
+            // So are the channels behind values that are in keys.
+            TileCoder& coder = this->coder(side, run);
+            const Index channels = coder.format().channels();
+            decoded_.resize(run.tile->end_row(), channels);
+            coder.decode(tile(run, side, head), decoded_.rows(), decoded_.data(), channels);
+            if (run.tile->row > 0 || channels > dim)
+                decoded_ = decoded_.bottomLeftCorner(run.count, dim).eval();
             return decoded_;
         }
         decoded_.resize(run.count, dim);

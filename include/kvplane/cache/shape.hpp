@@ -20,14 +20,11 @@ namespace kvplane::detail {
 
 /// The pages of tiles of a configuration whose latents, if it has any, are known. Throws Error (option).
 inline PageLayout page_layout(const CacheConfiguration& c, const LatentKeys* latent) {
-    const TileFormat values(TileSide::values, c.value_head_dim, c.recipe.values.bits, c.recipe.values.rule);
+    if (c.values_in_keys) return page_layout_in_keys(c.key_format(), c.kv_heads);
+    if (!latent) return kvplane::page_layout({c.key_format()}, c.kv_heads, c.value_format(), c.kv_heads);
     std::vector<TileFormat> keys;
-    if (!latent) {
-        keys.emplace_back(TileSide::keys, c.key_head_dim, c.recipe.keys.bits, c.recipe.keys.rule);
-        return kvplane::page_layout(std::move(keys), c.kv_heads, values, c.kv_heads);
-    }
     for (Index s = 0; s < latent->subspaces(); ++s) keys.push_back(latent->format(s));
-    return kvplane::page_layout(std::move(keys), latent->subspaces(), values, c.kv_heads);
+    return kvplane::page_layout(std::move(keys), latent->subspaces(), c.value_format(), c.kv_heads);
 }
 
 /// What a cache is apart from its tokens. Forks share it, and nothing changes it.
@@ -36,7 +33,7 @@ struct CacheShape {
     explicit CacheShape(const CacheConfiguration& given)
         : configuration((require_configuration(given), given)),
           key_rotation(given.key_head_dim, given.rotation_seed),
-          value_rotation(given.value_head_dim, given.rotation_seed + 1) {
+          value_rotation(given.value_head_dim, given.rotation_seed + (given.values_in_keys ? 0 : 1)) {
         if (given.rope) rope.emplace(given.key_head_dim, *given.rope);
         if (!given.fits_basis())
             layout = std::make_shared<const PageLayout>(page_layout(given, given.latent_keys.get()));
@@ -50,16 +47,15 @@ struct CacheShape {
         return side == TileSide::keys ? key_rotation : value_rotation;
     }
     /// Whether a side's tokens are stored rotated (of latents: those outside tiles).
-    bool rotates(TileSide side) const noexcept {
-        return side == TileSide::keys ? recipe().keys.rotate : recipe().values.rotate;
-    }
+    bool rotates(TileSide side) const noexcept { return configuration.rotates(side); }
     TokenRows sink_rows() const { return {configuration, recipe().sink_tokens, 16}; }
     TokenRows recent_rows() const { return {configuration, recent_page_tokens, recipe().recent_bits}; }
     /// The largest magnitude that is taken: half of fp16's range where anything is quantized, so that no grid
     /// can leave fp16 later, when its tile is made and an append could no longer be refused.
     float largest_magnitude() const noexcept {
-        const bool exact = recipe().keys.is_half() && recipe().values.is_half() &&
-                           recipe().recent_bits == 16 && !recipe().latents;
+        const bool half_values = configuration.values_in_keys || recipe().values.is_half();
+        const bool exact = recipe().keys.is_half() && half_values && recipe().recent_bits == 16 &&
+                           recipe().rotary_bits % 16 == 0 && !recipe().latents;
         return exact ? fp16_max : 32000.0f;
     }
 

@@ -21,18 +21,19 @@ class TokenRows {
     TokenRows(const CacheConfiguration& configuration, Index capacity, int bits)
         : kv_heads_(configuration.kv_heads),
           dim_{configuration.key_head_dim, configuration.value_head_dim},
+          values_in_keys_(configuration.values_in_keys),
           capacity_(capacity),
           bits_(bits) {}
 
     Index capacity() const noexcept { return capacity_; }
     int bits() const noexcept { return bits_; }
     Index bytes() const noexcept {
-        const Index rows = capacity_ * kv_heads_ * (dim_.keys + dim_.values);
-        return bits_ == 16 ? 2 * rows : rows + 2 * 2 * capacity_ * kv_heads_;
+        const Index sides = values_in_keys_ ? 1 : 2, rows = capacity_ * kv_heads_ * stored_dims();
+        return bits_ == 16 ? 2 * rows : rows + 2 * sides * capacity_ * kv_heads_;
     }
 
     bool half() const noexcept { return bits_ == 16; }
-    /// The rows of one head and side, where they are fp16: capacity x dim.
+    /// The rows of one head and side, where they are fp16: capacity x dim. Not of values in keys.
     const Eigen::half* half_rows(const std::byte* page, TileSide side, Index head) const noexcept {
         return reinterpret_cast<const Eigen::half*>(page) + row(side, head, 0);
     }
@@ -41,7 +42,7 @@ class TokenRows {
     void write(const Matrix& keys, const Matrix& values, Index first, Index count, Index at,
                std::byte* page) {
         write(TileSide::keys, keys, first, count, at, page);
-        write(TileSide::values, values, first, count, at, page);
+        if (!values_in_keys_) write(TileSide::values, values, first, count, at, page);
     }
     /// Those of one side.
     void write(TileSide side, const Matrix& rows, Index first, Index count, Index at, std::byte* page) {
@@ -54,16 +55,18 @@ class TokenRows {
     void read(const std::byte* page, TileSide side, Index head, Index at, Index count, float* out,
               Index stride) const {
         const Index channels = dim(side);
+        const TileSide from_side = stored(side);
         if (bits_ == 16) {
-            const auto* from = reinterpret_cast<const Eigen::half*>(page) + row(side, head, at);
+            const auto* from = reinterpret_cast<const Eigen::half*>(page) + row(from_side, head, at);
             const Isa isa = current_isa();
-            for (Index t = 0; t < count; ++t) widen_row(isa, from + t * channels, channels, out + t * stride);
+            for (Index t = 0; t < count; ++t)
+                widen_row(isa, from + t * dim(from_side), channels, out + t * stride);
             return;
         }
-        const auto* codes = reinterpret_cast<const std::uint8_t*>(page) + row(side, head, at);
-        for (Index t = 0; t < count; ++t, codes += channels) {
-            const auto step =
-                static_cast<float>(*reinterpret_cast<const Eigen::half*>(page + step_at(side, head, at + t)));
+        const auto* codes = reinterpret_cast<const std::uint8_t*>(page) + row(from_side, head, at);
+        for (Index t = 0; t < count; ++t, codes += dim(from_side)) {
+            const auto step = static_cast<float>(
+                *reinterpret_cast<const Eigen::half*>(page + step_at(from_side, head, at + t)));
             for (Index c = 0; c < channels; ++c)
                 out[t * stride + c] = step * static_cast<float>(static_cast<int>(codes[c]) - 128);
         }
@@ -71,37 +74,44 @@ class TokenRows {
 
     /// Copies a token of all heads, bit by bit, to row `to` of another page.
     void copy(const std::byte* from_page, Index from, std::byte* to_page, Index to) const noexcept {
-        for (const TileSide side : {TileSide::keys, TileSide::values})
-            for (Index head = 0; head < kv_heads_; ++head) {
-                const Index size = bits_ / 8;
-                std::memcpy(to_page + row(side, head, to) * size, from_page + row(side, head, from) * size,
-                            static_cast<std::size_t>(dim(side) * size));
-                if (bits_ == 8)
-                    std::memcpy(to_page + step_at(side, head, to), from_page + step_at(side, head, from),
-                                sizeof(Eigen::half));
-            }
+        each_row([&](TileSide side, Index head) {
+            const Index size = bits_ / 8;
+            std::memcpy(to_page + row(side, head, to) * size, from_page + row(side, head, from) * size,
+                        static_cast<std::size_t>(dim(side) * size));
+            if (bits_ == 8)
+                std::memcpy(to_page + step_at(side, head, to), from_page + step_at(side, head, from),
+                            sizeof(Eigen::half));
+        });
     }
     /// Makes the rows from `first` on zero, as in a new page.
     void clear(std::byte* page, Index first) const noexcept {
-        for (const TileSide side : {TileSide::keys, TileSide::values})
-            for (Index head = 0; head < kv_heads_; ++head)
-                for (Index at = first; at < capacity_; ++at) {
-                    const Index size = bits_ / 8;
-                    std::memset(page + row(side, head, at) * size, 0,
-                                static_cast<std::size_t>(dim(side) * size));
-                    if (bits_ == 8) std::memset(page + step_at(side, head, at), 0, sizeof(Eigen::half));
-                }
+        each_row([&](TileSide side, Index head) {
+            for (Index at = first; at < capacity_; ++at) {
+                const Index size = bits_ / 8;
+                std::memset(page + row(side, head, at) * size, 0, static_cast<std::size_t>(dim(side) * size));
+                if (bits_ == 8) std::memset(page + step_at(side, head, at), 0, sizeof(Eigen::half));
+            }
+        });
     }
 
     /// Asks for the rows that read() will be given next.
     void prefetch(const std::byte* page, TileSide side, Index head, Index at, Index count) const noexcept {
-        const Index size = bits_ / 8, first = row(side, head, at) * size;
-        for (Index byte = 0; byte < count * dim(side) * size; byte += 64)
+        const Index size = bits_ / 8, first = row(stored(side), head, at) * size;
+        for (Index byte = 0; byte < count * dim(stored(side)) * size; byte += 64)
             __builtin_prefetch(page + first + byte, 0, 3);
     }
 
   private:
     Index dim(TileSide side) const noexcept { return dim_[side]; }
+    /// The side whose rows hold those of `side`.
+    TileSide stored(TileSide side) const noexcept { return values_in_keys_ ? TileSide::keys : side; }
+    Index stored_dims() const noexcept { return dim_.keys + (values_in_keys_ ? 0 : dim_.values); }
+    /// body(side, head) for all that is stored.
+    template <class Body>
+    void each_row(const Body& body) const noexcept {
+        for (const TileSide side : {TileSide::keys, TileSide::values})
+            for (Index head = 0; head < kv_heads_ && stored(side) == side; ++head) body(side, head);
+    }
     /// Elements before a row.
     Index row(TileSide side, Index head, Index at) const noexcept {
         const Index keys = side == TileSide::keys ? 0 : capacity_ * kv_heads_ * dim_.keys;
@@ -109,7 +119,7 @@ class TokenRows {
     }
     /// Bytes before the fp16 step of a row.
     Index step_at(TileSide side, Index head, Index at) const noexcept {
-        const Index rows = capacity_ * kv_heads_ * (dim_.keys + dim_.values);
+        const Index rows = capacity_ * kv_heads_ * stored_dims();
         return rows + 2 * ((static_cast<Index>(side) * kv_heads_ + head) * capacity_ + at);
     }
 
@@ -139,6 +149,7 @@ class TokenRows {
 
     Index kv_heads_;
     PerSide<Index> dim_;
+    bool values_in_keys_;
     Index capacity_;
     int bits_;
     BlockQuantizer quantizer_;

@@ -127,7 +127,7 @@ struct NamedSetting {
     bool of_latents;
     void (*set)(CacheRecipe& recipe, const Setting& setting);
 };
-inline constexpr std::array<NamedSetting, 17> settings{{
+inline constexpr std::array<NamedSetting, 18> settings{{
     {"sinks", "N", "first tokens that stay fp16", false,
      [](CacheRecipe& r, const Setting& s) { r.sink_tokens = s.number(); }},
     {"recent", "N", "age at which a tile is quantized", false,
@@ -146,6 +146,8 @@ inline constexpr std::array<NamedSetting, 17> settings{{
      [](CacheRecipe& r, const Setting& s) { r.keys.rotate = s.flag(); }},
     {"rotate_values", "0|1", "the same of values", false,
      [](CacheRecipe& r, const Setting& s) { r.values.rotate = s.flag(); }},
+    {"rotary_bits", "N", "of key channels behind values that are in keys; 0: those of the keys", false,
+     [](CacheRecipe& r, const Setting& s) { r.rotary_bits = static_cast<int>(s.number()); }},
     {"key_group", "32|64|128", "tokens that share a grid of keys", false,
      [](CacheRecipe& r, const Setting& s) { r.keys.rule.group = s.number(); }},
     {"value_group", "N", "channels that share a grid of values; 0: the whole head", false,

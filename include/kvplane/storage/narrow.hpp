@@ -6,8 +6,8 @@
 // ones: no value is further from its cell's middle than half of it. In the frame of a rotation that is as true
 // as in any other.
 //
-// Symmetric grids have no such prefix: what is left would not be symmetric to 0. Nor have fp16 numbers one that
-// is worth keeping.
+// Symmetric grids have no such prefix: what is left would not be symmetric to 0. fp16 numbers have none that is
+// worth keeping: where other channels are narrowed, they stay.
 #pragma once
 
 #include <cstddef>
@@ -26,9 +26,14 @@ std::vector<int> narrower_widths(int bits);
 namespace detail {
 
 /// The format of a tile whose codes have `bits` bits at most: each segment keeps the widest prefix of its planes
-/// that is no wider. Throws Error (option) where a segment has none, or is fp16 or symmetric and wider.
+/// that is no wider, or its fp16 numbers. Throws Error (option) where a segment has none, or is symmetric and
+/// wider; or where there is nothing but fp16 and it is wider.
 TileFormat narrowed(const TileFormat& format, int bits);
+/// Where values are in keys, value_bits is not looked at.
 PageLayout narrowed(const PageLayout& layout, int key_bits, int value_bits);
+
+/// The most bits that codes of a format have; 16 where all channels are fp16.
+int widest_codes(const TileFormat& format) noexcept;
 
 /// Fills a page of zeros that is laid out as `narrow`, a narrowed() layout of `wide`, from one laid out as that.
 void narrow_page(const PageLayout& wide, const std::byte* from, const PageLayout& narrow,

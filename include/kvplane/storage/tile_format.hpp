@@ -76,6 +76,8 @@ class TileFormat {
         bool is_half() const noexcept { return bits == 16; }
         /// Whether they are stored as codes of grids.
         bool has_grids() const noexcept { return bits >= 1 && bits <= 8; }
+
+        bool operator==(const Placed&) const = default;
     };
 
     /// Throws Error (option): a width other than 0 to 8 or 16, a group of tokens other than 32, 64 or 128, a
@@ -104,6 +106,8 @@ class TileFormat {
 
     /// What a unit of a plane covers along the dot product: channels of keys, tokens of values.
     static constexpr Index unit_depth(int width) noexcept { return 32 / width; }
+
+    bool operator==(const TileFormat&) const = default;
 
     /// Bytes of one plane of a segment.
     Index plane_bytes(Index channels, int width) const noexcept;

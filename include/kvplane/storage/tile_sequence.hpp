@@ -22,6 +22,8 @@ struct PageLayout {
     TileFormat values;                    ///< of every head
     std::vector<Index> key_at, value_at;  ///< [subspace], [head]: offsets in bytes
     Index bytes = 0;                      ///< of a page
+    /// The values of a head are the first channels of its keys: `values` and `value_at` are those of the keys.
+    bool values_in_keys = false;
 
     Index subspaces() const noexcept { return static_cast<Index>(key_at.size()); }
     Index subspace_of(Index head) const noexcept { return subspaces() == 1 ? 0 : head; }
@@ -43,6 +45,16 @@ inline PageLayout page_layout(std::vector<TileFormat> keys, Index subspaces, con
         if (head < subspaces) take(layout.key_at, layout.key_format(head).bytes());
         take(layout.value_at, layout.values.bytes());
     }
+    return layout;
+}
+
+/// Lays out a page of keys whose first channels are the values.
+inline PageLayout page_layout_in_keys(const TileFormat& keys, Index heads) {
+    PageLayout layout{
+        .keys = {keys}, .values = keys, .key_at = {}, .value_at = {}, .bytes = 0, .values_in_keys = true};
+    for (Index head = 0; head < heads; ++head) layout.key_at.push_back(head * keys.bytes());
+    layout.value_at = layout.key_at;
+    layout.bytes = heads * keys.bytes();
     return layout;
 }
 

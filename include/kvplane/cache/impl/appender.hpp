@@ -110,7 +110,7 @@ class Appender {
 
     /// Tokens of one piece in the stored frame.
     struct Piece {
-        Matrix keys, values;      ///< [token][kv_heads * dim]
+        Matrix keys, values;      ///< [token][kv_heads * dim]; no values where they are in keys
         Matrix queries;           ///< [token][query_heads * key dim] before RoPE, where they are needed
         PerSide<double> largest;  ///< magnitudes
     };
@@ -360,7 +360,7 @@ class Appender {
                 encode_recent(TileSide::keys, head,
                               page.data() + layout_->key_at[static_cast<std::size_t>(head)]);
         }
-        for (Index head = 0; head < heads; ++head)
+        for (Index head = 0; head < heads && !layout_->values_in_keys; ++head)
             encode_recent(TileSide::values, head,
                           page.data() + layout_->value_at[static_cast<std::size_t>(head)]);
         add_tile(std::move(page), recent_first_, tile_tokens);
@@ -407,6 +407,7 @@ class Appender {
         count = std::min(count, tile_tokens - *tokens);
         for (const TileSide side : {TileSide::keys, TileSide::values}) {
             const auto& at = side == TileSide::keys ? layout_->key_at : layout_->value_at;
+            if (side == TileSide::values && layout_->values_in_keys) break;
             for (Index head = 0; head < cache_.configuration.kv_heads; ++head) {
                 coder(side).encode(head_rows(side == TileSide::keys ? piece.keys : piece.values,
                                              cache_.configuration.kv_heads),
@@ -451,7 +452,7 @@ class Appender {
 };
 
 KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, TilePool& pool,
-                                    const AnyRows& keys, const AnyRows& values, const AnyRows* queries,
+                                    const AnyRows& keys, const AnyRows* values, const AnyRows* queries,
                                     bool provisional) {
     const CacheConfiguration& c = cache.configuration;
     Matrix seen;
@@ -463,13 +464,15 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
         seen = widened(*queries);
     }
     require_input(keys, "keys", c.kv_heads, c.key_head_dim);
-    require_input(values, "values", c.kv_heads, c.value_head_dim);
-    require(keys.tokens == values.tokens, ErrorCode::shape, "append: ", keys.tokens, " keys and ",
-            values.tokens, " values, expected as many of each");
+    if (values) {
+        require_input(*values, "values", c.kv_heads, c.value_head_dim);
+        require(keys.tokens == values->tokens, ErrorCode::shape, "append: ", keys.tokens, " keys and ",
+                values->tokens, " values, expected as many of each");
+    }
     if (keys.tokens == 0) return;
     const StandardFloatingPoint standard;
     require_magnitudes(cache, keys, TileSide::keys);
-    require_magnitudes(cache, values, TileSide::values);
+    if (values) require_magnitudes(cache, *values, TileSide::values);
     if (seen.rows() > 0 && c.rope) RotaryEmbedding(c.key_head_dim, *c.rope).rotate_back(seen, state.tokens);
     Appender appender(cache, state, pool);
     const Isa isa = current_isa();
@@ -481,11 +484,14 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
     for (Index first = 0; first < keys.tokens; first += most) {
         const Index count = std::min(most, keys.tokens - first);
         widen_rows(keys, first, count, piece.keys);
-        widen_rows(values, first, count, piece.values);
         if (cache.recipe().keys.rotate) cache.key_rotation.rotate(piece.keys);
-        if (cache.recipe().values.rotate) cache.value_rotation.rotate(piece.values);
-        piece.largest = {largest_magnitude(isa, piece.keys.data(), piece.keys.size()),
-                         largest_magnitude(isa, piece.values.data(), piece.values.size())};
+        piece.largest.keys = largest_magnitude(isa, piece.keys.data(), piece.keys.size());
+        piece.largest.values = piece.largest.keys;
+        if (values) {
+            widen_rows(*values, first, count, piece.values);
+            if (cache.rotates(TileSide::values)) cache.value_rotation.rotate(piece.values);
+            piece.largest.values = largest_magnitude(isa, piece.values.data(), piece.values.size());
+        }
         if (seen.rows() > 0) piece.queries = seen.middleRows(first, count);
         provisional ? appender.add_provisional(piece) : appender.add(piece);
     }

@@ -14,24 +14,24 @@ KVPLANE_FUNCTION CacheCapabilities capabilities(const CacheConfiguration& c) {
     const bool half_keys = !recipe.latents && recipe.keys.is_half(), half_values = recipe.values.is_half();
     const auto reads_keys = [&] {
         if (recipe.latents) return recipe.latents->basis.frame != KeyFrame::before_rope;
-        return detail::reads_key_planes(
-            TileFormat(TileSide::keys, c.key_head_dim, recipe.keys.bits, recipe.keys.rule));
+        return detail::reads_key_planes(c.key_format());
     };
-    const bool planes = detail::reads_value_planes(TileFormat(TileSide::values, c.value_head_dim,
-                                                              recipe.values.bits, recipe.values.rule)) &&
-                        reads_keys();
+    const bool packed = reads_keys() && (c.values_in_keys || detail::reads_value_planes(c.value_format())),
+               planes = packed && !c.values_in_keys;
     const auto widths_of = [](const SideRecipe& side) {
         return side.is_half() || side.rule.scheme == Scheme::symmetric ? std::vector<int>{}
                                                                        : narrower_widths(side.bits);
     };
     CacheCapabilities can;
-    can.decodes_packed = can.reads_by_bits = can.reads_by_tolerance = planes;
+    can.decodes_packed = packed;
+    can.reads_by_bits = can.reads_by_tolerance = planes;
     can.reads_by_exponents = planes && (half_keys || half_values);
     can.selects_keys = recipe.latents.has_value();
-    can.truncates_exactly = recipe.every_token || (half_keys && half_values && recipe.recent_bits == 16);
+    can.truncates_exactly = recipe.every_token || (half_keys && (half_values || c.values_in_keys) &&
+                                                   recipe.recent_bits == 16 && recipe.rotary_bits % 16 == 0);
     can.removes = c.rope || recipe.latents;
     can.narrower_keys = recipe.latents ? narrower_widths(8) : widths_of(recipe.keys);
-    can.narrower_values = widths_of(recipe.values);
+    if (!c.values_in_keys) can.narrower_values = widths_of(recipe.values);
     can.fits_basis = c.fits_basis();
     can.wants_queries = c.fits_basis() && recipe.latents->basis.query_weighted;
     can.predicts_bytes = !c.fits_basis();

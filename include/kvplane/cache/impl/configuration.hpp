@@ -67,6 +67,28 @@ inline void require_latent_recipe(const CacheConfiguration& c) {
     if (c.rope) RotaryEmbedding(c.key_head_dim, *c.rope);
 }
 
+inline void require_values_in_keys(const CacheConfiguration& c) {
+    const CacheRecipe& recipe = c.recipe;
+    require(recipe.rotary_bits == 0 || recipe.rotary_bits == 16 ||
+                (recipe.rotary_bits >= 1 && recipe.rotary_bits <= 8),
+            ErrorCode::option, "cache: rotary channels of ", recipe.rotary_bits,
+            " bits, expected 1 to 8, 16, or 0 for those of the keys");
+    if (!c.values_in_keys) return;
+    require(c.value_head_dim <= c.key_head_dim, ErrorCode::option, "cache: values of ", c.value_head_dim,
+            " channels in keys of ", c.key_head_dim, ", expected no more than those");
+    require(!recipe.latents, ErrorCode::option, "cache: values in keys, but recipe '", recipe.name,
+            "' keeps keys in latents; expected keys in channels");
+    // The rotation of keys is that of the values and of the rest, each by itself.
+    Index whole = 0;
+    for (Index left = c.key_head_dim, size; whole < c.value_head_dim; whole += size, left -= size)
+        for (size = 1; 2 * size <= left;) size *= 2;
+    require(
+        !recipe.keys.rotate || whole == c.value_head_dim, ErrorCode::option, "cache: values in the first ",
+        c.value_head_dim, " of ", c.key_head_dim,
+        " channels of keys cannot be rotated by themselves; expected a recipe that does not rotate keys, or "
+        "the largest powers of two that make up the channels, such as 512 of 576");
+}
+
 KVPLANE_FUNCTION void require_configuration(const CacheConfiguration& c) {
     require(c.kv_heads >= 1 && c.query_heads >= c.kv_heads && c.query_heads % c.kv_heads == 0,
             ErrorCode::option, "cache: ", c.query_heads, " query heads over ", c.kv_heads,
@@ -88,9 +110,10 @@ KVPLANE_FUNCTION void require_configuration(const CacheConfiguration& c) {
             " of values, expected at most ", max_depth, " (of all heads together in latents)");
     require_side(recipe.keys, "cache keys", recipe.every_token);
     require_side(recipe.values, "cache values", recipe.every_token);
+    require_values_in_keys(c);
     // Throws where the grids are impossible; keys in latents bring a format of their own.
-    if (!recipe.latents) (void)TileFormat(TileSide::keys, c.key_head_dim, recipe.keys.bits, recipe.keys.rule);
-    (void)TileFormat(TileSide::values, c.value_head_dim, recipe.values.bits, recipe.values.rule);
+    if (!recipe.latents) (void)c.key_format();
+    (void)c.value_format();
     require_latent_recipe(c);
     require_latents(c);
 }

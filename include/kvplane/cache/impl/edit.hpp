@@ -112,14 +112,9 @@ class NarrowPlan {
     const std::vector<NarrowedLayout>& layouts() const noexcept { return layouts_; }
 
   private:
-    static int widest(const TileFormat& format) noexcept {
-        int bits = 0;
-        for (const TileFormat::Placed& segment : format.segments()) bits = std::max(bits, segment.bits);
-        return bits;
-    }
     static PerSide<int> widest(const PageLayout& layout) noexcept {
-        PerSide<int> most{0, widest(layout.values)};
-        for (const TileFormat& keys : layout.keys) most.keys = std::max(most.keys, widest(keys));
+        PerSide<int> most{0, layout.values_in_keys ? 0 : widest_codes(layout.values)};
+        for (const TileFormat& keys : layout.keys) most.keys = std::max(most.keys, widest_codes(keys));
         return most;
     }
     const PageLayout* layout_of(const PageLayout& wide, const PerSide<int>& most_bits) {

@@ -125,13 +125,18 @@ KVPLANE_FUNCTION CacheErrorBound KvCache::error_bound() const {
         return shape_->rounding_bound(extremes.largest[side]) + reader.tile_error_bound(side) +
                extremes.excess[side] + extremes.carried[side];
     };
-    return {bound(TileSide::keys), bound(TileSide::values)};
+    const double keys = bound(TileSide::keys);
+    return {keys, configuration().values_in_keys ? keys : bound(TileSide::values)};
 }
 
 // Appending and forgetting ---------------------------------------------------------------------------------
 
-KVPLANE_FUNCTION void KvCache::append_rows(const detail::AnyRows& keys, const detail::AnyRows& values,
+KVPLANE_FUNCTION void KvCache::append_rows(const detail::AnyRows& keys, const detail::AnyRows* values,
                                            const detail::AnyRows* queries, bool provisional) {
+    require((values == nullptr) == configuration().values_in_keys, ErrorCode::option,
+            values ? "append: values, but the configuration has them in keys; expected append(keys)"
+                   : "append: keys alone, but the configuration does not have values in keys; expected "
+                     "append(keys, values)");
     require(queries || !needs_queries(), ErrorCode::option, "append: recipe '", shape_->recipe().name,
             "' fits its basis to the sequence's own queries; expected append(keys, values, queries), or a "
             "basis in the configuration");
@@ -253,6 +258,8 @@ KVPLANE_FUNCTION void KvCache::require_policy(const AttentionParameters& paramet
             "' is not read by planes; expected ReadPolicy::all()");
     require(read.kind == Kind::all || !state_.has_narrowed(), ErrorCode::option,
             "attend: tiles were narrowed, which are read in full; expected ReadPolicy::all()");
+    require(read.kind == Kind::all || !configuration().values_in_keys, ErrorCode::option,
+            "attend: values in keys are read in full; expected ReadPolicy::all()");
     const bool half_keys = !recipe.latents && recipe.keys.is_half(), half_values = recipe.values.is_half();
     const bool by_bits = read.kind == Kind::fixed || read.kind == Kind::aligned;
     require(!by_bits || ((!half_keys || read.key_bits >= 8.0) && (!half_values || read.value_bits >= 8.0)),

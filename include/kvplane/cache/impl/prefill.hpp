@@ -215,7 +215,7 @@ class Prefill {
             });
         });
         failure_.rethrow();
-        if (cache_.recipe().values.rotate) cache_.value_rotation.rotate_back(output_.values);
+        if (cache_.rotates(TileSide::values)) cache_.value_rotation.rotate_back(output_.values);
         return std::move(output_);
     }
 

@@ -84,18 +84,20 @@ inline nlohmann::json side_json(const SideRecipe& side) {
 
 /// Everything that what is stored depends on. The recipe's name is not part of it.
 inline std::string configuration_json(const CacheConfiguration& c) {
-    const nlohmann::json json{{"kv_heads", c.kv_heads},
-                              {"query_heads", c.query_heads},
-                              {"key_head_dim", c.key_head_dim},
-                              {"value_head_dim", c.value_head_dim},
-                              {"rotation_seed", c.rotation_seed},
-                              {"keys", side_json(c.recipe.keys)},
-                              {"values", side_json(c.recipe.values)},
-                              {"sink_tokens", c.recipe.sink_tokens},
-                              {"recent_tokens", c.recipe.recent_tokens},
-                              {"recent_bits", c.recipe.recent_bits},
-                              {"every_token", c.recipe.every_token},
-                              {"latents", latents_json(c)}};
+    nlohmann::json json{{"kv_heads", c.kv_heads},
+                        {"query_heads", c.query_heads},
+                        {"key_head_dim", c.key_head_dim},
+                        {"value_head_dim", c.value_head_dim},
+                        {"rotation_seed", c.rotation_seed},
+                        {"keys", side_json(c.recipe.keys)},
+                        {"values", side_json(c.recipe.values)},
+                        {"sink_tokens", c.recipe.sink_tokens},
+                        {"recent_tokens", c.recipe.recent_tokens},
+                        {"recent_bits", c.recipe.recent_bits},
+                        {"every_token", c.recipe.every_token},
+                        {"latents", latents_json(c)}};
+    // What files of before do not have is left out where it does not count.
+    if (c.values_in_keys) json["rotary_bits"] = c.recipe.rotary_bits;
     return json.dump();
 }
 

@@ -21,14 +21,25 @@ KVPLANE_FUNCTION std::vector<int> narrower_widths(int bits) {
 
 namespace detail {
 
+KVPLANE_FUNCTION int widest_codes(const TileFormat& format) noexcept {
+    int widest = 0;
+    bool all_half = true;
+    for (const TileFormat::Placed& segment : format.segments()) {
+        if (segment.is_half()) continue;
+        widest = std::max(widest, segment.bits);
+        all_half = false;
+    }
+    return all_half ? 16 : widest;
+}
+
 KVPLANE_FUNCTION TileFormat narrowed(const TileFormat& format, int bits) {
     const char* const side = format.side() == TileSide::keys ? "keys" : "values";
+    require(widest_codes(format) < 16 || bits >= 16, ErrorCode::option, "narrow: ", side, " in fp16 to ",
+            bits, " bits, expected 16: they have no grid that could be coarser");
     std::vector<ChannelSegment> segments;
     for (const TileFormat::Placed& segment : format.segments()) {
         int width = segment.bits;
-        if (width > bits) {
-            require(!segment.is_half(), ErrorCode::option, "narrow: ", side, " in fp16 to ", bits,
-                    " bits, expected 16: they have no grid that could be coarser");
+        if (width > bits && !segment.is_half()) {
             require(segment.scheme != Scheme::symmetric, ErrorCode::option, "narrow: ", side, " of ", width,
                     " bits to ", bits,
                     ", but their grids are symmetric, of which no prefix of the planes is one");
@@ -47,6 +58,7 @@ KVPLANE_FUNCTION TileFormat narrowed(const TileFormat& format, int bits) {
 KVPLANE_FUNCTION PageLayout narrowed(const PageLayout& layout, int key_bits, int value_bits) {
     std::vector<TileFormat> keys;
     for (const TileFormat& format : layout.keys) keys.push_back(narrowed(format, key_bits));
+    if (layout.values_in_keys) return page_layout_in_keys(keys[0], layout.subspaces());
     return page_layout(std::move(keys), layout.subspaces(), narrowed(layout.values, value_bits),
                        static_cast<Index>(layout.value_at.size()));
 }
@@ -82,7 +94,7 @@ KVPLANE_FUNCTION void narrow_page(const PageLayout& wide, const std::byte* from,
         const auto at = static_cast<std::size_t>(s);
         narrow_tile(wide.key_format(s), from + wide.key_at[at], narrow.key_format(s), to + narrow.key_at[at]);
     }
-    for (std::size_t head = 0; head < wide.value_at.size(); ++head)
+    for (std::size_t head = 0; head < wide.value_at.size() && !wide.values_in_keys; ++head)
         narrow_tile(wide.values, from + wide.value_at[head], narrow.values, to + narrow.value_at[head]);
 }
 
