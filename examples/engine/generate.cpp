@@ -1,4 +1,5 @@
 // examples/engine/generate.cpp: text from a prompt, with kvplane as the KV cache.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -60,14 +61,16 @@ class Drafter {
     std::vector<TokenId> next(Matrix& logits, Index count) {
         const Index before = caches_.front()->tokens();
         std::vector<TokenId> tokens{static_cast<TokenId>(likeliest(logits, 0))};
-        drafts(caches_, true);
+        expect_drafts(caches_, 0);
         read(caches_, policy_);
-        const Index most = std::min<Index>(count, 1 + ahead);
+        // Tiles are made as they would be without drafts, so that the text is the same.
+        const Index most = std::min({count, 1 + ahead, 1 + drafts_before_tile(caches_)});
         while (static_cast<Index>(tokens.size()) < most)
             tokens.push_back(
                 static_cast<TokenId>(likeliest(model_.forward({{tokens.back()}}, caches_, Logits::last), 0)));
         truncate(caches_, before);
         read(caches_, kvplane::ReadPolicy::all());
+        expect_drafts(caches_, 1);
         const Matrix all = model_.forward(tokens, caches_, Logits::all);
         std::size_t kept = 1;
         while (kept < tokens.size() && likeliest(all, static_cast<Index>(kept) - 1) == tokens[kept]) ++kept;
@@ -75,7 +78,7 @@ class Drafter {
         accepted_ += static_cast<Index>(kept) - 1;
         tokens.resize(kept);
         truncate(caches_, before + static_cast<Index>(kept));
-        drafts(caches_, false);
+        expect_drafts(caches_, std::nullopt);
         logits = all.row(static_cast<Index>(kept) - 1);
         return tokens;
     }

@@ -1,7 +1,10 @@
 // examples/engine/kvplane_cache.hpp: kvplane as the engine's KV cache. All that an engine author needs is here.
 #pragma once
 
+#include <algorithm>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -30,7 +33,11 @@ class KvplaneCache final : public LayerCache {
         : cache_(configuration, pool), shared_(std::move(shared)), parameters_(parameters) {}
 
     void append(const Matrix& keys, const Matrix& values, const Matrix& queries) override {
-        drafts_ ? cache_.append_provisional(keys, values, queries) : cache_.append(keys, values, queries);
+        const Index sure = std::min(sure_.value_or(keys.rows()), keys.rows()), drafts = keys.rows() - sure;
+        if (sure > 0) cache_.append(keys.topRows(sure), values.topRows(sure), queries.topRows(sure));
+        if (drafts > 0)
+            cache_.append_provisional(keys.bottomRows(drafts), values.bottomRows(drafts),
+                                      queries.bottomRows(drafts));
     }
     void attend(const Matrix& queries, Matrix& out) const override {
         const auto& c = cache_.configuration();
@@ -49,11 +56,11 @@ class KvplaneCache final : public LayerCache {
     /// How much later reads take; one cache serves them all.
     void read(const kvplane::ReadPolicy& policy) noexcept { parameters_.read = policy; }
     void truncate(Index tokens) { cache_.truncate(tokens); }
-    /// Whether tokens to come are drafts, which truncate() takes back without a trace. Where they cease to be,
-    /// those that are left are accepted.
-    void drafts(bool on) {
-        drafts_ = on;
-        if (!on) cache_.accept();
+    /// How many of the tokens of each call to come are sure. The others are drafts, which truncate() takes back
+    /// without a trace. none: all are sure, and drafts that are left are accepted.
+    void expect_drafts(std::optional<Index> sure) {
+        sure_ = sure;
+        if (!sure) cache_.accept();
     }
     const kvplane::KvCache& cache() const noexcept { return cache_; }
 
@@ -61,7 +68,7 @@ class KvplaneCache final : public LayerCache {
     kvplane::KvCache cache_;
     std::shared_ptr<SharedWorkspace> shared_;
     kvplane::AttentionParameters parameters_;
-    bool drafts_ = false;
+    std::optional<Index> sure_;
 };
 
 /// How the caches of a model store and read.
@@ -104,8 +111,15 @@ inline void read(LayerCaches& caches, const kvplane::ReadPolicy& policy) {
 inline void truncate(LayerCaches& caches, Index tokens) {
     for (auto& layer : caches) dynamic_cast<KvplaneCache&>(*layer).truncate(tokens);
 }
-inline void drafts(LayerCaches& caches, bool on) {
-    for (auto& layer : caches) dynamic_cast<KvplaneCache&>(*layer).drafts(on);
+inline void expect_drafts(LayerCaches& caches, std::optional<Index> sure) {
+    for (auto& layer : caches) dynamic_cast<KvplaneCache&>(*layer).expect_drafts(sure);
+}
+/// How many drafts may follow one sure token before some layer would make a tile, had they come one by one.
+inline Index drafts_before_tile(const LayerCaches& caches) {
+    Index most = std::numeric_limits<Index>::max();
+    for (const auto& layer : caches)
+        most = std::min(most, dynamic_cast<const KvplaneCache&>(*layer).cache().tokens_before_tile());
+    return std::max<Index>(0, most - 1);
 }
 
 struct CacheSize {

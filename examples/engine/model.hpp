@@ -253,6 +253,9 @@ inline Matrix Model::embed(std::span<const TokenId> tokens) const {
 /// output = input * weight^T for weights that share an input, so that the threads have more to share.
 inline void Model::multiply(const Matrix& input, std::initializer_list<Product> products) const {
     constexpr Index group = 64;  // rows of a weight: 144 kB in fp32 for a width of 576
+    // Few tokens are multiplied one by one, so that each gets the sums that it would get alone, in the same order:
+    // drafts that are verified together then choose the tokens that would have come one at a time.
+    constexpr Index separate_rows = 8;
     std::vector<std::pair<const Product*, Index>> groups;
     for (const Product& product : products) {
         product.output->resize(input.rows(), product.weight->rows);
@@ -265,10 +268,12 @@ inline void Model::multiply(const Matrix& input, std::initializer_list<Product> 
         weight.resize(count, input.cols());
         product->weight->to_float(first, count, weight.data());
         auto output = product->output->middleCols(first, count);
-        if (input.rows() == 1)  // Eigen picks its matrix-vector product by type, not by size
-            output.row(0).transpose().noalias() = weight * input.row(0).transpose();
-        else
+        if (input.rows() > separate_rows) {
             output.noalias() = input * weight.transpose();
+            return;
+        }
+        for (Index r = 0; r < input.rows(); ++r)
+            output.row(r).transpose().noalias() = weight * input.row(r).transpose();
     });
 }
 

@@ -306,6 +306,30 @@ TEST_P(CacheOfRecipe, PredictedBytesAreTheBytes) {
     }
 }
 
+TEST_P(CacheOfRecipe, SaysHowManyTokensComeBeforeATile) {
+    KvCache cache(configuration(), pool_);
+    if (configuration().recipe.every_token) {
+        EXPECT_EQ(cache.tokens_before_tile(), std::numeric_limits<Index>::max());
+        return;
+    }
+    for (const Index cut : {0, 0, 50, 0}) {
+        if (cut > 0) {
+            cache.truncate(cache.state().tiles.back().first + cut);
+            append(cache, keys(1), values(1));  // opens the tile that was cut
+        }
+        const bool fitted = cache.state().layout != nullptr;
+        append(cache, keys(cache.tokens_before_tile()), values(cache.tokens_before_tile()));
+        EXPECT_EQ(cache.tokens_before_tile(), 0);
+        EXPECT_EQ(cache.state().layout != nullptr, fitted);
+        const Index packed = cache.packed_tokens();
+        append(cache, keys(1), values(1));
+        EXPECT_GT(cache.packed_tokens(), packed);
+        if (fitted) {
+            EXPECT_EQ(cache.tokens_before_tile(), tile_tokens - 1);
+        }
+    }
+}
+
 TEST_P(CacheOfRecipe, AForkCopiesNothing) {
     KvCache cache(configuration(), pool_);
     append(cache, keys(600), values(600));

@@ -112,6 +112,10 @@ class KvCache {
     /// Tokens in packed tiles.
     Index packed_tokens() const noexcept;
 
+    /// How many tokens can come before some become a tile, or a basis is fitted. Of recipes that quantize every
+    /// token the largest number there is.
+    Index tokens_before_tile() const noexcept;
+
     /// Appends tokens: keys tokens x (kv_heads * key_head_dim), values tokens x (kv_heads * value_head_dim),
     /// of float, Eigen::half or Eigen::bfloat16; matrices, views and expressions, or rank-3 tensors (heads,
     /// tokens, head_dim). Keys are as attention takes them, after RoPE. Throws Error (shape; not_finite and

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kvplane/cache/appender.hpp"
 #include "kvplane/cache/decode.hpp"
@@ -80,6 +81,15 @@ KVPLANE_FUNCTION Index KvCache::first_kept() const noexcept {
 }
 KVPLANE_FUNCTION Index KvCache::packed_tokens() const noexcept {
     return state_.recent_first - state_.sink_count(shape_->recipe());
+}
+KVPLANE_FUNCTION Index KvCache::tokens_before_tile() const noexcept {
+    const CacheRecipe& recipe = shape_->recipe();
+    if (recipe.every_token) return std::numeric_limits<Index>::max();
+    // A tile that was cut is opened first.
+    const Index first = std::max(state_.cut() ? state_.tiles.back().first : state_.recent_first,
+                                 recipe.sink_tokens),
+                waiting = state_.layout ? tile_tokens : recipe.latents->fit_tokens;
+    return first + waiting + recipe.recent_tokens - 1 - tokens();
 }
 KVPLANE_FUNCTION bool KvCache::needs_queries() const noexcept {
     const CacheRecipe& recipe = shape_->recipe();
