@@ -20,7 +20,8 @@ class Rows(Structure):
 class Configuration(Structure):
     _fields_ = [("kv_heads", c_int64), ("query_heads", c_int64), ("key_head_dim", c_int64), ("value_head_dim", c_int64),
                 ("recipe", c_char_p), ("rotation_seed", c_uint64), ("rope_base", c_double), ("rope_dims", c_int64),
-                ("rope_halves", c_int)]
+                ("rope_halves", c_int), ("rope_frequencies", c_void_p), ("rope_pairs", c_int64),
+                ("values_in_keys", c_int)]
 
 
 class Output(Structure):

@@ -178,6 +178,42 @@ int main(void) {
     EXPECT(kvplane_cache_bytes(cache) == before);
     EXPECT_REFUSED(KVPLANE_INDEX, "kvplane: accept: 1 of 0 provisional tokens", kvplane_cache_accept(cache, 1));
 
+    /* Tokens are removed, tiles narrowed; values in keys. */
+    {
+        kvplane_configuration narrow = layer;
+        kvplane_cache* wide = NULL;
+        kvplane_cache* once = NULL;
+        int64_t bytes = 0;
+        const double still[dim / 2] = {0.0};
+        narrow.recipe = "key_favored:8:8";
+        narrow.rope_base = 0.0;
+        narrow.rope_frequencies = still;
+        narrow.rope_pairs = dim / 2;
+        EXPECT(kvplane_cache_create(&narrow, pool, &wide) == KVPLANE_OK);
+        k = rows_of(keys, kv_heads, tokens);
+        v = rows_of(values, kv_heads, tokens);
+        EXPECT(kvplane_cache_append(wide, &k, &v, NULL) == KVPLANE_OK);
+        EXPECT(kvplane_cache_narrowed_bytes(wide, 0, tokens, 4, 4, &bytes) == KVPLANE_OK);
+        EXPECT(bytes < kvplane_cache_bytes(wide));
+        EXPECT(kvplane_cache_narrow(wide, 0, tokens, 4, 4) == KVPLANE_OK);
+        EXPECT(kvplane_cache_bytes(wide) == bytes);
+        EXPECT(kvplane_cache_narrow(wide, 0, tokens, 3, 4) == KVPLANE_OPTION);
+        EXPECT(kvplane_cache_remove(wide, 50, 100) == KVPLANE_OK);
+        EXPECT(kvplane_cache_tokens(wide) == tokens - 50);
+        EXPECT(kvplane_cache_remove(wide, 0, 10) == KVPLANE_INDEX);
+        EXPECT_REFUSED(KVPLANE_OPTION,
+                       "kvplane: append: keys alone, but the configuration does not have values in keys; expected "
+                       "append(keys, values)",
+                       kvplane_cache_append(wide, &k, NULL, NULL));
+        narrow.values_in_keys = 1;
+        EXPECT(kvplane_cache_create(&narrow, pool, &once) == KVPLANE_OK);
+        EXPECT(kvplane_cache_append(once, &k, NULL, NULL) == KVPLANE_OK);
+        EXPECT(kvplane_cache_tokens(once) == tokens);
+        kvplane_cache_destroy(wide);
+        kvplane_cache_destroy(once);
+        v = rows_of(values, kv_heads, 3);
+    }
+
     /* Saving and loading. */
     char path[] = "/tmp/kvplane_c_test_XXXXXX.safetensors";
     snprintf(path, sizeof path, "/tmp/kvplane_c_test_%06u.safetensors", (unsigned)((uintptr_t)&state >> 4) % 1000000u);

@@ -81,10 +81,14 @@ typedef struct kvplane_configuration {
     int64_t kv_heads, query_heads, key_head_dim, value_head_dim;
     const char* recipe; /* recipe_names.hpp: "standard", "key_favored:4:4", ... */
     uint64_t rotation_seed;
-    /* The rotary embedding, for recipes with latents. base 0: none. */
+    /* The rotary embedding, for recipes with latents and kvplane_cache_remove. base 0: none, unless there are
+     * frequencies. */
     double rope_base;
     int64_t rope_dims; /* channels that turn; 0: all of a head */
     int rope_halves;   /* 0: pairs are neighbours; otherwise channel i and i + dims / 2 */
+    const double* rope_frequencies; /* [rope_pairs] radians per position, instead of a base; NULL: none */
+    int64_t rope_pairs;
+    int values_in_keys; /* values are the first channels of keys, and appended as values NULL (MLA) */
 } kvplane_configuration;
 
 KVPLANE_C_API kvplane_status kvplane_cache_create(const kvplane_configuration* configuration, kvplane_pool* pool,
@@ -113,6 +117,13 @@ KVPLANE_C_API kvplane_status kvplane_cache_append_provisional(kvplane_cache* cac
 KVPLANE_C_API kvplane_status kvplane_cache_accept(kvplane_cache* cache, int64_t count);
 KVPLANE_C_API kvplane_status kvplane_cache_truncate(kvplane_cache* cache, int64_t count);
 KVPLANE_C_API kvplane_status kvplane_cache_drop_before(kvplane_cache* cache, int64_t token, int64_t sinks);
+/* Takes the tokens [first, last) out; those behind them move back. */
+KVPLANE_C_API kvplane_status kvplane_cache_remove(kvplane_cache* cache, int64_t first, int64_t last);
+/* Leaves the tiles in [first, last) at most that many bits; narrowed_bytes says what that will come to. */
+KVPLANE_C_API kvplane_status kvplane_cache_narrow(kvplane_cache* cache, int64_t first, int64_t last, int key_bits,
+                                                  int value_bits);
+KVPLANE_C_API kvplane_status kvplane_cache_narrowed_bytes(const kvplane_cache* cache, int64_t first, int64_t last,
+                                                          int key_bits, int value_bits, int64_t* bytes);
 KVPLANE_C_API void kvplane_cache_clear(kvplane_cache* cache);
 
 /* attention/parameters.hpp */

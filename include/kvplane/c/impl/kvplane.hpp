@@ -104,9 +104,15 @@ inline CacheConfiguration configuration_of(const kvplane_configuration* given) {
     c.value_head_dim = given->value_head_dim;
     c.recipe = recipes::parse(given->recipe);
     c.rotation_seed = given->rotation_seed;
-    if (given->rope_base != 0.0) {
+    c.values_in_keys = given->values_in_keys != 0;
+    if (given->rope_base != 0.0 || given->rope_frequencies) {
         RopeSettings rope;
-        rope.base = given->rope_base;
+        if (given->rope_frequencies) {
+            require(given->rope_pairs >= 0, ErrorCode::shape, "configuration: ", given->rope_pairs,
+                    " frequencies, expected 0 or more");
+            rope.frequencies.assign(given->rope_frequencies, given->rope_frequencies + given->rope_pairs);
+        }
+        if (given->rope_base != 0.0) rope.base = given->rope_base;
         rope.dims = given->rope_dims;
         rope.layout = given->rope_halves ? RopeLayout::halves : RopeLayout::interleaved;
         c.rope = rope;
@@ -171,7 +177,9 @@ inline kvplane_status append(kvplane_cache* cache, const kvplane_rows* keys, con
                              const kvplane_rows* queries, bool provisional) noexcept {
     return guarded([&] {
         require_pointer(cache, "cache");
-        const detail::AnyRows k = rows_of(keys, "keys"), v = rows_of(values, "values");
+        const detail::AnyRows k = rows_of(keys, "keys");
+        if (!values) return provisional ? cache->cache.append_provisional(k) : cache->cache.append(k);
+        const detail::AnyRows v = rows_of(values, "values");
         if (!queries) return provisional ? cache->cache.append_provisional(k, v) : cache->cache.append(k, v);
         const detail::AnyRows q = rows_of(queries, "queries");
         provisional ? cache->cache.append_provisional(k, v, q) : cache->cache.append(k, v, q);
@@ -316,6 +324,27 @@ kvplane_status kvplane_cache_drop_before(kvplane_cache* cache, int64_t token, in
     return kvplane::c::guarded([&] {
         kvplane::c::require_pointer(cache, "cache");
         cache->cache.drop_before(token, sinks);
+    });
+}
+kvplane_status kvplane_cache_remove(kvplane_cache* cache, int64_t first, int64_t last) {
+    return kvplane::c::guarded([&] {
+        kvplane::c::require_pointer(cache, "cache");
+        cache->cache.remove(first, last);
+    });
+}
+kvplane_status kvplane_cache_narrow(kvplane_cache* cache, int64_t first, int64_t last, int key_bits,
+                                    int value_bits) {
+    return kvplane::c::guarded([&] {
+        kvplane::c::require_pointer(cache, "cache");
+        cache->cache.narrow(first, last, key_bits, value_bits);
+    });
+}
+kvplane_status kvplane_cache_narrowed_bytes(const kvplane_cache* cache, int64_t first, int64_t last,
+                                            int key_bits, int value_bits, int64_t* bytes) {
+    return kvplane::c::guarded([&] {
+        kvplane::c::require_pointer(cache, "cache");
+        kvplane::c::require_pointer(bytes, "bytes");
+        *bytes = cache->cache.narrowed_bytes(first, last, key_bits, value_bits);
     });
 }
 void kvplane_cache_clear(kvplane_cache* cache) {
