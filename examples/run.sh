@@ -2,6 +2,7 @@
 # Sets up, builds and runs an example: the quickstart on tensors that ship with kvplane, or
 #   run.sh report|attention|synthetic|svdq|aligned [OPTIONS]
 #   run.sh split_context                                  a sequence in two processes, merged over a pipe
+#   run.sh narrow_by_age                                  a context that grows within a budget
 #   run.sh engine "PROMPT" [OPTIONS of generate]          fetches a small model and lets it answer
 #   run.sh evaluate|dump|calibrate|speed [OPTIONS]        the engine's other programs
 # Each says with --help what it does and takes.
@@ -14,11 +15,11 @@ example=${1:-quickstart}
 [ $# -gt 0 ] && shift
 options=() settings=()
 case $example in
-    quickstart|report|attention|split_context) program=$example path=$example ;;
+    quickstart|report|attention|split_context|narrow_by_age) program=$example path=$example ;;
     synthetic|svdq|aligned) program=$example path=studies/$example ;;
     engine|evaluate|dump|calibrate|speed) program=${example/engine/generate} path=engine/$program ;;
-    *) echo "run.sh: no example '$example'; expected quickstart, report, attention, split_context, synthetic, svdq," \
-            "aligned, engine, evaluate, dump, calibrate or speed" >&2; exit 2 ;;
+    *) echo "run.sh: no example '$example'; expected quickstart, report, attention, split_context, narrow_by_age," \
+            "synthetic, svdq, aligned, engine, evaluate, dump, calibrate or speed" >&2; exit 2 ;;
 esac
 bash tests/install_packages.sh
 if [ "${path%/*}" = engine ]; then
