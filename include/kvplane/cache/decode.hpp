@@ -59,7 +59,7 @@ class DecodePass {
         for (WorkerScratch& worker : work_.workers) {
             worker.attention.reserve(std::max(channels, padded_channels(value_dim)));
             if (state.latent) worker.projection.reserve(channels);
-            worker.values_in_keys.begin(tiles_);
+            worker.values_in_keys.begin(tiles_, value_dim);
             worker.count = {};
         }
         work_.queries.begin(shape_, cache, state);
@@ -276,10 +276,9 @@ class DecodePass {
         const SoftmaxState to = work_.states.of(chunk, block.first);
         online_softmax(isa_, scores, tile_tokens, block.rows, to);
         if (tiles_.layout->values_in_keys)
-            return add_rows(isa_, {scores, tile_tokens, block.rows},
-                            own.values_in_keys.rows(tiles_.value_format(place.tile),
-                                                    tiles_.values(place.tile, block.head)),
-                            cache_.dim(TileSide::values), {to.output, to.stride, block.rows});
+            return own.values_in_keys.add(isa_, tiles_.value_format(place.tile),
+                                          tiles_.values(place.tile, block.head), scores, own.attention,
+                                          {to.output, to.stride, block.rows});
         TileRead read{.tile = tiles_.values(place.tile, block.head),
                       .next = tiles_.values(place.next, block.head)};
         if (planner_) {

@@ -8,6 +8,7 @@
 #include "kvplane/attention/scratch.hpp"
 #include "kvplane/attention/softmax.hpp"
 #include "kvplane/cache/queries.hpp"
+#include "kvplane/cache/values_in_keys.hpp"
 #include "kvplane/quantize/kernels.hpp"
 #include "kvplane/read/budget.hpp"
 #include "kvplane/read/coarse_pass.hpp"
@@ -15,7 +16,6 @@
 #include "kvplane/read/fixed.hpp"
 #include "kvplane/read/planner.hpp"
 #include "kvplane/read/tolerance.hpp"
-#include "kvplane/storage/tile_coder.hpp"
 
 namespace kvplane::detail {
 
@@ -43,45 +43,6 @@ class ChunkStates {
     Index stride_ = 0;
     std::vector<float> largest_, sum_;  ///< [head][chunk][row of the head]
     std::vector<float> output_;         ///< [head][chunk][row of the head][channels, padded]
-};
-
-/// The values of a tile as numbers, where they are the first channels of its keys: query rows meet them block
-/// by block, and there are so many blocks of them that decoding once costs little.
-class ValuesInKeys {
-  public:
-    /// Throws std::bad_alloc.
-    void begin(const TileSequence& tiles) {
-        decoded_ = nullptr;
-        if (tiles.tiles == 0 || !tiles.layout->values_in_keys) return;
-        for (Index t = 0; t < tiles.tiles; ++t) prepare(tiles.value_format(t));
-    }
-    /// [128][channels of the keys]. The rows of the tile that was asked for last are kept.
-    RowView<const float> rows(const TileFormat& format, const std::byte* tile) noexcept {
-        if (tile != decoded_) coder_of(format)->decode(tile, tile_tokens, rows_.data(), format.channels());
-        decoded_ = tile;
-        return {rows_.data(), format.channels(), tile_tokens};
-    }
-
-  private:
-    TileCoder* coder_of(const TileFormat& format) noexcept {
-        const auto found = std::find_if(coders_.begin(), coders_.end(),
-                                        [&](TileCoder& coder) { return coder.format() == format; });
-        return found == coders_.end() ? nullptr : &*found;
-    }
-    /// Makes a coder that has taken all its memory.
-    void prepare(const TileFormat& format) {
-        if (coder_of(format)) return;
-        const auto size = static_cast<std::size_t>(tile_tokens * format.channels());
-        if (rows_.size() < size) rows_.resize(size);
-        TileCoder coder(format);
-        coder.decode(std::vector<std::byte>(static_cast<std::size_t>(format.bytes())).data(), tile_tokens,
-                     rows_.data(), format.channels());
-        coders_.push_back(std::move(coder));
-    }
-
-    std::vector<TileCoder> coders_;
-    std::vector<float> rows_;
-    const std::byte* decoded_ = nullptr;
 };
 
 /// What one worker has for itself.
