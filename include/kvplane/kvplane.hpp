@@ -41,5 +41,7 @@
 #if KVPLANE_WITH_JSON
 #include "kvplane/io/cache_file.hpp"
 #include "kvplane/io/latent_file.hpp"
+#include "kvplane/io/range_file.hpp"
 #include "kvplane/io/safetensors.hpp"
+#include "kvplane/io/session_file.hpp"
 #endif

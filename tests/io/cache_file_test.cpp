@@ -145,6 +145,22 @@ std::uint64_t add_array(std::uint64_t hash, std::span<const std::byte> bytes) {
     return add_word(hash, word);
 }
 
+/// The same in four lanes.
+std::uint64_t add_lanes(std::uint64_t hash, std::span<const std::byte> bytes) {
+    hash = add_word(hash, bytes.size());
+    std::uint64_t lanes[4];
+    for (std::uint64_t k = 0; k < 4; ++k) lanes[k] = 0xCBF29CE484222325U + k;
+    std::uint64_t word = 0;
+    for (std::size_t i = 0; i < (bytes.size() + 31) / 32 * 32; ++i) {
+        if (i < bytes.size()) word |= static_cast<std::uint64_t>(bytes[i]) << 8 * (i % 8);
+        if (i % 8 != 7) continue;
+        lanes[i / 8 % 4] = add_word(lanes[i / 8 % 4], word);
+        word = 0;
+    }
+    for (const std::uint64_t lane : lanes) hash = add_word(hash, lane);
+    return hash;
+}
+
 std::uint64_t basis_checksum(const SafetensorsFile& file) {
     std::uint64_t hash = 0xCBF29CE484222325U;
     for (int p = 0; file.contains("latent.parts." + std::to_string(p) + ".mean"); ++p) {
@@ -164,22 +180,22 @@ std::string documented_checksum(const SafetensorsFile& file) {
         return file.metadata().find(key)->second;
     };
     std::uint64_t hash =
-        add_array(0xCBF29CE484222325U, std::as_bytes(std::span(text("kvplane.configuration"))));
+        add_lanes(0xCBF29CE484222325U, std::as_bytes(std::span(text("kvplane.configuration"))));
     for (const char* key :
          {"kvplane.tokens", "kvplane.dropped", "kvplane.window_first", "kvplane.kept_sinks"})
         hash = add_word(hash, std::stoull(text(key)));
     for (const char* name : {"sinks", "tiles", "recent", "tile_first", "tile_tokens", "extremes"})
-        hash = add_array(hash, file.bytes(name));
+        hash = add_lanes(hash, file.bytes(name));
     if (file.contains("latent.parts.0.mean")) {
         const std::string sum = std::to_string(basis_checksum(file));
-        hash = add_array(hash, std::as_bytes(std::span(sum)));
+        hash = add_lanes(hash, std::as_bytes(std::span(sum)));
     }
     if (file.contains("queries.count")) {
         const auto heads = static_cast<std::size_t>(file.info("queries.count").size());
         for (std::size_t h = 0; h < heads; ++h)
             for (const char* name : {"queries.count", "queries.mean", "queries.scatter"}) {
                 const auto all = file.bytes(name);
-                hash = add_array(hash, all.subspan(h * (all.size() / heads), all.size() / heads));
+                hash = add_lanes(hash, all.subspan(h * (all.size() / heads), all.size() / heads));
             }
     }
     return std::to_string(hash);
@@ -201,7 +217,7 @@ TEST(SavedCacheFile, ChecksumIsTheDocumentedOne) {
         }
 }
 
-/// Numbers that the writer of data/cache_format_3.safetensors made as well.
+/// Numbers that the writers of data/cache_format_3.safetensors and 4 made as well.
 Matrix numbers(Index rows, Index cols, int salt) {
     Matrix matrix(rows, cols);
     for (Index r = 0; r < rows; ++r)
@@ -240,6 +256,57 @@ TEST(SavedCacheFile, ReadsFormat3) {
     again.append(numbers(300, 16, 4), numbers(300, 8, 5));
     EXPECT_EQ(again.tokens(), 700);
     EXPECT_LT(again.error_bound().value, 1.0);
+}
+
+/// 300 tokens, cut to 200, then 200 more, dropped before 150 but for 2; and what it was when it was written.
+TEST(SavedCacheFile, ReadsFormat4) {
+    CacheConfiguration c;
+    c.query_heads = 2;
+    c.key_head_dim = 16;
+    c.value_head_dim = 8;
+    c.recipe = recipes::parse("standard");
+    TilePool pool;
+    const auto path = std::filesystem::path(KVPLANE_TEST_DATA) / "cache_format_4.safetensors";
+    const KvCache cache = load_cache(path, c, pool);
+    EXPECT_EQ(cache.tokens(), 400);
+    EXPECT_EQ(cache.first_kept(), 150);
+    EXPECT_EQ(cache.state().kept_sinks, 2);
+    EXPECT_EQ(cache.bytes(), 8000);
+    EXPECT_DOUBLE_EQ(cache.error_bound().key, 0.1982574134361087);
+    EXPECT_DOUBLE_EQ(cache.error_bound().value, 0.51631787009390551);
+    const float expected[2][16] = {
+        {-0.948350966f, -0.852067411f, -0.556176722f, -0.218636185f, 0.0681257024f, 0.403060168f,
+         0.695379913f, 0.829904199f, 0.740146875f, 0.989884615f, 0.762067497f, -0.999393284f, -0.917741716f,
+         -0.647093415f, -0.296895623f, 0.00814142264f},
+        {-0.249408022f, 0.098305501f, 0.417232901f, 0.696458995f, 0.962456465f, 0.615868986f, -1.00189197f,
+         -0.835858285f, -0.825896204f, -0.591320276f, -0.290349454f, 0.0497006588f, 0.344241709f,
+         0.658134639f, 0.836688936f, 0.594186962f}};
+    Matrix output(2, 16);
+    cache.attend(numbers(2, 32, 3), output);
+    for (Index r = 0; r < 2; ++r)
+        for (Index i = 0; i < 16; ++i) EXPECT_NEAR(output(r, i), expected[r][i], 1e-5f);
+    EXPECT_EQ(load_cache(to_bytes(cache), c, pool).bytes(), 8000);
+}
+
+/// Their own checksum is looked at, too.
+TEST(SavedCacheFile, RefusesAlteredFilesOfOlderFormats) {
+    CacheConfiguration c;
+    c.query_heads = 2;
+    c.key_head_dim = 16;
+    c.value_head_dim = 8;
+    c.recipe = recipes::parse("standard");
+    TilePool pool;
+    for (const char* name : {"cache_format_3.safetensors", "cache_format_4.safetensors"}) {
+        const MappedFile file = MappedFile::open(std::filesystem::path(KVPLANE_TEST_DATA) / name);
+        const std::vector<std::byte> bytes(file.bytes().begin(), file.bytes().end());
+        for (std::size_t at = bytes.size() - 7000; at < bytes.size(); at += 97) {
+            std::vector<std::byte> altered = bytes;
+            altered[at] ^= std::byte{4};
+            refusal(ErrorCode::format, [&] { load_cache(altered, c, pool); });
+        }
+        refusal(ErrorCode::format, [&] { load_cache(rewritten(bytes, "kvplane.format", "5"), c, pool); });
+    }
+    EXPECT_EQ(pool.pages(), 0);
 }
 
 /// What was taken back is nowhere in the file, on any path into a page.

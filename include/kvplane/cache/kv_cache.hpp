@@ -105,6 +105,8 @@ class KvCache {
     KvCache fork() const;
 
     const CacheConfiguration& configuration() const noexcept;
+    /// Where its pages come from.
+    TilePool& pool() const noexcept { return *pool_; }
     /// Tokens appended and not truncated: the position of the next one.
     Index tokens() const noexcept { return state_.tokens; }
     /// The first token after the kept sinks that attend() sees; see drop_before().

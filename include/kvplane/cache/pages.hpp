@@ -86,17 +86,15 @@ class TilePool {
     /// A page of `bytes` bytes, all zero. Where memory ends, unused pages of other sizes are given back
     /// first. Throws Error (out_of_memory) and then no page that is in use has changed.
     PageReference page(Index bytes) {
-        detail::PageHeader* page = nullptr;
-        {
-            const std::lock_guard lock(mutex_);
-            page = reuse(bytes);
-            if (!page) page = make(bytes);
-            if (page) used_bytes_ += bytes + PageReference::header_bytes;
-        }
-        if (!page) fail(ErrorCode::out_of_memory, "tile pool: no memory for a page of ", bytes, " bytes");
-        std::memset(page->data, 0, static_cast<std::size_t>(bytes));
-        page->references.store(1, std::memory_order_relaxed);
-        return PageReference(page);
+        PageReference page = unfilled(bytes);
+        std::memset(page.data(), 0, static_cast<std::size_t>(bytes));
+        return page;
+    }
+    /// A page with these bytes. Throws as page().
+    PageReference page_of(const std::byte* content, Index bytes) {
+        PageReference page = unfilled(bytes);
+        std::memcpy(page.data(), content, static_cast<std::size_t>(bytes));
+        return page;
     }
 
     /// Gives the memory of unused pages back to the resource.
@@ -132,6 +130,20 @@ class TilePool {
 
   private:
     static constexpr std::size_t alignment = 64;
+
+    /// A page that holds anything.
+    PageReference unfilled(Index bytes) {
+        detail::PageHeader* page = nullptr;
+        {
+            const std::lock_guard lock(mutex_);
+            page = reuse(bytes);
+            if (!page) page = make(bytes);
+            if (page) used_bytes_ += bytes + PageReference::header_bytes;
+        }
+        if (!page) fail(ErrorCode::out_of_memory, "tile pool: no memory for a page of ", bytes, " bytes");
+        page->references.store(1, std::memory_order_relaxed);
+        return PageReference(page);
+    }
 
     // Each of these holds the lock.
     void give_back() noexcept {

@@ -14,37 +14,43 @@
 // kvplane.kept_sinks and kvplane.dropped (what is not seen: [kept_sinks, dropped)), kvplane.window_first,
 // kvplane.checksum. Rows and codes of tokens that were taken back are zero.
 //
-// Format 3 has four extremes (nothing was stored again) and no kvplane.kept_sinks (they were the recipe's
-// sinks).
+// A session (io/session_file.hpp) has kvplane.format and kvplane.layers, the number of its caches. All else
+// stands for each of them, its name after the prefix `layer.N.`. A range of tokens (io/range_file.hpp) has
+// kvplane.first, its first token, and kvplane.basis, the checksum of the basis that its tiles need (empty:
+// none of the cache's own); kvplane.tokens is its end, dropped and kept_sinks are 0, and `sinks` is empty.
+//
+// Format 4 has no sessions, no ranges and another checksum. Format 3 has four extremes, too (nothing was
+// stored again), and no kvplane.kept_sinks (they were the recipe's sinks).
 //
 // The checksum finds damage, it is no protection against forgery. It is a decimal number, a hash h of 64-bit
 // words, with the constants of FNV-1a, but over words instead of bytes and with a shift that brings high bits
 // down:
 //   h = 0xCBF29CE484222325, and for each word w:  h = (h xor w) * 0x100000001B3 mod 2^64;  h = h xor (h >> 29)
-// An array of bytes is hashed as its size in bytes, its whole words (little-endian), and one more word with
-// the 0 to 7 bytes that are left, filled up with zeros. In this order:
-//   the array kvplane.configuration; the words tokens, dropped, window_first, kept_sinks (format 3: without);
+// An array of bytes is hashed as its size in bytes, and then in four lanes, so that a product need not wait for
+// the one before it. Lane k is a hash of its own, which begins at 0xCBF29CE484222325 + k. The bytes, filled up
+// with zeros to a multiple of 32, are words (little-endian); word i goes into lane i mod 4. Then the four lanes
+// are words of h. In this order:
+//   of a session, the words layers and the layer's number; of a range, the word first;
+//   the array kvplane.configuration; the words tokens, dropped, window_first, kept_sinks;
 //   the arrays sinks, tiles, recent, tile_first, tile_tokens, extremes;
-//   with a basis of its own, the array of its checksum as decimal text;
+//   with a basis of its own, the array of its checksum as decimal text (of a range, kvplane.basis);
 //   with moments of queries, for each head the arrays count, mean and scatter.
-// A basis has a checksum of its own. For each subspace: for each run of its segments the words latents and
-// bits; then the arrays mean, encode_scale, decode_scale, decode, encode, channels (empty where there is
-// none).
+// Formats 3 (without kept_sinks) and 4 hash an array in one lane, which is h: its size in bytes, its whole
+// words, and one more word with the 0 to 7 bytes that are left, filled up with zeros.
+// A basis has a checksum of its own, with arrays in one lane. For each subspace: for each run of its segments
+// the words latents and bits; then the arrays mean, encode_scale, decode_scale, decode, encode, channels (empty
+// where there is none).
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <filesystem>
-#include <memory>
-#include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/compiled.hpp"
-#include "kvplane/latent/keys.hpp"
-#include "kvplane/latent/statistics.hpp"
+#include "kvplane/io/cache_content.hpp"
+#include "kvplane/io/file.hpp"
 
 namespace kvplane {
 
@@ -52,42 +58,16 @@ namespace kvplane {
 /// for a cache with provisional tokens, as save_cache(): accept them or take them back first.
 std::vector<std::byte> to_bytes(const KvCache& cache);
 
-/// Writes the file. Throws Error (io) and then leaves what was at `path`.
-void save_cache(const KvCache& cache, const std::filesystem::path& path);
+/// Writes the file, straight from the cache's pages. Throws Error (io) and then leaves what was at `path`.
+void save_cache(const KvCache& cache, const std::filesystem::path& path, const WriteOptions& options = {});
 
-/// Reads a cache that was saved with exactly this configuration, in this format or 3. Attention of the loaded cache equals that of
-/// the saved one bit for bit. Throws Error: io; format (malformed, truncated or altered content); mismatch
-/// (another format version, another configuration); out_of_memory.
+/// Reads a cache that was saved with exactly this configuration, in this format, 3 or 4. The file is mapped,
+/// and copied once: into the pool's pages, after all of it was checked. Attention of the loaded cache equals
+/// that of the saved one bit for bit. Throws Error: io; format (malformed, truncated or altered content);
+/// mismatch (another format version, another configuration, a session or range); out_of_memory.
 KvCache load_cache(const std::filesystem::path& path, const CacheConfiguration& configuration,
                    TilePool& pool);
 KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& configuration, TilePool& pool);
-
-namespace detail {
-
-inline constexpr const char* cache_format_version = "4";
-
-/// What a file holds, between the cache and the format.
-struct CacheContent {
-    std::string configuration;
-    Index tokens = 0, dropped = 0, window_first = 0;
-    std::optional<Index> kept_sinks;  ///< none: format 3
-    std::vector<std::byte> sinks, tiles, recent;
-    std::vector<std::int64_t> tile_first, tile_tokens;
-    std::vector<double> extremes;
-    std::shared_ptr<const LatentKeys> basis;  ///< the cache's own
-    std::vector<SecondMoments> queries;       ///< while it has none
-
-    /// Throws Error (option) for a cache with provisional tokens.
-    static CacheContent of(const KvCache& cache);
-    KvCache restore(const CacheConfiguration& configuration, TilePool& pool, const std::string& source) const;
-    std::string checksum() const;
-
-  private:
-    void require_consistent(const CacheShape& shape, const CacheState& state,
-                            const std::string& source) const;
-};
-
-}  // namespace detail
 
 }  // namespace kvplane
 

@@ -32,6 +32,14 @@ class MappedFile {
     std::size_t size_ = 0;
 };
 
+/// How a file is written.
+struct WriteOptions {
+    /// Whether the content is on the disk before the file takes its name, so that a power failure leaves what
+    /// was there or all of the new file. Without it the file may be damaged then, but is written several times
+    /// as fast: for what is no loss, such as tokens that can be computed again.
+    bool sync = true;
+};
+
 /// Writes a file under another name in the same folder and renames it to its own in commit(), so that at any
 /// time the file is either what it was or complete.
 ///
@@ -50,8 +58,9 @@ class FileReplacement {
 
     /// Appends. Throws Error (io).
     void write(std::span<const std::byte> bytes);
-    /// Syncs and renames. Throws Error (io), and then what was at the path is untouched.
-    void commit();
+    /// Syncs, where the options say so, and renames. Throws Error (io), and then what was at the path is
+    /// untouched.
+    void commit(const WriteOptions& options = {});
 
   private:
     void create();

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "kvplane/compiled.hpp"
+#include "kvplane/io/file.hpp"
 #include "kvplane/io/safetensors_header.hpp"
 #include "kvplane/matrix.hpp"
 
@@ -101,7 +102,13 @@ class SafetensorsFile {
     detail::Metadata metadata_;
 };
 
-/// Collects tensors (it copies them) and metadata, and writes them as a safetensors file.
+/// Takes one piece of a tensor's bytes after another.
+using ByteSink = std::function<void(std::span<const std::byte>)>;
+/// Gives all bytes of a tensor to a sink, in pieces. Each call gives the same bytes.
+using ByteSource = std::function<void(const ByteSink& take)>;
+
+/// Collects tensors and metadata, and writes them as a safetensors file. Tensors are copied, but for those
+/// whose bytes are asked for when the file is written.
 ///
 /// The file depends on what was added, not on the order: tensors stand by dtype, widest first, then by name
 /// in byte order, which keeps every tensor aligned without holes; metadata stands by key. The bytes are those
@@ -112,6 +119,11 @@ class SafetensorsWriter {
     /// Throws Error: shape where `shape` has a negative size or does not make up `bytes`; option where the
     /// name was added before, is "__metadata__" or is no UTF-8.
     void add(std::string name, std::vector<Index> shape, DType dtype, std::span<const std::byte> bytes);
+
+    /// Adds a tensor whose bytes `source` gives each time that the file is written. What `source` refers to
+    /// must outlive the writer's last use. Throws Error as add(). to_bytes() and write() throw Error (shape)
+    /// where it gives more or fewer bytes than `shape` says.
+    void add_streamed(std::string name, std::vector<Index> shape, DType dtype, ByteSource source);
 
     /// Adds a dense Eigen object or expression: [rows, cols], or [size] where its type is a vector.
     template <class Derived>
@@ -133,22 +145,32 @@ class SafetensorsWriter {
     /// UTF-8.
     void metadata(std::string key, std::string value);
 
-    /// The file in memory. Throws Error (option) where the header would be longer than the format allows.
+    /// The file in memory. Throws Error: option where the header would be longer than the format allows; shape
+    /// as add_streamed().
     std::vector<std::byte> to_bytes() const;
 
     /// Writes the file: under another name in the same folder, synced, then renamed to `path`, so that `path`
     /// is at any time either what it was or complete, and untouched where this throws. A regular file keeps
     /// its permissions; a link at `path` is replaced, not followed; anything else there is refused. See
-    /// FileReplacement (io/file.hpp). Throws Error: io with the system's reason, option as to_bytes().
-    void write(const std::filesystem::path& path) const;
+    /// FileReplacement (io/file.hpp), also for `options`. Throws Error: io with the system's reason, option and
+    /// shape as to_bytes().
+    void write(const std::filesystem::path& path, const WriteOptions& options = {}) const;
 
   private:
     struct Entry {
         DType dtype;
         std::vector<Index> shape;
-        std::vector<std::byte> bytes;
+        std::size_t size;              ///< in bytes
+        std::vector<std::byte> bytes;  ///< empty where there is a source
+        ByteSource source;
     };
     using Entries = std::map<std::string, Entry, std::less<>>;
+
+    /// Throws Error for what cannot be added; returns the bytes that the shape makes up.
+    std::size_t require_addable(const std::string& name, const std::vector<Index>& shape, DType dtype) const;
+    /// All bytes of the file, piece by piece.
+    void each_piece(const ByteSink& take) const;
+    std::size_t data_bytes() const noexcept;
 
     std::vector<const Entries::value_type*> file_order() const;
     std::string header(const std::vector<const Entries::value_type*>& order) const;

@@ -115,8 +115,8 @@ KVPLANE_FUNCTION void FileReplacement::write(std::span<const std::byte> bytes) {
     }
 }
 
-KVPLANE_FUNCTION void FileReplacement::commit() {
-    if (::fsync(descriptor_) != 0) refuse("cannot write");
+KVPLANE_FUNCTION void FileReplacement::commit(const WriteOptions& options) {
+    if (options.sync && ::fsync(descriptor_) != 0) refuse("cannot write");
     if (!close()) refuse("cannot write");
     if (::rename(name_.c_str(), target_.c_str()) != 0) refuse("cannot rename the finished file to this");
     name_.clear();

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kvplane/error.hpp"
+#include "kvplane/io/json_text.hpp"
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/latent/keys.hpp"
 #include "kvplane/latent/statistics.hpp"
@@ -20,20 +21,24 @@
 
 namespace kvplane::detail {
 
-inline nlohmann::json rope_json(const std::optional<RopeSettings>& rope) {
-    if (!rope) return nullptr;
-    return {{"layout", name(rope->layout)},
-            {"dims", rope->dims},
-            {"base", rope->base},
-            {"frequencies", rope->frequencies}};
+inline std::string rope_json(const std::optional<RopeSettings>& rope) {
+    if (!rope) return "null";
+    return JsonObject()
+        .add("layout", name(rope->layout))
+        .add("dims", rope->dims)
+        .add("base", rope->base)
+        .add("frequencies", rope->frequencies)
+        .text();
 }
-inline nlohmann::json basis_json(const BasisSettings& settings) {
-    return {{"frame", name(settings.frame)},
-            {"query_weighted", settings.query_weighted},
-            {"heads_together", settings.heads_together},
-            {"channels", settings.directions == LatentDirections::channels},
-            {"tile_tokens", settings.tile_tokens},
-            {"context", settings.context}};
+inline std::string basis_json(const BasisSettings& settings) {
+    return JsonObject()
+        .add("frame", name(settings.frame))
+        .add("query_weighted", settings.query_weighted)
+        .add("heads_together", settings.heads_together)
+        .add("channels", settings.directions == LatentDirections::channels)
+        .add("tile_tokens", settings.tile_tokens)
+        .add("context", settings.context)
+        .text();
 }
 
 /// The largest number of layers, heads or channels of a head, and of anything else, that a file may give.

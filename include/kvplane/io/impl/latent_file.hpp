@@ -8,6 +8,7 @@
 
 #include "kvplane/error.hpp"
 #include "kvplane/io/impl/latent_content.hpp"
+#include "kvplane/io/json_text.hpp"
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/io/safetensors.hpp"
 
@@ -16,9 +17,12 @@ namespace kvplane {
 namespace detail {
 
 inline std::string heads_json(Index layers, Index kv_heads, Index query_heads, Index head_dim) {
-    const nlohmann::json heads{
-        {"layers", layers}, {"kv_heads", kv_heads}, {"query_heads", query_heads}, {"head_dim", head_dim}};
-    return heads.dump();
+    return JsonObject()
+        .add("layers", layers)
+        .add("kv_heads", kv_heads)
+        .add("query_heads", query_heads)
+        .add("head_dim", head_dim)
+        .text();
 }
 
 struct HeadCounts {
@@ -91,7 +95,7 @@ KVPLANE_FUNCTION void save_calibration(const Calibration& calibration, const std
     const LatentStatistics& first = calibration.layers.front();
     writer.metadata("kvplane.format", detail::calibration_format);
     writer.metadata("kvplane.model", calibration.model);
-    writer.metadata("kvplane.rope", detail::rope_json(calibration.rope).dump());
+    writer.metadata("kvplane.rope", detail::rope_json(calibration.rope));
     writer.metadata("kvplane.heads",
                     detail::heads_json(static_cast<Index>(calibration.layers.size()), first.kv_heads(),
                                        first.query_heads(), first.head_dim()));
@@ -143,8 +147,8 @@ KVPLANE_FUNCTION void save_latent_keys(const std::vector<std::shared_ptr<const L
             " tokens and a context of ", settings.context, ", expected 0 to ", detail::most_tokens);
     writer.metadata("kvplane.format", detail::latent_keys_format);
     writer.metadata("kvplane.model", model);
-    writer.metadata("kvplane.rope", detail::rope_json(first.rope()).dump());
-    writer.metadata("kvplane.basis", detail::basis_json(first.settings()).dump());
+    writer.metadata("kvplane.rope", detail::rope_json(first.rope()));
+    writer.metadata("kvplane.basis", detail::basis_json(first.settings()));
     writer.metadata("kvplane.heads", detail::heads_json(static_cast<Index>(layers.size()), first.kv_heads(),
                                                         first.query_heads(), first.head_dim()));
     for (std::size_t i = 0; i < layers.size(); ++i) {

@@ -131,20 +131,34 @@ KVPLANE_FUNCTION Matrix SafetensorsFile::to_float_matrix(std::string_view name) 
 
 // Writing --------------------------------------------------------------------------------------------------
 
-KVPLANE_FUNCTION void SafetensorsWriter::add(std::string name, std::vector<Index> shape, DType dtype,
-                                             std::span<const std::byte> bytes) {
+KVPLANE_FUNCTION std::size_t SafetensorsWriter::require_addable(const std::string& name,
+                                                                const std::vector<Index>& shape,
+                                                                DType dtype) const {
     const std::string subject = detail::concatenated("safetensors writer: ", detail::tensor_named(name));
     require(name != detail::metadata_key, ErrorCode::option, subject, ": this name is reserved");
     require(detail::is_utf8(name), ErrorCode::option, subject, ": the name is no UTF-8");
     require(!entries_.contains(name), ErrorCode::option, subject, ": this name was added before");
     require(std::all_of(shape.begin(), shape.end(), [](Index size) { return size >= 0; }), ErrorCode::shape,
             subject, ": shape ", detail::shape_text(shape), ", expected sizes of 0 or more");
-    const std::optional<std::size_t> expected = detail::shape_bytes(shape, bytes_of(dtype));
-    require(expected.has_value(), ErrorCode::shape, subject, ": shape ", detail::shape_text(shape),
-            " overflows");
-    require(*expected == bytes.size(), ErrorCode::shape, subject, ": ", bytes.size(), " bytes, expected ",
-            *expected, " for ", kvplane::name(dtype), " ", detail::shape_text(shape));
-    entries_.emplace(std::move(name), Entry{dtype, std::move(shape), {bytes.begin(), bytes.end()}});
+    const std::optional<std::size_t> size = detail::shape_bytes(shape, bytes_of(dtype));
+    require(size.has_value(), ErrorCode::shape, subject, ": shape ", detail::shape_text(shape), " overflows");
+    return *size;
+}
+
+KVPLANE_FUNCTION void SafetensorsWriter::add(std::string name, std::vector<Index> shape, DType dtype,
+                                             std::span<const std::byte> bytes) {
+    const std::size_t size = require_addable(name, shape, dtype);
+    require(size == bytes.size(), ErrorCode::shape, "safetensors writer: ", detail::tensor_named(name), ": ",
+            bytes.size(), " bytes, expected ", size, " for ", kvplane::name(dtype), " ",
+            detail::shape_text(shape));
+    entries_.emplace(std::move(name),
+                     Entry{dtype, std::move(shape), size, {bytes.begin(), bytes.end()}, nullptr});
+}
+
+KVPLANE_FUNCTION void SafetensorsWriter::add_streamed(std::string name, std::vector<Index> shape, DType dtype,
+                                                      ByteSource source) {
+    const std::size_t size = require_addable(name, shape, dtype);
+    entries_.emplace(std::move(name), Entry{dtype, std::move(shape), size, {}, std::move(source)});
 }
 
 KVPLANE_FUNCTION void SafetensorsWriter::metadata(std::string key, std::string value) {
@@ -173,30 +187,61 @@ KVPLANE_FUNCTION std::string SafetensorsWriter::header(
     std::size_t begin = 0;
     for (const auto* entry : order) {
         const Entry& tensor = entry->second;
-        const std::size_t end = begin + tensor.bytes.size();
+        const std::size_t end = begin + tensor.size;
         tensors.push_back({&entry->first, {tensor.dtype, tensor.shape, begin, end}});
         begin = end;
     }
     return detail::written_header(tensors, metadata_);
 }
 
-KVPLANE_FUNCTION std::vector<std::byte> SafetensorsWriter::to_bytes() const {
+KVPLANE_FUNCTION void SafetensorsWriter::each_piece(const ByteSink& take) const {
     const auto order = file_order();
     const std::string start = header(order);
-    const auto start_bytes = std::as_bytes(std::span(start));
-    std::vector<std::byte> file(start_bytes.begin(), start_bytes.end());
-    for (const auto* entry : order)
-        file.insert(file.end(), entry->second.bytes.begin(), entry->second.bytes.end());
+    take(std::as_bytes(std::span(start)));
+    for (const auto* entry : order) {
+        const std::string& name = entry->first;
+        const Entry& tensor = entry->second;
+        if (!tensor.source) {
+            take(tensor.bytes);
+            continue;
+        }
+        std::size_t given = 0;
+        const auto expect = [&](bool holds) {
+            require(holds, ErrorCode::shape, "safetensors writer: ", detail::tensor_named(name),
+                    ": its source gave ", given, " bytes, expected ", tensor.size);
+        };
+        tensor.source([&](std::span<const std::byte> piece) {
+            given += piece.size();
+            expect(given <= tensor.size);
+            take(piece);
+        });
+        expect(given == tensor.size);
+    }
+}
+
+KVPLANE_FUNCTION std::size_t SafetensorsWriter::data_bytes() const noexcept {
+    std::size_t sum = 0;
+    for (const auto& entry : entries_) sum += entry.second.size;
+    return sum;
+}
+
+KVPLANE_FUNCTION std::vector<std::byte> SafetensorsWriter::to_bytes() const {
+    std::vector<std::byte> file;
+    each_piece([&](std::span<const std::byte> piece) {
+        if (file.empty()) file.reserve(piece.size() + data_bytes());
+        file.insert(file.end(), piece.begin(), piece.end());
+    });
     return file;
 }
 
-KVPLANE_FUNCTION void SafetensorsWriter::write(const std::filesystem::path& path) const {
-    const auto order = file_order();
-    const std::string start = header(order);
-    FileReplacement file(path);
-    file.write(std::as_bytes(std::span(start)));
-    for (const auto* entry : order) file.write(entry->second.bytes);
-    file.commit();
+KVPLANE_FUNCTION void SafetensorsWriter::write(const std::filesystem::path& path,
+                                               const WriteOptions& options) const {
+    std::optional<FileReplacement> file;  // made once nothing but the system can refuse
+    each_piece([&](std::span<const std::byte> piece) {
+        if (!file) file.emplace(path);
+        file->write(piece);
+    });
+    file->commit(options);
 }
 
 }  // namespace kvplane

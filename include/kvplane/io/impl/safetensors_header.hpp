@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kvplane/error.hpp"
+#include "kvplane/io/json_text.hpp"
 #include "kvplane/io/safetensors_header.hpp"
 #include "kvplane/io/safetensors_text.hpp"
 
@@ -280,22 +281,28 @@ KVPLANE_FUNCTION SafetensorsHeader read_header(std::span<const std::byte> file, 
 
 KVPLANE_FUNCTION std::string written_header(const std::vector<NamedTensor>& tensors,
                                             const Metadata& metadata) {
-    using json = nlohmann::ordered_json;
-    // Lists of members: a json's operator[] would look through all members for each that is added.
-    json::object_t members, pairs;
-    members.reserve(tensors.size() + 1);
-    pairs.reserve(metadata.size());
-    for (const auto& [key, value] : metadata) pairs.emplace_back(key, value);
-    if (!metadata.empty()) members.emplace_back(std::string(metadata_key), std::move(pairs));
-    for (const NamedTensor& tensor : tensors) {
-        json fields = json::object();
-        fields["dtype"] = kvplane::name(tensor.info.dtype);
-        fields["shape"] = tensor.info.shape;
-        fields["data_offsets"] = {tensor.info.begin, tensor.info.end};
-        members.emplace_back(*tensor.name, std::move(fields));
+    std::string text = "{";
+    const auto begin_member = [&](const std::string& key) {
+        if (text.back() != '{') text += ',';
+        text.append(json_text(key)).append(":");
+    };
+    if (!metadata.empty()) {
+        begin_member(std::string(metadata_key));
+        text += '{';
+        for (const auto& [key, value] : metadata) {
+            begin_member(key);
+            text += json_text(value);
+        }
+        text += '}';
     }
-    const json header(std::move(members));
-    std::string text = header.dump();
+    for (const NamedTensor& tensor : tensors) {
+        begin_member(*tensor.name);
+        text.append("{\"dtype\":").append(json_text(kvplane::name(tensor.info.dtype)));
+        text.append(",\"shape\":").append(json_text(tensor.info.shape));
+        text.append(",\"data_offsets\":").append(json_text(std::vector{tensor.info.begin, tensor.info.end}));
+        text += '}';
+    }
+    text += '}';
     text.resize((text.size() + 7) / 8 * 8, ' ');
     require(text.size() <= longest_header, ErrorCode::option, "safetensors writer: a header of ", text.size(),
             " bytes for ", tensors.size(), " tensors and ", metadata.size(),

@@ -1,0 +1,127 @@
+// kvplane/io/cache_content.hpp: what a file holds of one cache, between the cache and the format
+// (io/cache_file.hpp). Packed tiles and rows of tokens stay where they are, in the cache's pages or in the
+// mapped file, so that a cache goes to a file and back with no copy between.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/cache/pages.hpp"
+#include "kvplane/compiled.hpp"
+#include "kvplane/io/safetensors.hpp"
+#include "kvplane/latent/keys.hpp"
+#include "kvplane/latent/statistics.hpp"
+
+namespace kvplane::detail {
+
+/// What files are written in. Read are this and the formats from oldest_cache_format on.
+inline constexpr Index cache_format = 5, oldest_cache_format = 3;
+
+/// The bytes of some pages, one after another. They belong to the cache or the file.
+class PageArray {
+  public:
+    PageArray() = default;
+    /// Pages of a cache, all of one size. clear: makes zero what the last of them holds beyond the cache's
+    /// tokens; empty: there is nothing.
+    PageArray(std::span<const PageReference> pages, std::function<void(std::byte*)> clear)
+        : pages_(pages), clear_(std::move(clear)) {}
+    explicit PageArray(std::span<const std::byte> file) : file_(file) {}
+
+    std::size_t size() const noexcept {
+        return pages_.empty() ? file_.size()
+                              : pages_.size() * static_cast<std::size_t>(pages_.front().bytes());
+    }
+    /// Gives all bytes, a page at a time. One page at most is copied for it.
+    void each(const ByteSink& take) const;
+    /// Bytes [index * bytes, (index + 1) * bytes) as a page of the pool. Throws Error (out_of_memory).
+    PageReference page(TilePool& pool, Index bytes, std::size_t index) const;
+
+  private:
+    std::span<const PageReference> pages_;
+    std::function<void(std::byte*)> clear_;
+    std::span<const std::byte> file_;
+};
+
+/// What a file holds of one cache, or of a range of its tokens. Valid while the cache does not change, or the
+/// file is open.
+struct CacheContent {
+    Index format = cache_format;
+    Index layers = 0, layer = 0;       ///< of a session; no layers: of a file of its own
+    std::optional<Index> range_first;  ///< of a range: its first token; `tokens` is its end then
+    std::string configuration;
+    Index tokens = 0, dropped = 0, window_first = 0, kept_sinks = 0;
+    PageArray sinks, tiles, recent;
+    std::vector<std::int64_t> tile_first, tile_tokens;
+    std::vector<double> extremes;
+    std::string basis_sum;  ///< checksum of the basis below, or of the one that a range needs
+    std::shared_ptr<const LatentKeys> basis;  ///< the cache's own
+    std::vector<SecondMoments> queries;       ///< while it has none
+
+    /// visit(key, number) for the numbers of tokens in the metadata. What is saved, loaded and hashed follows
+    /// this list, in its order.
+    template <class Content, class Visit>
+    static void each_number(Content& content, const Visit& visit) {
+        visit("kvplane.tokens", content.tokens);
+        visit("kvplane.dropped", content.dropped);
+        visit("kvplane.window_first", content.window_first);
+        if (content.format >= 4) visit("kvplane.kept_sinks", content.kept_sinks);
+    }
+    /// visit(name, array) for the tensors: a PageArray, or a list of numbers. What is saved, loaded and hashed
+    /// follows this list, in its order.
+    template <class Content, class Visit>
+    static void each_tensor(Content& content, const Visit& visit) {
+        visit("sinks", content.sinks);
+        visit("tiles", content.tiles);
+        visit("recent", content.recent);
+        visit("tile_first", content.tile_first);
+        visit("tile_tokens", content.tile_tokens);
+        visit("extremes", content.extremes);
+    }
+
+    /// Throws Error (option) for a cache with provisional tokens.
+    static CacheContent of(const KvCache& cache);
+    /// Reads what stands in a file under `prefix`, and checks configuration, format and checksum. expected:
+    /// its place in a session. Throws Error (format, mismatch).
+    static CacheContent read(const SafetensorsFile& file, const std::string& source,
+                             const CacheConfiguration& configuration, const std::string& prefix = "",
+                             Index layers = 0, Index layer = 0);
+    /// Adds it to a file. It must outlive the writer's last use.
+    void add_to(SafetensorsWriter& writer, const std::string& prefix = "") const;
+    std::string checksum() const;
+
+    /// Throws Error (format) unless the parts make up a cache: positions without gaps, pages of the right
+    /// number and size.
+    void require_cache(const CacheConfiguration& configuration, const std::string& source) const;
+    /// The cache. Throws Error: format as require_cache(), out_of_memory.
+    KvCache restore(const CacheConfiguration& configuration, TilePool& pool, const std::string& source) const;
+
+    /// Of all tokens.
+    StoredExtremes stored_extremes() const noexcept;
+
+  private:
+    void require_consistent(const CacheShape& shape, const CacheState& state,
+                            const std::string& source) const;
+    CacheState empty_state(const CacheShape& shape) const;
+};
+
+/// "kvplane.first": what tells a range of tokens from a cache; "kvplane.layers": a session from both.
+inline constexpr const char *range_key = "kvplane.first", *layers_key = "kvplane.layers";
+
+/// The checksum of the basis that a cache has fitted itself; empty where it has none.
+std::string own_basis_checksum(const KvCache& cache);
+
+/// A number of tokens or layers from the metadata. Throws Error (format).
+Index metadata_number(const SafetensorsFile& file, const std::string& source, const std::string& key);
+
+}  // namespace kvplane::detail
+
+#if !defined(KVPLANE_COMPILED)
+#include "kvplane/io/impl/cache_content.hpp"
+#endif

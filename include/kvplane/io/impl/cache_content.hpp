@@ -1,0 +1,491 @@
+// kvplane/io/impl/cache_content.hpp: what a cache holds as tensors, and back with every number checked.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "kvplane/cache/shape.hpp"
+#include "kvplane/error.hpp"
+#include "kvplane/io/cache_content.hpp"
+#include "kvplane/io/impl/latent_content.hpp"
+#include "kvplane/io/json_text.hpp"
+#include "kvplane/io/safetensors.hpp"
+#include "kvplane/storage/tile_coder.hpp"
+
+namespace kvplane::detail {
+
+// The checksum ---------------------------------------------------------------------------------------------
+
+/// The hash of words that io/cache_file.hpp describes.
+class WordHash {
+  public:
+    explicit WordHash(std::uint64_t first = 0) noexcept : state_(0xCBF29CE484222325ull + first) {}
+
+    void add(std::uint64_t word) noexcept {
+        state_ = (state_ ^ word) * 0x100000001B3ull;
+        state_ ^= state_ >> 29;  // a plain product would never move high bits of a word down
+    }
+    std::uint64_t state() const noexcept { return state_; }
+    std::string text() const { return std::to_string(state_); }
+
+  private:
+    std::uint64_t state_;
+};
+
+/// An array in one lane: of bases, and of all arrays of formats 3 and 4.
+inline void add_serial(WordHash& sum, std::span<const std::byte> bytes) noexcept {
+    sum.add(bytes.size());
+    std::size_t at = 0;
+    for (; at + 8 <= bytes.size(); at += 8) sum.add(load_u64(bytes.data() + at));
+    std::uint64_t rest = 0;
+    if (at < bytes.size()) std::memcpy(&rest, bytes.data() + at, bytes.size() - at);
+    sum.add(rest);
+}
+
+/// An array that comes in pieces, in four lanes: one product waits for the one before it.
+class LaneHash {
+  public:
+    void add(std::span<const std::byte> piece) noexcept {
+        if (held_ > 0) {
+            const std::size_t count = std::min(block - held_, piece.size());
+            if (count > 0) std::memcpy(rest_.data() + held_, piece.data(), count);
+            held_ += count;
+            piece = piece.subspan(count);
+            if (held_ < block) return;
+            add_block(rest_.data());
+        }
+        std::array<WordHash, 4> lanes = lanes_;  // in registers
+        std::size_t at = 0;
+        for (; at + block <= piece.size(); at += block)
+            for (std::size_t i = 0; i < lanes.size(); ++i) lanes[i].add(load_u64(piece.data() + at + 8 * i));
+        lanes_ = lanes;
+        held_ = piece.size() - at;
+        if (held_ > 0) std::memcpy(rest_.data(), piece.data() + at, held_);
+    }
+    /// Adds the whole array to a sum.
+    void finish(WordHash& sum) noexcept {
+        if (held_ > 0) {
+            std::memset(rest_.data() + held_, 0, block - held_);
+            add_block(rest_.data());
+        }
+        for (const WordHash& lane : lanes_) sum.add(lane.state());
+    }
+
+  private:
+    static constexpr std::size_t block = 32;
+
+    void add_block(const std::byte* words) noexcept {
+        for (std::size_t i = 0; i < lanes_.size(); ++i) lanes_[i].add(load_u64(words + 8 * i));
+    }
+
+    std::array<WordHash, 4> lanes_{WordHash(0), WordHash(1), WordHash(2), WordHash(3)};
+    std::array<std::byte, block> rest_;
+    std::size_t held_ = 0;  ///< bytes of the rest
+};
+
+/// A number that stands for a basis in a configuration.
+inline std::string basis_checksum(const LatentKeys& keys) {
+    WordHash sum;
+    for (Index i = 0; i < keys.subspaces(); ++i) {
+        const LatentKeys::Subspace& subspace = keys.subspace(i);
+        for (const ChannelSegment& segment : subspace.segments) {
+            sum.add(static_cast<std::uint64_t>(segment.channels));
+            sum.add(static_cast<std::uint64_t>(segment.bits));
+        }
+        const auto add = [&](const auto& numbers) {
+            add_serial(sum,
+                       std::as_bytes(std::span(numbers.data(), static_cast<std::size_t>(numbers.size()))));
+        };
+        add(subspace.mean);
+        add(subspace.to_latents_scale);
+        add(subspace.from_latents_scale);
+        add(subspace.from_latents);
+        add(subspace.to_latents);
+        add(subspace.channels);
+    }
+    return sum.text();
+}
+
+KVPLANE_FUNCTION std::string CacheContent::checksum() const {
+    WordHash sum;
+    const auto add_number = [&](const char*, Index number) { sum.add(static_cast<std::uint64_t>(number)); };
+    const auto add_bytes = [&](std::span<const std::byte> bytes) {
+        if (format < 5) return add_serial(sum, bytes);
+        sum.add(bytes.size());
+        LaneHash lanes;
+        lanes.add(bytes);
+        lanes.finish(sum);
+    };
+    const auto add_array = [&](const char*, const auto& array) {
+        if constexpr (!std::is_same_v<std::decay_t<decltype(array)>, PageArray>) {
+            add_bytes(std::as_bytes(std::span(array)));
+        } else if (format < 5) {  // of a file: one piece
+            std::span<const std::byte> all;
+            array.each([&](std::span<const std::byte> piece) { all = piece; });
+            add_serial(sum, all);
+        } else {
+            sum.add(array.size());
+            LaneHash lanes;
+            array.each([&](std::span<const std::byte> piece) { lanes.add(piece); });
+            lanes.finish(sum);
+        }
+    };
+    if (layers > 0)
+        for (const Index number : {layers, layer}) add_number(layers_key, number);
+    if (range_first) add_number(range_key, *range_first);
+    add_array("configuration", std::span(configuration));
+    each_number(*this, add_number);
+    each_tensor(*this, add_array);
+    if (!basis_sum.empty()) add_array("basis", std::span(basis_sum));
+    for (const SecondMoments& head : queries) {
+        const MatrixD& scatter = head.scatter();
+        const double count = head.count();
+        add_array("count", std::span(&count, 1));
+        add_array("mean", std::span(head.mean().data(), static_cast<std::size_t>(head.mean().size())));
+        add_array("scatter", std::span(scatter.data(), static_cast<std::size_t>(scatter.size())));
+    }
+    return sum.text();
+}
+
+// The configuration ----------------------------------------------------------------------------------------
+
+inline std::string latents_json(const CacheConfiguration& c) {
+    if (!c.recipe.latents) return "null";
+    const LatentRecipe& latents = *c.recipe.latents;
+    return JsonObject()
+        .add_text("basis", basis_json(latents.basis))
+        .add_text("rope", rope_json(c.rope))
+        .add("groups", latents.groups)
+        .add("bits", latents.bits)
+        .add("own_heads_together", latents.own_heads_together)
+        .add("fit_tokens", latents.fit_tokens)
+        .add_text("given", c.latent_keys ? json_text(basis_checksum(*c.latent_keys)) : "null")
+        .text();
+}
+
+inline std::string side_json(const SideRecipe& side) {
+    return JsonObject()
+        .add("bits", side.bits)
+        .add("granularity", name(side.rule.granularity))
+        .add("group", side.rule.group)
+        .add("scheme", name(side.rule.scheme))
+        .add("clip", side.rule.clip == Clip::mse_optimal)
+        .add("rotate", side.rotate)
+        .text();
+}
+
+/// Everything that what is stored depends on. The recipe's name is not part of it.
+inline std::string configuration_json(const CacheConfiguration& c) {
+    JsonObject json;
+    json.add("kv_heads", c.kv_heads)
+        .add("query_heads", c.query_heads)
+        .add("key_head_dim", c.key_head_dim)
+        .add("value_head_dim", c.value_head_dim)
+        .add("rotation_seed", c.rotation_seed)
+        .add_text("keys", side_json(c.recipe.keys))
+        .add_text("values", side_json(c.recipe.values))
+        .add("sink_tokens", c.recipe.sink_tokens)
+        .add("recent_tokens", c.recipe.recent_tokens)
+        .add("recent_bits", c.recipe.recent_bits)
+        .add("every_token", c.recipe.every_token)
+        .add_text("latents", latents_json(c));
+    // What older files do not have is left out where it does not count.
+    if (c.values_in_keys) json.add("rotary_bits", c.recipe.rotary_bits);
+    return json.text();
+}
+
+// From a cache ---------------------------------------------------------------------------------------------
+
+KVPLANE_FUNCTION void PageArray::each(const ByteSink& take) const {
+    if (pages_.empty()) return take(file_);
+    const auto bytes = static_cast<std::size_t>(pages_.front().bytes());
+    const std::size_t as_they_are = pages_.size() - (clear_ ? 1 : 0);
+    for (std::size_t i = 0; i < as_they_are; ++i) take({pages_[i].data(), bytes});
+    if (!clear_) return;
+    std::vector<std::byte> last(pages_.back().data(), pages_.back().data() + bytes);
+    clear_(last.data());
+    take(last);
+}
+
+KVPLANE_FUNCTION PageReference PageArray::page(TilePool& pool, Index bytes, std::size_t index) const {
+    if (pages_.empty()) return pool.page_of(file_.data() + index * static_cast<std::size_t>(bytes), bytes);
+    PageReference page = pool.page_of(pages_[index].data(), bytes);
+    if (clear_ && index + 1 == pages_.size()) clear_(page.data());
+    return page;
+}
+
+KVPLANE_FUNCTION std::string own_basis_checksum(const KvCache& cache) {
+    const CacheState& state = cache.state();
+    return cache.configuration().fits_basis() && state.layout ? basis_checksum(*state.latent) : "";
+}
+
+KVPLANE_FUNCTION CacheContent CacheContent::of(const KvCache& cache) {
+    const CacheState& state = cache.state();
+    const CacheShape& shape = cache.shape();
+    require(state.provisional.empty(), ErrorCode::option, "save: ", state.provisional.size(),
+            " provisional tokens, expected none: accept them, or truncate to ", state.settled());
+    CacheContent content;
+    content.configuration = configuration_json(cache.configuration());
+    content.tokens = state.tokens;
+    content.kept_sinks = state.kept_sinks;
+    content.dropped = state.dropped;
+    content.window_first = state.recent_first;
+    const StoredExtremes& extremes = state.settled_extremes;
+    for (const PerSide<double>& of : {extremes.largest, extremes.excess, extremes.carried})
+        content.extremes.insert(content.extremes.end(), {of.keys, of.values});
+
+    std::function<void(std::byte*)> clear;
+    if (const Index count = state.sink_count(shape.recipe()); count < shape.recipe().sink_tokens)
+        clear = [&shape, count](std::byte* page) { shape.sink_rows().clear(page, count); };
+    if (state.sinks) content.sinks = PageArray({&state.sinks, 1}, std::move(clear));
+
+    clear = nullptr;
+    if (state.stale)
+        clear = [&state](std::byte* page) { clear_tiles(*state.layout, state.tiles.back().tokens, page); };
+    content.tiles = PageArray(state.tile_pages, std::move(clear));
+    for (const TilePlace& tile : state.tiles) {
+        content.tile_first.push_back(tile.first);
+        content.tile_tokens.push_back(tile.tokens);
+    }
+
+    clear = nullptr;
+    if (const Index rest = (state.tokens - state.recent_first) % recent_page_tokens; rest > 0)
+        clear = [&shape, rest](std::byte* page) { shape.recent_rows().clear(page, rest); };
+    content.recent = PageArray(state.recent, std::move(clear));
+
+    content.basis_sum = own_basis_checksum(cache);
+    if (!content.basis_sum.empty()) content.basis = state.latent;
+    if (state.queries) content.queries = *state.queries;
+    return content;
+}
+
+/// The shape and dtype of a tensor of each kind.
+inline DType dtype_of_array(const PageArray&) {
+    return DType::uint8;
+}
+template <class Number>
+DType dtype_of_array(const std::vector<Number>&) {
+    return dtype_of<Number>;
+}
+
+KVPLANE_FUNCTION void CacheContent::add_to(SafetensorsWriter& writer, const std::string& prefix) const {
+    const auto tile_count = static_cast<Index>(tile_first.size());
+    each_tensor(*this, [&](const char* name, const auto& array) {
+        const auto size = static_cast<Index>(array.size());
+        std::vector<Index> shape{size};
+        if constexpr (std::is_same_v<std::decay_t<decltype(array)>, PageArray>) {
+            if (&array == &tiles) shape = {tile_count, tile_count > 0 ? size / tile_count : 0};
+            writer.add_streamed(prefix + name, std::move(shape), DType::uint8,
+                                [&array](const ByteSink& take) { array.each(take); });
+        } else {
+            writer.add(prefix + name, std::move(shape), dtype_of_array(array),
+                       std::as_bytes(std::span(array)));
+        }
+    });
+    if (basis) add_latent_keys(writer, prefix + "latent.", *basis);
+    if (!queries.empty()) add_queries(writer, prefix + "queries.", queries);
+    writer.metadata(prefix + "kvplane.configuration", configuration);
+    each_number(
+        *this, [&](const char* key, Index number) { writer.metadata(prefix + key, std::to_string(number)); });
+    if (range_first) {
+        writer.metadata(prefix + range_key, std::to_string(*range_first));
+        writer.metadata(prefix + "kvplane.basis", basis_sum);
+    }
+    writer.metadata(prefix + "kvplane.checksum", checksum());
+    if (layers == 0) writer.metadata("kvplane.format", std::to_string(format));
+}
+
+// From a file ----------------------------------------------------------------------------------------------
+
+/// What a file says under a prefix, with sentences that name it.
+class ContentReader {
+  public:
+    ContentReader(const SafetensorsFile& file, const std::string& source, const std::string& prefix)
+        : file_(file), source_(source), prefix_(prefix) {}
+
+    const std::string& text(const std::string& key) const {
+        const auto found = file_.metadata().find(key);
+        require(found != file_.metadata().end(), ErrorCode::format, source_, ": no metadata '", key,
+                "': not a kvplane cache");
+        return found->second;
+    }
+    void read(const char* name, PageArray& to) const { to = PageArray(bytes(name, DType::uint8)); }
+    template <class Number>
+    void read(const char* name, std::vector<Number>& to) const {
+        const std::span<const std::byte> from = bytes(name, dtype_of<Number>);
+        to.resize(from.size() / sizeof(Number));
+        if (!from.empty()) std::memcpy(to.data(), from.data(), from.size());
+    }
+    void read_latents(const CacheConfiguration& c, CacheContent& content) const {
+        if (!c.fits_basis()) return;
+        const LatentFile file(file_, source_);
+        LatentRecipe recipe = *c.recipe.latents;
+        recipe.basis.heads_together = recipe.own_heads_together;
+        if (file.contains(prefix_ + "latent.parts.0.mean")) {
+            content.basis = read_latent_keys(file, prefix_ + "latent.", recipe.basis, c.kv_heads,
+                                             c.query_heads, c.key_head_dim, c.rope);
+            content.basis_sum = basis_checksum(*content.basis);
+        } else if (file.contains(prefix_ + "queries.count")) {
+            content.queries = read_queries(file, prefix_ + "queries.", c.kv_heads, c.key_head_dim);
+        }
+    }
+
+  private:
+    std::span<const std::byte> bytes(const char* name, DType dtype) const {
+        const std::string tensor = prefix_ + name;
+        require(file_.contains(tensor), ErrorCode::format, source_, ": no tensor '", tensor, "'");
+        require(file_.info(tensor).dtype == dtype, ErrorCode::format, source_, ": tensor '", tensor,
+                "' has another dtype, expected ", kvplane::name(dtype));
+        return file_.bytes(tensor);
+    }
+
+    const SafetensorsFile& file_;
+    const std::string& source_;
+    const std::string& prefix_;
+};
+
+KVPLANE_FUNCTION Index metadata_number(const SafetensorsFile& file, const std::string& source,
+                                       const std::string& key) {
+    const std::string& digits = ContentReader(file, source, "").text(key);
+    require(
+        !digits.empty() && digits.size() <= 15 && digits.find_first_not_of("0123456789") == std::string::npos,
+        ErrorCode::format, source, ": ", key, " is '", digits, "', expected a number of tokens");
+    return std::stol(digits);
+}
+
+KVPLANE_FUNCTION CacheContent CacheContent::read(const SafetensorsFile& file, const std::string& source,
+                                                 const CacheConfiguration& wanted, const std::string& prefix,
+                                                 Index layers, Index layer) {
+    require_configuration(wanted);
+    const ContentReader reader(file, source, prefix);
+    CacheContent content;
+    content.layers = layers;
+    content.layer = layer;
+    const std::string& version = reader.text("kvplane.format");
+    const Index oldest = layers > 0 ? cache_format : oldest_cache_format;
+    for (content.format = oldest; content.format <= cache_format; ++content.format)
+        if (version == std::to_string(content.format)) break;
+    require(content.format <= cache_format, ErrorCode::mismatch, source, ": a cache of format ", version,
+            ", expected ", oldest, " to ", cache_format);
+    content.configuration = reader.text(prefix + "kvplane.configuration");
+    const std::string expected = configuration_json(wanted);
+    require(content.configuration == expected, ErrorCode::mismatch, source, ": ", prefix,
+            prefix.empty() ? "" : " ", "a cache of another configuration: ", content.configuration,
+            ", expected ", expected);
+    each_number(content, [&](const char* key, Index& number) {
+        number = metadata_number(file, source, prefix + key);
+    });
+    each_tensor(content, [&](const char* name, auto& array) { reader.read(name, array); });
+    const std::size_t extreme_count = content.format >= 4 ? 6 : 4;
+    require(content.extremes.size() == extreme_count, ErrorCode::format, source,
+            ": extremes: ", content.extremes.size(), " numbers, expected ", extreme_count);
+    if (file.metadata().contains(prefix + range_key)) {
+        content.range_first = metadata_number(file, source, prefix + range_key);
+        content.basis_sum = reader.text(prefix + "kvplane.basis");
+    } else {
+        reader.read_latents(wanted, content);
+    }
+    require(reader.text(prefix + "kvplane.checksum") == content.checksum(), ErrorCode::format, source, ": ",
+            prefix, prefix.empty() ? "" : " ", "the checksum does not match: the content was altered");
+    return content;
+}
+
+KVPLANE_FUNCTION StoredExtremes CacheContent::stored_extremes() const noexcept {
+    StoredExtremes all{
+        .largest = {extremes[0], extremes[1]}, .excess = {extremes[2], extremes[3]}, .carried = {}};
+    if (format >= 4) all.carried = {extremes[4], extremes[5]};
+    return all;
+}
+
+/// The state of a cache with the content's basis.
+KVPLANE_FUNCTION CacheState CacheContent::empty_state(const CacheShape& shape) const {
+    CacheState state = shape.empty_state();
+    if (basis) {
+        state.latent = basis;
+        state.layout = std::make_shared<const PageLayout>(page_layout(shape.configuration, basis.get()));
+    }
+    return state;
+}
+
+KVPLANE_FUNCTION void CacheContent::require_cache(const CacheConfiguration& configuration_wanted,
+                                                  const std::string& source) const {
+    const CacheShape shape(configuration_wanted);
+    require_consistent(shape, empty_state(shape), source);
+}
+
+KVPLANE_FUNCTION void CacheContent::require_consistent(const CacheShape& shape, const CacheState& state,
+                                                       const std::string& source) const {
+    const auto expect = [&](bool holds, const auto&... what) {
+        require(holds, ErrorCode::format, source, ": ", what...);
+    };
+    const CacheRecipe& recipe = shape.recipe();
+    const bool needs_queries = !state.layout && recipe.latents && recipe.latents->basis.query_weighted;
+    const Index tile_bytes = state.layout ? state.layout->bytes : 0;
+    expect(queries.empty() || needs_queries, "moments of queries in a cache that needs none");
+    expect(state.layout || tile_first.empty(), "tiles, but no basis to read them with");
+    constexpr Index most = Index{1} << 40;
+    expect(tokens >= 0 && tokens < most && dropped >= 0 && dropped <= tokens && window_first >= 0 &&
+               window_first <= tokens && kept_sinks >= 0 && kept_sinks < most,
+           "tokens ", tokens, ", kept_sinks ", kept_sinks, ", dropped ", dropped, ", window_first ",
+           window_first, " contradict each other");
+    const Index kept = format == 3 ? recipe.sink_tokens : kept_sinks;
+    const Index sink_count = std::min(recipe.sink_tokens, tokens);
+    const Index sink_bytes = sink_count > 0 ? shape.sink_rows().bytes() : 0;
+    expect(static_cast<Index>(sinks.size()) == sink_bytes, "sinks: ", sinks.size(), " bytes, expected ",
+           sink_bytes);
+    expect(window_first >= sink_count, "window_first ", window_first, ", expected at least the ", sink_count,
+           " sinks");
+    const auto count = tile_first.size();
+    expect(tile_tokens.size() == count && tiles.size() == count * static_cast<std::size_t>(tile_bytes),
+           "tiles: ", tiles.size(), " bytes for ", count, " tiles of ", tile_bytes);
+    // Tiles follow each other; where some were dropped there is a gap.
+    const auto may_begin = [&](Index first, Index at) {
+        return first == at || (kept <= at && at < first && first <= dropped);
+    };
+    Index next = sink_count;
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto first = static_cast<Index>(tile_first[i]);
+        expect(may_begin(first, next) && tile_tokens[i] >= 1 && tile_tokens[i] <= kvplane::tile_tokens,
+               "tile ", i, ": ", tile_tokens[i], " tokens from ", first, ", expected 1 to 128 from ", next,
+               dropped > next ? " or one that was dropped" : "");
+        next = first + static_cast<Index>(tile_tokens[i]);
+    }
+    expect(may_begin(window_first, next), "the tiles end at token ", next, ", expected ", window_first);
+    const Index left = tokens - window_first;
+    expect(!recipe.every_token || left == 0, left,
+           " tokens outside tiles of a recipe that quantizes every one");
+    const Index pages = (left + recent_page_tokens - 1) / recent_page_tokens;
+    const Index page_bytes = shape.recent_rows().bytes();
+    expect(left < most / 2 && static_cast<Index>(recent.size()) == pages * page_bytes,
+           "recent: ", recent.size(), " bytes, expected ", pages, " pages of ", page_bytes);
+}
+
+KVPLANE_FUNCTION KvCache CacheContent::restore(const CacheConfiguration& configuration_wanted, TilePool& pool,
+                                               const std::string& source) const {
+    const CacheShape shape(configuration_wanted);
+    CacheState state = empty_state(shape);
+    require_consistent(shape, state, source);
+    if (!queries.empty()) state.queries = std::make_shared<const CacheState::QueryMoments>(queries);
+    state.tokens = tokens;
+    state.dropped = dropped;
+    state.recent_first = window_first;
+    if (format >= 4) state.kept_sinks = kept_sinks;
+    state.settled_extremes = stored_extremes();
+    if (sinks.size() > 0) state.sinks = sinks.page(pool, static_cast<Index>(sinks.size()), 0);
+    for (std::size_t i = 0; i < tile_first.size(); ++i)
+        state.add_tile(tiles.page(pool, state.layout->bytes, i),
+                       {.page = nullptr,
+                        .layout = state.layout.get(),
+                        .first = static_cast<Index>(tile_first[i]),
+                        .tokens = static_cast<Index>(tile_tokens[i])});
+    state.stale = !state.tiles.empty() && state.tiles.back().tokens < kvplane::tile_tokens;  // of format 3
+    const Index page_bytes = shape.recent_rows().bytes();
+    for (std::size_t i = 0; i * static_cast<std::size_t>(page_bytes) < recent.size(); ++i)
+        state.recent.push_back(recent.page(pool, page_bytes, i));
+    return KvCache(configuration_wanted, pool, std::move(state));
+}
+
+}  // namespace kvplane::detail
