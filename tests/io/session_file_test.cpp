@@ -106,7 +106,7 @@ TEST_F(Session, RefusesWhatBelongsElsewhere) {
     add("compact", 300);
     add("standard", 200);
     save_session(layers(), path_);
-    const Index used = pool_.bytes(), pages = pool_.pages();
+    const Index used = pool_.bytes();
     const auto load = [&](std::vector<int> order) {
         std::vector<CacheConfiguration> wanted;
         for (const int i : order) wanted.push_back(configurations_[static_cast<std::size_t>(i)]);
@@ -128,7 +128,6 @@ TEST_F(Session, RefusesWhatBelongsElsewhere) {
     EXPECT_EQ(load_cache(path_, configurations_[0], pool_).tokens(), 300);  // still there
     caches_[1].truncate(300);
     EXPECT_EQ(pool_.bytes(), used);
-    (void)pages;
 }
 
 /// Layers of one configuration are told apart by the checksum.
@@ -175,7 +174,7 @@ TEST_F(Session, RefusesEveryAlteredByte) {
         } catch (const Error&) {
             ++refused;
             ASSERT_EQ(pool_.bytes(), used);
-            if (refused == i + 1) ASSERT_EQ(pool_.pages(), pages);  // none was ever asked for
+            EXPECT_TRUE(refused <= i || pool_.pages() == pages);  // none was ever asked for
         }
     }
     EXPECT_GT(refused, rounds(600) * 9 / 10);

@@ -41,6 +41,8 @@ void save_range(const KvCache& cache, Index first, Index last, const std::filesy
 ///     `first` on are seen again; several ranges come back last first. With the oldest, all tokens are seen.
 ///   - or because the cache ends where they begin: a new cache (from 0 on) or one that was loaded, which
 ///     several ranges continue in order. It must end with a whole tile or the sinks.
+/// A range from 0 on holds the sinks, which are never dropped: it goes into an empty cache alone, unless the
+/// recipe keeps none.
 /// The file is checked before anything changes. Throws Error: io, format, out_of_memory; mismatch (another
 /// configuration or basis, or tokens that the cache does not lack). Then the cache is what it was.
 void load_range(const std::filesystem::path& path, KvCache& cache);

@@ -92,11 +92,11 @@ inline void require_range(const CacheContent& content, const CacheShape& shape, 
         require(holds, ErrorCode::format, source, ": ", what...);
     };
     const CacheRecipe& recipe = shape.recipe();
-    const Index first = *content.range_first, left = content.tokens - content.window_first;
+    const Index first = content.range_first.value_or(0), left = content.tokens - content.window_first;
     const auto count = content.tile_first.size();
     expect(first >= recipe.sink_tokens && content.tokens > first && left >= 0 &&
                left < tile_tokens + recipe.recent_tokens && (left == 0 || !recipe.every_token) &&
-               content.dropped == 0 && content.kept_sinks == 0 && content.sinks.size() == 0,
+               content.dropped <= content.kept_sinks && content.sinks.size() == 0,
            "a range of tokens [", first, ", ", content.tokens, "), of which ", left,
            " recent, contradicts itself");
     expect(content.tile_tokens.size() == count &&
@@ -154,20 +154,22 @@ KVPLANE_FUNCTION void load_range(const std::filesystem::path& path, KvCache& cac
     const auto expect = [&](bool holds, const auto&... what) {
         require(holds, ErrorCode::mismatch, source, ": ", what...);
     };
-    if (!file.metadata().contains(detail::range_key)) {
-        expect(cache.tokens() == 0, "tokens from 0 on, but the cache has ", cache.tokens(),
-               ", expected none");
-        cache = load_cache(path, configuration, cache.pool());
+    expect(!file.metadata().contains(detail::layers_key),
+           "a session of several layers, expected a range of tokens");
+    const auto content = detail::CacheContent::read(file, source, configuration);
+    if (!content.range_first && cache.tokens() == 0) {
+        cache = content.restore(configuration, cache.pool(), source);
         return;
     }
-    const auto content = detail::CacheContent::read(file, source, configuration);
+    expect(content.range_first || shape.recipe().sink_tokens == 0, "tokens from 0 on, but the cache has ",
+           cache.tokens(), ", expected none");
     detail::CacheState state = cache.state();
     expect(content.basis_sum == detail::own_basis_checksum(cache),
            "tokens that were stored in another basis than the cache's own");
     expect(state.layout != nullptr, "tokens in tiles, but the cache has yet to fit its basis");
     detail::require_range(content, shape, state.layout->bytes, source);
 
-    const Index first = *content.range_first, last = content.tokens;
+    const Index first = content.range_first.value_or(0), last = content.tokens;
     const detail::MissingTokens missing(state, shape.recipe());
     const bool at_end = first == state.tokens;
     std::size_t at = state.tiles.size();

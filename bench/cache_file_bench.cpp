@@ -1,0 +1,112 @@
+// bench/cache_file_bench.cpp: sessions to a file and back.
+//
+//   Save/RECIPE/SYNC   30 layers of 8192 tokens, 9 query heads over 3 of 64, into a file of the temporary folder;
+//                      SYNC: 1 where the file is on the disk when the call returns, 0 where it is in the page cache
+//   Load/RECIPE/NEW    the same back, from the page cache; NEW: 1 into memory that the system has yet to give,
+//                      0 into pages that the pool kept
+//   Range/RECIPE       4096 old tokens of each layer out and back, a file each, as an engine offloads them
+//
+// Counter: `bytes_per_second` of the file; of both ways for ranges.
+#include <benchmark/benchmark.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "cases.hpp"
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/io/range_file.hpp"
+#include "kvplane/io/session_file.hpp"
+
+namespace {
+
+using namespace kvplane;
+
+constexpr Index layers = 30, tokens = 8192;
+
+std::filesystem::path path() {
+    return std::filesystem::temp_directory_path() / ("kvplane_bench_" + std::to_string(::getpid()));
+}
+
+struct Layers {
+    explicit Layers(const std::string& recipe)
+        : configurations(layers, kvplane_bench::configuration(recipe, {tokens, 9, 3, 64})) {
+        const Matrix keys = kvplane_bench::random_rows(tokens, 3 * 64, 1),
+                     values = kvplane_bench::random_rows(tokens, 3 * 64, 2);
+        caches.reserve(layers);
+        for (const CacheConfiguration& c : configurations) {
+            caches.emplace_back(c, pool);
+            caches.back().append(keys, values);
+        }
+        for (const KvCache& cache : caches) pointers.push_back(&cache);
+    }
+
+    TilePool pool;
+    std::vector<CacheConfiguration> configurations;
+    std::vector<KvCache> caches;
+    std::vector<const KvCache*> pointers;
+};
+
+void count_bytes(benchmark::State& state, Index bytes) {
+    state.SetBytesProcessed(static_cast<std::int64_t>(state.iterations()) * bytes);
+    state.counters["MB"] = static_cast<double>(bytes) / 1e6;
+    std::filesystem::remove(path());
+}
+
+void save(benchmark::State& state, const std::string& recipe, bool sync) {
+    const Layers session(recipe);
+    for (auto _ : state) save_session(session.pointers, path(), {.sync = sync});
+    count_bytes(state, static_cast<Index>(std::filesystem::file_size(path())));
+}
+
+void load(benchmark::State& state, const std::string& recipe, bool is_new) {
+    TilePool pool;
+    std::vector<CacheConfiguration> configurations;
+    {
+        Layers session(recipe);
+        configurations = session.configurations;
+        save_session(session.pointers, path(), {.sync = false});
+    }
+    for (auto _ : state) {
+        benchmark::DoNotOptimize(load_session(path(), configurations, pool));
+        state.PauseTiming();
+        if (is_new) pool.trim();
+        state.ResumeTiming();
+    }
+    count_bytes(state, static_cast<Index>(std::filesystem::file_size(path())));
+}
+
+void range(benchmark::State& state, const std::string& recipe) {
+    Layers session(recipe);
+    constexpr Index first = 4, last = first + 4096;
+    Index bytes = 0;
+    for (auto _ : state) {
+        bytes = 0;
+        for (KvCache& cache : session.caches) {
+            save_range(cache, first, last, path(), {.sync = false});
+            cache.drop_before(last);
+            load_range(path(), cache);
+            bytes += 2 * static_cast<Index>(std::filesystem::file_size(path()));
+        }
+    }
+    count_bytes(state, bytes);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    for (const std::string recipe : {"fp16", "key_favored:8:8", "standard"}) {
+        const auto add = [&](const std::string& name, auto&& body) {
+            benchmark::RegisterBenchmark(name.c_str(), body)->Unit(benchmark::kMillisecond)->UseRealTime();
+        };
+        for (const bool flag : {false, true}) {
+            const std::string end = "/" + recipe + (flag ? "/1" : "/0");
+            add("Save" + end, [=](benchmark::State& state) { save(state, recipe, flag); });
+            add("Load" + end, [=](benchmark::State& state) { load(state, recipe, flag); });
+        }
+        add("Range/" + recipe, [=](benchmark::State& state) { range(state, recipe); });
+    }
+    benchmark::Initialize(&argc, argv);
+    benchmark::RunSpecifiedBenchmarks();
+}
