@@ -988,4 +988,61 @@ TEST_F(SafetensorsFolder, WriteRefusesWhereItCannotPutTheFile) {
     EXPECT_TRUE(std::filesystem::exists(path("folder/occupied")));
 }
 
+// -- Tensors whose bytes are asked for --------------------------------------------------------------------------
+
+std::vector<std::byte> counted(std::size_t count) {
+    std::vector<std::byte> bytes(count);
+    for (std::size_t i = 0; i < count; ++i) bytes[i] = static_cast<std::byte>(i * 7);
+    return bytes;
+}
+
+TEST(StreamedTensors, GiveTheFileThatCopiesGive) {
+    const std::vector<std::byte> bytes = counted(100);
+    const std::span<const std::byte> all(bytes);
+    SafetensorsWriter copied, streamed;
+    copied.add("a", {50, 2}, DType::uint8, all);
+    copied.add("empty", {0}, DType::uint8, {});
+    copied.add("other", {2}, DType::float32, all.first(8));
+    streamed.add("other", {2}, DType::float32, all.first(8));
+    streamed.add_streamed("a", {50, 2}, DType::uint8, [&](const kvplane::ByteSink& take) {
+        take(all.first(33));
+        take({});
+        take(all.subspan(33));
+    });
+    streamed.add_streamed("empty", {0}, DType::uint8, [](const kvplane::ByteSink&) {});
+    EXPECT_EQ(streamed.to_bytes(), copied.to_bytes());
+    EXPECT_EQ(streamed.to_bytes(), copied.to_bytes());  // asked again
+}
+
+TEST(StreamedTensors, OfAnotherSizeAreRefused) {
+    const std::vector<std::byte> bytes = counted(100);
+    const auto path = std::filesystem::temp_directory_path() / "kvplane_streamed_test.safetensors";
+    std::filesystem::remove(path);
+    for (const std::size_t given : {0u, 49u, 51u, 100u}) {
+        SafetensorsWriter writer;
+        writer.add_streamed("a", {50}, DType::uint8,
+                            [&](const kvplane::ByteSink& take) { take(std::span(bytes).first(given)); });
+        const std::string sentence = refusal(ErrorCode::shape, [&] { (void)writer.to_bytes(); });
+        EXPECT_NE(sentence.find("gave " + std::to_string(given) + " bytes, expected 50"), std::string::npos)
+            << sentence;
+        refusal(ErrorCode::shape, [&] { writer.write(path); });
+        EXPECT_FALSE(std::filesystem::exists(path));
+    }
+    SafetensorsWriter writer;
+    writer.add("a", {50}, DType::uint8, std::span(bytes).first(50));
+    refusal(ErrorCode::option,
+            [&] { writer.add_streamed("a", {1}, DType::uint8, [](const kvplane::ByteSink&) {}); });
+    refusal(ErrorCode::shape,
+            [&] { writer.add_streamed("b", {-1}, DType::uint8, [](const kvplane::ByteSink&) {}); });
+}
+
+TEST(StreamedTensors, AreWrittenWithoutSyncing) {
+    const auto path = std::filesystem::temp_directory_path() / "kvplane_streamed_test.safetensors";
+    SafetensorsWriter writer;
+    writer.add("a", {50}, DType::uint8, counted(50));
+    writer.write(path, {.sync = false});
+    EXPECT_EQ(SafetensorsFile::open(path).info("a").size(), 50);
+    std::filesystem::remove(path);
+}
+
 }  // namespace
