@@ -270,6 +270,22 @@ TEST_P(RangeFile, RefusesEveryAlteredByte) {
     EXPECT_GT(refused, count * 9 / 10);
 }
 
+/// Bounds of errors cover what comes from a file.
+TEST_P(RangeFile, BringsItsExtremes) {
+    const CacheConfiguration c = configuration("standard");
+    KvCache cache = filled(c, 132 + 40);
+    save_range(cache, 0, 132, path(0));
+    append(cache, 100.0f * normal_matrix(random_, 400, 64), 50.0f * normal_matrix(random_, 400, 96));
+    save_range(cache, 132, 260, path(1));
+    KvCache other = load_cache(path(0), c, pool_);
+    const CacheErrorBound before = other.error_bound();
+    load_range(path(1), other);
+    EXPECT_GT(other.error_bound().key, 2.0 * before.key);
+    KvCache prefix = cache.fork();
+    prefix.truncate(260);
+    expect_same(other, prefix);
+}
+
 /// What has a right checksum and contradicts itself.
 TEST_P(RangeFile, RefusesRangesThatCannotBe) {
     const CacheConfiguration c = configuration("standard");

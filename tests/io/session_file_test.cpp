@@ -193,4 +193,29 @@ TEST_F(Session, RefusesEveryTruncation) {
     EXPECT_EQ(pool_.pages(), pages);
 }
 
+/// A later layer with a right checksum, which contradicts itself.
+TEST_F(Session, ChecksAllLayersBeforeItTakesPages) {
+    add("standard", 400);
+    add("standard", 400);
+    SafetensorsWriter writer;
+    std::vector<detail::CacheContent> contents;
+    for (const KvCache& cache : caches_) contents.push_back(detail::CacheContent::of(cache));
+    contents[1].window_first -= 1;
+    for (Index layer : {0, 1}) {
+        auto& content = contents[static_cast<std::size_t>(layer)];
+        content.layers = 2, content.layer = layer;
+        content.add_to(writer, "layer." + std::to_string(layer) + ".");
+    }
+    writer.metadata("kvplane.format", "5");
+    writer.metadata("kvplane.layers", "2");
+    writer.write(path_);
+    const Index pages = pool_.pages();
+    const SessionFile session = SessionFile::open(path_);
+    const std::string sentence =
+        refusal(ErrorCode::format, [&] { (void)session.load(configurations_, pool_); });
+    EXPECT_NE(sentence.find("the tiles end at token"), std::string::npos) << sentence;
+    EXPECT_EQ(pool_.pages(), pages);
+    EXPECT_EQ(session.load(0, configurations_[0], pool_).tokens(), 400);  // the other is as it should be
+}
+
 }  // namespace

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -10,6 +9,7 @@
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/io/cache_content.hpp"
+#include "kvplane/io/checksum.hpp"
 #include "kvplane/io/impl/latent_content.hpp"
 #include "kvplane/io/json_text.hpp"
 #include "kvplane/io/safetensors.hpp"
@@ -18,73 +18,6 @@
 namespace kvplane::detail {
 
 // The checksum ---------------------------------------------------------------------------------------------
-
-/// The hash of words that io/cache_file.hpp describes.
-class WordHash {
-  public:
-    explicit WordHash(std::uint64_t first = 0) noexcept : state_(0xCBF29CE484222325ull + first) {}
-
-    void add(std::uint64_t word) noexcept {
-        state_ = (state_ ^ word) * 0x100000001B3ull;
-        state_ ^= state_ >> 29;  // a plain product would never move high bits of a word down
-    }
-    std::uint64_t state() const noexcept { return state_; }
-    std::string text() const { return std::to_string(state_); }
-
-  private:
-    std::uint64_t state_;
-};
-
-/// An array in one lane: of bases, and of all arrays of formats 3 and 4.
-inline void add_serial(WordHash& sum, std::span<const std::byte> bytes) noexcept {
-    sum.add(bytes.size());
-    std::size_t at = 0;
-    for (; at + 8 <= bytes.size(); at += 8) sum.add(load_u64(bytes.data() + at));
-    std::uint64_t rest = 0;
-    if (at < bytes.size()) std::memcpy(&rest, bytes.data() + at, bytes.size() - at);
-    sum.add(rest);
-}
-
-/// An array that comes in pieces, in four lanes: one product waits for the one before it.
-class LaneHash {
-  public:
-    void add(std::span<const std::byte> piece) noexcept {
-        if (held_ > 0) {
-            const std::size_t count = std::min(block - held_, piece.size());
-            if (count > 0) std::memcpy(rest_.data() + held_, piece.data(), count);
-            held_ += count;
-            piece = piece.subspan(count);
-            if (held_ < block) return;
-            add_block(rest_.data());
-        }
-        std::array<WordHash, 4> lanes = lanes_;  // in registers
-        std::size_t at = 0;
-        for (; at + block <= piece.size(); at += block)
-            for (std::size_t i = 0; i < lanes.size(); ++i) lanes[i].add(load_u64(piece.data() + at + 8 * i));
-        lanes_ = lanes;
-        held_ = piece.size() - at;
-        if (held_ > 0) std::memcpy(rest_.data(), piece.data() + at, held_);
-    }
-    /// Adds the whole array to a sum.
-    void finish(WordHash& sum) noexcept {
-        if (held_ > 0) {
-            std::memset(rest_.data() + held_, 0, block - held_);
-            add_block(rest_.data());
-        }
-        for (const WordHash& lane : lanes_) sum.add(lane.state());
-    }
-
-  private:
-    static constexpr std::size_t block = 32;
-
-    void add_block(const std::byte* words) noexcept {
-        for (std::size_t i = 0; i < lanes_.size(); ++i) lanes_[i].add(load_u64(words + 8 * i));
-    }
-
-    std::array<WordHash, 4> lanes_{WordHash(0), WordHash(1), WordHash(2), WordHash(3)};
-    std::array<std::byte, block> rest_;
-    std::size_t held_ = 0;  ///< bytes of the rest
-};
 
 /// A number that stands for a basis in a configuration.
 inline std::string basis_checksum(const LatentKeys& keys) {
