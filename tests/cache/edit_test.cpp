@@ -9,6 +9,8 @@
 #include "cache/cache_support.hpp"
 #include "kvplane/cache/capabilities.hpp"
 #include "kvplane/cache/shape.hpp"
+#include "kvplane/io/cache_file.hpp"
+#include "kvplane/io/range_file.hpp"
 #include "kvplane/storage/narrow.hpp"
 #include "kvplane/storage/tile_coder.hpp"
 #include "test_support.hpp"
@@ -61,6 +63,18 @@ void expect_attention_of_stored(const KvCache& cache, std::mt19937_64& random) {
         }
 }
 
+/// That a file of the cache brings it back, and that all of what attention sees is in it.
+void expect_file(const KvCache& cache, std::mt19937_64& random) {
+    const CacheConfiguration& c = cache.configuration();
+    TilePool pool;
+    const std::vector<std::byte> file = to_bytes(cache);
+    const KvCache loaded = load_cache(file, c, pool);
+    EXPECT_EQ(to_bytes(loaded), file);
+    const Matrix queries = normal_matrix(random, 2, c.query_heads * c.key_head_dim);
+    EXPECT_EQ(attend(loaded, queries), attend(cache, queries));
+    EXPECT_EQ(loaded.error_bound().key, cache.error_bound().key);
+}
+
 class EditOfRecipe : public testing::TestWithParam<std::string> {
   protected:
     EditOfRecipe() : random_(kvplane_test::seed()) {}
@@ -109,6 +123,7 @@ TEST_P(EditOfRecipe, RemovedTokensAreGoneAndOthersMove) {
             EXPECT_LT((now.keys - expected).cwiseAbs().maxCoeff(), rounding + 2e-5);
         }
         if (cache.tokens() >= 11) expect_attention_of_stored(cache, random_);
+        if (cache.tokens() >= 2) expect_file(cache, random_);
     }
     EXPECT_EQ(stored(full).keys, before.keys) << "the fork's parent has changed";
 }
@@ -162,6 +177,7 @@ TEST_P(EditOfRecipe, RandomRemovalsAndAppendsStayWithinTheBound) {
             }
         }
         expect_attention_of_stored(cache, random_);
+        expect_file(cache, random_);
     }
 }
 
@@ -251,8 +267,10 @@ TEST_P(EditOfRecipe, NarrowedTilesHoldThePrefixOfTheirCodes) {
             cache.truncate(first + 200);
             append(cache, k, v);
             expect_attention_of_stored(cache, random_);
+            expect_file(cache, random_);
             cache.remove(first + 50, first + 220);
             expect_attention_of_stored(cache, random_);
+            expect_file(cache, random_);
         }
 }
 
@@ -339,6 +357,40 @@ TEST(Narrowing, PoliciesOfReadsAreRefused) {
     attend(cache, queries, parameters);
     cache.narrow(0, 200, 4, 4);
     EXPECT_THROW(attend(cache, queries, parameters), Error);
+}
+
+TEST(Narrowing, RangesOfTokensComeBackAsNarrow) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    const CacheConfiguration c = configuration("key_favored:7:6");
+    KvCache cache(c, pool);
+    cache.append(normal_matrix(random, 700, c.kv_heads * c.key_head_dim),
+                 normal_matrix(random, 700, c.kv_heads * c.value_head_dim));
+    cache.narrow(0, 260, 4, 4);
+    cache.narrow(260, 400, 6, 4);
+    cache.remove(4, 132);  // all others move
+    const Index tile = cache.state().tiles[1].first;
+    const std::vector<std::byte> before = to_bytes(cache);
+    const std::string path = testing::TempDir() + "narrowed_range.safetensors";
+    save_range(cache, 4, tile + 128, path);
+    cache.drop_before(tile + 128);
+    load_range(path, cache);
+    EXPECT_EQ(to_bytes(cache), before);
+    std::remove(path.c_str());
+}
+
+TEST(Removing, AFileOfMovedKeysIsOfItsRopeAlone) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    const CacheConfiguration c = configuration("standard");
+    CacheConfiguration other = c;
+    other.rope->base = 500000.0;
+    KvCache cache(c, pool);
+    cache.append(normal_matrix(random, 400, c.kv_heads * c.key_head_dim),
+                 normal_matrix(random, 400, c.kv_heads * c.value_head_dim));
+    load_cache(to_bytes(cache), other, pool);  // nothing has moved: keys are as they were given
+    cache.remove(10, 20);
+    refusal(ErrorCode::mismatch, [&] { load_cache(to_bytes(cache), other, pool); });
 }
 
 TEST(Removing, SaysWhatToConfigure) {

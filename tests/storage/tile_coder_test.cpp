@@ -371,7 +371,7 @@ TEST(TileClear, LeavesTheTileOfTheFirstTokens) {
         for (const Index tokens : {0, 1, 31, 64, 77, 127, 128}) {
             SCOPED_TRACE(testing::Message() << c.text() << ", " << tokens << " tokens");
             Tile tile = whole;
-            TileCoder(c.format()).clear(tile.data(), tokens);
+            TileCoder(c.format()).clear(tile.data(), tokens, kvplane::tile_tokens);
             if (by_token) {
                 ASSERT_TRUE(tile == (tokens == 0 ? Tile(tile.size()) : encoded(c, values.topRows(tokens))));
             } else {

@@ -129,7 +129,8 @@ class KvCache {
     /// All provisional tokens are accepted first.
     template <class K, class V>
     void append(const K& keys, const V& values) {
-        const detail::AnyRows rows(heads_of_kv(values));
+        const auto value_heads = heads_of_kv(values);  // may own what it is a view of
+        const detail::AnyRows rows(value_heads);
         append_rows(heads_of_kv(keys), &rows, nullptr, false);
     }
     /// Where values are in keys: the keys are all there is. append() with values is then refused (option).
@@ -147,7 +148,8 @@ class KvCache {
     /// have. Recipes that quantize every token pack these too.
     template <class K, class V>
     void append_provisional(const K& keys, const V& values) {
-        const detail::AnyRows rows(heads_of_kv(values));
+        const auto value_heads = heads_of_kv(values);
+        const detail::AnyRows rows(value_heads);
         append_rows(heads_of_kv(keys), &rows, nullptr, true);
     }
     template <class K>
@@ -301,9 +303,11 @@ class KvCache {
     }
     template <class K, class V, class Q>
     void append_with(const K& keys, const V& values, const Q& queries, bool provisional) {
-        const detail::AnyRows value_rows(heads_of_kv(values));
+        const auto value_heads = heads_of_kv(values);
+        const detail::AnyRows value_rows(value_heads);
         if (!needs_queries()) return append_rows(heads_of_kv(keys), &value_rows, nullptr, provisional);
-        const detail::AnyRows query_rows(input_heads(queries, configuration().query_heads));
+        const auto query_heads = input_heads(queries, configuration().query_heads);
+        const detail::AnyRows query_rows(query_heads);
         append_rows(heads_of_kv(keys), &value_rows, &query_rows, provisional);
     }
     static AttentionWorkspace& thread_workspace();

@@ -110,7 +110,8 @@ class Reader {
         double bound = 0.0;
         if (side == TileSide::keys && state_.latent) return bound;
         for (Index head = 0; head < cache_.configuration.kv_heads; ++head)
-            bound = std::max(bound, coder(side, run).error_bound(tile(run, side, head), run.tile->end_row()));
+            bound = std::max(bound, coder(side, run).error_bound(tile(run, side, head), run.tile->row,
+                                                                 run.tile->end_row()));
         return bound;
     }
     /// The run of one tile, which need not be one of runs().

@@ -20,6 +20,7 @@ struct PerSide {
 
     T& operator[](TileSide side) noexcept { return side == TileSide::keys ? keys : values; }
     const T& operator[](TileSide side) const noexcept { return side == TileSide::keys ? keys : values; }
+    bool operator==(const PerSide&) const = default;
 };
 
 /// Recent tokens are kept in pages of this many, so that little room is unused.

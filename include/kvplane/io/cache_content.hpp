@@ -28,24 +28,27 @@ inline constexpr Index cache_format = 5, oldest_cache_format = 3;
 class PageArray {
   public:
     PageArray() = default;
-    /// Pages of a cache, all of one size. clear: makes zero what the last of them holds beyond the cache's
-    /// tokens; empty: there is nothing.
-    PageArray(std::span<const PageReference> pages, std::function<void(std::byte*)> clear)
-        : pages_(pages), clear_(std::move(clear)) {}
+    /// Pages of a cache. clear: makes zero what one of the pages `partial`, which ascend, holds beyond the cache's
+    /// tokens.
+    PageArray(std::span<const PageReference> pages, std::vector<std::size_t> partial,
+              std::function<void(std::size_t, std::byte*)> clear)
+        : pages_(pages), partial_(std::move(partial)), clear_(std::move(clear)) {}
     explicit PageArray(std::span<const std::byte> file) : file_(file) {}
 
     std::size_t size() const noexcept {
-        return pages_.empty() ? file_.size()
-                              : pages_.size() * static_cast<std::size_t>(pages_.front().bytes());
+        std::size_t sum = file_.size();
+        for (const PageReference& page : pages_) sum += static_cast<std::size_t>(page.bytes());
+        return sum;
     }
     /// Gives all bytes, a page at a time. One page at most is copied for it.
     void each(const ByteSink& take) const;
-    /// Bytes [index * bytes, (index + 1) * bytes) as a page of the pool. Throws Error (out_of_memory).
-    PageReference page(TilePool& pool, Index bytes, std::size_t index) const;
+    /// Of a file: bytes [at, at + bytes) as a page of the pool. Throws Error (out_of_memory).
+    PageReference page(TilePool& pool, Index at, Index bytes) const;
 
   private:
     std::span<const PageReference> pages_;
-    std::function<void(std::byte*)> clear_;
+    std::vector<std::size_t> partial_;
+    std::function<void(std::size_t, std::byte*)> clear_;
     std::span<const std::byte> file_;
 };
 
@@ -58,7 +61,9 @@ struct CacheContent {
     std::string configuration;
     Index tokens = 0, dropped = 0, window_first = 0, kept_sinks = 0;
     PageArray sinks, tiles, recent;
-    std::vector<std::int64_t> tile_first, tile_tokens;
+    std::vector<std::int64_t> tile_first, tile_tokens, tile_row, tile_shift;
+    /// Two for each tile: the most bits of keys and of values where it was narrowed, else 0.
+    std::vector<std::int64_t> tile_bits;
     std::vector<double> extremes;
     std::string basis_sum;  ///< checksum of the basis below, or of the one that a range needs
     std::shared_ptr<const LatentKeys> basis;  ///< the cache's own
@@ -82,6 +87,11 @@ struct CacheContent {
         visit("recent", content.recent);
         visit("tile_first", content.tile_first);
         visit("tile_tokens", content.tile_tokens);
+        if (content.format >= 5) {
+            visit("tile_row", content.tile_row);
+            visit("tile_shift", content.tile_shift);
+            visit("tile_bits", content.tile_bits);
+        }
         visit("extremes", content.extremes);
     }
 
@@ -102,12 +112,23 @@ struct CacheContent {
     /// The cache. Throws Error: format as require_cache(), out_of_memory.
     KvCache restore(const CacheConfiguration& configuration, TilePool& pool, const std::string& source) const;
 
+    /// The places of the tiles in a state, without their pages; layouts of narrowed ones are added to it. Throws
+    /// Error (format) for lists of other lengths, tokens beyond a tile, and widths that the recipe cannot be
+    /// narrowed to.
+    std::vector<TilePlace> places(CacheState& state, const std::string& source) const;
+    /// A page for each of these places, one after another. Throws Error (out_of_memory).
+    std::vector<PageReference> pages(const std::vector<TilePlace>& places, TilePool& pool) const;
+    /// Whether keys have moved since they were stored, so that they go by the configuration's RoPE.
+    bool moved() const noexcept;
+
     /// Of all tokens.
     StoredExtremes stored_extremes() const noexcept;
 
   private:
+    /// Whether all tiles have the recipe's widths.
+    bool uniform() const noexcept;
     void require_consistent(const CacheShape& shape, const CacheState& state,
-                            const std::string& source) const;
+                            const std::vector<TilePlace>& places, const std::string& source) const;
     CacheState empty_state(const CacheShape& shape) const;
 };
 

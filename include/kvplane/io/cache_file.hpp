@@ -2,9 +2,13 @@
 //
 // Tensors (all little-endian, as the pages hold them):
 //   sinks        U8  [bytes]               the page of fp16 sinks, where there are any
-//   tiles        U8  [tiles, tile bytes]   the packed tiles, in the order of their positions
+//   tiles        U8  [tiles, tile bytes]   the packed tiles, in the order of their positions; [bytes] where
+//                                          some were narrowed
 //   tile_first   I64 [tiles]               position of each tile's first token
 //   tile_tokens  I64 [tiles]               tokens in each
+//   tile_row     I64 [tiles]               the row of the tile that the first of them has
+//   tile_shift   I64 [tiles]               by how many positions they have moved since they were stored
+//   tile_bits    I64 [2 tiles]             the most bits of keys and values of tiles that were narrowed, else 0
 //   recent       U8  [pages, page bytes]   pages of tokens that are not in a tile yet
 //   extremes     F64 [6]                   largest magnitude of keys and values, clipped excess of each, and
 //                                          what tokens of each had lost before they were stored again
@@ -12,14 +16,15 @@
 //   queries.*    F64                       moments of queries, where it has yet to do so
 // Metadata: kvplane.format (the version of all this), kvplane.configuration (JSON), kvplane.tokens,
 // kvplane.kept_sinks and kvplane.dropped (what is not seen: [kept_sinks, dropped)), kvplane.window_first,
-// kvplane.checksum. Rows and codes of tokens that were taken back are zero.
+// kvplane.checksum. Rows and codes of tokens that were taken back or removed are zero. The configuration says which
+// RoPE keys in channels go by only where some tile has moved.
 //
 // A session (io/session_file.hpp) has kvplane.format and kvplane.layers, the number of its caches. All else
 // stands for each of them, its name after the prefix `layer.N.`. A range of tokens (io/range_file.hpp) has
 // kvplane.first, its first token, and kvplane.basis, the checksum of the basis that its tiles need (empty:
 // none of the cache's own); kvplane.tokens is its end, dropped and kept_sinks are 0, and `sinks` is empty.
 //
-// Format 4 has no sessions, no ranges and another checksum. Format 3 has four extremes, too (nothing was
+// Format 4 has no sessions, no ranges, no tile_row, tile_shift and tile_bits, and another checksum. Format 3 has four extremes, too (nothing was
 // stored again), and no kvplane.kept_sinks (they were the recipe's sinks).
 //
 // The checksum finds damage, it is no protection against forgery. It is a decimal number, a hash h of 64-bit
@@ -32,7 +37,7 @@
 // are words of h. In this order:
 //   of a session, the words layers and the layer's number; of a range, the word first;
 //   the array kvplane.configuration; the words tokens, dropped, window_first, kept_sinks;
-//   the arrays sinks, tiles, recent, tile_first, tile_tokens, extremes;
+//   the arrays sinks, tiles, recent, tile_first, tile_tokens, tile_row, tile_shift, tile_bits, extremes;
 //   with a basis of its own, the array of its checksum as decimal text (of a range, kvplane.basis);
 //   with moments of queries, for each head the arrays count, mean and scatter.
 // Formats 3 (without kept_sinks) and 4 hash an array in one lane, which is h: its size in bytes, its whole

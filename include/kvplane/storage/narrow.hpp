@@ -32,6 +32,9 @@ TileFormat narrowed(const TileFormat& format, int bits);
 /// Where values are in keys, value_bits is not looked at.
 PageLayout narrowed(const PageLayout& layout, int key_bits, int value_bits);
 
+/// Whether that is possible.
+bool can_narrow(const PageLayout& layout, int key_bits, int value_bits) noexcept;
+
 /// The most bits that codes of a format have; 16 where all channels are fp16.
 int widest_codes(const TileFormat& format) noexcept;
 

@@ -55,12 +55,14 @@ class TileCoder {
         decode(tile, tokens, 16, values, stride);
     }
 
-    /// Makes the tile that of its first `first` tokens. Grids over several tokens stay as they are.
-    void clear(std::byte* tile, Index first);
+    /// Makes the tokens [first, last) of a tile what they are where none has come. Grids over several tokens stay
+    /// as they are.
+    void clear(std::byte* tile, Index first, Index last);
 
-    /// Bound of |x - x'| over the first `tokens` tokens, clipped values aside (see excess()): half the widest
+    /// Bound of |x - x'| over the tokens [first, last), clipped values aside (see excess()): half the widest
     /// cell, or the rounding to fp16 of the largest magnitude.
-    double error_bound(const std::byte* tile, Index tokens);
+    double error_bound(const std::byte* tile, Index first, Index last);
+    double error_bound(const std::byte* tile, Index tokens) { return error_bound(tile, 0, tokens); }
 
     /// How far tokens of the last encode() lay outside their grids: 0 without clipping.
     ClipExcess excess() const noexcept { return excess_; }
@@ -83,7 +85,7 @@ class TileCoder {
     void read_grids(const std::byte* tile, const Segment& segment, int depth);
     void spread_columns(Index group, Index channels);
     void spread_row(Index token, const Segment& segment);
-    bool grid_in_use(Index g, const Segment& segment, Index tokens) const noexcept;
+    bool grid_in_use(Index g, const Segment& segment, Index first, Index last) const noexcept;
     static void require_depth(const Segment& segment, int depth);
 
     TileFormat format_;
@@ -96,12 +98,20 @@ class TileCoder {
     std::vector<std::uint16_t> half_bits_, largest_;  ///< [channel] of one token; over all tokens
 };
 
-/// Makes all tiles of a page those of their first `first` tokens.
-inline void clear_tiles(const PageLayout& layout, Index first, std::byte* page) {
-    for (Index s = 0; s < layout.subspaces(); ++s)
-        TileCoder(layout.key_format(s)).clear(page + layout.key_at[static_cast<std::size_t>(s)], first);
+/// Leaves the tiles of a page no more than the tokens of a place.
+inline void clear_tiles(const TilePlace& place, std::byte* page) {
+    const PageLayout& layout = *place.layout;
+    const auto clear = [&](TileCoder& coder, Index at) {
+        coder.clear(page + at, 0, place.row);
+        coder.clear(page + at, place.end_row(), tile_tokens);
+    };
+    for (Index s = 0; s < layout.subspaces(); ++s) {
+        TileCoder keys(layout.key_format(s));
+        clear(keys, layout.key_at[static_cast<std::size_t>(s)]);
+    }
+    if (layout.values_in_keys) return;
     TileCoder values(layout.values);
-    for (const Index at : layout.value_at) values.clear(page + at, first);
+    for (const Index at : layout.value_at) clear(values, at);
 }
 
 // Implementation -------------------------------------------------------------------------------------------
@@ -154,26 +164,27 @@ inline void TileCoder::decode(const std::byte* tile, Index tokens, int depth, fl
     }
 }
 
-inline void TileCoder::clear(std::byte* tile, Index first) {
+inline void TileCoder::clear(std::byte* tile, Index first, Index last) {
+    if (first == last) return;
     for (std::size_t s = 0; s < format_.segments().size(); ++s) {
         const Segment& segment = format_.segments()[s];
         if (segment.bits == 0) continue;
         TileCodes& codes = codes_[s];
         unpack_segment(format_, s, segment.bits, tile, codes);
         for (const int which : {0, 1})
-            std::fill(codes.byte(which) + first * codes.stride(),
-                      codes.byte(which) + tile_tokens * codes.stride(), std::uint8_t{0});
-        pack_segment(format_, s, codes, first, tile_tokens - first, tile);
+            std::fill(codes.byte(which) + first * codes.stride(), codes.byte(which) + last * codes.stride(),
+                      std::uint8_t{0});
+        pack_segment(format_, s, codes, first, last - first, tile);
         if (segment.is_half() && format_.side() == TileSide::keys)
             for (Index c = 0; c < segment.channels; ++c) {
                 int largest = 0;
-                for (Index t = 0; t < first; ++t)
+                for (Index t = 0; t < tile_tokens; ++t)
                     largest = std::max(largest, (codes.at(t, c, 0) << 8 | codes.at(t, c, 1)) & 0x7FFF);
                 tile[segment.exponent_at + c] = static_cast<std::byte>(largest >> 10);
             }
         if (!segment.has_grids() || format_.rule().granularity == Granularity::per_channel) continue;
         for (Index run = 0; run < segment.grids / tile_tokens; ++run) {
-            const auto bytes = static_cast<std::size_t>(tile_tokens - first) * sizeof(Eigen::half);
+            const auto bytes = static_cast<std::size_t>(last - first) * sizeof(Eigen::half);
             const Index at = (run * tile_tokens + first) * static_cast<Index>(sizeof(Eigen::half));
             std::memset(tile + segment.step_at + at, 0, bytes);
             if (segment.scheme != Scheme::symmetric) std::memset(tile + segment.lower_at + at, 0, bytes);
@@ -181,7 +192,7 @@ inline void TileCoder::clear(std::byte* tile, Index first) {
     }
 }
 
-inline double TileCoder::error_bound(const std::byte* tile, Index tokens) {
+inline double TileCoder::error_bound(const std::byte* tile, Index first, Index last) {
     const auto rounding = [](float x) { return std::ldexp(std::abs(static_cast<double>(x)), -11) + 0x1p-25; };
     double bound = 0.0;
     for (std::size_t s = 0; s < format_.segments().size(); ++s) {
@@ -189,23 +200,24 @@ inline double TileCoder::error_bound(const std::byte* tile, Index tokens) {
         if (segment.is_half()) {
             decoded_.resize(static_cast<std::size_t>(tile_tokens * segment.channels));
             unpack_segment(format_, s, 16, tile, codes_[s]);
-            join_half(segment, 16, tokens, codes_[s], decoded_.data(), segment.channels);
-            for (Index i = 0; i < tokens * segment.channels; ++i)
+            join_half(segment, 16, last, codes_[s], decoded_.data(), segment.channels);
+            for (Index i = first * segment.channels; i < last * segment.channels; ++i)
                 bound = std::max(bound, rounding(decoded_[static_cast<std::size_t>(i)]));
             continue;
         }
         read_grids(tile, segment, segment.bits);
         for (std::size_t g = 0; g < lower_.size(); ++g)
-            if (grid_in_use(static_cast<Index>(g), segment, tokens))
+            if (grid_in_use(static_cast<Index>(g), segment, first, last))
                 bound = std::max<double>(bound, Grid{lower_[g], step_[g], segment.bits}.error_bound());
     }
     return bound;
 }
 
-inline bool TileCoder::grid_in_use(Index g, const Segment& segment, Index tokens) const noexcept {
-    return format_.rule().granularity == Granularity::per_channel
-               ? g / segment.channels * format_.rule().group < tokens
-               : g % tile_tokens < tokens;
+inline bool TileCoder::grid_in_use(Index g, const Segment& segment, Index first, Index last) const noexcept {
+    const bool by_channel = format_.rule().granularity == Granularity::per_channel;
+    const Index group = by_channel ? format_.rule().group : 1,
+                begin = by_channel ? g / segment.channels * group : g % tile_tokens;
+    return begin < last && begin + group > first;
 }
 
 inline void TileCoder::require_depth(const Segment& segment, int depth) {

@@ -401,7 +401,7 @@ class Appender {
             tokens = &tiles_.back().tokens;
         } else if (old && !last_page_) {
             last_page_ = writable(state_.tile_pages.back());
-            if (state_.stale) clear_tiles(*layout_, *tokens, last_page_.data());
+            if (state_.stale) clear_tiles(state_.tiles.back(), last_page_.data());
         }
         std::byte* const page = (tiles_.empty() ? last_page_ : tile_pages_.back()).data();
         count = std::min(count, tile_tokens - *tokens);

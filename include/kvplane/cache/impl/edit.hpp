@@ -86,6 +86,23 @@ KVPLANE_FUNCTION void remove_tokens(const CacheShape& cache, CacheState& state, 
 
 // Narrowing ------------------------------------------------------------------------------------------------
 
+inline PerSide<int> widest_codes(const PageLayout& layout) noexcept {
+    PerSide<int> most{0, layout.values_in_keys ? 0 : widest_codes(layout.values)};
+    for (const TileFormat& keys : layout.keys) most.keys = std::max(most.keys, widest_codes(keys));
+    return most;
+}
+KVPLANE_FUNCTION const PageLayout* narrowed_layout(std::vector<NarrowedLayout>& known, const PageLayout& wide,
+                                                   const PerSide<int>& most_bits) {
+    const PerSide<int> now = widest_codes(wide);
+    if (now.keys <= most_bits.keys && now.values <= most_bits.values) return &wide;
+    auto made = std::make_shared<const PageLayout>(narrowed(wide, most_bits.keys, most_bits.values));
+    const PerSide<int> most = widest_codes(*made);
+    for (const NarrowedLayout& one : known)
+        if (one.most_bits == most) return one.layout.get();
+    known.push_back({most, std::move(made)});
+    return known.back().layout.get();
+}
+
 /// Which layout each tile of a state gets.
 class NarrowPlan {
   public:
@@ -97,7 +114,7 @@ class NarrowPlan {
             // The last tile may be one that still fills.
             if (tile.first < first || tile.first + tile.tokens > last) continue;
             if (t + 1 == state.tiles.size() && tile.end_row() < tile_tokens) continue;
-            const PageLayout* const layout = layout_of(*tile.layout, most_bits);
+            const PageLayout* const layout = narrowed_layout(layouts_, *tile.layout, most_bits);
             if (layout != tile.layout) of_tiles_[t] = layout;
         }
     }
@@ -112,23 +129,6 @@ class NarrowPlan {
     const std::vector<NarrowedLayout>& layouts() const noexcept { return layouts_; }
 
   private:
-    static PerSide<int> widest(const PageLayout& layout) noexcept {
-        PerSide<int> most{0, layout.values_in_keys ? 0 : widest_codes(layout.values)};
-        for (const TileFormat& keys : layout.keys) most.keys = std::max(most.keys, widest_codes(keys));
-        return most;
-    }
-    const PageLayout* layout_of(const PageLayout& wide, const PerSide<int>& most_bits) {
-        const PerSide<int> now = widest(wide);
-        if (now.keys <= most_bits.keys && now.values <= most_bits.values) return &wide;
-        auto made = std::make_shared<const PageLayout>(narrowed(wide, most_bits.keys, most_bits.values));
-        const PerSide<int> most = widest(*made);
-        for (const NarrowedLayout& known : layouts_)
-            if (known.most_bits.keys == most.keys && known.most_bits.values == most.values)
-                return known.layout.get();
-        layouts_.push_back({most, std::move(made)});
-        return layouts_.back().layout.get();
-    }
-
     const CacheState& state_;
     std::vector<NarrowedLayout> layouts_;
     std::vector<const PageLayout*> of_tiles_;

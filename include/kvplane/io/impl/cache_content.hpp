@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "kvplane/cache/edit.hpp"
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/io/cache_content.hpp"
@@ -13,6 +14,7 @@
 #include "kvplane/io/impl/latent_content.hpp"
 #include "kvplane/io/json_text.hpp"
 #include "kvplane/io/safetensors.hpp"
+#include "kvplane/storage/narrow.hpp"
 #include "kvplane/storage/tile_coder.hpp"
 
 namespace kvplane::detail {
@@ -110,8 +112,9 @@ inline std::string side_json(const SideRecipe& side) {
         .text();
 }
 
-/// Everything that what is stored depends on. The recipe's name is not part of it.
-inline std::string configuration_json(const CacheConfiguration& c) {
+/// Everything that what is stored depends on. The recipe's name is not part of it. moved: whether keys in channels
+/// have moved, which are turned by RoPE when they are read.
+inline std::string configuration_json(const CacheConfiguration& c, bool moved) {
     JsonObject json;
     json.add("kv_heads", c.kv_heads)
         .add("query_heads", c.query_heads)
@@ -127,6 +130,7 @@ inline std::string configuration_json(const CacheConfiguration& c) {
         .add_text("latents", latents_json(c));
     // What older files do not have is left out where it does not count.
     if (c.values_in_keys) json.add("rotary_bits", c.recipe.rotary_bits);
+    if (moved && !c.recipe.latents) json.add_text("rope", rope_json(c.rope));
     return json.text();
 }
 
@@ -134,20 +138,23 @@ inline std::string configuration_json(const CacheConfiguration& c) {
 
 KVPLANE_FUNCTION void PageArray::each(const ByteSink& take) const {
     if (pages_.empty()) return take(file_);
-    const auto bytes = static_cast<std::size_t>(pages_.front().bytes());
-    const std::size_t as_they_are = pages_.size() - (clear_ ? 1 : 0);
-    for (std::size_t i = 0; i < as_they_are; ++i) take({pages_[i].data(), bytes});
-    if (!clear_) return;
-    std::vector<std::byte> last(pages_.back().data(), pages_.back().data() + bytes);
-    clear_(last.data());
-    take(last);
+    std::vector<std::byte> copy;
+    auto partial = partial_.begin();
+    for (std::size_t i = 0; i < pages_.size(); ++i) {
+        const std::span<const std::byte> page(pages_[i].data(), static_cast<std::size_t>(pages_[i].bytes()));
+        if (partial == partial_.end() || *partial != i) {
+            take(page);
+            continue;
+        }
+        copy.assign(page.begin(), page.end());
+        clear_(i, copy.data());
+        take(copy);
+        ++partial;
+    }
 }
 
-KVPLANE_FUNCTION PageReference PageArray::page(TilePool& pool, Index bytes, std::size_t index) const {
-    if (pages_.empty()) return pool.page_of(file_.data() + index * static_cast<std::size_t>(bytes), bytes);
-    PageReference page = pool.page_of(pages_[index].data(), bytes);
-    if (clear_ && index + 1 == pages_.size()) clear_(page.data());
-    return page;
+KVPLANE_FUNCTION PageReference PageArray::page(TilePool& pool, Index at, Index bytes) const {
+    return pool.page_of(file_.data() + at, bytes);
 }
 
 KVPLANE_FUNCTION std::string own_basis_checksum(const KvCache& cache) {
@@ -161,38 +168,53 @@ KVPLANE_FUNCTION CacheContent CacheContent::of(const KvCache& cache) {
     require(state.provisional.empty(), ErrorCode::option, "save: ", state.provisional.size(),
             " provisional tokens, expected none: accept them, or truncate to ", state.settled());
     CacheContent content;
-    content.configuration = configuration_json(cache.configuration());
     content.tokens = state.tokens;
     content.kept_sinks = state.kept_sinks;
     content.dropped = state.dropped;
     content.window_first = state.recent_first;
     const StoredExtremes& extremes = state.settled_extremes;
-    for (const PerSide<double>& of : {extremes.largest, extremes.excess, extremes.carried})
-        content.extremes.insert(content.extremes.end(), {of.keys, of.values});
+    content.extremes = {extremes.largest.keys, extremes.largest.values, extremes.excess.keys,
+                        extremes.excess.values, extremes.carried.keys, extremes.carried.values};
 
-    std::function<void(std::byte*)> clear;
-    if (const Index count = state.sink_count(shape.recipe()); count < shape.recipe().sink_tokens)
-        clear = [&shape, count](std::byte* page) { shape.sink_rows().clear(page, count); };
-    if (state.sinks) content.sinks = PageArray({&state.sinks, 1}, std::move(clear));
+    const Index sinks = state.sink_count(shape.recipe());
+    if (state.sinks)
+        content.sinks = PageArray({&state.sinks, 1}, {0}, [&shape, sinks](std::size_t, std::byte* page) {
+            shape.sink_rows().clear(page, sinks);
+        });
 
-    clear = nullptr;
-    if (state.stale)
-        clear = [&state](std::byte* page) { clear_tiles(*state.layout, state.tiles.back().tokens, page); };
-    content.tiles = PageArray(state.tile_pages, std::move(clear));
-    for (const TilePlace& tile : state.tiles) {
+    std::vector<std::size_t> partial;
+    for (std::size_t t = 0; t < state.tiles.size(); ++t) {
+        const TilePlace& tile = state.tiles[t];
+        if (tile.tokens < kvplane::tile_tokens) partial.push_back(t);
         content.tile_first.push_back(tile.first);
         content.tile_tokens.push_back(tile.tokens);
+        content.tile_row.push_back(tile.row);
+        content.tile_shift.push_back(tile.shift);
+        PerSide<int> bits{0, 0};
+        for (const NarrowedLayout& narrowed : state.narrowed)
+            if (narrowed.layout.get() == tile.layout) bits = narrowed.most_bits;
+        content.tile_bits.push_back(bits.keys);
+        content.tile_bits.push_back(bits.values);
     }
+    content.tiles = PageArray(state.tile_pages, std::move(partial), [&state](std::size_t t, std::byte* page) {
+        clear_tiles(state.tiles[t], page);
+    });
 
-    clear = nullptr;
-    if (const Index rest = (state.tokens - state.recent_first) % recent_page_tokens; rest > 0)
-        clear = [&shape, rest](std::byte* page) { shape.recent_rows().clear(page, rest); };
-    content.recent = PageArray(state.recent, std::move(clear));
+    const Index rest = (state.tokens - state.recent_first) % recent_page_tokens;
+    if (rest > 0) partial = {state.recent.size() - 1};
+    content.recent =
+        PageArray(state.recent, std::move(partial),
+                  [&shape, rest](std::size_t, std::byte* page) { shape.recent_rows().clear(page, rest); });
 
+    content.configuration = configuration_json(cache.configuration(), content.moved());
     content.basis_sum = own_basis_checksum(cache);
     if (!content.basis_sum.empty()) content.basis = state.latent;
     if (state.queries) content.queries = *state.queries;
     return content;
+}
+
+KVPLANE_FUNCTION bool CacheContent::uniform() const noexcept {
+    return std::all_of(tile_bits.begin(), tile_bits.end(), [](auto bits) { return bits == 0; });
 }
 
 /// The shape and dtype of a tensor of each kind.
@@ -210,7 +232,7 @@ KVPLANE_FUNCTION void CacheContent::add_to(SafetensorsWriter& writer, const std:
         const auto size = static_cast<Index>(array.size());
         std::vector<Index> shape{size};
         if constexpr (std::is_same_v<std::decay_t<decltype(array)>, PageArray>) {
-            if (&array == &tiles) shape = {tile_count, tile_count > 0 ? size / tile_count : 0};
+            if (&array == &tiles && uniform()) shape = {tile_count, tile_count > 0 ? size / tile_count : 0};
             writer.add_streamed(prefix + name, std::move(shape), DType::uint8,
                                 [&array](const ByteSink& take) { array.each(take); });
         } else {
@@ -303,15 +325,15 @@ KVPLANE_FUNCTION CacheContent CacheContent::read(const SafetensorsFile& file, co
         if (version == std::to_string(content.format)) break;
     require(content.format <= cache_format, ErrorCode::mismatch, source, ": a cache of format ", version,
             ", expected ", oldest, " to ", cache_format);
+    each_tensor(content, [&](const char* name, auto& array) { reader.read(name, array); });
     content.configuration = reader.text(prefix + "kvplane.configuration");
-    const std::string expected = configuration_json(wanted);
+    const std::string expected = configuration_json(wanted, content.moved());
     require(content.configuration == expected, ErrorCode::mismatch, source, ": ", prefix,
             prefix.empty() ? "" : " ", "a cache of another configuration: ", content.configuration,
             ", expected ", expected);
     each_number(content, [&](const char* key, Index& number) {
         number = metadata_number(file, source, prefix + key);
     });
-    each_tensor(content, [&](const char* name, auto& array) { reader.read(name, array); });
     const std::size_t extreme_count = content.format >= 4 ? 6 : 4;
     require(content.extremes.size() == extreme_count, ErrorCode::format, source,
             ": extremes: ", content.extremes.size(), " numbers, expected ", extreme_count);
@@ -333,6 +355,21 @@ KVPLANE_FUNCTION StoredExtremes CacheContent::stored_extremes() const noexcept {
     return all;
 }
 
+/// The layout of a tile that was narrowed to these widths. Throws Error (format) where the recipe's cannot be.
+inline const PageLayout* read_narrowed(CacheState& state, const PerSide<int>& bits, std::size_t tile,
+                                       const std::string& source) {
+    const auto expect = [&](bool holds) {
+        require(holds, ErrorCode::format, source, ": tile ", tile, ": ", bits.keys, " bits of keys and ",
+                bits.values, " of values, which no tile of the recipe is narrowed to");
+    };
+    expect(can_narrow(*state.layout, bits.keys, bits.values));
+    const PageLayout* const layout = narrowed_layout(state.narrowed, *state.layout, bits);
+    expect(std::any_of(state.narrowed.begin(), state.narrowed.end(), [&](const NarrowedLayout& one) {
+        return one.layout.get() == layout && one.most_bits == bits;
+    }));
+    return layout;
+}
+
 /// The state of a cache with the content's basis.
 KVPLANE_FUNCTION CacheState CacheContent::empty_state(const CacheShape& shape) const {
     CacheState state = shape.empty_state();
@@ -346,19 +383,73 @@ KVPLANE_FUNCTION CacheState CacheContent::empty_state(const CacheShape& shape) c
 KVPLANE_FUNCTION void CacheContent::require_cache(const CacheConfiguration& configuration_wanted,
                                                   const std::string& source) const {
     const CacheShape shape(configuration_wanted);
-    require_consistent(shape, empty_state(shape), source);
+    CacheState state = empty_state(shape);
+    const std::vector<TilePlace> places = this->places(state, source);
+    require_consistent(shape, state, places, source);
+}
+
+KVPLANE_FUNCTION bool CacheContent::moved() const noexcept {
+    return std::any_of(tile_shift.begin(), tile_shift.end(), [](auto shift) { return shift != 0; });
+}
+
+KVPLANE_FUNCTION std::vector<TilePlace> CacheContent::places(CacheState& state,
+                                                             const std::string& source) const {
+    const auto expect = [&](bool holds, const auto&... what) {
+        require(holds, ErrorCode::format, source, ": ", what...);
+    };
+    const std::size_t count = tile_first.size(), rows = format >= 5 ? count : 0;
+    expect(state.layout || count == 0, "tiles, but no basis to read them with");
+    expect(tile_tokens.size() == count && tile_row.size() == rows && tile_shift.size() == rows &&
+               tile_bits.size() == 2 * rows,
+           "tiles: ", count, " positions, ", tile_tokens.size(), " numbers of tokens, ", tile_row.size(),
+           " rows, ", tile_shift.size(), " shifts and ", tile_bits.size(), " widths contradict each other");
+    std::vector<TilePlace> places;
+    for (std::size_t i = 0; i < count; ++i) {
+        TilePlace place{.page = nullptr,
+                        .layout = state.layout.get(),
+                        .first = static_cast<Index>(tile_first[i]),
+                        .tokens = static_cast<Index>(tile_tokens[i])};
+        if (format >= 5) {
+            place.row = static_cast<Index>(tile_row[i]);
+            place.shift = static_cast<Index>(tile_shift[i]);
+            const std::int64_t keys = tile_bits[2 * i], values = tile_bits[2 * i + 1];
+            expect(keys >= 0 && keys <= 16 && values >= 0 && values <= 16 && (keys > 0 || values == 0),
+                   "tile ", i, ": ", keys, " bits of keys and ", values, " of values");
+            if (keys > 0) {
+                const PerSide<int> bits{static_cast<int>(keys), static_cast<int>(values)};
+                place.layout = read_narrowed(state, bits, i, source);
+            }
+        }
+        constexpr Index most = Index{1} << 40;
+        expect(place.first >= 0 && place.first < most && place.tokens >= 1 && place.row >= 0 &&
+                   place.end_row() <= kvplane::tile_tokens && place.shift >= 0 && place.shift < most,
+               "tile ", i, ": ", place.tokens, " tokens from row ", place.row, " and token ", place.first,
+               ", moved by ", place.shift, ", expected 1 to 128 tokens of a tile");
+        places.push_back(place);
+    }
+    return places;
+}
+
+KVPLANE_FUNCTION std::vector<PageReference> CacheContent::pages(const std::vector<TilePlace>& places,
+                                                                TilePool& pool) const {
+    std::vector<PageReference> pages;
+    Index at = 0;
+    for (const TilePlace& place : places) {
+        pages.push_back(tiles.page(pool, at, place.layout->bytes));
+        at += place.layout->bytes;
+    }
+    return pages;
 }
 
 KVPLANE_FUNCTION void CacheContent::require_consistent(const CacheShape& shape, const CacheState& state,
+                                                       const std::vector<TilePlace>& places,
                                                        const std::string& source) const {
     const auto expect = [&](bool holds, const auto&... what) {
         require(holds, ErrorCode::format, source, ": ", what...);
     };
     const CacheRecipe& recipe = shape.recipe();
     const bool needs_queries = !state.layout && recipe.latents && recipe.latents->basis.query_weighted;
-    const Index tile_bytes = state.layout ? state.layout->bytes : 0;
     expect(queries.empty() || needs_queries, "moments of queries in a cache that needs none");
-    expect(state.layout || tile_first.empty(), "tiles, but no basis to read them with");
     constexpr Index most = Index{1} << 40;
     expect(tokens >= 0 && tokens < most && dropped >= 0 && dropped <= tokens && window_first >= 0 &&
                window_first <= tokens && kept_sinks >= 0 && kept_sinks < most,
@@ -371,20 +462,20 @@ KVPLANE_FUNCTION void CacheContent::require_consistent(const CacheShape& shape, 
            sink_bytes);
     expect(window_first >= sink_count, "window_first ", window_first, ", expected at least the ", sink_count,
            " sinks");
-    const auto count = tile_first.size();
-    expect(tile_tokens.size() == count && tiles.size() == count * static_cast<std::size_t>(tile_bytes),
-           "tiles: ", tiles.size(), " bytes for ", count, " tiles of ", tile_bytes);
+    Index tile_bytes = 0;
+    for (const TilePlace& place : places) tile_bytes += place.layout->bytes;
+    expect(static_cast<Index>(tiles.size()) == tile_bytes, "tiles: ", tiles.size(), " bytes for ",
+           places.size(), " tiles of ", tile_bytes, " bytes");
     // Tiles follow each other; where some were dropped there is a gap.
     const auto may_begin = [&](Index first, Index at) {
         return first == at || (kept <= at && at < first && first <= dropped);
     };
     Index next = sink_count;
-    for (std::size_t i = 0; i < count; ++i) {
-        const auto first = static_cast<Index>(tile_first[i]);
-        expect(may_begin(first, next) && tile_tokens[i] >= 1 && tile_tokens[i] <= kvplane::tile_tokens,
-               "tile ", i, ": ", tile_tokens[i], " tokens from ", first, ", expected 1 to 128 from ", next,
+    for (std::size_t i = 0; i < places.size(); ++i) {
+        expect(may_begin(places[i].first, next), "tile ", i, ": ", places[i].tokens, " tokens from ",
+               places[i].first, ", expected 1 to 128 from ", next,
                dropped > next ? " or one that was dropped" : "");
-        next = first + static_cast<Index>(tile_tokens[i]);
+        next = places[i].first + places[i].tokens;
     }
     expect(may_begin(window_first, next), "the tiles end at token ", next, ", expected ", window_first);
     const Index left = tokens - window_first;
@@ -400,24 +491,21 @@ KVPLANE_FUNCTION KvCache CacheContent::restore(const CacheConfiguration& configu
                                                const std::string& source) const {
     const CacheShape shape(configuration_wanted);
     CacheState state = empty_state(shape);
-    require_consistent(shape, state, source);
+    const std::vector<TilePlace> places = this->places(state, source);
+    require_consistent(shape, state, places, source);
     if (!queries.empty()) state.queries = std::make_shared<const CacheState::QueryMoments>(queries);
     state.tokens = tokens;
     state.dropped = dropped;
     state.recent_first = window_first;
     if (format >= 4) state.kept_sinks = kept_sinks;
     state.settled_extremes = stored_extremes();
-    if (sinks.size() > 0) state.sinks = sinks.page(pool, static_cast<Index>(sinks.size()), 0);
-    for (std::size_t i = 0; i < tile_first.size(); ++i)
-        state.add_tile(tiles.page(pool, state.layout->bytes, i),
-                       {.page = nullptr,
-                        .layout = state.layout.get(),
-                        .first = static_cast<Index>(tile_first[i]),
-                        .tokens = static_cast<Index>(tile_tokens[i])});
+    if (sinks.size() > 0) state.sinks = sinks.page(pool, 0, static_cast<Index>(sinks.size()));
+    std::vector<PageReference> pages = this->pages(places, pool);
+    for (std::size_t i = 0; i < places.size(); ++i) state.add_tile(std::move(pages[i]), places[i]);
     state.stale = !state.tiles.empty() && state.tiles.back().tokens < kvplane::tile_tokens;  // of format 3
     const Index page_bytes = shape.recent_rows().bytes();
-    for (std::size_t i = 0; i * static_cast<std::size_t>(page_bytes) < recent.size(); ++i)
-        state.recent.push_back(recent.page(pool, page_bytes, i));
+    for (Index at = 0; at < static_cast<Index>(recent.size()); at += page_bytes)
+        state.recent.push_back(recent.page(pool, at, page_bytes));
     return KvCache(configuration_wanted, pool, std::move(state));
 }
 

@@ -71,12 +71,15 @@ inline void narrow(CacheContent& content, const CacheState& state, Index first, 
         state.tiles.begin());
     std::size_t to = from;
     while (to < state.tiles.size() && state.tiles[to].first < last) ++to;
-    const auto keep = [&](std::vector<std::int64_t>& of) {
-        of = {of.begin() + static_cast<std::ptrdiff_t>(from), of.begin() + static_cast<std::ptrdiff_t>(to)};
+    const auto keep = [&](std::vector<std::int64_t>& of, std::size_t each) {
+        of = {of.begin() + static_cast<std::ptrdiff_t>(each * from),
+              of.begin() + static_cast<std::ptrdiff_t>(each * to)};
     };
-    keep(content.tile_first);
-    keep(content.tile_tokens);
-    content.tiles = PageArray(std::span(state.tile_pages).subspan(from, to - from), nullptr);
+    for (std::vector<std::int64_t>* list :
+         {&content.tile_first, &content.tile_tokens, &content.tile_row, &content.tile_shift})
+        keep(*list, 1);
+    keep(content.tile_bits, 2);
+    content.tiles = PageArray(std::span(state.tile_pages).subspan(from, to - from), {}, {});
     content.sinks = {};
     if (last <= state.recent_first) content.recent = {};
     content.tokens = last;
@@ -86,27 +89,28 @@ inline void narrow(CacheContent& content, const CacheState& state, Index first, 
 }
 
 /// That a file's range is one: whole tiles side by side, then recent tokens. Throws Error (format).
-inline void require_range(const CacheContent& content, const CacheShape& shape, Index tile_bytes,
-                          const std::string& source) {
+inline void require_range(const CacheContent& content, const CacheShape& shape,
+                          const std::vector<TilePlace>& places, const std::string& source) {
     const auto expect = [&](bool holds, const auto&... what) {
         require(holds, ErrorCode::format, source, ": ", what...);
     };
     const CacheRecipe& recipe = shape.recipe();
     const Index first = content.range_first.value_or(0), left = content.tokens - content.window_first;
-    const auto count = content.tile_first.size();
+    const std::size_t count = places.size();
     expect(first >= recipe.sink_tokens && content.tokens > first && left >= 0 &&
                left < tile_tokens + recipe.recent_tokens && (left == 0 || !recipe.every_token) &&
                content.dropped <= content.kept_sinks && content.sinks.size() == 0,
            "a range of tokens [", first, ", ", content.tokens, "), of which ", left,
            " recent, contradicts itself");
-    expect(content.tile_tokens.size() == count &&
-               content.tiles.size() == count * static_cast<std::size_t>(tile_bytes),
-           "tiles: ", content.tiles.size(), " bytes for ", count, " tiles of ", tile_bytes);
+    Index tile_bytes = 0;
+    for (const TilePlace& place : places) tile_bytes += place.layout->bytes;
+    expect(static_cast<Index>(content.tiles.size()) == tile_bytes, "tiles: ", content.tiles.size(),
+           " bytes for ", count, " tiles of ", tile_bytes, " bytes");
     for (std::size_t i = 0; i < count; ++i)
-        expect(content.tile_first[i] == first + static_cast<Index>(i) * tile_tokens &&
-                   content.tile_tokens[i] == tile_tokens,
-               "tile ", i, ": ", content.tile_tokens[i], " tokens from ", content.tile_first[i],
-               ", expected 128 from ", first + static_cast<Index>(i) * tile_tokens);
+        expect(
+            places[i].first == first + static_cast<Index>(i) * tile_tokens && places[i].tokens == tile_tokens,
+            "tile ", i, ": ", places[i].tokens, " tokens from ", places[i].first, ", expected 128 from ",
+            first + static_cast<Index>(i) * tile_tokens);
     expect(content.window_first == first + static_cast<Index>(count) * tile_tokens, "the tiles end at token ",
            first + static_cast<Index>(count) * tile_tokens, ", expected ", content.window_first);
     const Index pages = (left + recent_page_tokens - 1) / recent_page_tokens;
@@ -167,7 +171,8 @@ KVPLANE_FUNCTION void load_range(const std::filesystem::path& path, KvCache& cac
     expect(content.basis_sum == detail::own_basis_checksum(cache),
            "tokens that were stored in another basis than the cache's own");
     expect(state.layout != nullptr, "tokens in tiles, but the cache has yet to fit its basis");
-    detail::require_range(content, shape, state.layout->bytes, source);
+    std::vector<TilePlace> tiles = content.places(state, source);
+    detail::require_range(content, shape, tiles, source);
 
     const Index first = content.range_first.value_or(0), last = content.tokens;
     const detail::MissingTokens missing(state, shape.recipe());
@@ -184,21 +189,16 @@ KVPLANE_FUNCTION void load_range(const std::filesystem::path& path, KvCache& cac
         at = missing.tile;
     }
 
-    std::vector<PageReference> pages;
-    std::vector<TilePlace> tiles;
-    for (std::size_t i = 0; i < content.tile_first.size(); ++i) {
-        pages.push_back(content.tiles.page(cache.pool(), state.layout->bytes, i));
-        tiles.push_back({pages.back().data(), static_cast<Index>(content.tile_first[i]), tile_tokens});
-    }
+    const std::vector<PageReference> pages = content.pages(tiles, cache.pool());
+    for (std::size_t i = 0; i < tiles.size(); ++i) tiles[i].page = pages[i].data();
     state.tile_pages.insert(state.tile_pages.begin() + static_cast<std::ptrdiff_t>(at), pages.begin(),
                             pages.end());
     state.tiles.insert(state.tiles.begin() + static_cast<std::ptrdiff_t>(at), tiles.begin(), tiles.end());
     state.settled_extremes.include(content.stored_extremes());
     if (at_end) {
         const Index page_bytes = shape.recent_rows().bytes();
-        for (Index i = 0; i * page_bytes < static_cast<Index>(content.recent.size()); ++i)
-            state.recent.push_back(
-                content.recent.page(cache.pool(), page_bytes, static_cast<std::size_t>(i)));
+        for (Index at = 0; at < static_cast<Index>(content.recent.size()); at += page_bytes)
+            state.recent.push_back(content.recent.page(cache.pool(), at, page_bytes));
         state.tokens = last;
         state.recent_first = content.window_first;
     } else if (first > missing.first) {

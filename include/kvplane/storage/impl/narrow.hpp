@@ -32,6 +32,18 @@ KVPLANE_FUNCTION int widest_codes(const TileFormat& format) noexcept {
     return all_half ? 16 : widest;
 }
 
+inline bool can_narrow(const TileFormat& format, int bits) noexcept {
+    if (widest_codes(format) == 16) return bits >= 16;
+    return std::all_of(format.segments().begin(), format.segments().end(), [&](const TileFormat::Placed& s) {
+        return s.is_half() || s.bits <= bits || (s.scheme != Scheme::symmetric && s.split[0] <= bits);
+    });
+}
+KVPLANE_FUNCTION bool can_narrow(const PageLayout& layout, int key_bits, int value_bits) noexcept {
+    return std::all_of(layout.keys.begin(), layout.keys.end(),
+                       [&](const TileFormat& keys) { return can_narrow(keys, key_bits); }) &&
+           (layout.values_in_keys || can_narrow(layout.values, value_bits));
+}
+
 KVPLANE_FUNCTION TileFormat narrowed(const TileFormat& format, int bits) {
     const char* const side = format.side() == TileSide::keys ? "keys" : "values";
     require(widest_codes(format) < 16 || bits >= 16, ErrorCode::option, "narrow: ", side, " in fp16 to ",
