@@ -1,9 +1,10 @@
 // bench/cache_file_bench.cpp: sessions to a file and back.
 //
-//   Save/RECIPE/SYNC   30 layers of 8192 tokens, 9 query heads over 3 of 64, into a file of the temporary folder;
-//                      SYNC: 1 where the file is on the disk when the call returns, 0 where it is in the page cache
-//   Load/RECIPE/NEW    the same back, from the page cache; NEW: 1 into memory that the system has yet to give,
-//                      0 into pages that the pool kept
+//   Save/RECIPE/SYNC   30 layers of 8192 tokens, 9 query heads over 3 of 64, into a file of the temporary
+//                      folder; SYNC: 1 where it is on the disk when the call returns, 0 where it is in the
+//                      page cache
+//   Load/RECIPE/NEW    the same back, from the page cache; NEW: 1 into memory that the system has yet to
+//                      give, 0 into pages that the pool kept
 //   Range/RECIPE       4096 old tokens of each layer out and back, a file each, as an engine offloads them
 //
 // Counter: `bytes_per_second` of the file; of both ways for ranges.

@@ -1,5 +1,5 @@
 // The stored bytes of every recipe, pinned: whoever changes the format sees it here, and raises the version
-// (cache_format_version) so that old files are refused or read, never misread.
+// (cache_format in io/cache_content.hpp) so that old files are refused or read, never misread.
 //
 //   KVPLANE_GOLDEN=print golden_test     prints the table below as this build makes it, and hashes of what
 //                                        attention returns for every recipe, read policy, number of query

@@ -41,8 +41,8 @@ void freed(void* memory) noexcept {
 }
 }  // namespace
 
-// Every allocation of this program but those with an alignment, which pages have. Not inlined, or g++ would see
-// free() meet operator new.
+// Every allocation of this program but those with an alignment, which pages have. Not inlined, or g++ would
+// see free() meet operator new.
 __attribute__((noinline)) void* operator new(std::size_t size) {
     void* const memory = allocated(size);
     if (!memory) throw std::bad_alloc();

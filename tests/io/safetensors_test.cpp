@@ -988,7 +988,7 @@ TEST_F(SafetensorsFolder, WriteRefusesWhereItCannotPutTheFile) {
     EXPECT_TRUE(std::filesystem::exists(path("folder/occupied")));
 }
 
-// -- Tensors whose bytes are asked for --------------------------------------------------------------------------
+// -- Tensors whose bytes are asked for ----------------------------------------------------------------------
 
 std::vector<std::byte> counted(std::size_t count) {
     std::vector<std::byte> bytes(count);

@@ -78,8 +78,8 @@ struct CacheContent {
         visit("kvplane.window_first", content.window_first);
         if (content.format >= 4) visit("kvplane.kept_sinks", content.kept_sinks);
     }
-    /// visit(name, array) for the tensors: a PageArray, or a list of numbers. What is saved, loaded and hashed
-    /// follows this list, in its order.
+    /// visit(name, array) for the tensors: a PageArray, or a list of numbers. What is saved, loaded and
+    /// hashed follows this list, in its order.
     template <class Content, class Visit>
     static void each_tensor(Content& content, const Visit& visit) {
         visit("sinks", content.sinks);

@@ -30,11 +30,12 @@
 // The checksum finds damage, it is no protection against forgery. It is a decimal number, a hash h of 64-bit
 // words, with the constants of FNV-1a, but over words instead of bytes and with a shift that brings high bits
 // down:
-//   h = 0xCBF29CE484222325, and for each word w:  h = (h xor w) * 0x100000001B3 mod 2^64;  h = h xor (h >> 29)
-// An array of bytes is hashed as its size in bytes, and then in four lanes, so that a product need not wait for
-// the one before it. Lane k is a hash of its own, which begins at 0xCBF29CE484222325 + k. The bytes, filled up
-// with zeros to a multiple of 32, are words (little-endian); word i goes into lane i mod 4. Then the four lanes
-// are words of h. In this order:
+//   h = 0xCBF29CE484222325, and for each word w:
+//   h = (h xor w) * 0x100000001B3 mod 2^64;  h = h xor (h >> 29)
+// An array of bytes is hashed as its size in bytes, and then in four lanes, so that a product need not wait
+// for the one before it. Lane k is a hash of its own, which begins at 0xCBF29CE484222325 + k. The bytes,
+// filled up with zeros to a multiple of 32, are words (little-endian); word i goes into lane i mod 4. Then
+// the four lanes, in their order, are words of h. In this order:
 //   of a session, the words layers and the layer's number; of a range, the word first;
 //   the array kvplane.configuration; the words tokens, dropped, window_first, kept_sinks;
 //   the arrays sinks, tiles, recent, tile_first, tile_tokens, tile_row, tile_shift, tile_bits, extremes;
@@ -43,8 +44,8 @@
 // Formats 3 (without kept_sinks) and 4 hash an array in one lane, which is h: its size in bytes, its whole
 // words, and one more word with the 0 to 7 bytes that are left, filled up with zeros.
 // A basis has a checksum of its own, with arrays in one lane. For each subspace: for each run of its segments
-// the words latents and bits; then the arrays mean, encode_scale, decode_scale, decode, encode, channels (empty
-// where there is none).
+// the words latents and bits; then the arrays mean, encode_scale, decode_scale, decode, encode, channels
+// (empty where there is none).
 #pragma once
 
 #include <cstddef>

@@ -11,6 +11,7 @@
 
 namespace kvplane::detail {
 
+/// 8 bytes, at any address.
 inline std::uint64_t checksum_word(const std::byte* bytes) noexcept {
     std::uint64_t word;
     std::memcpy(&word, bytes, sizeof(word));
@@ -43,8 +44,8 @@ inline void add_serial(WordHash& sum, std::span<const std::byte> bytes) noexcept
     sum.add(rest);
 }
 
-/// An array that comes in pieces, in four lanes, whose products need not wait for each other. Its size in bytes
-/// goes into the sum before.
+/// An array that comes in pieces, in four lanes, whose products need not wait for each other. Its size in
+/// bytes goes into the sum before.
 class LaneHash {
   public:
     void add(std::span<const std::byte> piece) noexcept {

@@ -35,8 +35,8 @@ class MappedFile {
 /// How a file is written.
 struct WriteOptions {
     /// Whether the content is on the disk before the file takes its name, so that a power failure leaves what
-    /// was there or all of the new file. Without it the file may be damaged then, but is written several times
-    /// as fast: for what is no loss, such as tokens that can be computed again.
+    /// was there or all of the new file. Without it a power failure may leave a damaged file, but nobody
+    /// waits for the disk: for what is no loss, such as tokens that can be computed again.
     bool sync = true;
 };
 

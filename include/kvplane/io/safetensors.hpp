@@ -145,14 +145,14 @@ class SafetensorsWriter {
     /// UTF-8.
     void metadata(std::string key, std::string value);
 
-    /// The file in memory. Throws Error: option where the header would be longer than the format allows; shape
-    /// as add_streamed().
+    /// The file in memory. Throws Error: option where the header would be longer than the format allows;
+    /// shape as add_streamed().
     std::vector<std::byte> to_bytes() const;
 
-    /// Writes the file: under another name in the same folder, synced, then renamed to `path`, so that `path`
-    /// is at any time either what it was or complete, and untouched where this throws. A regular file keeps
-    /// its permissions; a link at `path` is replaced, not followed; anything else there is refused. See
-    /// FileReplacement (io/file.hpp), also for `options`. Throws Error: io with the system's reason, option and
+    /// Writes the file: under another name in the same folder, synced (see WriteOptions), then renamed to
+    /// `path`, so that `path` is at any time either what it was or complete, and untouched where this throws.
+    /// A regular file keeps its permissions; a link at `path` is replaced, not followed; anything else there
+    /// is refused. See FileReplacement (io/file.hpp). Throws Error: io with the system's reason; option and
     /// shape as to_bytes().
     void write(const std::filesystem::path& path, const WriteOptions& options = {}) const;
 
