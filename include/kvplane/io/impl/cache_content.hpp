@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -274,7 +275,26 @@ class ContentReader {
         to.resize(from.size() / sizeof(Number));
         if (!from.empty()) std::memcpy(to.data(), from.data(), from.size());
     }
+    /// Moments and bases refuse numbers that cannot be theirs; where a file brings them, it is malformed.
     void read_latents(const CacheConfiguration& c, CacheContent& content) const {
+#if defined(__cpp_exceptions)
+        try {
+            read_own_latents(c, content);
+        } catch (const Error& error) {
+            const ErrorCode code = error.code();
+            if (code != ErrorCode::shape && code != ErrorCode::option && code != ErrorCode::not_finite) throw;
+            std::string_view sentence = error.what();
+            constexpr std::string_view name = "kvplane: ";
+            if (sentence.starts_with(name)) sentence.remove_prefix(name.size());
+            fail(ErrorCode::format, source_, ": ", sentence);
+        }
+#else
+        read_own_latents(c, content);
+#endif
+    }
+
+  private:
+    void read_own_latents(const CacheConfiguration& c, CacheContent& content) const {
         if (!c.fits_basis()) return;
         const LatentFile file(file_, source_);
         LatentRecipe recipe = *c.recipe.latents;
@@ -287,8 +307,6 @@ class ContentReader {
             content.queries = read_queries(file, prefix_ + "queries.", c.kv_heads, c.key_head_dim);
         }
     }
-
-  private:
     std::span<const std::byte> bytes(const char* name, DType dtype) const {
         const std::string tensor = prefix_ + name;
         require(file_.contains(tensor), ErrorCode::format, source_, ": no tensor '", tensor, "'");
