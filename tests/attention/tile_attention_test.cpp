@@ -115,6 +115,43 @@ TEST(TileScores, AreThoseOfTheDecodedTile) {
     }
 }
 
+/// T14 over all magnitudes: from factors that count as 0, subnormal ones among them, to sums near the largest float.
+TEST(TileScores, KeepTheBoundAtEveryMagnitude) {
+    Random random(kvplane_test::seed());
+    AttentionScratch scratch(64);
+    for (const int bits : {2, 4, 8})
+        for (const float step : {1e-4f, 1.0f, 4266.0f * 15.0f / 255.0f}) {
+            const TileFormat format(TileSide::keys, 64, bits,
+                                    {Granularity::per_channel, 128, Scheme::min_max});
+            Matrix values = normal_matrix(tile_tokens, 64, random);
+            values *=
+                step * (std::exp2(static_cast<float>(bits)) - 1.0f) / (2.0f * values.cwiseAbs().maxCoeff());
+            const Encoded keys(format, values);
+            const Matrix direction = normal_matrix(4, 64, random);
+            // Of 64 products up to 3 times 32,000.
+            for (float magnitude = 1e-44f; magnitude < 1e31f; magnitude *= 10.0f) {
+                Matrix queries = magnitude * direction;
+                queries.row(3).tail(63) *= 1e-6f;  // all other factors round to 0
+                const MatrixD exact = queries.cast<double>() * keys.decoded.cast<double>().transpose(),
+                              terms = queries.cast<double>().cwiseAbs() *
+                                      keys.decoded.cast<double>().cwiseAbs().transpose();
+                for_each_isa([&](Isa isa) {
+                    Matrix scores(4, tile_tokens);
+                    tile_scores(isa, format, {.tile = keys.tile.data(), .next = keys.tile.data()},
+                                {queries.data(), 64, 4}, offsets, scratch, scores.data());
+                    for (Index r = 0; r < 4; ++r) {
+                        const double off =
+                            (scores.row(r).cast<double>() - exact.row(r)).cwiseAbs().maxCoeff();
+                        ASSERT_LE(off,
+                                  score_bound(keys, queries.row(r)) + 1e-5 * terms.row(r).maxCoeff() + 1e-44)
+                            << bits << " bits, steps of " << step << ", queries of " << magnitude << ", row "
+                            << r;
+                    }
+                });
+            }
+        }
+}
+
 /// T14 is tight: factors half a step off on every channel, codes at the top.
 TEST(TileScores, ReachTheBoundOfRounding) {
     const TileFormat format(TileSide::keys, 64, 4, {Granularity::per_channel, 128, Scheme::min_max});

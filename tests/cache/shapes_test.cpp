@@ -10,9 +10,8 @@
 #include <sstream>
 
 #include "cache_support.hpp"
-#include "kvplane/cache/decode.hpp"
 #include "kvplane/io/cache_file.hpp"
-#include "kvplane/theory/bounds.hpp"
+#include "row_reference.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
@@ -93,147 +92,6 @@ Case draw(const std::string& recipe, Random& random) {
     }
 }
 
-// -- The reference and its bounds ---------------------------------------------------------------------------
-
-/// fp32 sums of n terms whose errors are independent: four deviations of sqrt(n) units of 2^-24 of the sum of
-/// magnitudes.
-double rounding(Index terms, double magnitudes) {
-    return std::sqrt(static_cast<double>(terms) + 16.0) * 0x1p-22 * magnitudes;
-}
-
-/// What one query row does with one cache, in double precision; and how far a read of packed bits may be off.
-class RowReference {
-  public:
-    RowReference(const KvCache& cache, const MatrixD& keys, const MatrixD& values)
-        : cache_(cache), keys_(keys), values_(values), sequence_(cache.state().sequence()) {}
-
-    /// query: [key dim] of one query head. `decodes`: whether packed bits are read as they are.
-    void compute(const Eigen::RowVectorXf& query, Index head, Index token, Index query_tokens,
-                 const AttentionParameters& parameters, bool decodes) {
-        const CacheConfiguration& c = cache_.configuration();
-        const Index kv_head = head / c.group(), position = cache_.tokens() - query_tokens + token;
-        const detail::ScoreRule<double> rule(parameters, head, query_tokens, c.key_head_dim);
-        const auto k = keys_.middleCols(kv_head * c.key_head_dim, c.key_head_dim),
-                   v = values_.middleCols(kv_head * c.value_head_dim, c.value_head_dim);
-        Eigen::VectorXd scores = k * query.cast<double>().transpose();
-        for (Index t = 0; t < scores.size(); ++t) scores[t] = rule(scores[t], token, position, t);
-        weights_ = (scores.array() - scores.maxCoeff()).exp().matrix();
-        weights_ /= weights_.sum();
-        output = weights_.transpose() * v;
-
-        // Scores: T14 in tiles, fp32 everywhere. softcap and what is added to a score take off their errors.
-        double score_error =
-            rounding(c.key_head_dim, query.cast<double>().norm() * k.rowwise().norm().maxCoeff());
-        for (Index t = 0; t < sequence_.tiles; ++t)
-            score_error = std::max(score_error, tile_score_error(query, kv_head, t, decodes));
-        score_error *= rule.scale();
-        // Values: T14 by channel, in the frame in which they are stored; a weight is off by e^(2
-        // score_error).
-        const double largest = v.cwiseAbs().maxCoeff() * std::sqrt(static_cast<double>(c.value_head_dim));
-        const double value_error = (decodes ? tile_value_error(kv_head) * std::exp(2.0 * score_error) : 0.0) +
-                                   rounding(cache_.tokens(), 2.0 * largest);
-        const Eigen::RowVectorXd centre = 0.5 * (v.colwise().maxCoeff() + v.colwise().minCoeff());
-        bound = theory::output_error_bound(score_error, (v.rowwise() - centre).rowwise().norm().maxCoeff(),
-                                           value_error);
-        fp32 = 2.0 * rounding(cache_.tokens() + c.key_head_dim, 2.0 * largest);
-    }
-
-    Eigen::RowVectorXd output;
-    double bound = 0.0;  ///< of |o - o'|_2
-    double fp32 = 0.0;   ///< how far two instruction sets may be apart, but for rounded factors
-
-  private:
-    /// The query as the codes of a tile meet it, and for every element the sum of magnitudes that made it.
-    struct Met {
-        Matrix query;
-        Eigen::RowVectorXd magnitudes;
-        double offset = 0.0;  ///< magnitudes of what a mean adds
-    };
-    Met met(const Eigen::RowVectorXf& query, Index kv_head, Index tile) const {
-        Met met{query, query.cast<double>().cwiseAbs(), 0.0};
-        if (const LatentKeys* const latent = cache_.latent_keys()) {
-            const Index subspace = latent->subspace_of_head(kv_head), at = latent->head_offset(kv_head),
-                        dim = latent->head_dim();
-            if (latent->frame() == KeyFrame::tile)
-                latent->embedding().turn(met.query, -sequence_[tile].first);
-            const Matrix basis = latent->from_latents(subspace).middleRows(at, dim);
-            met.offset = met.query.cast<double>().cwiseAbs().row(0).dot(
-                latent->subspace(subspace).mean.segment(at, dim).cast<double>().cwiseAbs());
-            met.magnitudes = met.query.cast<double>().cwiseAbs() * basis.cast<double>().cwiseAbs();
-            met.query = (met.query * basis).eval();
-        } else if (cache_.configuration().recipe.keys.rotate) {
-            cache_.shape().key_rotation.rotate(met.query);
-            // A rotation spreads its rounding over all channels.
-            met.magnitudes = met.query.cast<double>().cwiseAbs().array() +
-                             query.cast<double>().norm() / std::sqrt(static_cast<double>(query.size()));
-        }
-        return met;
-    }
-    double tile_score_error(const Eigen::RowVectorXf& query, Index kv_head, Index tile, bool decodes) const {
-        const PageLayout& layout = *sequence_.layout;
-        const Index subspace = layout.subspace_of(kv_head);
-        const TileFormat& format = layout.key_format(subspace);
-        const std::byte* const at = sequence_.keys(tile, subspace);
-        const Met met = this->met(query, kv_head, tile);
-        double worst = 0.0;
-        const bool by_channel = format.rule().granularity == Granularity::per_channel;
-        const Index groups = by_channel ? tile_tokens / format.rule().group : 1;
-        for (Index g = 0; g < groups; ++g) {
-            double magnitudes = met.offset, error = 0.0;
-            for (const TileFormat::Placed& s : format.segments()) {
-                if (s.bits == 0 || s.bits == 16 || !by_channel) continue;
-                const auto* const step =
-                    reinterpret_cast<const Eigen::half*>(at + s.step_at) + g * s.channels;
-                const auto* const lower =
-                    reinterpret_cast<const Eigen::half*>(at + s.lower_at) + g * s.channels;
-                double largest = 0.0;
-                for (Index i = 0; i < s.channels; ++i) {
-                    const Index channel = s.first_channel + i;
-                    const double width = static_cast<double>(step[i]);
-                    largest = std::max(largest, std::abs(static_cast<double>(met.query(0, channel))) * width);
-                    const double reach =
-                        std::ldexp(width, s.bits) +
-                        (s.scheme == Scheme::symmetric ? 0.0 : std::abs(static_cast<double>(lower[i])));
-                    magnitudes += met.magnitudes[channel] * reach;
-                }
-                if (decodes)
-                    error += theory::rounded_factors_error(s.bits, s.split.shift(0), s.channels, largest);
-            }
-            worst = std::max(worst, error + rounding(format.channels() + query.size(), magnitudes));
-        }
-        return worst;
-    }
-    /// In norm: of every run of channels the sum over tiles.
-    double tile_value_error(Index kv_head) const {
-        if (sequence_.tiles == 0) return 0.0;
-        const TileFormat& format = sequence_.layout->values;
-        const TileFormat::Placed& s = format.segments()[0];
-        if (s.bits == 16) return 0.0;
-        const Index run = std::min(format.rule().group, s.channels), runs = (s.channels + run - 1) / run;
-        double squares = 0.0;
-        for (Index r = 0; r < runs; ++r) {
-            double sum = 0.0;
-            for (Index t = 0; t < sequence_.tiles; ++t) {
-                const auto* const step =
-                    reinterpret_cast<const Eigen::half*>(sequence_.values(t, kv_head) + s.step_at) +
-                    r * tile_tokens;
-                double largest = 0.0;
-                for (Index i = 0; i < sequence_[t].tokens; ++i)
-                    largest =
-                        std::max(largest, weights_[sequence_[t].first + i] * static_cast<double>(step[i]));
-                sum += theory::rounded_factors_error(s.bits, s.split.shift(0), tile_tokens, largest);
-            }
-            squares += sum * sum * static_cast<double>(std::min(run, s.channels - r * run));
-        }
-        return std::sqrt(squares);
-    }
-
-    const KvCache& cache_;
-    const MatrixD &keys_, &values_;
-    TileSequence sequence_;
-    Eigen::VectorXd weights_;
-};
-
 // -- The sweep ----------------------------------------------------------------------------------------------
 
 /// What a recipe with latents refuses of a shape: groups that do not divide it, half a pair of RoPE.
@@ -301,15 +159,12 @@ void check(const Case& c) {
         if (first) {
             bytes = to_bytes(cache);
             expect_fit_or_refusal(cache);
-            const MatrixD k = cache.stored_keys(0, c.tokens).cast<double>(),
-                          v = cache.stored_values(0, c.tokens).cast<double>();
-            decodes = c.query_tokens <= detail::decode_query_tokens && cache.packed_tokens() > 0 &&
-                      detail::decodes(*cache.state().layout, cache.latent_keys());
-            RowReference reference(cache, k, v);
+            decodes = reads_packed(cache, c.query_tokens);
+            RowReference reference(cache);
             for (Index head = 0; head < configuration.query_heads; ++head)
                 for (Index i = 0; i < c.query_tokens; ++i) {
                     reference.compute(queries.row(i).segment(head * c.key_dim, c.key_dim), head, i,
-                                      c.query_tokens, parameters, decodes);
+                                      c.query_tokens, parameters);
                     exact.row(i).segment(head * c.value_dim, c.value_dim) = reference.output;
                     bounds(i, head) = reference.bound;
                     fp32(i, head) = reference.fp32;

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -20,14 +21,21 @@
 #include "kvplane/attention/lanes.hpp"
 #include "kvplane/attention/plane_groups.hpp"
 #include "kvplane/attention/scratch.hpp"
+#include "kvplane/quantize/kernels.hpp"
 #include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane::detail {
 
 /// Channels (keys) or tokens (values) that a unit of the lower planes holds, and two of the first.
 inline constexpr Index half_depth = 8;
-/// Factors come times this, and sums go times this: together the 2^112 that the bits are short of.
-inline constexpr float half_factor = 0x1p56f;
+/// The 2^112 that the bits are short of, in two parts: what a row's factors come times, and what its sums go times.
+struct HalfScale {
+    float factors, sums;
+};
+/// Halves of it for factors of any ordinary size; larger ones take less, so that they stay finite.
+constexpr HalfScale half_scale(float largest) noexcept {
+    return largest < 0x1p60f ? HalfScale{0x1p56f, 0x1p56f} : HalfScale{0x1p-14f, 0x1p126f};
+}
 
 /// Where the planes of one block of 16 lanes begin, and where those of a block that is read next do.
 struct HalfBlock {
@@ -83,11 +91,12 @@ KVPLANE_INLINE void half_units(const HalfBlock& block, const GroupsByDepth& unit
 /// to[r][lane] = more[r] (or, without fresh, what is there) + the sums of one block. units: the groups of
 /// which 1, 2 and 3 planes are read, taken one depth after another, because a branch on each would be a
 /// guess. next: the same of the block that is read next.
-///   factors  [row][8 groups], times half_factor
+///   factors  [row][8 groups], times their part of the scale
+///   scale    [row] the sums' part of it
 template <int Lanes, int rows>
 KVPLANE_INLINE void half_block(const HalfBlock& block, const GroupsByDepth& units, const GroupsByDepth& next,
-                               RowView<const float> factors, bool fresh, const float* more,
-                               RowView<float> to) {
+                               RowView<const float> factors, const float* scale, bool fresh,
+                               const float* more, RowView<float> to) {
     constexpr int vectors = unit_lanes / Lanes;
     Floats<Lanes> sums[rows][vectors]{};
     const float* row[rows];
@@ -98,7 +107,7 @@ KVPLANE_INLINE void half_block(const HalfBlock& block, const GroupsByDepth& unit
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < vectors; ++v) {
             float* const at = to[r] + v * Lanes;
-            Floats<Lanes> sum = sums[r][v] * half_factor, there;
+            Floats<Lanes> sum = sums[r][v] * scale[r], there;
             if (fresh) {
                 if (more) sum += more[r];
             } else {
@@ -125,8 +134,12 @@ inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Place
                 groups = (count + half_depth - 1) / half_depth,
                 blocks = keys ? tile_tokens / unit_lanes : (segment.channels + unit_lanes - 1) / unit_lanes;
     const RowView<float> x = scratch.rows();
+    std::array<float, row_block_rows> back{};
     for (Index r = 0; r < rows; ++r) {
-        for (Index i = 0; i < count; ++i) x[r][i] = product.x[r][i] * half_factor;
+        // Weights of values are at most 1.
+        const HalfScale scale = half_scale(keys ? largest_magnitude(isa, product.x[r], count) : 1.0f);
+        back[static_cast<std::size_t>(r)] = scale.sums;
+        for (Index i = 0; i < count; ++i) x[r][i] = product.x[r][i] * scale.factors;
         std::fill(x[r] + count, x[r] + groups * half_depth, 0.0f);
     }
     HalfBlock first{};
@@ -147,7 +160,7 @@ inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Place
             HalfBlock block = first;
             RowView<float> to = product.to.from(row);
             for (Index b = 0; b < blocks; ++b) {
-                half_block<lanes, together>(block, have, next, x.from(row), product.fresh,
+                half_block<lanes, together>(block, have, next, x.from(row), back.data() + row, product.fresh,
                                             product.more ? product.more + row : nullptr, to);
                 to.data += unit_lanes;
                 for (int p = 0; p < PlaneSplit::max_planes; ++p) {

@@ -21,6 +21,26 @@ namespace kvplane::detail {
 /// Tiles whose queries are turned and projected together, so that a basis is read once for all.
 inline constexpr Index projected_tiles = 4;
 
+/// Which query rows have scores that are floats, whatever the frame and the order of their sums. Others, and rows
+/// that are not finite, get NaN: an infinite score would look like a token that is not seen.
+class ScoreRange {
+  public:
+    ScoreRange(const CacheShape& cache, const CacheState& state) noexcept
+        : channels_(static_cast<double>(cache.configuration.key_head_dim)),
+          // The directions of latents are not at right angles, so that a latent may be larger than its key.
+          largest_key_((cache.recipe().latents ? 0x1p20 : 1.0) *
+                       std::max(1.0, state.extremes().largest.keys)) {}
+
+    /// squares: the sum of the squares of a row's elements.
+    bool holds(double squares, double scale) const noexcept {
+        // |q.k| <= |q| |k|. A quarter of the range is left to what grids and rounded factors add.
+        return std::sqrt(squares * channels_) * largest_key_ * std::max(1.0, scale) <= 0x1p126;
+    }
+
+  private:
+    double channels_, largest_key_;
+};
+
 /// The query rows of a DecodeShape, already scaled where scores are no more than scaled products.
 class QueryRows {
   public:
@@ -42,6 +62,7 @@ class QueryRows {
     void take(const AnyRows& queries, const AttentionParameters& parameters, const CacheShape& cache,
               const CacheState& state) noexcept {
         rules_.clear();
+        const ScoreRange range(cache, state);
         queries.visit([&](const auto& rows) {
             for (Index head = 0; head < queries.heads; ++head) {
                 const ScoreRule<float>& rule =
@@ -50,7 +71,7 @@ class QueryRows {
                 scales_[static_cast<std::size_t>(head)] =
                     rule.plain() ? 1.0 : static_cast<double>(rule.scale());
                 for (Index i = 0; i < shape_.query_tokens; ++i)
-                    take_row(rows, head, i, head * shape_.query_tokens + i, scale);
+                    take_row(rows, head, i, head * shape_.query_tokens + i, scale, range);
             }
         });
         for (std::size_t i = 0; i < turns_.size(); ++i) turn_rows(i, cache);
@@ -133,13 +154,17 @@ class QueryRows {
         for (Index r = 0; r < shape_.rows(); ++r) cache.key_rotation.rotate(row + r * dim_);
     }
     template <class Scalar>
-    void take_row(const HeadRows<Scalar>& rows, Index head, Index token, Index r, float scale) noexcept {
+    void take_row(const HeadRows<Scalar>& rows, Index head, Index token, Index r, float scale,
+                  const ScoreRange& range) noexcept {
         float* const row = plain_.data() + r * dim_;
-        bool finite = true;
+        double squares = 0.0;
         for (Index c = 0; c < dim_; ++c) {
-            row[c] = scale * static_cast<float>(*rows.at(head, token, c));
-            finite = finite && std::isfinite(row[c]);
+            const auto given = static_cast<float>(*rows.at(head, token, c));
+            row[c] = scale * given;
+            squares += static_cast<double>(given) * static_cast<double>(given);
         }
+        const bool finite =
+            range.holds(squares, static_cast<double>(rules_[static_cast<std::size_t>(head)].scale()));
         // A row that is not finite gets NaN in the end, and must not reach the plans that it shares with
         // others.
         finite_[static_cast<std::size_t>(r)] = finite;

@@ -260,6 +260,10 @@ double output_error_bound(double score_error, double radius, double value_error)
 /// is rounded to 8 bits and is off by largest / 254 at most. Above 4 bits, it is rounded to two parts of 8
 /// bits each, and the low part is not multiplied with the `bits_below` bits below the first plane. Throws
 /// Error (option) for bits outside 1 to 8 and for negative arguments.
+///
+/// It holds for every `largest` with which the sum of count largest 2^bits, the largest there can be, is a
+/// float; attention gives NaN to a query that may go beyond. Factors of 1e-30 and less all count as 0, so that
+/// the sum is off by itself: count largest codes. What fp32 sums round is not in it.
 double rounded_factors_error(int bits, int bits_below, Index count, double largest);
 
 }  // namespace kvplane::theory

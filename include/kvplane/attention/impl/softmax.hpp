@@ -46,6 +46,10 @@ KVPLANE_INLINE void raise_rows(const float* scores, Index count, const float* la
     for (int r = 0; r < rows; ++r) top[r] = std::max(largest[r], found[r]);
 }
 
+inline bool has_nan(const float* scores, Index count) noexcept {
+    return std::any_of(scores, scores + count, [](float score) { return std::isnan(score); });
+}
+
 /// See online_softmax().
 template <int Lanes, int rows>
 KVPLANE_INLINE void softmax_rows(float* scores, Index count, float* largest, float* sum, float* output,
@@ -54,6 +58,8 @@ KVPLANE_INLINE void softmax_rows(float* scores, Index count, float* largest, flo
     float top[4], added[4];
     raise_rows<Lanes, rows>(scores, count, largest, top);
     for (int r = 0; r < rows; ++r) {
+        // Comparisons pass over NaN, which must not look like tokens that are not seen.
+        if (top[r] == nothing_seen && has_nan(scores + r * tile_tokens, count)) top[r] = 0.0f;
         if (top[r] == nothing_seen)
             std::fill_n(scores + r * tile_tokens, count, 0.0f);
         else

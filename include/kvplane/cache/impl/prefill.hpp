@@ -13,6 +13,7 @@
 #include "kvplane/attention/score_rule.hpp"
 #include "kvplane/attention/softmax.hpp"
 #include "kvplane/cache/prefill.hpp"
+#include "kvplane/cache/queries.hpp"
 #include "kvplane/cache/reader.hpp"
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
@@ -29,11 +30,11 @@ struct QueryBlock {
 /// The queries of a block, query head by query head below each other, and what becomes of their scores.
 struct BlockQueries {
     /// given: [query token][query_heads * key dim], all of them
-    BlockQueries(const CacheShape& cache, Index cached_tokens, const Matrix& given,
+    BlockQueries(const CacheShape& cache, const CacheState& state, const Matrix& given,
                  const AttentionParameters& parameters, const QueryBlock& which)
         : block(which),
           rows_per_head(cache.configuration.group() * which.tokens),
-          first_position(parameters.first_position(cached_tokens, given.rows())),
+          first_position(parameters.first_position(state.tokens, given.rows())),
           causal(parameters.causal) {
         const CacheConfiguration& c = cache.configuration;
         plain.resize(block.heads * rows_per_head, c.key_head_dim);
@@ -42,6 +43,15 @@ struct BlockQueries {
             plain.middleRows(h * block.tokens, block.tokens) =
                 given.block(block.first, head * c.key_head_dim, block.tokens, c.key_head_dim);
             rules.emplace_back(parameters, head, given.rows(), c.key_head_dim);
+        }
+        const ScoreRange range(cache, state);
+        finite.resize(static_cast<std::size_t>(rows()));
+        for (Index r = 0; r < rows(); ++r) {
+            const ScoreRule<float>& rule = rules[static_cast<std::size_t>(r / block.tokens)];
+            const bool fits =
+                range.holds(plain.row(r).cast<double>().squaredNorm(), static_cast<double>(rule.scale()));
+            finite[static_cast<std::size_t>(r)] = fits;
+            if (!fits) plain.row(r).setZero();
         }
         rotated = plain;
         if (c.recipe.keys.rotate) cache.key_rotation.rotate(rotated);
@@ -78,6 +88,7 @@ struct BlockQueries {
     bool causal;
     Matrix plain, rotated;                ///< [row][key dim] as given, and as keys in channels are stored
     std::vector<ScoreRule<float>> rules;  ///< [query head of the block]
+    std::vector<bool> finite;             ///< [row] the others are 0 here, and get NaN in the end
 };
 
 /// Scores of runs, with the memory that they take.
@@ -224,7 +235,7 @@ class Prefill {
     static constexpr Index block_tokens = 128;
 
     void attend(const QueryBlock& block, Reader& reader) {
-        const BlockQueries queries(cache_, state_.tokens, queries_, parameters_, block);
+        const BlockQueries queries(cache_, state_, queries_, parameters_, block);
         RunScores run_scores(cache_, state_);
         const Index value_dim = cache_.dim(TileSide::values), rows = queries.rows(),
                     per_head = queries.rows_per_head;
@@ -264,6 +275,11 @@ class Prefill {
             const SoftmaxState state{&largest[r], &sum[r], weighted.row(r).data(), value_dim};
             state.add_sink(queries.rules[static_cast<std::size_t>(r / block.tokens)].sink_logit(), value_dim);
             state.normalise(value_dim);
+            if (!queries.finite[static_cast<std::size_t>(r)]) {
+                constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+                weighted.row(r).setConstant(nan);
+                sum[r] = largest[r] = nan;
+            }
             output_.values.row(token).segment(head * value_dim, value_dim) = weighted.row(r);
             output_.log_sum_exp(token, head) = state.log_sum_exp();
         }
@@ -297,7 +313,7 @@ class Prefill {
 KVPLANE_FUNCTION std::vector<std::vector<Index>> selected_keys(const CacheShape& cache,
                                                                const CacheState& state, const Matrix& given,
                                                                const AttentionParameters& parameters) {
-    const BlockQueries queries(cache, state.tokens, given, parameters,
+    const BlockQueries queries(cache, state, given, parameters,
                                {0, cache.configuration.kv_heads, 0, given.rows()});
     Reader reader(cache, state);
     RunScores run_scores(cache, state);

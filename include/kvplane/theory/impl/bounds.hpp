@@ -338,7 +338,11 @@ KVPLANE_FUNCTION double rounded_factors_error(int bits, int bits_below, Index co
     require(count >= 0, ErrorCode::option, "count: ", count, ", expected 0 or more");
     detail::require_not_negative(largest, "largest");
     const double codes = 0.5 * (std::exp2(bits) - 1), below = 0.5 * (std::exp2(bits_below) - 1);
-    return static_cast<double>(count) * largest * (bits <= 4 ? codes / 254 : codes / 65024 + below / 254);
+    const double counts_as_nothing = 1e-30;
+    const double off = largest <= counts_as_nothing ? codes
+                       : bits <= 4                  ? codes / 254
+                                                    : codes / 65024 + below / 254;
+    return static_cast<double>(count) * largest * off;
 }
 
 }  // namespace kvplane::theory
