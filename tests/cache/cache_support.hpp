@@ -141,6 +141,33 @@ struct NaiveCache {
     }
 };
 
+/// Everything the cache stores is within the bound that it states, and not suspiciously far below it.
+inline void expect_within_bounds(const KvCache& cache, const NaiveCache& naive) {
+    const auto& c = cache.configuration();
+    const CacheErrorBound bound = cache.error_bound();
+    const Index from = naive.dropped > cache.state().kept_sinks ? naive.dropped : 0,
+                count = naive.tokens() - from;
+    if (count <= 0) return;
+    const auto expect = [&](const Matrix& stored, const Matrix& exact, Index dim, double element,
+                            bool rotated) {
+        const Matrix difference = stored - exact.bottomRows(count);
+        for (Index head = 0; head < c.kv_heads; ++head) {
+            const Matrix off = difference.middleCols(head * dim, dim);
+            // Rotation and back is fp32 arithmetic on sums of squares: 1e-5 relative covers it.
+            const double rounding = 1e-5 * exact.cwiseAbs().maxCoeff();
+            if (!rotated) {
+                ASSERT_LE(off.cwiseAbs().maxCoeff(), element + rounding);
+            }
+            ASSERT_LE(off.rowwise().norm().maxCoeff(),
+                      std::sqrt(static_cast<double>(dim)) * element + rounding);
+        }
+    };
+    expect(cache.stored_keys(from, count), naive.keys, c.key_head_dim, bound.key,
+           c.recipe.keys.rotate || c.recipe.latents);
+    expect(cache.stored_values(from, count), naive.values, c.value_head_dim, bound.value,
+           c.recipe.values.rotate);
+}
+
 /// Theorem T13: how far the output of one query and head may be off, from the bounds that the cache states.
 /// score_bound bounds the error of every scaled score, value_bound that of every row of values in norm.
 inline double output_bound(const MatrixD& values, double score_bound, double value_bound) {

@@ -52,12 +52,16 @@ class RowReference {
             largest = std::max(largest, scores[t]);
             if (scores[t] > -infinity) magnitude = std::max(magnitude, std::abs(scores[t]));
         }
-        bound = fp32 = 0.0;
+        bound = fp32 = score_bound = 0.0;
+        log_sum_exp = -infinity;
         output = Eigen::RowVectorXd::Zero(c.value_head_dim);
         if (largest == -infinity) return;
+        if (scores.size() == 0) return void(log_sum_exp = rule.sink_logit());
         // std::exp: Eigen's own gives 2e-308 for -infinity.
         weights_ = scores.unaryExpr([&](double score) { return std::exp(score - largest); });
-        weights_ /= weights_.sum() + std::exp(rule.sink_logit() - largest);
+        const double sum = weights_.sum() + std::exp(rule.sink_logit() - largest);
+        log_sum_exp = largest + std::log(sum);
+        weights_ /= sum;
         output = weights_.transpose() * v;
 
         // Scores: T14 in tiles, fp32 everywhere. softcap takes off errors; what is added to a score is rounded with it.
@@ -66,6 +70,7 @@ class RowReference {
         for (Index t = 0; t < sequence_.tiles; ++t)
             score_error = std::max(score_error, tile_score_error(query, kv_head, t, decodes));
         score_error = score_error * rule.scale() + rounding(0, magnitude);
+        score_bound = score_error;
         // Values: T14 by channel, in the frame in which they are stored; a weight is off by e^(2
         // score_error).
         const double most = v.cwiseAbs().maxCoeff() * std::sqrt(static_cast<double>(c.value_head_dim));
@@ -82,9 +87,14 @@ class RowReference {
         fp32 = 2.0 * rounding(cache_.tokens() + c.key_head_dim, 2.0 * most);
     }
 
+    /// Of all heads together, in norm.
+    double longest_value() const { return values_.size() > 0 ? values_.rowwise().norm().maxCoeff() : 0.0; }
+
     Eigen::RowVectorXd output;
-    double bound = 0.0;  ///< of |o - o'|_2
-    double fp32 = 0.0;   ///< how far two instruction sets may be apart, but for rounded factors
+    double log_sum_exp = 0.0;
+    double score_bound = 0.0;  ///< of a score, and of log_sum_exp
+    double bound = 0.0;        ///< of |o - o'|_2
+    double fp32 = 0.0;         ///< how far two instruction sets may be apart, but for rounded factors
 
   private:
     bool hides(Index token) const { return sequence_.hides(token, 1); }
@@ -163,7 +173,8 @@ class RowReference {
         const TileFormat& format = layout.key_format(subspace);
         const std::byte* const at = sequence_.keys(tile, subspace);
         const Met met = this->met(query, kv_head, tile);
-        if (format.segments()[0].is_half()) {
+        // A basis of which nothing is kept has no segments.
+        if (!format.segments().empty() && format.segments()[0].is_half()) {
             if (!decodes || all_is_read()) return 0.0;
             const Unread unread = unread_half(read_.key_bits);
             const Index dim = cache_.configuration().key_head_dim;
