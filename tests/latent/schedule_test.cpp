@@ -282,34 +282,67 @@ TEST(ScheduleFrontier, EqualsBruteForceOverRunsOfFours) {
     }
 }
 
-/// A basis that costs something is counted in 64ths of a kilobyte a run: what is found is at most that much
-/// larger than the best.
-TEST(ScheduleFrontier, IsNearBruteForceWithABasis) {
+/// Whatever a latent of the basis costs, so that runs end anywhere.
+TEST(ScheduleFrontier, EqualsBruteForceWithABasis) {
     Random random(kvplane_test::seed());
-    const Eigen::VectorXd spectrum = irregular(24, random);
-    const ScheduleSettings settings{.basis_bytes_per_latent = 21.0};
-    const auto frontier = kvplane::schedule_frontier(spectrum, settings);
-    const auto expected = brute_force_frontier(spectrum, 4, settings);
-    for (const LatentSchedule& schedule : frontier) {
-        const auto next = expected.upper_bound(schedule.bytes + 1e-9);
-        ASSERT_NE(next, expected.begin());
-        EXPECT_GE(schedule.error, std::prev(next)->second * (1.0 - 1e-12)) << "better than all there are";
+    for (const Index latents : {5, 16, 19})
+        for (const double basis : {1.0, 21.0, 33.0, 33.3, 500.0}) {
+            SCOPED_TRACE(testing::Message() << latents << " latents, basis " << basis);
+            const Eigen::VectorXd spectrum =
+                latents == 16 ? decaying(latents, 5.0) : irregular(latents, random);
+            const ScheduleSettings settings{.basis_bytes_per_latent = basis,
+                                            .most_bits = latents == 19 ? 5 : 8};
+            const auto expected = brute_force_frontier(spectrum, 1, settings);
+            const auto frontier = kvplane::schedule_frontier(spectrum, settings);
+            ASSERT_EQ(frontier.size(), expected.size());
+            std::size_t i = 0;
+            for (const auto& [bytes, error] : expected) {
+                EXPECT_NEAR(frontier[i].bytes, bytes, 1e-9 * bytes);
+                EXPECT_NEAR(frontier[i].error, error, 1e-12 * spectrum.sum());
+                ++i;
+            }
+        }
+}
+
+/// Where runs are longer than units: no schedule of two runs, ending anywhere, beats the frontier.
+TEST(ScheduleFrontier, BeatsEveryPairOfRunsWithABasis) {
+    Random random(kvplane_test::seed());
+    for (const Eigen::VectorXd& spectrum : {decaying(64, 10.0), irregular(100, random)}) {
+        const ScheduleSettings settings{.basis_bytes_per_latent = 33.0};
+        const auto frontier = kvplane::schedule_frontier(spectrum, settings);
+        for (int wide = 1; wide <= 8; ++wide)
+            for (int narrow = 0; narrow < wide; ++narrow)
+                for (Index first = 1; first <= spectrum.size(); ++first)
+                    for (Index end = first; end <= (narrow > 0 ? spectrum.size() : first); ++end) {
+                        LatentSchedule rival{.segments = {{first, wide}}};
+                        if (end > first) rival.segments.push_back({end - first, narrow});
+                        if (end < spectrum.size()) rival.segments.push_back({spectrum.size() - end, 0});
+                        const double bytes = counted_bytes(rival, settings.basis_bytes_per_latent),
+                                     error = counted_error(rival, spectrum);
+                        const auto above = std::partition_point(
+                            frontier.begin(), frontier.end(),
+                            [&](const LatentSchedule& s) { return s.bytes <= bytes * (1.0 + 1e-12); });
+                        ASSERT_NE(above, frontier.begin());
+                        ASSERT_LE(std::prev(above)->error, error * (1.0 + 1e-12))
+                            << first << "x" << wide << " to " << end << " x" << narrow;
+                    }
     }
-    for (const auto& [bytes, error] : expected) {
-        const double most_bytes = bytes + 4 * 64.0, least_error = error;
-        EXPECT_TRUE(std::any_of(frontier.begin(), frontier.end(),
-                                [&](const LatentSchedule& schedule) {
-                                    return schedule.bytes <= most_bytes &&
-                                           schedule.error <= least_error * (1.0 + 1e-12);
-                                }))
-            << bytes << " bytes, error " << error;
-    }
+}
+
+/// 12x4 52x0 was chosen here when runs ended at multiples of 4.
+TEST(BestSchedule, EndsItsLastRunAnywhere) {
+    const Eigen::VectorXd spectrum = Eigen::VectorXd::NullaryExpr(
+        64, [](Index j) { return std::exp(-10.0 * static_cast<double>(j) / 64.0); });
+    const LatentSchedule rival{.segments = {{15, 4}, {49, 0}}};
+    const LatentSchedule best = kvplane::best_schedule(spectrum, 1.55, {.basis_bytes_per_latent = 33.0});
+    EXPECT_LE(best.true_bits(), 1.55);
+    EXPECT_LE(best.error, counted_error(rival, spectrum) * (1.0 + 1e-12));
 }
 
 /// Every point is a schedule that says what it is, and better than its predecessor.
 TEST(ScheduleFrontier, IsOneOfConsistentSchedules) {
     Random random(kvplane_test::seed());
-    for (const Index latents : {1, 5, 64, 100, 192, 260, 576})
+    for (const Index latents : {1, 5, 64, 100, 192, 260, 576, 1100})
         for (const double basis : {0.0, 40.0}) {
             SCOPED_TRACE(testing::Message() << latents << " latents, basis " << basis);
             const Eigen::VectorXd spectrum = irregular(latents, random);

@@ -29,36 +29,40 @@ inline void require_spectrum(const Eigen::VectorXd& spectrum) {
                 ", expected numbers that descend to 0 or more");
 }
 
-/// Bytes of the planes of a run.
-inline double plane_bytes_of(Index channels, int bits) {
-    if (bits == 0) return 0.0;
-    Index bytes = 0;
+/// What all blocks of 16 tokens take of one unit of a plane.
+inline constexpr Index plane_unit_bytes = tile_tokens / unit_lanes * unit_bytes;
+
+/// Units of the planes of a run.
+inline Index plane_units_of(Index channels, int bits) {
+    if (bits == 0) return 0;
+    Index units = 0;
     const PlaneSplit split = plane_split(bits);
     for (int p = 0; p < split.count; ++p) {
         const Index depth = TileFormat::unit_depth(split[p]);
-        bytes += tile_tokens / unit_lanes * ((channels + depth - 1) / depth) * unit_bytes;
+        units += (channels + depth - 1) / depth;
     }
-    return static_cast<double>(bytes);
+    return units;
 }
 
-/// Bytes that each kept latent adds beside its planes: its grid and its share of the basis.
-inline double bytes_per_latent(const ScheduleSettings& settings) {
-    return settings.basis_bytes_per_latent + 4.0;
+/// Bytes that kept latents take beside their planes: grids, and their share of the basis.
+inline double bytes_beside_planes(const ScheduleSettings& settings, Index kept) {
+    return 64.0 * std::ceil(static_cast<double>(kept) * 4.0 / 64.0) +
+           settings.basis_bytes_per_latent * static_cast<double>(kept);
 }
 
 /// Fills in the error and the bytes of a schedule.
 inline void account(const Eigen::VectorXd& spectrum, const ScheduleSettings& settings,
                     LatentSchedule& schedule) {
-    schedule.error = schedule.bytes = 0.0;
-    Index at = 0;
+    schedule.error = 0.0;
+    Index at = 0, units = 0;
     for (const ChannelSegment& segment : schedule.segments) {
         schedule.error += spectrum.segment(at, segment.channels).sum() *
                           latent_grid_error[static_cast<std::size_t>(segment.bits)];
-        schedule.bytes += plane_bytes_of(segment.channels, segment.bits);
+        units += plane_units_of(segment.channels, segment.bits);
         at += segment.channels;
     }
-    schedule.bytes += 64.0 * std::ceil(static_cast<double>(schedule.kept()) * 4.0 / 64.0);
-    schedule.bytes += settings.basis_bytes_per_latent * static_cast<double>(schedule.kept());
+    schedule.bytes =
+        static_cast<double>(units * plane_unit_bytes) + bytes_beside_planes(settings, schedule.kept());
 }
 
 inline void append_run(LatentSchedule& schedule, Index channels, int bits) {
@@ -69,85 +73,96 @@ inline void append_run(LatentSchedule& schedule, Index channels, int bits) {
         schedule.segments.push_back({channels, bits});
 }
 
-/// Dynamic programming over (latents covered, bytes spent), one width after the other, from wide to narrow.
-/// Latents go in steps of at least 4, the least that any unit holds. Steps grow with the basis, so that a
-/// basis of any size has at most 64 of them. Bytes are counted in units of 64.
+/// Dynamic programming over (latents covered, units of planes spent), one width after the other, from wide to
+/// narrow. What latents take beside planes follows from how many are covered, so that nothing is rounded and the
+/// frontier is exact.
+///
+/// A run may end anywhere, but another begins at multiples of 8 alone, the depth of the shallowest unit: a run that
+/// ends elsewhere and is followed by a narrower one can take a latent from it, which costs no unit. Beyond 1024 latents
+/// both go in larger steps, so that time does not grow with more than their number of units.
 class ScheduleFrontier {
   public:
     ScheduleFrontier(const Eigen::VectorXd& spectrum, const ScheduleSettings& settings)
-        : spectrum_(spectrum), settings_(settings) {
-        const Index channels = spectrum.size();
-        step_ = 4;
-        while ((channels + step_ - 1) / step_ > 64) step_ += 4;
-        steps_ = (channels + step_ - 1) / step_;
-        energy_.assign(static_cast<std::size_t>(steps_ + 1), 0.0);
-        for (Index i = 0; i < steps_; ++i)
-            energy_[static_cast<std::size_t>(i + 1)] =
-                energy_[static_cast<std::size_t>(i)] + spectrum.segment(i * step_, size(i, 1)).sum();
-        const double all =
-            plane_bytes_of(channels, 8) * 1.5 + bytes_per_latent(settings) * static_cast<double>(channels);
-        spent_ = static_cast<Index>(std::ceil(all / unit)) + 1;
+        : spectrum_(spectrum), settings_(settings), latents_(spectrum.size()) {
+        energy_.assign(static_cast<std::size_t>(latents_ + 1), 0.0);
+        for (Index i = 0; i < latents_; ++i)
+            energy_[static_cast<std::size_t>(i + 1)] = energy_[static_cast<std::size_t>(i)] + spectrum[i];
+        // More than all latents in the most bits is never better. A unit that is not full costs a run no more than
+        // one of each plane.
+        most_units_ = plane_units_of(latents_, settings.most_bits);
+        grain_ = (latents_ + 1023) / 1024;
+        step_ = 8 * grain_;
     }
 
     std::vector<LatentSchedule> run() {
-        table_.assign(static_cast<std::size_t>((steps_ + 1) * spent_), Cell{});
+        table_.assign(static_cast<std::size_t>((rows_of(latents_) + 1) * (most_units_ + 1)), Cell{});
         cell(0, 0).error = 0.0;
         for (int bits = settings_.most_bits; bits >= 1; --bits) pass(bits);
         return collect();
     }
 
   private:
-    static constexpr double unit = 64.0;
     struct Cell {
-        double error = std::numeric_limits<double>::infinity();
-        /// [width] where the run of that width ends, in steps; 0: there is none.
-        std::array<std::uint8_t, 9> end{};
+        double error = std::numeric_limits<double>::infinity();  ///< of the latents covered
+        /// [width] where the run of that width ends; 0: there is none.
+        std::array<std::uint16_t, 9> end{};
     };
 
-    Cell& cell(Index covered, Index spent) {
-        return table_[static_cast<std::size_t>(covered * spent_ + spent)];
-    }
-    Index size(Index first, Index steps) const {
-        return std::min(spectrum_.size(), (first + steps) * step_) - first * step_;
+    Index rows_of(Index covered) const { return (covered + grain_ - 1) / grain_; }
+    Cell& cell(Index covered, Index units) {
+        return table_[static_cast<std::size_t>(rows_of(covered) * (most_units_ + 1) + units)];
     }
 
-    /// Adds one run of this width, of any length, to every state.
+    /// Adds one run of this width, of any length, to every state without one.
     void pass(int bits) {
-        const std::vector<Cell> before = table_;
+        std::vector<Cell> before;  // [place where a run begins][units]
+        for (Index from = 0; from < latents_; from += step_)
+            before.insert(before.end(), &cell(from, 0), &cell(from, 0) + most_units_ + 1);
         const double error = latent_grid_error[static_cast<std::size_t>(bits)];
-        for (Index steps = 1; steps <= steps_; ++steps)
-            for (Index from = 0; from + steps <= steps_; ++from) {
-                const Index channels = size(from, steps);
-                const auto cost = static_cast<Index>(
-                    std::ceil((plane_bytes_of(channels, bits) +
-                               bytes_per_latent(settings_) * static_cast<double>(channels)) /
-                              unit));
-                const double added = error * (energy_[static_cast<std::size_t>(from + steps)] -
+        for (Index from = 0; from < latents_; from += step_) {
+            const Cell* const source = before.data() + from / step_ * (most_units_ + 1);
+            for (Index end = from, last = from; (end = std::min(end + grain_, latents_)) > last; last = end) {
+                const Index cost = plane_units_of(end - from, bits);
+                const double added = error * (energy_[static_cast<std::size_t>(end)] -
                                               energy_[static_cast<std::size_t>(from)]);
-                const Cell* const source = before.data() + from * spent_;
-                Cell* const target = table_.data() + (from + steps) * spent_ + cost;
-                for (Index spent = 0; spent + cost < spent_; ++spent)
-                    if (source[spent].error + added < target[spent].error) {
-                        target[spent] = source[spent];
-                        target[spent].error += added;
-                        target[spent].end[static_cast<std::size_t>(bits)] =
-                            static_cast<std::uint8_t>(from + steps);
-                    }
+                for (Index units = 0; units + cost <= most_units_; ++units) {
+                    Cell& target = cell(end, units + cost);
+                    if (!(source[units].error + added < target.error)) continue;
+                    target = source[units];
+                    target.error += added;
+                    target.end[static_cast<std::size_t>(bits)] = static_cast<std::uint16_t>(end);
+                }
             }
+        }
     }
 
     std::vector<LatentSchedule> collect() {
-        std::vector<LatentSchedule> all;
-        for (Index covered = 0; covered <= steps_; ++covered)
-            for (Index spent = 0; spent < spent_; ++spent)
-                if (std::isfinite(cell(covered, spent).error)) all.push_back(schedule(cell(covered, spent)));
-        std::sort(all.begin(), all.end(), [](const LatentSchedule& a, const LatentSchedule& b) {
+        struct Point {
+            double bytes, error;
+            const Cell* cell;
+        };
+        std::vector<Point> points;
+        for (Index row = 0; row <= rows_of(latents_); ++row) {
+            const Index covered = std::min(row * grain_, latents_);
+            const double left = energy_.back() - energy_[static_cast<std::size_t>(covered)],
+                         beside = bytes_beside_planes(settings_, covered);
+            for (Index units = 0; units <= most_units_; ++units)
+                if (const Cell& at = cell(covered, units); std::isfinite(at.error))
+                    points.push_back(
+                        {static_cast<double>(units * plane_unit_bytes) + beside, at.error + left, &at});
+        }
+        std::sort(points.begin(), points.end(), [](const Point& a, const Point& b) {
             return a.bytes != b.bytes ? a.bytes < b.bytes : a.error < b.error;
         });
         std::vector<LatentSchedule> frontier;
-        for (LatentSchedule& candidate : all)
-            if (frontier.empty() || candidate.error < frontier.back().error)
-                frontier.push_back(std::move(candidate));
+        double least = std::numeric_limits<double>::infinity();
+        for (const Point& point : points) {
+            if (!(point.error < least)) continue;
+            least = point.error;
+            LatentSchedule next = schedule(*point.cell);
+            // The sums of the same numbers in another order.
+            if (frontier.empty() || next.error < frontier.back().error) frontier.push_back(std::move(next));
+        }
         return frontier;
     }
 
@@ -156,19 +171,20 @@ class ScheduleFrontier {
         Index at = 0;
         for (int bits = 8; bits >= 1; --bits)
             if (const Index end = cell.end[static_cast<std::size_t>(bits)]; end > 0) {
-                append_run(schedule, size(at, end - at), bits);
+                append_run(schedule, end - at, bits);
                 at = end;
             }
-        append_run(schedule, spectrum_.size() - std::min(spectrum_.size(), at * step_), 0);
+        append_run(schedule, latents_ - at, 0);
         account(spectrum_, settings_, schedule);
         return schedule;
     }
 
     const Eigen::VectorXd& spectrum_;
     ScheduleSettings settings_;
-    Index step_, steps_, spent_;
-    std::vector<double> energy_;
-    std::vector<Cell> table_;
+    Index latents_, most_units_ = 0;
+    Index grain_ = 1, step_ = 8;  ///< where runs may end, and where they may begin
+    std::vector<double> energy_;  ///< [latents] their variances, summed
+    std::vector<Cell> table_;     ///< [latents covered / grain][units]
 };
 
 }  // namespace detail
