@@ -413,6 +413,10 @@ TEST(KeyFavored, BudgetCountsTheGrids) {
     // A head of 80 channels has two grids of 64: 32 * 2 / 80, not 32 / 64.
     const std::vector<LayerNorms> eighty = {{4, 1, 1, 1, 80}};
     EXPECT_DOUBLE_EQ(kvplane::key_favored(eighty, 4, options).mean_bits, (5 + 2 + 32 * 2 / 80.0) / 2);
+    // One grid for the whole head, by whatever large number.
+    options.value_groups = {std::numeric_limits<Index>::max()};
+    EXPECT_DOUBLE_EQ(kvplane::key_favored(eighty, 4, options).mean_bits, (5 + 2 + 32 / 80.0) / 2);
+    options.value_groups = {64};
     // Symmetric grids store a step only; widths below 3 have the narrow scheme's.
     options.scheme = Scheme::symmetric;
     EXPECT_DOUBLE_EQ(kvplane::key_favored(one, 4, options).mean_bits, (4 + 0.5 + 2 + 0.5) / 2);

@@ -353,6 +353,12 @@ TEST(T8, IsTheFormula) {
                      (4.0 * 0.1 + 2.0 * 0.3 + 1.0) / 7.0);
     EXPECT_DOUBLE_EQ(theory::svdq_grouped_error(1.0, std::array{2, 0}, f), 0.55) << "no decay: groups alike";
     EXPECT_DOUBLE_EQ(theory::svdq_grouped_error(0.0, std::array{1, 0}, f), 0.3) << "all energy in the first";
+    // At low rate svdq_gain is no bound: two groups, of which one gets all bits.
+    const double ratio =
+        theory::svdq_grouped_error(std::exp(-1.5), std::array{2, 0}, kvplane::latent_grid_error) /
+        kvplane::latent_grid_error[1];
+    EXPECT_NEAR(ratio, 0.4907, 5e-5);
+    EXPECT_NEAR(theory::svdq_gain(3.0), 0.7045, 5e-5);
     refusal(ErrorCode::option, [&] { theory::svdq_grouped_error(1.1, std::array{1}, f); });
     refusal(ErrorCode::option, [&] { theory::svdq_grouped_error(-0.1, std::array{1}, f); });
     refusal(ErrorCode::option, [&] { theory::svdq_grouped_error(0.5, std::array{3}, f); });
@@ -509,6 +515,10 @@ TEST(T9, WaterFillsInReverse) {
     // High rate: n GM 4^-b.
     filled = theory::reverse_water_filling(spectrum, 9.0);
     EXPECT_NEAR(filled.distortion / (3.0 * 4.0 * std::pow(4.0, -9.0)), 1.0, 1e-12);
+    // However many bits there are, and however small the least variance is.
+    for (const double bits : {1200.0, 4096.0, 1e5, 1e300, 1e308})
+        EXPECT_EQ(theory::reverse_water_filling(Eigen::Vector3d(1e300, 1.0, 1e-300), bits).distortion, 0.0)
+            << bits;
     const Eigen::Vector3d another_order(1.0, 16.0, 4.0);
     EXPECT_DOUBLE_EQ(theory::reverse_water_filling(another_order, 0.7).distortion,
                      theory::reverse_water_filling(spectrum, 0.7).distortion);

@@ -131,7 +131,8 @@ struct Side {
 
 inline double grids_per_element(const Side& side, Index group) {
     if (side.run == 0) return 1.0 / static_cast<double>(group);
-    return static_cast<double>((side.run + group - 1) / group) / static_cast<double>(side.run);
+    // A group may be any large number.
+    return static_cast<double>((side.run - 1) / group + 1) / static_cast<double>(side.run);
 }
 
 inline double grouped_distortion(DistortionCurve curve, double width, Index group, double exponent) {
