@@ -34,6 +34,7 @@ namespace detail {
 #endif
 
 using Index = Eigen::Index;
+static_assert(sizeof(Index) == 8, "kvplane: sizes of files and caches take a 64-bit target");
 
 /// tokens x channels, one row a token.
 template <class Scalar>

@@ -115,7 +115,8 @@ TEST(TileScores, AreThoseOfTheDecodedTile) {
     }
 }
 
-/// T14 over all magnitudes: from factors that count as 0, subnormal ones among them, to sums near the largest float.
+/// T14 over all magnitudes: from factors that count as 0, subnormal ones among them, to sums near the
+/// largest float.
 TEST(TileScores, KeepTheBoundAtEveryMagnitude) {
     Random random(kvplane_test::seed());
     AttentionScratch scratch(64);

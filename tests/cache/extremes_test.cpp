@@ -1,8 +1,8 @@
-// Numbers at the ends of their ranges: queries up to the largest float and down to where their factors count as 0, keys
-// up to the largest fp16, one key or channel far above all others.
+// Numbers at the ends of their ranges: queries up to the largest float and down to where their factors
+// count as 0, keys up to the largest fp16, one key or channel far above all others.
 //
-// Outputs are within T14 of double precision over what is stored, or NaN where scores may not be floats. They are never
-// silently 0.
+// Outputs are within T14 of double precision over what is stored, or NaN where scores may not be floats.
+// They are never silently 0.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -58,8 +58,8 @@ class Extremes : public testing::TestWithParam<std::string> {
     }
 };
 
-/// Scores from 1e-32 to beyond all floats, of both signs and of one: where all are far below 0, the largest still
-/// decides.
+/// Scores from 1e-32 to beyond all floats, of both signs and of one: where all are far below 0, the largest
+/// still decides.
 TEST_P(Extremes, QueriesOfAnySize) {
     // A rotated head may have one channel as large as its norm.
     for (const float largest_key : {1e-4f, 1.0f, 5000.0f})

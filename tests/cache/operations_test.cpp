@@ -1,9 +1,9 @@
 // Random sequences of operations on small caches of random configurations, against naive ones.
 //
-// What is stored is within the bound that the cache states of what came in. What attention says is within T13 and T14
-// of double precision over what is stored, for all parameters and read policies. Sequence i of a run has the seed
-// KVPLANE_TEST_SEED + i, so that a failure is run again by its own seed and KVPLANE_TEST_ROUNDS=1. By default there are
-// 1000 sequences, about as many a second.
+// What is stored is within the bound that the cache states of what came in. What attention says is within
+// T13 and T14 of double precision over what is stored, for all parameters and read policies. Sequence i of
+// a run has the seed KVPLANE_TEST_SEED + i, so that a failure is run again by its own seed and
+// KVPLANE_TEST_ROUNDS=1. By default there are 1000 sequences, about as many a second.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -266,7 +266,7 @@ class Sequence {
         if (naive_.tokens() > 0) expect_within_bounds(cache_, naive_);
     }
 
-    // -- Attention ------------------------------------------------------------------------------------------------
+    // -- Attention ------------------------------------------------------------------------------------
 
     struct Drawn {
         AttentionParameters parameters;

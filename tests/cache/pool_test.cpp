@@ -1,7 +1,7 @@
 // Pages that go round: a small pool, filled to the last page, whose unused memory is poisoned.
 //
-// All numbers are whole ones, chosen so that fp16 and grids of 4 bits hold them exactly. Whatever a cache says is
-// then compared for equality, however often its tokens went into another tile.
+// All numbers are whole ones, chosen so that fp16 and grids of 4 bits hold them exactly. Whatever a cache
+// says is then compared for equality, however often its tokens went into another tile.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -59,8 +59,9 @@ CacheConfiguration whole_numbers(const std::string& recipe) {
     return configuration(recipe, heads, heads, dim, dim);
 }
 
-/// The token that is number `id` of all, at a position. Every eighth key is the least number throughout, the one
-/// behind it the most, so that the grid of any 32 keys reaches from one to the other, as does that of any head.
+/// The token that is number `id` of all, at a position. Every eighth key is the least number throughout,
+/// the one behind it the most, so that the grid of any 32 keys reaches from one to the other, as does that
+/// of any head.
 void write_token(std::uint32_t id, Index position, float least, float* key, float* value) {
     std::uint32_t state = id * 2654435761U + 12345U;
     const float most = least < 0.0f ? -least : 15.0f;
@@ -269,7 +270,8 @@ class Rotation {
             check_attention(one);
         }
     }
-    /// Bit for bit that of memory nobody used before; and in double precision where nothing is rounded to 8 bits.
+    /// Bit for bit that of memory nobody used before; and in double precision where nothing is rounded to 8
+    /// bits.
     void check_attention(const Sequence& one) {
         for (const Index query_tokens : {1, 9}) {
             if (one.tokens() < query_tokens) continue;

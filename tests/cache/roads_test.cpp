@@ -1,5 +1,5 @@
-// The same tokens by any road: whole or in parts, forked, saved and loaded, drafted and accepted, at every border of
-// what a cache is made of. All roads end in the same bytes.
+// The same tokens by any road: whole or in parts, forked, saved and loaded, drafted and accepted, at every
+// border of what a cache is made of. All roads end in the same bytes.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -19,7 +19,8 @@ struct Shape {
     Index key_dim, value_dim;
 };
 
-/// A recipe and a shape: those of most tests, and two that no power of two, and an odd one that no pair, divides.
+/// A recipe and a shape: those of most tests, and two that no power of two, and an odd one that no pair,
+/// divides.
 class Roads : public testing::TestWithParam<std::string> {
   protected:
     static constexpr Index all = 430;
@@ -61,7 +62,8 @@ class Roads : public testing::TestWithParam<std::string> {
     }
     Index up_to(Index most) { return std::uniform_int_distribution<Index>(0, most)(random_); }
 
-    /// The end of sinks, of pages, of tiles, and where tiles and a basis are due; one token before and after each.
+    /// The end of sinks, of pages, of tiles, and where tiles and a basis are due; one token before and
+    /// after each.
     static std::vector<Index> borders(const CacheConfiguration& c) {
         const CacheRecipe& r = c.recipe;
         std::vector<Index> found;
@@ -75,8 +77,8 @@ class Roads : public testing::TestWithParam<std::string> {
         found.erase(std::unique(found.begin(), found.end()), found.end());
         return found;
     }
-    /// Fitting a basis or an interval takes long: of the borders of such recipes every fourth, others from shape to
-    /// shape.
+    /// Fitting a basis or an interval takes long: of the borders of such recipes every fourth, others from
+    /// shape to shape.
     std::vector<Index> some_borders(const CacheConfiguration& c) {
         std::vector<Index> found = borders(c);
         const CacheRecipe& r = c.recipe;

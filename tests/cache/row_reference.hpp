@@ -1,5 +1,6 @@
-// tests/cache/row_reference.hpp: what one query row does with a cache, in double precision over what is stored, and how
-// far attention may be from it: T14 for rounded factors, T13 for what they and reads of some planes do to an output.
+// tests/cache/row_reference.hpp: what one query row does with a cache, in double precision over what is
+// stored, and how far attention may be from it: T14 for rounded factors, T13 for what they and reads of
+// some planes do to an output.
 #pragma once
 
 #include <algorithm>
@@ -64,7 +65,8 @@ class RowReference {
         weights_ /= sum;
         output = weights_.transpose() * v;
 
-        // Scores: T14 in tiles, fp32 everywhere. softcap takes off errors; what is added to a score is rounded with it.
+        // Scores: T14 in tiles, fp32 everywhere. softcap takes off errors; what is added to a score is
+        // rounded with it.
         double score_error =
             rounding(c.key_head_dim, query.cast<double>().norm() * k.rowwise().norm().maxCoeff());
         for (Index t = 0; t < sequence_.tiles; ++t)
@@ -212,9 +214,9 @@ class RowReference {
         }
         return worst;
     }
-    /// In norm: of every run of channels the sum over tiles, with weights that are `off` times as large at most. All
-    /// weights sum up to 1 at most, however far scores are off, and so the sum is no more than its largest term would
-    /// be with all of them.
+    /// In norm: of every run of channels the sum over tiles, with weights that are `off` times as large at
+    /// most. All weights sum up to 1 at most, however far scores are off, and so the sum is no more than
+    /// its largest term would be with all of them.
     double tile_value_error(Index kv_head, double off) const {
         if (sequence_.tiles == 0) return 0.0;
         const TileFormat& format = sequence_.layout->values;

@@ -1,5 +1,6 @@
-// Several threads at once: one team for several workspaces, attention within a body of the team, and forks that are
-// read, written and given back while others do the same. .ci/run has the thread sanitizer look at all of it.
+// Several threads at once: one team for several workspaces, attention within a body of the team, and forks
+// that are read, written and given back while others do the same. .ci/run has the thread sanitizer look at
+// all of it.
 //
 // Every output is compared with that of one thread, bit for bit.
 #include <gtest/gtest.h>
@@ -91,8 +92,8 @@ TEST_P(Threads, AttendWithinABodyOfTheTeam) {
     EXPECT_EQ(wrong, 0);
 }
 
-/// Eight threads: some attend what is shared, others go on with forks of it, one gives unused pages back, and two
-/// decode batches.
+/// Eight threads: some attend what is shared, others go on with forks of it, one gives unused pages back,
+/// and two decode batches.
 TEST_P(Threads, AttendForksWhileOthersAppendTruncateAndTrim) {
     const Matrix more_keys = keys(170), more_values = values(170);
     const auto go_on = [&](KvCache& fork, int round) {

@@ -1,5 +1,5 @@
-// What a saved cache is refused for: every other configuration, and every byte that differs. A refusal leaves the pool
-// as it was.
+// What a saved cache is refused for: every other configuration, and every byte that differs. A refusal
+// leaves the pool as it was.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -53,8 +53,8 @@ struct Change {
     void (*change)(CacheConfiguration& c);
 };
 
-/// Shapes that hold as many bytes, and settings of which no byte says that they differ: a cache that was read as one of
-/// these would answer, and be wrong.
+/// Shapes that hold as many bytes, and settings of which no byte says that they differ: a cache that was
+/// read as one of these would answer, and be wrong.
 TEST(Restore, AnotherConfigurationIsAMismatch) {
     const Change changes[] = {
         {"rotation seed", [](CacheConfiguration& c) { c.rotation_seed = 1; }},
@@ -145,8 +145,9 @@ TEST(Restore, GivesAllPagesBackWhereMemoryEnds) {
 
 class AlteredFile : public testing::TestWithParam<std::string> {};
 
-/// At every offset one bit, another from byte to byte, and the whole byte. Only what the format itself allows to differ
-/// (white space in its header, the names of tensors without elements) may load, and then as the very same cache.
+/// At every offset one bit, another from byte to byte, and the whole byte. Only what the format itself
+/// allows to differ (white space in its header, the names of tensors without elements) may load, and then
+/// as the very same cache.
 TEST_P(AlteredFile, IsRefusedAtEveryOffset) {
     const CacheConfiguration c = configuration(GetParam(), 1, 1, 8, 8);
     for (const Index tokens : {3, 100, 170}) {

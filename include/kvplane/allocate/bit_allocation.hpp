@@ -45,9 +45,9 @@ enum class AllocationMethod : std::uint8_t { exact, greedy, uniform };
 struct AllocationSettings {
     AllocationMethod method = AllocationMethod::exact;
 
-    /// For `exact` only: how many frontier states may be kept, over all items together. Each takes 8 bytes, and 72
-    /// more while its item is the one at work: 1.3 GB at most by default, where one item needs all of them. If
-    /// the optimum needs more, allocate() refuses. It never approximates on its own.
+    /// For `exact` only: how many frontier states may be kept, over all items together. Each takes 8 bytes,
+    /// and 72 more while its item is the one at work: 1.3 GB at most by default, where one item needs all
+    /// of them. If the optimum needs more, allocate() refuses. It never approximates on its own.
     std::size_t max_states = std::size_t{1} << 24;
 };
 

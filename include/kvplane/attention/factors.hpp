@@ -8,11 +8,11 @@
 //            first plane. The high half alone meets the planes below it, whose codes weigh a sixteenth or less.
 //
 // A factor is off by at most its row's largest / 254; a wide one by largest / 65000 on the first plane and
-// by a sixteenth of largest / 254 on the others (T14). Where the largest is 1e-30 or less, all count as 0. Queries
-// whose products with steps may be no floats do not come here (ScoreRange in cache/queries.hpp). What rounding does to the middle of all codes, which
-// every token has in common, is added back, so that a factor errs by a code's distance from the middle only.
-// Sums of rounded factors stay below 2^24 for depths up to 512, and beyond that are off by less than the
-// rounding of the sums that they correct.
+// by a sixteenth of largest / 254 on the others (T14). Where the largest is 1e-30 or less, all count as 0.
+// Queries whose products with steps may be no floats do not come here (ScoreRange in cache/queries.hpp).
+// What rounding does to the middle of all codes, which every token has in common, is added back, so that a
+// factor errs by a code's distance from the middle only. Sums of rounded factors stay below 2^24 for depths
+// up to 512, and beyond that are off by less than the rounding of the sums that they correct.
 #pragma once
 
 #include <algorithm>

@@ -28,7 +28,8 @@ namespace kvplane::detail {
 
 /// Channels (keys) or tokens (values) that a unit of the lower planes holds, and two of the first.
 inline constexpr Index half_depth = 8;
-/// The 2^112 that the bits are short of, in two parts: what a row's factors come times, and what its sums go times.
+/// The 2^112 that the bits are short of, in two parts: what a row's factors come times, and what its sums
+/// go times.
 struct HalfScale {
     float factors, sums;
 };

@@ -16,10 +16,10 @@ namespace kvplane {
 ///
 ///     s = scale q.k;   s = softcap tanh(s / softcap) where there is a softcap;   s += slope_h (t - p) + bias
 ///
-/// and key t is seen when t <= p, and, with a sliding window, p - t < window or t < sinks. The output is the sum
-/// of exp(s) v over the seen keys, divided by that of exp(s), and of exp(sink logit) where the head has one. A
-/// query that sees nothing gets zeros. A query row that is not finite gets NaN, and so does one so long that its
-/// scores may not be floats (|q| times the longest key beyond 8e37); no other row notices.
+/// and key t is seen when t <= p, and, with a sliding window, p - t < window or t < sinks. The output is
+/// the sum of exp(s) v over the seen keys, divided by that of exp(s), and of exp(sink logit) where the head
+/// has one. A query that sees nothing gets zeros. A query row that is not finite gets NaN, and so does one
+/// so long that its scores may not be floats (|q| times the longest key beyond 8e37); no other row notices.
 struct AttentionParameters {
     double scale = 0.0;        ///< of q.k; 0: 1 / sqrt(head_dim)
     double softcap = 0.0;      ///< 0, or 1e30 and more: none; applied before masking

@@ -21,8 +21,8 @@ namespace kvplane::detail {
 /// Tiles whose queries are turned and projected together, so that a basis is read once for all.
 inline constexpr Index projected_tiles = 4;
 
-/// Which query rows have scores that are floats, whatever the frame and the order of their sums. Others, and rows
-/// that are not finite, get NaN: an infinite score would look like a token that is not seen.
+/// Which query rows have scores that are floats, whatever the frame and the order of their sums. Others,
+/// and rows that are not finite, get NaN: an infinite score would look like a token that is not seen.
 class ScoreRange {
   public:
     ScoreRange(const CacheShape& cache, const CacheState& state) noexcept

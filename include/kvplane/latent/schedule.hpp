@@ -9,9 +9,10 @@
 //                      grids, and what the basis costs per tile
 //
 // Best schedules are found in two steps. Within one basis, dynamic programming over runs gives the whole
-// frontier of (bytes, error), exactly for up to 1024 latents. It works on runs because a tile's planes hold 8 to 32
-// channels in a unit, so widths that change too often waste room. Then the one allocator (bit_allocation.hpp) picks a point of every
-// frontier, over heads and layers together. For a single basis this is the best point that fits.
+// frontier of (bytes, error), exactly for up to 1024 latents. It works on runs because a tile's planes hold
+// 8 to 32 channels in a unit, so widths that change too often waste room. Then the one allocator
+// (bit_allocation.hpp) picks a point of every frontier, over heads and layers together. For a single basis
+// this is the best point that fits.
 #pragma once
 
 #include <array>

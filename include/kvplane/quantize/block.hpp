@@ -253,8 +253,8 @@ class BlockQuantizer {
     std::vector<std::byte> source_;
 };
 
-/// The largest magnitude, where fp16 holds all of them. Otherwise a magnitude beyond fp16, infinity or NaN: that of the
-/// first row with one, whatever comes after it.
+/// The largest magnitude, where fp16 holds all of them. Otherwise a magnitude beyond fp16, infinity or NaN:
+/// that of the first row with one, whatever comes after it.
 template <CacheScalar Scalar>
 float largest_magnitude(const HeadRows<Scalar>& rows) {
     if (rows.tokens() == 0 || rows.channels() == 0) return 0.0f;

@@ -183,10 +183,10 @@ double svdq_gain(double decay);
 ///
 /// where f = error_by_width is the mean squared error of a latent of variance 1 at 0, 1, 2, ... bits, and
 /// f(0) = 1. (For the library's grids, f is latent_grid_error.) Divided by f(b) at the average width b, the
-/// result is the ratio of errors that svdq_gain is about, and no less than that where f falls by 4 with every bit. At
-/// low rate f does not, and the ratio may be less: .49 against a gain of .70 for widths {2, 0} and a decay of 3 on the
-/// library's grids. 0 <= rho <= 1, at least one group, widths within the table, table >= 0. Throws Error (shape,
-/// not_finite, option) otherwise.
+/// result is the ratio of errors that svdq_gain is about, and no less than that where f falls by 4 with
+/// every bit. At low rate f does not, and the ratio may be less: .49 against a gain of .70 for widths {2,
+/// 0} and a decay of 3 on the library's grids. 0 <= rho <= 1, at least one group, widths within the table,
+/// table >= 0. Throws Error (shape, not_finite, option) otherwise.
 double svdq_grouped_error(double rho, std::span<const int> widths, std::span<const double> error_by_width);
 
 /// T8: the decay of a measured spectrum. It is the negative slope of the least squares line through
@@ -264,8 +264,8 @@ double output_error_bound(double score_error, double radius, double value_error)
 /// Error (option) for bits outside 1 to 8 and for negative arguments.
 ///
 /// It holds for every `largest` with which the sum of count largest 2^bits, the largest there can be, is a
-/// float; attention gives NaN to a query that may go beyond. Factors of 1e-30 and less all count as 0, so that
-/// the sum is off by itself: count largest codes. What fp32 sums round is not in it.
+/// float; attention gives NaN to a query that may go beyond. Factors of 1e-30 and less all count as 0, so
+/// that the sum is off by itself: count largest codes. What fp32 sums round is not in it.
 double rounded_factors_error(int bits, int bits_below, Index count, double largest);
 
 }  // namespace kvplane::theory

@@ -73,13 +73,14 @@ inline void append_run(LatentSchedule& schedule, Index channels, int bits) {
         schedule.segments.push_back({channels, bits});
 }
 
-/// Dynamic programming over (latents covered, units of planes spent), one width after the other, from wide to
-/// narrow. What latents take beside planes follows from how many are covered, so that nothing is rounded and the
-/// frontier is exact.
+/// Dynamic programming over (latents covered, units of planes spent), one width after the other, from wide
+/// to narrow. What latents take beside planes follows from how many are covered, so that nothing is rounded
+/// and the frontier is exact.
 ///
-/// A run may end anywhere, but another begins at multiples of 8 alone, the depth of the shallowest unit: a run that
-/// ends elsewhere and is followed by a narrower one can take a latent from it, which costs no unit. Beyond 1024 latents
-/// both go in larger steps, so that time does not grow with more than their number of units.
+/// A run may end anywhere, but another begins at multiples of 8 alone, the depth of the shallowest unit: a
+/// run that ends elsewhere and is followed by a narrower one can take a latent from it, which costs no
+/// unit. Beyond 1024 latents both go in larger steps, so that time does not grow with more than their
+/// number of units.
 class ScheduleFrontier {
   public:
     ScheduleFrontier(const Eigen::VectorXd& spectrum, const ScheduleSettings& settings)
@@ -87,8 +88,8 @@ class ScheduleFrontier {
         energy_.assign(static_cast<std::size_t>(latents_ + 1), 0.0);
         for (Index i = 0; i < latents_; ++i)
             energy_[static_cast<std::size_t>(i + 1)] = energy_[static_cast<std::size_t>(i)] + spectrum[i];
-        // More than all latents in the most bits is never better. A unit that is not full costs a run no more than
-        // one of each plane.
+        // More than all latents in the most bits is never better. A unit that is not full costs a run no
+        // more than one of each plane.
         most_units_ = plane_units_of(latents_, settings.most_bits);
         grain_ = (latents_ + 1023) / 1024;
         step_ = 8 * grain_;

@@ -263,7 +263,8 @@ KVPLANE_FUNCTION WaterFilling reverse_water_filling(const Eigen::Ref<const Eigen
     require(spectrum.size() > 0, ErrorCode::shape, "spectrum: no latents, expected at least one");
     if (spectrum.maxCoeff() == 0) return {};
     const auto latents = static_cast<double>(spectrum.size());
-    // With as many bits the water is below the least double, and with more the search would begin at infinity.
+    // With as many bits the water is below the least double, and with more the search would begin at
+    // infinity.
     mean_bits = std::min(mean_bits, 4096.0);
     const auto rate = [&](double log2_level) {
         double sum = 0;
