@@ -7,11 +7,15 @@
 // bandwidth takes.
 //   DecodeBatch/RECIPE/.../sequences:S/threads:T   one query token of each of S sequences in one call
 //   DecodeLoop/...                                 the same in a call each
+//   SharedPrefix/RECIPE/.../forks:F/threads:T      one query token of each of F forks of one sequence, which have
+// a token of their own each, in one call; SharedPrefixApart/...: in a call each. Counter `over_one`: the time over
+// that of one sequence alone, measured in turns with it.
 // Several caches take turns, together twice what the last-level cache holds, so that
 // all of it comes from memory. Usage: attention_bench [--all] [--recipes=A,B] [benchmark's own options];
 // --all: every length and shape, not only the main ones.
 #include <benchmark/benchmark.h>
 
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <sstream>
@@ -126,6 +130,70 @@ void decode_many(benchmark::State& state, const std::string& recipe, const Shape
     state.SetItemsProcessed(state.iterations() * count);
 }
 
+/// One query token of each of some forks, together or one after another.
+void decode_forks(benchmark::State& state, const std::string& recipe, const Shape& shape, std::size_t forks,
+                  int threads, bool together) {
+    using Clock = std::chrono::steady_clock;
+    Caches& all = caches_of(recipe, shape, 2);
+    ThreadExecutor executor(threads);
+    AttentionWorkspace workspace(&executor);
+    const auto count = static_cast<Index>(forks);
+    const Index channels = shape.kv_heads * shape.head_dim;
+    std::vector<std::vector<KvCache>> families;
+    for (const KvCache& parent : all.caches) {
+        std::vector<KvCache>& family = families.emplace_back();
+        for (std::size_t i = 0; i < forks; ++i) {
+            family.push_back(parent.fork());
+            family.back().append(random_rows(1, channels, 10 + i), random_rows(1, channels, 100 + i));
+        }
+    }
+    const Matrix queries = random_rows(count, shape.query_heads * shape.head_dim, 3);
+    Matrix output(count, shape.query_heads * shape.head_dim), one(1, shape.query_heads * shape.head_dim);
+    std::vector<const KvCache*> batch(forks);
+    std::vector<Index> offsets(forks + 1);
+    for (std::size_t i = 0; i <= forks; ++i) offsets[i] = static_cast<Index>(i);
+    std::size_t next = 0;
+    const auto take = [&]() -> const std::vector<KvCache>& {
+        next = (next + 1) % families.size();
+        return families[next];
+    };
+    std::chrono::duration<double> of_forks{}, of_one{};
+    for (auto _ : state) {
+        const std::vector<KvCache>& family = take();
+        for (std::size_t i = 0; i < forks; ++i) batch[i] = &family[i];
+        const auto start = Clock::now();
+        if (together)
+            KvCache::attend_batch(batch, offsets, queries, output, {}, workspace);
+        else
+            for (Index i = 0; i < count; ++i) {
+                auto row = output.row(i);
+                batch[static_cast<std::size_t>(i)]->attend(queries.row(i), row, {}, workspace);
+            }
+        const auto end = Clock::now();
+        take()[0].attend(queries.row(0), one, {}, workspace);
+        of_one += Clock::now() - end;
+        of_forks += end - start;
+        state.SetIterationTime(std::chrono::duration<double>(end - start).count());
+        benchmark::DoNotOptimize(output.data());
+    }
+    state.counters["over_one"] = of_forks / of_one;
+}
+
+void add_forks(const std::string& recipe, const Shape& shape, std::size_t forks) {
+    for (const int threads : {1, 2})
+        for (const bool together : {false, true}) {
+            const std::string name = std::string(together ? "SharedPrefix/" : "SharedPrefixApart/") +
+                                     name_of(recipe, shape) + "/forks:" + std::to_string(forks) +
+                                     "/threads:" + std::to_string(threads);
+            benchmark::RegisterBenchmark(name.c_str(),
+                                         [=](benchmark::State& state) {
+                                             decode_forks(state, recipe, shape, forks, threads, together);
+                                         })
+                ->UseManualTime()
+                ->Unit(benchmark::kMicrosecond);
+        }
+}
+
 void add_batch(const std::string& recipe, const Shape& shape, std::size_t sequences) {
     std::vector<int> teams{1, 2};
     if (const auto cores = static_cast<int>(std::thread::hardware_concurrency()); cores > 2)
@@ -183,6 +251,9 @@ int main(int count, char** arguments) {
         }
     }
     for (const char* recipe : {"fp16", "key_favored:4:4"}) add_batch(recipe, {512, 32, 8, 128}, 64);
+    for (const char* recipe : {"key_favored:4:4", "standard"})
+        for (const Index kv_heads : {8, 32})
+            for (const std::size_t forks : {2, 16}) add_forks(recipe, {8192, 32, kv_heads, 128}, forks);
     benchmark::Initialize(&kept, arguments);
     if (benchmark::ReportUnrecognizedArguments(kept, arguments)) return 1;
     benchmark::RunSpecifiedBenchmarks();

@@ -31,6 +31,12 @@ struct SoftmaxState {
         std::fill_n(sum, rows, 0.0f);
         std::fill_n(output, rows * stride, 0.0f);
     }
+    /// Takes over the state of one row.
+    void copy(const SoftmaxState& from) const noexcept {
+        *largest = *from.largest;
+        *sum = *from.sum;
+        std::copy_n(from.output, stride, output);
+    }
     /// log of the sum of exp(score) over the tokens of one row; nothing_seen without any.
     float log_sum_exp() const noexcept { return *sum == 0.0f ? *largest : *largest + std::log(*sum); }
     /// Gives a score that no token has its share of one row's weights; -infinity: none.

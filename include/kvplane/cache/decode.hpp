@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <span>
 #include <utility>
 
 #include "kvplane/attention/executor.hpp"
@@ -31,38 +32,50 @@ inline bool decodes(const PageLayout& layout, const LatentKeys* latent) noexcept
            (latent ? latent->frame() != KeyFrame::before_rope : reads_key_planes(layout.keys[0]));
 }
 
+/// Query tokens, and the part of a sequence that they attend to.
+struct DecodeTask {
+    const CacheShape& cache;
+    const CacheState& state;
+    std::span<const QueryToken> tokens;
+    Index first_tile, end_tile;
+    bool unpacked;         ///< whether sinks and recent tokens take part
+    PrefixStates* prefix;  ///< of the tiles before first_tile; not used without any
+};
+
 class DecodePass {
   public:
     /// Takes all memory that the attention needs. Throws std::bad_alloc.
-    DecodePass(const CacheShape& cache, const CacheState& state, Index query_tokens,
-               const AttentionParameters& parameters, Workspace& workspace, Executor& executor)
-        : cache_(cache),
-          state_(state),
+    DecodePass(const DecodeTask& task, const AttentionParameters& parameters, Workspace& workspace,
+               Executor& executor)
+        : cache_(task.cache),
+          state_(task.state),
           work_(workspace),
           executor_(executor),
           isa_(current_isa()),
-          tiles_(state.sequence()),
-          shape_{.query_tokens = query_tokens,
-                 .heads = cache.configuration.kv_heads,
-                 .rows_per_head = cache.configuration.group() * query_tokens,
-                 .subspaces = state.layout ? state.layout->subspaces() : 1,
+          tiles_(state_.sequence().until(task.end_tile)),
+          shape_{.query_tokens = static_cast<Index>(task.tokens.size()),
+                 .heads = cache_.configuration.kv_heads,
+                 .rows_per_head = cache_.configuration.group() * static_cast<Index>(task.tokens.size()),
+                 .subspaces = state_.layout ? state_.layout->subspaces() : 1,
                  .tiles = tiles_.tiles},
           parameters_(parameters),
-          first_position_(parameters.first_position(state.tokens, query_tokens)),
-          together_(state.latent && shape_.subspaces == 1 && shape_.heads > 1),
-          planner_(tiles_.tiles > 0 ? workspace.planner(parameters.read, *state.layout) : nullptr),
-          sink_rows_(cache.sink_rows()),
-          recent_rows_(cache.recent_rows()) {
-        const Index key_dim = cache.dim(TileSide::keys), value_dim = cache.dim(TileSide::values);
+          together_(state_.latent && shape_.subspaces == 1 && shape_.heads > 1),
+          first_tile_(task.first_tile),
+          unpacked_(task.unpacked),
+          prefix_(task.prefix),
+          planner_(tiles_.tiles > 0 ? workspace.planner(parameters.read, *state_.layout) : nullptr),
+          sink_rows_(cache_.sink_rows()),
+          recent_rows_(cache_.recent_rows()) {
+        const Index key_dim = cache_.dim(TileSide::keys), value_dim = cache_.dim(TileSide::values);
         const Index channels = key_dim * (together_ ? shape_.heads : 1);
         work_.workers.resize(static_cast<std::size_t>(executor.workers()));
         for (WorkerScratch& worker : work_.workers) {
             worker.attention.reserve(std::max(channels, padded_channels(value_dim)));
-            if (state.latent) worker.projection.reserve(channels);
+            if (state_.latent) worker.projection.reserve(channels);
             worker.values_in_keys.begin(tiles_, value_dim);
             worker.count = {};
         }
-        work_.queries.begin(shape_, cache, state);
+        work_.queries.begin(shape_, cache_, state_, task.tokens);
         work_.states.begin(shape_, value_dim);
         if (!planner_) return;
         work_.weights.begin(shape_);
@@ -84,8 +97,8 @@ class DecodePass {
             each(across(), [this](Index head, Index worker) { sample(head, worker); });
             planner_->sampled();
         }
-        const Index tile_items = shape_.chunks() * across();
-        each(tile_items + shape_.heads, [=, this](Index item, Index worker) {
+        const Index tile_items = this->tile_items();
+        each(tile_items + (unpacked_ ? shape_.heads : 0), [=, this](Index item, Index worker) {
             if (item < tile_items)
                 score_tiles(work_of(item), worker);
             else
@@ -102,18 +115,34 @@ class DecodePass {
             each(tile_items, [this](Index item, Index worker) { add_values(work_of(item), worker); });
         }
         report();
-        for (Index chunk = 1; chunk <= shape_.chunks(); ++chunk)
-            for (Index r = 0; r < shape_.rows(); ++r) merge(work_.states.of(0, r), work_.states.of(chunk, r));
+    }
+
+    /// Adds what run() found to the states of the prefix, of which it then is a part.
+    void extend_prefix() noexcept {
+        const Index complete = shape_.tiles / DecodeShape::chunk_tiles;
+        for (Index r = 0; r < shape_.rows(); ++r) {
+            const auto [token, head] = work_.queries.place(r);
+            for (Index chunk = first_chunk(); chunk < complete; ++chunk)
+                merge(prefix_->complete(token, head), work_.states.of(chunk, r));
+            const SoftmaxState open = prefix_->open(token, head);
+            if (complete < shape_.chunks())
+                open.copy(work_.states.of(complete, r));
+            else
+                open.clear(1);
+        }
     }
 
     struct Output {
         const float* values;  ///< [value dim] in the frame of the input
         float log_sum_exp;    ///< of the scores, and the sink's logit
     };
-    /// The output of a query head's token. Once for each.
+    /// The output of a query head's token, after run(). Once for each.
     Output output(Index head, Index token) noexcept {
         const Index row = head * shape_.query_tokens + token, value_dim = cache_.dim(TileSide::values);
         const SoftmaxState state = work_.states.of(0, row);
+        if (first_chunk() > 0) state.copy(prefix_->complete(work_.queries.place(row).token, head));
+        for (Index chunk = std::max<Index>(first_chunk(), 1); chunk <= shape_.chunks(); ++chunk)
+            merge(state, work_.states.of(chunk, row));
         if (!work_.queries.finite(row)) {
             std::fill_n(state.output, value_dim, std::numeric_limits<float>::quiet_NaN());
             return {state.output, std::numeric_limits<float>::quiet_NaN()};
@@ -135,19 +164,34 @@ class DecodePass {
 
     /// Items of a chunk: one a head, or one for all heads where these read the same tiles of keys.
     Index across() const noexcept { return together_ ? 1 : shape_.heads; }
+    Index first_chunk() const noexcept { return first_tile_ / DecodeShape::chunk_tiles; }
+    Index tile_items() const noexcept { return (shape_.chunks() - first_chunk()) * across(); }
+    Index chunk_of(Index item) const noexcept { return first_chunk() + item / across(); }
     struct Work {
         Index item, chunk;
         Index first_head, heads;
         Index first_tile, end_tile;
     };
     Work work_of(Index item) const noexcept {
-        const Index chunk = item / across(), first = chunk * DecodeShape::chunk_tiles;
+        const Index chunk = chunk_of(item), first = chunk * DecodeShape::chunk_tiles;
         return {.item = item,
                 .chunk = chunk,
                 .first_head = together_ ? 0 : item % shape_.heads,
                 .heads = together_ ? shape_.heads : 1,
-                .first_tile = first,
+                .first_tile = std::max(first, first_tile_),
                 .end_tile = std::min(first + DecodeShape::chunk_tiles, shape_.tiles)};
+    }
+    /// The states from which a chunk's tiles go on.
+    void begin_states(const Work& work) noexcept {
+        const Index rows = shape_.rows_per_head;
+        const bool goes_on = work.first_tile % DecodeShape::chunk_tiles != 0;
+        for (Index head = work.first_head; head < work.first_head + work.heads; ++head) {
+            if (!goes_on) work_.states.of(work.chunk, head * rows).clear(rows);
+            for (Index r = head * rows; goes_on && r < (head + 1) * rows; ++r) {
+                const auto [token, query_head] = work_.queries.place(r);
+                work_.states.of(work.chunk, r).copy(prefix_->open(token, query_head));
+            }
+        }
     }
     /// body(row block) for all row blocks of some heads.
     template <class Body>
@@ -178,21 +222,23 @@ class DecodePass {
     /// Scores of a chunk's tiles and, unless values wait, what their values add.
     void score_tiles(const Work& work, Index worker) noexcept {
         WorkerScratch& own = scratch(worker);
-        for (Index head = work.first_head; head < work.first_head + work.heads; ++head)
-            work_.states.of(work.chunk, head * shape_.rows_per_head).clear(shape_.rows_per_head);
-        // Latents go some tiles at a time, for the sake of the projection; others tile by tile.
+        begin_states(work);
+        // Latents go some tiles at a time, for the sake of the projection; others tile by tile. Their turns follow
+        // from those of the tiles before, so they begin with the chunk.
         const Index step = state_.latent ? projected_tiles : 1;
         bool turned = false;  // whether the tiles before were
-        for (Index first = work.first_tile; first < work.end_tile; first += step) {
+        for (Index first = state_.latent ? work.chunk * DecodeShape::chunk_tiles : work.first_tile;
+             first < work.end_tile; first += step) {
             const Index count = std::min(step, work.end_tile - first);
             const bool projects = state_.latent && scores_any(first, count, work);
             if (projects) own.projection.turn_to(isa_, *state_.latent, tiles_, first, count, turned);
             turned = projects;
+            if (first + count <= work.first_tile) continue;
             for_blocks(work.first_head, work.heads, [&](const RowBlock& block) {
                 std::array<float, projected_tiles * row_block_rows> offsets{};
                 if (projects)
                     own.projection.project(isa_, *state_.latent, work_.queries, block, count, offsets.data());
-                for (Index i = 0; i < count; ++i) {
+                for (Index i = std::max<Index>(work.first_tile - first, 0); i < count; ++i) {
                     const Index t = first + i;
                     const PlanPlace place{.tile = t,
                                           .next = next_tile(t, work, tiles_.layout->subspace_of(block.head)),
@@ -223,7 +269,7 @@ class DecodePass {
         for (Index next = t + 1; next < work.end_tile; ++next)
             if (scores(next, subspace)) return next;
         const Index item = work.item + executor_.workers();
-        return item < shape_.chunks() * across() ? item / across() * DecodeShape::chunk_tiles : t;
+        return item < tile_items() ? chunk_of(item) * DecodeShape::chunk_tiles : t;
     }
 
     void score_tile(const PlanPlace& place, RowView<const float> queries, const float* offsets) noexcept {
@@ -249,8 +295,7 @@ class DecodePass {
         const TilePlace& tile = tiles_[t];
         for (Index r = 0; r < block.rows && tile.row > 0; ++r)
             std::fill_n(scores + r * tile_tokens, tile.row, nothing_seen);
-        work_.queries.apply(block, tile.first, tile.tokens, tile_tokens - tile.row, tiles_, first_position_,
-                            scores + tile.row);
+        work_.queries.apply(block, tile.first, tile.tokens, tile_tokens - tile.row, tiles_, scores + tile.row);
         if (values_wait_)
             keep_weights(place, chunk, scores);
         else
@@ -402,8 +447,7 @@ class DecodePass {
             tokens.rows->prefetch(tokens.page, TileSide::values, head, tokens.at, tokens.count);
             const RowView<float> scores{own.scores(), tile_tokens, block.rows};
             row_scores(isa_, work_.queries.rotated(block), read(TileSide::keys, key_dim), key_dim, scores);
-            work_.queries.apply(block, tokens.first, tokens.count, padded, tiles_, first_position_,
-                                scores.data);
+            work_.queries.apply(block, tokens.first, tokens.count, padded, tiles_, scores.data);
             if (tokens.next) tokens.rows->prefetch(tokens.next, TileSide::keys, head, 0, recent_page_tokens);
             const SoftmaxState to = work_.states.of(shape_.chunks(), block.first);
             online_softmax(isa_, scores.data, padded, block.rows, to);
@@ -439,8 +483,10 @@ class DecodePass {
     TileSequence tiles_;
     DecodeShape shape_;
     const AttentionParameters& parameters_;
-    Index first_position_;
     bool together_;  ///< all heads read the same tiles of keys, so they go together
+    Index first_tile_;
+    bool unpacked_;
+    PrefixStates* prefix_;
     ReadPlanner* planner_;
     bool values_wait_ = false;
     bool refining_ = false;

@@ -44,8 +44,10 @@ namespace kvplane {
 
 namespace detail {
 
+struct BatchSequence;
 struct CacheShape;
 struct Workspace;
+class PrefixStates;
 
 /// Where attention puts its output: store(context, query token, first column, values [count]).
 struct OutputSink {
@@ -215,10 +217,14 @@ class KvCache {
     /// attend() of many sequences in one call, as a server decodes them: workers take whole sequences, the long
     /// ones together, so that many short sequences use all workers as one long one does. Cache i takes the
     /// query tokens [offsets[i], offsets[i + 1]) of `queries`, which are all of its kind, and gives the same
-    /// rows of `output`. Bit for bit what attend() gives each by itself. The caches have one configuration (the
-    /// same heads and widths at least); one may come several times. The parameters hold for all, without bias
-    /// and position. Throws Error as attend(), and shape for offsets that do not begin at 0, ascend, and end
-    /// with the queries; and then has written nothing, unless memory ended (std::bad_alloc).
+    /// rows of `output`. The caches have one configuration (the same heads and widths at least); one may come
+    /// several times. The parameters hold for all, without bias and position. Throws Error as attend(), and
+    /// shape for offsets that do not begin at 0, ascend, and end with the queries; and then has written nothing,
+    /// unless memory ended (std::bad_alloc).
+    ///
+    /// Prefixes that sequences share are read once: where decoding forks have their first tiles in common, and
+    /// the policy is to read everything, these are attended for the queries of all of them, branch by branch of
+    /// a tree of forks. Either way each sequence gets bit for bit what attend() gives it by itself.
     template <class Q, class Derived>
     static void attend_batch(std::span<const KvCache* const> caches, std::span<const Index> offsets,
                              const Q& queries, Eigen::MatrixBase<Derived>& output,
@@ -329,9 +335,14 @@ class KvCache {
     static void attend_batch_rows(std::span<const KvCache* const> caches, std::span<const Index> offsets,
                                   const detail::AnyRows& queries, const detail::OutputSink& output,
                                   const AttentionParameters& parameters, AttentionWorkspace& workspace);
-    /// attend_rows() of what was checked, into the rows from `first_row` on.
-    void attend_checked(const detail::AnyRows& queries, const detail::OutputSink& output, Index first_row,
-                        const AttentionParameters& parameters, AttentionWorkspace& workspace) const;
+    /// attend_rows() of what was checked: of some rows of `queries`, into the same of the output. `shared` holds
+    /// what was attended already, if anything was.
+    void attend_checked(const detail::AnyRows& queries, const detail::OutputSink& output,
+                        const detail::BatchSequence& sequence, const AttentionParameters& parameters,
+                        AttentionWorkspace& workspace, detail::PrefixStates* shared) const;
+    /// Whether DecodePass reads it with these parameters.
+    bool decodes(Index query_tokens, const AttentionParameters& parameters) const noexcept;
+    detail::BatchSequence sequence(Index first_row, Index query_tokens) const noexcept;
     std::vector<std::vector<Index>> selected_rows(const detail::AnyRows& queries,
                                                   const AttentionParameters& parameters) const;
     void require_attend(const detail::AnyRows& queries, Index out_rows, Index out_cols,

@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "kvplane/attention/float_rows.hpp"
@@ -41,11 +42,19 @@ class ScoreRange {
     double channels_, largest_key_;
 };
 
+/// A query token of a pass.
+struct QueryToken {
+    Index row;       ///< among the given queries
+    Index position;  ///< in its sequence
+};
+
 /// The query rows of a DecodeShape, already scaled where scores are no more than scaled products.
 class QueryRows {
   public:
     /// Throws std::bad_alloc.
-    void begin(const DecodeShape& shape, const CacheShape& cache, const CacheState& state) {
+    void begin(const DecodeShape& shape, const CacheShape& cache, const CacheState& state,
+               std::span<const QueryToken> tokens) {
+        tokens_.assign(tokens.begin(), tokens.end());
         shape_ = shape;
         dim_ = cache.configuration.key_head_dim;
         const auto rows = static_cast<std::size_t>(shape.rows());
@@ -71,7 +80,8 @@ class QueryRows {
                 scales_[static_cast<std::size_t>(head)] =
                     rule.plain() ? 1.0 : static_cast<double>(rule.scale());
                 for (Index i = 0; i < shape_.query_tokens; ++i)
-                    take_row(rows, head, i, head * shape_.query_tokens + i, scale, range);
+                    take_row(rows, head, tokens_[static_cast<std::size_t>(i)].row,
+                             head * shape_.query_tokens + i, scale, range);
             }
         });
         for (std::size_t i = 0; i < turns_.size(); ++i) turn_rows(i, cache);
@@ -87,6 +97,13 @@ class QueryRows {
         }
     }
 
+    /// A row's place among the given queries.
+    struct Place {
+        Index token, head;
+    };
+    Place place(Index row) const noexcept {
+        return {tokens_[static_cast<std::size_t>(row % shape_.query_tokens)].row, row / shape_.query_tokens};
+    }
     const float* plain(Index row) const noexcept { return plain_.data() + row * dim_; }
     /// With the channels of each RoPE pair exchanged; for latents only.
     const float* partner(Index row) const noexcept { return partner_.data() + row * dim_; }
@@ -107,9 +124,10 @@ class QueryRows {
     /// position `first` on. Hidden tokens, and those up to `padded`, get -infinity.
     ///   scores  [row][128]
     void apply(const RowBlock& block, Index first, Index count, Index padded, const TileSequence& sequence,
-               Index first_position, float* scores) const noexcept {
+               float* scores) const noexcept {
         for (Index r = 0; r < block.rows; ++r, scores += tile_tokens) {
-            const Index query = (block.first + r) % shape_.query_tokens, position = first_position + query;
+            const Index query = (block.first + r) % shape_.query_tokens,
+                        position = tokens_[static_cast<std::size_t>(query)].position;
             const auto& rule = rules_[static_cast<std::size_t>((block.first + r) / shape_.query_tokens)];
             std::fill(scores + count, scores + padded, nothing_seen);
             const bool hides_some = sequence.hides_some(first, count);
@@ -172,6 +190,7 @@ class QueryRows {
     }
 
     DecodeShape shape_;
+    std::vector<QueryToken> tokens_;  ///< [query token]
     Index dim_ = 0;
     std::vector<float> plain_, partner_;   ///< [row][key dim]
     std::vector<Index> turns_;             ///< 0, and those of tiles whose tokens have moved

@@ -45,6 +45,38 @@ class ChunkStates {
     std::vector<float> output_;         ///< [head][chunk][row of the head][channels, padded]
 };
 
+/// The softmax states of a batch's rows over the first tiles of their sequences, from which a pass goes on. They
+/// are those that the pass itself would have there, so that it ends with the same bits.
+class PrefixStates {
+  public:
+    /// No tokens seen. Throws std::bad_alloc.
+    void begin(Index query_tokens, Index query_heads, Index channels) {
+        heads_ = query_heads;
+        stride_ = padded_channels(channels);
+        const auto states = static_cast<std::size_t>(2 * query_tokens * query_heads);
+        largest_.assign(states, nothing_seen);
+        sum_.assign(states, 0.0f);
+        output_.assign(states * static_cast<std::size_t>(stride_), 0.0f);
+    }
+    /// Of all chunks that are complete.
+    SoftmaxState complete(Index query_token, Index query_head) noexcept {
+        return at(2 * (query_token * heads_ + query_head));
+    }
+    /// Of the first tiles of the chunk after them.
+    SoftmaxState open(Index query_token, Index query_head) noexcept {
+        return at(2 * (query_token * heads_ + query_head) + 1);
+    }
+
+  private:
+    SoftmaxState at(Index state) noexcept {
+        return {largest_.data() + state, sum_.data() + state, output_.data() + state * stride_, stride_};
+    }
+
+    Index heads_ = 0, stride_ = 0;
+    std::vector<float> largest_, sum_;  ///< [query token][query head][complete, open]
+    std::vector<float> output_;         ///< [query token][query head][complete, open][channels, padded]
+};
+
 /// What one worker has for itself.
 struct WorkerScratch {
     AttentionScratch attention;
@@ -59,8 +91,9 @@ struct Workspace {
     std::vector<WorkerScratch> workers;
     QueryRows queries;
     ChunkStates states;
-    TileWeights weights;  ///< where values wait
-    ReadReport report;    ///< of the last call
+    PrefixStates prefixes;  ///< of a batch
+    TileWeights weights;    ///< where values wait
+    ReadReport report;      ///< of the last call
 
     FixedPlanner fixed;
     ExponentsPlanner exponents;

@@ -83,6 +83,12 @@ struct TileSequence {
     Index hidden_from = 0, hidden_to = 0;
     float largest_value = 0.0f;  ///< the largest magnitude of any value, which fp16 values go by
 
+    /// The tiles before `end`.
+    TileSequence until(Index end) const noexcept {
+        TileSequence some = *this;
+        some.tiles = end;
+        return some;
+    }
     const TilePlace& operator[](Index tile) const noexcept { return places[tile]; }
     bool hides(Index first, Index count) const noexcept {
         return first >= hidden_from && first + count <= hidden_to;

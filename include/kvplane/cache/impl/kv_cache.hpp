@@ -2,8 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <span>
+#include <utility>
+#include <vector>
 
 #include "kvplane/cache/appender.hpp"
 #include "kvplane/cache/decode.hpp"
@@ -12,6 +16,7 @@
 #include "kvplane/cache/prefill.hpp"
 #include "kvplane/cache/reader.hpp"
 #include "kvplane/cache/shape.hpp"
+#include "kvplane/cache/shared_prefix.hpp"
 #include "kvplane/cache/workspace.hpp"
 #include "kvplane/simd/floating_point.hpp"
 
@@ -296,20 +301,42 @@ KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const
                                            AttentionWorkspace& workspace) const {
     require_attend(queries, output.rows, output.cols, parameters);
     if (output.log_sum_exp) output.log_sum_exp->resize(queries.tokens, configuration().query_heads);
-    attend_checked(queries, output, 0, parameters, workspace);
+    attend_checked(queries, output, sequence(0, queries.tokens), parameters, workspace, nullptr);
+}
+
+KVPLANE_FUNCTION bool KvCache::decodes(Index query_tokens,
+                                       const AttentionParameters& parameters) const noexcept {
+    return query_tokens <= detail::decode_query_tokens && parameters.key_fraction >= 1.0 &&
+           (state_.tiles.empty() || detail::decodes(*state_.layout, state_.latent.get()));
+}
+
+KVPLANE_FUNCTION detail::BatchSequence KvCache::sequence(Index first_row, Index query_tokens) const noexcept {
+    return {.shape = shape_.get(), .state = &state_, .first_row = first_row, .query_tokens = query_tokens};
 }
 
 KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
-                                              const detail::OutputSink& output, Index first_row,
+                                              const detail::OutputSink& output,
+                                              const detail::BatchSequence& sequence,
                                               const AttentionParameters& parameters,
-                                              AttentionWorkspace& workspace) const {
-    const Index query_tokens = queries.tokens, dim = configuration().value_head_dim;
+                                              AttentionWorkspace& workspace,
+                                              detail::PrefixStates* shared) const {
+    const Index query_tokens = sequence.query_tokens, first_row = sequence.first_row,
+                dim = configuration().value_head_dim;
     if (query_tokens == 0) return;
     const detail::StandardFloatingPoint standard;
-    if (query_tokens <= detail::decode_query_tokens && parameters.key_fraction >= 1.0 &&
-        (state_.tiles.empty() || detail::decodes(*state_.layout, state_.latent.get()))) {
-        detail::DecodePass pass(*shape_, state_, query_tokens, parameters, workspace.arrays(),
-                                workspace.executor());
+    if (decodes(query_tokens, parameters)) {
+        std::array<detail::QueryToken, detail::decode_query_tokens> tokens;
+        const Index position = parameters.first_position(state_.tokens, query_tokens);
+        for (Index i = 0; i < query_tokens; ++i)
+            tokens[static_cast<std::size_t>(i)] = {.row = first_row + i, .position = position + i};
+        detail::DecodePass pass({.cache = *shape_,
+                                 .state = state_,
+                                 .tokens = std::span(tokens).first(static_cast<std::size_t>(query_tokens)),
+                                 .first_tile = sequence.shared_tiles,
+                                 .end_tile = sequence.tiles(),
+                                 .unpacked = true,
+                                 .prefix = shared},
+                                parameters, workspace.arrays(), workspace.executor());
         pass.run(queries);
         for (Index head = 0; head < configuration().query_heads; ++head)
             for (Index i = 0; i < query_tokens; ++i) {
@@ -319,8 +346,9 @@ KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
             }
         return;
     }
-    detail::PrefillOutput result =
-        detail::prefill(*shape_, state_, detail::widened(queries), parameters, workspace.executor());
+    const Matrix given = detail::widened(queries.visit(
+        [&](const auto& rows) { return detail::AnyRows(rows.middle_tokens(first_row, query_tokens)); }));
+    detail::PrefillOutput result = detail::prefill(*shape_, state_, given, parameters, workspace.executor());
     for (Index i = 0; i < query_tokens; ++i)
         output.store(output.context, first_row + i, 0, result.values.row(i).data(), result.values.cols());
     if (output.log_sum_exp) *output.log_sum_exp = std::move(result.log_sum_exp);
@@ -343,13 +371,27 @@ KVPLANE_FUNCTION void KvCache::attend_batch_rows(
             return detail::AnyRows(rows.middle_tokens(offsets[i], offsets[i + 1] - offsets[i]));
         });
     };
-    for (std::size_t i = 0; i < count; ++i)
+    std::vector<detail::BatchSequence> sequences;
+    for (std::size_t i = 0; i < count; ++i) {
         caches[i]->require_attend(queries_of(i), offsets[i + 1] - offsets[i], output.cols, parameters);
+        sequences.push_back(caches[i]->sequence(offsets[i], offsets[i + 1] - offsets[i]));
+    }
+    std::vector<detail::BatchSequence*> sharing;
+    for (std::size_t i = 0; i < count; ++i)
+        if (const Index tokens = sequences[i].query_tokens; tokens > 0 &&
+                                                            parameters.read.kind == ReadPolicy::Kind::all &&
+                                                            caches[i]->decodes(tokens, parameters))
+            sharing.push_back(&sequences[i]);
+    detail::PrefixStates& shared = workspace.arrays().prefixes;
+    detail::SharedPrefixes(queries, parameters, shared, workspace.arrays(), workspace.executor())
+        .attend(sharing);
 
     // The longest first, so that none of them is the last to begin.
     std::vector<std::size_t> order(count);
     for (std::size_t i = 0; i < count; ++i) order[i] = i;
-    const auto work = [&](std::size_t i) { return caches[i]->tokens() * (offsets[i + 1] - offsets[i]); };
+    const auto work = [&](std::size_t i) {
+        return (caches[i]->tokens() - sequences[i].shared_tiles * tile_tokens) * sequences[i].query_tokens;
+    };
     std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return work(a) > work(b); });
     Index left = 0;
     for (std::size_t i = 0; i < count; ++i) left += work(i);
@@ -359,7 +401,7 @@ KVPLANE_FUNCTION void KvCache::attend_batch_rows(
     for (; together < count && work(order[together]) * workers > left; ++together) {
         const std::size_t i = order[together];
         left -= work(i);
-        caches[i]->attend_checked(queries_of(i), output, offsets[i], parameters, workspace);
+        caches[i]->attend_checked(queries, output, sequences[i], parameters, workspace, &shared);
     }
     std::vector<AttentionWorkspace>& own = workspace.of_workers();
     detail::FirstFailure failure;
@@ -367,8 +409,8 @@ KVPLANE_FUNCTION void KvCache::attend_batch_rows(
                       [&](Index item, Index worker) {
                           failure.guard([&] {
                               const std::size_t i = order[together + static_cast<std::size_t>(item)];
-                              caches[i]->attend_checked(queries_of(i), output, offsets[i], parameters,
-                                                        own[static_cast<std::size_t>(worker)]);
+                              caches[i]->attend_checked(queries, output, sequences[i], parameters,
+                                                        own[static_cast<std::size_t>(worker)], &shared);
                           });
                       });
     failure.rethrow();
