@@ -45,13 +45,16 @@ KVPLANE_TARGET_AVX2 inline void dot_block(const PlaneDotCall& call, const std::b
     constexpr Index together = width == 4 ? 4 : 8;  // units between widenings
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i wide[rows][2];
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) wide[r][0] = wide[r][1] = _mm256_setzero_si256();
     for (Index first = 0; first < call.units; first += together) {
         const Index end = first + together < call.units ? first + together : call.units;
         __m256i narrow[rows][2];
+#pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) narrow[r][0] = narrow[r][1] = _mm256_setzero_si256();
         for (Index u = first; u < end; ++u) {
             _mm_prefetch(reinterpret_cast<const char*>(next + u * 64), _MM_HINT_T1);
+#pragma GCC unroll 2
             for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 8
                 for (int i = 0; i < fields; ++i) {
@@ -63,11 +66,15 @@ KVPLANE_TARGET_AVX2 inline void dot_block(const PlaneDotCall& call, const std::b
                             _mm256_maddubs_epi16(field, factors_of(call, row + r, u * fields + i)));
                 }
         }
+#pragma GCC unroll 4
         for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
             for (int half = 0; half < 2; ++half)
                 wide[r][half] = _mm256_add_epi32(wide[r][half], _mm256_madd_epi16(narrow[r][half], ones));
     }
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) put(call, wide[r][half], sums + (row + r) * 16 + half * 8);
 }
 

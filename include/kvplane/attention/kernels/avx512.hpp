@@ -3,6 +3,9 @@
 // A unit is one register of 16 lanes, so a shift, a mask and one vpdpbusd a row sum 4 fields into 16 lanes.
 // Up to 4 rows have accumulators of their own for even and odd fields: a chain of vpdpbusd has a latency of 4
 // to 5 cycles. Sums are exact.
+//
+// Loops over rows are unrolled even where they only fill arrays: g++ otherwise clears these arrays in memory, and
+// copies every accumulator once a unit.
 #pragma once
 
 #include "kvplane/simd/isa.hpp"
@@ -27,7 +30,9 @@ KVPLANE_TARGET_AVX512 inline void dot_block(const PlaneDotCall& call, const std:
     const __m512i mask = _mm512_set1_epi8((1 << width) - 1);
     __m512i lanes[rows][chains];
     const std::int8_t* factors[rows];
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
         for (int chain = 0; chain < chains; ++chain) lanes[r][chain] = _mm512_setzero_si512();
         factors[r] = call.factors + (row + r) * call.factor_stride;
     }
@@ -46,7 +51,7 @@ KVPLANE_TARGET_AVX512 inline void dot_block(const PlaneDotCall& call, const std:
             }
         }
     }
-
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
         std::int32_t* const to = sums + (row + r) * 16;
         Words sum = (Words)lanes[r][0];

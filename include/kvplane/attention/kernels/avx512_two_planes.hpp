@@ -35,6 +35,7 @@ KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, In
     const Index first_at = block * call.first_units * 64, second_at = block * call.second_units * 64;
     const std::int8_t *high_factors[rows], *low_factors[rows];
     __m512i whole[rows], first[rows];
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
         whole[r] = first[r] = _mm512_setzero_si512();
         high_factors[r] = call.factors + (row + r) * call.factor_stride;
@@ -65,6 +66,7 @@ KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, In
         }
     }
     std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
         _mm512_storeu_si512(sums + r * 16, whole[r]);
         _mm512_storeu_si512(sums + (call.rows + r) * 16, (__m512i)((Words)first[r] << call.shift));
@@ -168,6 +170,7 @@ KVPLANE_TARGET_AVX512 inline void three_bits_block(const PlanePairCall& call, In
     const Index second_at = block * call.second_units * 64;
     const std::int8_t* factors[rows];
     __m512i lanes[rows][2];
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
         lanes[r][0] = lanes[r][1] = _mm512_setzero_si512();
         factors[r] = call.factors + (row + r) * call.factor_stride;
@@ -191,6 +194,7 @@ KVPLANE_TARGET_AVX512 inline void three_bits_block(const PlanePairCall& call, In
         }
     }
     std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r)
         _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)lanes[r][0] + (Words)lanes[r][1]));
 }
