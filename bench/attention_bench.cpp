@@ -10,6 +10,8 @@
 //   SharedPrefix/RECIPE/.../forks:F/threads:T      one query token of each of F forks of one sequence, which have
 // a token of their own each, in one call; SharedPrefixApart/...: in a call each. Counter `over_one`: the time over
 // that of one sequence alone, measured in turns with it.
+//   TokenWeights/RECIPE/.../queries:Q              attention of Q query tokens with sums of softmax weights. Counter
+// `more_percent`: its time over that without, measured in turns, less 1.
 // Several caches take turns, together twice what the last-level cache holds, so that
 // all of it comes from memory. Usage: attention_bench [--all] [--recipes=A,B] [benchmark's own options];
 // --all: every length and shape, not only the main ones.
@@ -194,6 +196,43 @@ void add_forks(const std::string& recipe, const Shape& shape, std::size_t forks)
         }
 }
 
+/// Attention with sums of softmax weights, in turns with attention without.
+void token_weights(benchmark::State& state, const std::string& recipe, const Shape& shape, Index queries) {
+    using Clock = std::chrono::steady_clock;
+    Caches& all = caches_of(recipe, shape);
+    ThreadExecutor executor(1);
+    AttentionWorkspace with(&executor), without(&executor);
+    const Matrix asked = random_rows(queries, shape.query_heads * shape.head_dim, 3);
+    Matrix output(queries, shape.query_heads * shape.head_dim), weights;
+    std::size_t next = 0;
+    // The least of all, because other work on the machine comes and goes.
+    double least[2] = {1e9, 1e9};
+    const auto attend = [&](bool wanted) {
+        const KvCache& cache = all.caches[next];
+        next = (next + 1) % all.caches.size();
+        const auto start = Clock::now();
+        cache.attend(asked, output, {}, wanted ? with : without,
+                     {.token_weights = wanted ? &weights : nullptr});
+        const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+        least[wanted] = std::min(least[wanted], seconds);
+        return seconds;
+    };
+    attend(true), attend(false);
+    for (auto _ : state) {
+        state.SetIterationTime(attend(true));
+        attend(false);
+    }
+    state.counters["more_percent"] = 100.0 * (least[1] / least[0] - 1.0);
+}
+
+void add_token_weights(const std::string& recipe, const Shape& shape, Index queries) {
+    const std::string name = "TokenWeights/" + name_of(recipe, shape) + "/queries:" + std::to_string(queries);
+    benchmark::RegisterBenchmark(
+        name.c_str(), [=](benchmark::State& state) { token_weights(state, recipe, shape, queries); })
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond);
+}
+
 void add_batch(const std::string& recipe, const Shape& shape, std::size_t sequences) {
     std::vector<int> teams{1, 2};
     if (const auto cores = static_cast<int>(std::thread::hardware_concurrency()); cores > 2)
@@ -254,6 +293,10 @@ int main(int count, char** arguments) {
     for (const char* recipe : {"key_favored:4:4", "standard"})
         for (const Index kv_heads : {8, 32})
             for (const std::size_t forks : {2, 16}) add_forks(recipe, {8192, 32, kv_heads, 128}, forks);
+    for (const char* recipe : {"key_favored:4:4", "standard"}) {
+        for (const Index tokens : {8192, 32768}) add_token_weights(recipe, {tokens, 32, 8, 128}, 1);
+        add_token_weights(recipe, {4096, 32, 8, 128}, 512);
+    }
     benchmark::Initialize(&kept, arguments);
     if (benchmark::ReportUnrecognizedArguments(kept, arguments)) return 1;
     benchmark::RunSpecifiedBenchmarks();

@@ -44,7 +44,7 @@ Part attend(const Matrix& keys, const Matrix& values, const Matrix& query, Index
     parameters.position = tokens - 1 - first;
     kvplane::AttentionWorkspace workspace;
     Part part;
-    cache.attend(query, part.output, parameters, workspace, &part.log_sum_exp);
+    cache.attend(query, part.output, parameters, workspace, {.log_sum_exp = &part.log_sum_exp});
     return part;
 }
 

@@ -33,7 +33,7 @@ Part part_of(const Matrix& keys, const Matrix& values, Index first, Index end, c
     const Matrix asking = queries.bottomRows(queries.rows() - ahead);
     Matrix output(asking.rows(), 192), sums;
     AttentionWorkspace workspace;
-    cache.attend(asking, output, parameters, workspace, &sums);
+    cache.attend(asking, output, parameters, workspace, {.log_sum_exp = &sums});
     part.output.bottomRows(asking.rows()) = output;
     part.sums.bottomRows(asking.rows()) = sums;
     return part;

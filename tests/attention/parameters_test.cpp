@@ -40,7 +40,7 @@ class Parameters : public testing::TestWithParam<std::string> {
         for_each_isa([&](Isa) {
             Matrix out(queries.rows(), 192), sums;
             AttentionWorkspace workspace;
-            cache_.attend(queries, out, parameters, workspace, &sums);
+            cache_.attend(queries, out, parameters, workspace, {.log_sum_exp = &sums});
             ASSERT_EQ(sums.rows(), queries.rows());
             ASSERT_EQ(sums.cols(), 4);
             ASSERT_TRUE(out.allFinite());
@@ -123,7 +123,7 @@ TEST_P(Parameters, LogSumExpIsThatOfTheScores) {
         const Matrix q = queries(query_tokens);
         Matrix out(query_tokens, 192), sums;
         AttentionWorkspace workspace;
-        cache_.attend(q, out, parameters, workspace, &sums);
+        cache_.attend(q, out, parameters, workspace, {.log_sum_exp = &sums});
         for (Index i = 0; i < query_tokens; ++i)
             for (Index head = 0; head < 4; ++head) {
                 double sum = std::exp(static_cast<double>(logits[static_cast<std::size_t>(head)]));
@@ -143,7 +143,7 @@ TEST_P(Parameters, LogSumExpIsThatOfTheScores) {
     ahead.position = 0;
     Matrix out(2, 192), sums;
     AttentionWorkspace workspace;
-    empty.attend(queries(2), out, ahead, workspace, &sums);
+    empty.attend(queries(2), out, ahead, workspace, {.log_sum_exp = &sums});
     EXPECT_EQ(out, Matrix::Zero(2, 192));
     EXPECT_EQ(sums, Matrix::Constant(2, 4, -infinity));
 }

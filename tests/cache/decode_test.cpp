@@ -176,6 +176,14 @@ TEST(FusedAttention, AllocatesNothingOnceItHasSeenTheShape) {
         for (int again = 0; again < 5; ++again) cache.attend(q, output, {}, workspace);
         EXPECT_EQ(allocations, before) << recipe;
         EXPECT_EQ(output, first);
+        // With sums of weights, in matrices of the caller's.
+        Matrix sums, weights;
+        cache.attend(q, output, {}, workspace, {.log_sum_exp = &sums, .token_weights = &weights});
+        const long with_more = allocations;
+        for (int again = 0; again < 5; ++again)
+            cache.attend(q, output, {}, workspace, {.log_sum_exp = &sums, .token_weights = &weights});
+        EXPECT_EQ(allocations, with_more) << recipe;
+        EXPECT_EQ(output, first);
         // Without a workspace: the thread's own.
         cache.attend(q, output);
         const long then = allocations;

@@ -40,6 +40,8 @@ struct DecodeTask {
     Index first_tile, end_tile;
     bool unpacked;         ///< whether sinks and recent tokens take part
     PrefixStates* prefix;  ///< of the tiles before first_tile; not used without any
+    /// [head][token] zeros, to which the softmax weights are added; nullptr: not wanted. Not with a prefix.
+    Matrix* token_weights;
 };
 
 class DecodePass {
@@ -63,6 +65,7 @@ class DecodePass {
           first_tile_(task.first_tile),
           unpacked_(task.unpacked),
           prefix_(task.prefix),
+          token_weights_(task.token_weights),
           planner_(tiles_.tiles > 0 ? workspace.planner(parameters.read, *state_.layout) : nullptr),
           sink_rows_(cache_.sink_rows()),
           recent_rows_(cache_.recent_rows()) {
@@ -77,8 +80,13 @@ class DecodePass {
         }
         work_.queries.begin(shape_, cache_, state_, task.tokens);
         work_.states.begin(shape_, value_dim);
+        if (token_weights_) {
+            DecodeShape unpacked = shape_;
+            unpacked.tiles = unpacked_blocks();
+            work_.unpacked.begin(unpacked);
+        }
+        if (planner_ || token_weights_) work_.weights.begin(shape_);
         if (!planner_) return;
-        work_.weights.begin(shape_);
         planner_->begin({.shape = shape_,
                          .tiles = &tiles_,
                          .policy = parameters.read,
@@ -111,8 +119,12 @@ class DecodePass {
                 each(tile_items, [this](Index item, Index worker) { score_tiles(work_of(item), worker); });
                 normalise_weights();
             }
+            if (token_weights_) sum_weights();
             planner_->choose_values(counted());
             each(tile_items, [this](Index item, Index worker) { add_values(work_of(item), worker); });
+        } else if (token_weights_) {
+            normalise_weights();
+            sum_weights();
         }
         report();
     }
@@ -290,7 +302,8 @@ class DecodePass {
         own.count.key_bits +=
             planner_ ? planner_->keys(place, queries, own.attention, read) : bits_read(format, nullptr);
         if (!refining_) own.count.keys += stored_elements(format);
-        float* const scores = values_wait_ ? work_.weights.weights(t, block.first) : own.attention.scores();
+        float* const scores =
+            values_wait_ || token_weights_ ? work_.weights.weights(t, block.first) : own.attention.scores();
         tile_scores(isa_, format, read, queries, offsets, own.attention, scores);
         const TilePlace& tile = tiles_[t];
         for (Index r = 0; r < block.rows && tile.row > 0; ++r)
@@ -320,6 +333,8 @@ class DecodePass {
         const RowBlock& block = place.block;
         const SoftmaxState to = work_.states.of(chunk, block.first);
         online_softmax(isa_, scores, tile_tokens, block.rows, to);
+        if (token_weights_)
+            std::copy_n(to.largest, block.rows, work_.weights.tile_max(place.tile, block.first));
         if (tiles_.layout->values_in_keys)
             return own.values_in_keys.add(isa_, tiles_.value_format(place.tile),
                                           tiles_.values(place.tile, block.head), scores, own.attention,
@@ -355,6 +370,57 @@ class DecodePass {
             const bool counts = sum > 0.0f && work_.queries.finite(r);
             work_.weights.set_row(r, top, counts ? 1.0f / sum : 0.0f);
         }
+    }
+
+    /// Token by token the sum of the weights of a head's rows, once these are normalised. Each tile is summed by
+    /// one worker, row by row, so that sums do not depend on workers.
+    void sum_weights() noexcept {
+        const Index chunks = shape_.chunks(), sinks = state_.sink_count(cache_.recipe());
+        each((chunks + 1) * shape_.heads, [=, this](Index item, Index worker) {
+            const Index head = item % shape_.heads, chunk = item / shape_.heads;
+            for_blocks(head, 1, [&](const RowBlock& block) {
+                WeightSums sums{.block = block, .sums = scratch(worker).attention.rows()[0]};
+                if (chunk < chunks) {
+                    const Index first = chunk * DecodeShape::chunk_tiles;
+                    for (Index t = first; t < std::min(first + DecodeShape::chunk_tiles, shape_.tiles); ++t)
+                        if (!tiles_.hidden(t))
+                            add_sums(sums, work_.weights, t, tiles_[t].first, tiles_[t].tokens);
+                    return;
+                }
+                for (Index b = 0; b < unpacked_blocks(); ++b) {
+                    const bool sink = b < sink_blocks();
+                    const Index first = sink ? b * token_block
+                                             : state_.recent_first + (b - sink_blocks()) * token_block,
+                                count = std::min(token_block, (sink ? sinks : state_.tokens) - first);
+                    if (!tiles_.hides(first, count)) add_sums(sums, work_.unpacked, b, first, count);
+                }
+            });
+        });
+    }
+    struct WeightSums {
+        RowBlock block;
+        float* sums;  ///< [128] of one tile
+        /// What weights were last multiplied by, and which largest scores these belong to: a chunk's seldom change.
+        std::array<float, row_block_rows> largest{}, factor{};
+    };
+    void add_sums(WeightSums& to, const TileWeights& weights, Index tile, Index first, Index count) noexcept {
+        const RowBlock& block = to.block;
+        const float* const tile_max = weights.tile_max(tile, block.first);
+        for (Index r = 0; r < block.rows; ++r) {
+            const auto i = static_cast<std::size_t>(r);
+            if (to.factor[i] != 0.0f && to.largest[i] == tile_max[r]) continue;
+            to.largest[i] = tile_max[r];
+            to.factor[i] = tile_max[r] == nothing_seen
+                               ? 0.0f
+                               : std::exp(tile_max[r] - work_.weights.largest(block.first + r)) *
+                                     *work_.weights.inverse_sums(block.first + r);
+        }
+        std::fill_n(to.sums, tile_tokens, 0.0f);
+        add_rows(isa_, {to.factor.data(), row_block_rows, 1},
+                 {weights.weights(tile, block.first), tile_tokens, block.rows},
+                 (count + unit_lanes - 1) / unit_lanes * unit_lanes, {to.sums, tile_tokens, 1});
+        float* const sums = &(*token_weights_)(block.head, first);
+        for (Index t = 0; t < count; ++t) sums[t] += to.sums[t];
     }
 
     /// Values of a chunk's tiles, where they waited.
@@ -402,12 +468,20 @@ class DecodePass {
         add_tile_values(isa_, format, read, weights, own.attention, {to.output, to.stride, block.rows});
     }
 
+    Index sink_blocks() const noexcept {
+        return (state_.sink_count(cache_.recipe()) + token_block - 1) / token_block;
+    }
+    /// Blocks of tokens outside tiles: of sinks, then recent ones.
+    Index unpacked_blocks() const noexcept {
+        return sink_blocks() + (state_.tokens - state_.recent_first + token_block - 1) / token_block;
+    }
     /// Sinks and recent tokens of one head.
     void add_unpacked(Index head, Index worker) noexcept {
         const Index chunk = shape_.chunks(), sinks = state_.sink_count(cache_.recipe());
         work_.states.of(chunk, head * shape_.rows_per_head).clear(shape_.rows_per_head);
         for (Index t = 0; t < sinks; t += token_block)
             add_tokens({.rows = &sink_rows_,
+                        .block = t / token_block,
                         .page = state_.sinks.data(),
                         .at = t,
                         .first = t,
@@ -418,6 +492,7 @@ class DecodePass {
         for (Index t = 0; t < recent; t += token_block) {
             const auto page = static_cast<std::size_t>(t / token_block);
             add_tokens({.rows = &recent_rows_,
+                        .block = sink_blocks() + t / token_block,
                         .page = state_.recent[page].data(),
                         .at = 0,
                         .first = state_.recent_first + t,
@@ -429,6 +504,7 @@ class DecodePass {
     /// Consecutive tokens of a page.
     struct UnpackedTokens {
         const TokenRows* rows;
+        Index block;  ///< among unpacked_blocks()
         const std::byte* page;
         Index at;                         ///< within the page
         Index first, count;               ///< positions
@@ -445,12 +521,16 @@ class DecodePass {
                 return {own.rows().data, dim, tokens.count};
             };
             tokens.rows->prefetch(tokens.page, TileSide::values, head, tokens.at, tokens.count);
-            const RowView<float> scores{own.scores(), tile_tokens, block.rows};
+            const RowView<float> scores{
+                token_weights_ ? work_.unpacked.weights(tokens.block, block.first) : own.scores(),
+                tile_tokens, block.rows};
             row_scores(isa_, work_.queries.rotated(block), read(TileSide::keys, key_dim), key_dim, scores);
             work_.queries.apply(block, tokens.first, tokens.count, padded, tiles_, scores.data);
             if (tokens.next) tokens.rows->prefetch(tokens.next, TileSide::keys, head, 0, recent_page_tokens);
             const SoftmaxState to = work_.states.of(shape_.chunks(), block.first);
             online_softmax(isa_, scores.data, padded, block.rows, to);
+            if (token_weights_)
+                std::copy_n(to.largest, block.rows, work_.unpacked.tile_max(tokens.block, block.first));
             const RowView<const float> values = read(TileSide::values, value_dim);
             if (planner_) planner_->unpacked(head, values, value_dim);
             add_rows(isa_, scores, values, value_dim, {to.output, to.stride, block.rows});
@@ -487,6 +567,7 @@ class DecodePass {
     Index first_tile_;
     bool unpacked_;
     PrefixStates* prefix_;
+    Matrix* token_weights_;
     ReadPlanner* planner_;
     bool values_wait_ = false;
     bool refining_ = false;

@@ -42,6 +42,19 @@
 
 namespace kvplane {
 
+/// What attention gives beside its output, for each matrix that is there.
+struct AttentionOutputs {
+    /// Made query_tokens x query_heads: the log of the sum of exp(score) over what each query sees (-infinity
+    /// for nothing; a sink logit counts), with which merge_attention() puts the outputs of several caches
+    /// together.
+    Matrix* log_sum_exp = nullptr;
+    /// Made kv_heads x tokens: the softmax weights that a token got from all query tokens of the call and all
+    /// query heads of the key head, summed; what eviction by heavy hitters (H2O, arXiv 2306.14048) and by
+    /// observation windows (SnapKV, arXiv 2404.14469) goes by. The weights of a query row sum up to 1, or to what
+    /// a sink logit leaves. Tokens that no query sees have 0; rows that are not finite are left out.
+    Matrix* token_weights = nullptr;
+};
+
 namespace detail {
 
 struct BatchSequence;
@@ -54,7 +67,7 @@ struct OutputSink {
     Index rows, cols;  ///< of all of it
     void (*store)(void* context, Index row, Index column, const float* values, Index count);
     void* context;
-    Matrix* log_sum_exp;  ///< [query token][query head] the result, or nullptr
+    AttentionOutputs more;
 };
 
 }  // namespace detail
@@ -194,9 +207,9 @@ class KvCache {
     /// (std::bad_alloc). Either way the workspace's executor runs it, and results do not depend on how many
     /// workers it has. Without a workspace the calling thread's own is used.
     ///
-    /// log_sum_exp: made query_tokens x query_heads, log of the sum of exp(score) over what each query sees
-    /// (-infinity for nothing; a sink logit counts), with which merge_attention() puts the outputs of several
-    /// caches together. nullptr: not wanted.
+    /// more: what else is wanted. It does not change a bit of the output. Sums of weights take memory: of up to 8
+    /// query tokens 4 bytes a query row and token, kept in the workspace; of more 4 bytes a token for each of the
+    /// up to 128 group() rows that every worker has in hand, and for each of those blocks.
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output,
                 const AttentionParameters& parameters = {}) const {
@@ -204,9 +217,9 @@ class KvCache {
     }
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output, const AttentionParameters& parameters,
-                AttentionWorkspace& workspace, Matrix* log_sum_exp = nullptr) const {
+                AttentionWorkspace& workspace, const AttentionOutputs& more = {}) const {
         const auto rows = input_heads(queries, configuration().query_heads);
-        attend_rows(rows, sink_of(output, log_sum_exp), parameters, workspace);
+        attend_rows(rows, sink_of(output, more), parameters, workspace);
     }
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>&& output,
@@ -231,7 +244,7 @@ class KvCache {
                              const AttentionParameters& parameters, AttentionWorkspace& workspace) {
         if (caches.empty()) return;
         const auto rows = input_heads(queries, caches[0]->configuration().query_heads);
-        attend_batch_rows(caches, offsets, rows, sink_of(output, nullptr), parameters, workspace);
+        attend_batch_rows(caches, offsets, rows, sink_of(output, {}), parameters, workspace);
     }
 
     /// Forgets all but the first `count` tokens. Throws Error (index) for more than there are, or where
@@ -318,13 +331,13 @@ class KvCache {
     }
     static AttentionWorkspace& thread_workspace();
     template <class Derived>
-    static detail::OutputSink sink_of(Eigen::MatrixBase<Derived>& output, Matrix* log_sum_exp) {
+    static detail::OutputSink sink_of(Eigen::MatrixBase<Derived>& output, const AttentionOutputs& more) {
         const auto store = [](void* context, Index row, Index column, const float* values, Index count) {
             auto& to = *static_cast<Eigen::MatrixBase<Derived>*>(context);
             for (Index c = 0; c < count; ++c)
                 to(row, column + c) = static_cast<typename Derived::Scalar>(values[c]);
         };
-        return {output.rows(), output.cols(), store, &output, log_sum_exp};
+        return {output.rows(), output.cols(), store, &output, more};
     }
 
     // Below the seam: inputs have become rows of heads.

@@ -121,7 +121,8 @@ class SharedPrefixes {
                          .first_tile = first.shared_tiles,
                          .end_tile = end,
                          .unpacked = false,
-                         .prefix = &states_},
+                         .prefix = &states_,
+                         .token_weights = nullptr},
                         parameters_, work_, executor_);
         pass.run(queries_);
         pass.extend_prefix();

@@ -92,7 +92,8 @@ struct Workspace {
     QueryRows queries;
     ChunkStates states;
     PrefixStates prefixes;  ///< of a batch
-    TileWeights weights;    ///< where values wait
+    TileWeights weights;    ///< where values wait, or sums of weights are wanted
+    TileWeights unpacked;   ///< where those are wanted: of tokens outside tiles, token_block a tile
     ReadReport report;      ///< of the last call
 
     FixedPlanner fixed;

@@ -300,7 +300,10 @@ KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const
                                            const AttentionParameters& parameters,
                                            AttentionWorkspace& workspace) const {
     require_attend(queries, output.rows, output.cols, parameters);
-    if (output.log_sum_exp) output.log_sum_exp->resize(queries.tokens, configuration().query_heads);
+    if (Matrix* const sums = output.more.log_sum_exp)
+        sums->resize(queries.tokens, configuration().query_heads);
+    if (Matrix* const weights = output.more.token_weights)
+        weights->setZero(configuration().kv_heads, tokens());
     attend_checked(queries, output, sequence(0, queries.tokens), parameters, workspace, nullptr);
 }
 
@@ -335,23 +338,25 @@ KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
                                  .first_tile = sequence.shared_tiles,
                                  .end_tile = sequence.tiles(),
                                  .unpacked = true,
-                                 .prefix = shared},
+                                 .prefix = shared,
+                                 .token_weights = output.more.token_weights},
                                 parameters, workspace.arrays(), workspace.executor());
         pass.run(queries);
         for (Index head = 0; head < configuration().query_heads; ++head)
             for (Index i = 0; i < query_tokens; ++i) {
                 const auto [values, log_sum_exp] = pass.output(head, i);
                 output.store(output.context, first_row + i, head * dim, values, dim);
-                if (output.log_sum_exp) (*output.log_sum_exp)(i, head) = log_sum_exp;
+                if (output.more.log_sum_exp) (*output.more.log_sum_exp)(i, head) = log_sum_exp;
             }
         return;
     }
     const Matrix given = detail::widened(queries.visit(
         [&](const auto& rows) { return detail::AnyRows(rows.middle_tokens(first_row, query_tokens)); }));
-    detail::PrefillOutput result = detail::prefill(*shape_, state_, given, parameters, workspace.executor());
+    detail::PrefillOutput result =
+        detail::prefill(*shape_, state_, given, parameters, output.more.token_weights, workspace.executor());
     for (Index i = 0; i < query_tokens; ++i)
         output.store(output.context, first_row + i, 0, result.values.row(i).data(), result.values.cols());
-    if (output.log_sum_exp) *output.log_sum_exp = std::move(result.log_sum_exp);
+    if (output.more.log_sum_exp) *output.more.log_sum_exp = std::move(result.log_sum_exp);
 }
 
 KVPLANE_FUNCTION void KvCache::attend_batch_rows(

@@ -195,11 +195,12 @@ class Prefill {
   public:
     /// queries: [query token][query_heads * key dim]
     Prefill(const CacheShape& cache, const CacheState& state, const Matrix& queries,
-            const AttentionParameters& parameters, Executor& executor)
+            const AttentionParameters& parameters, Matrix* token_weights, Executor& executor)
         : cache_(cache),
           state_(state),
           queries_(queries),
           parameters_(parameters),
+          token_weights_(token_weights),
           sequence_(state.sequence()),
           output_{Matrix(queries.rows(), cache.configuration.query_heads * cache.dim(TileSide::values)),
                   Matrix(queries.rows(), cache.configuration.query_heads)} {
@@ -209,6 +210,7 @@ class Prefill {
         for (Index head = 0; head < heads; head += together)
             for (Index first = 0; first < queries.rows(); first += block_tokens)
                 blocks_.push_back({head, together, first, std::min(block_tokens, queries.rows() - first)});
+        if (token_weights) block_weights_.resize(blocks_.size());
         readers_.emplace_back(cache, state);
         if (blocks_.size() > 1)
             while (static_cast<Index>(readers_.size()) < executor.workers())
@@ -221,11 +223,11 @@ class Prefill {
         Executor& used = readers_.size() == 1 ? static_cast<Executor&>(alone) : executor;
         run_items(used, static_cast<Index>(blocks_.size()), [this](Index item, Index worker) {
             const StandardFloatingPoint standard;
-            failure_.guard([&] {
-                attend(blocks_[static_cast<std::size_t>(item)], readers_[static_cast<std::size_t>(worker)]);
-            });
+            failure_.guard([&] { attend(item, readers_[static_cast<std::size_t>(worker)]); });
         });
         failure_.rethrow();
+        for (std::size_t b = 0; b < block_weights_.size(); ++b)
+            token_weights_->middleRows(blocks_[b].first_head, blocks_[b].heads) += block_weights_[b];
         if (cache_.rotates(TileSide::values)) cache_.value_rotation.rotate_back(output_.values);
         return std::move(output_);
     }
@@ -234,7 +236,8 @@ class Prefill {
     /// Query tokens of a block: enough to make up for decoding, few enough to share out among threads.
     static constexpr Index block_tokens = 128;
 
-    void attend(const QueryBlock& block, Reader& reader) {
+    void attend(Index item, Reader& reader) {
+        const QueryBlock& block = blocks_[static_cast<std::size_t>(item)];
         const BlockQueries queries(cache_, state_, queries_, parameters_, block);
         RunScores run_scores(cache_, state_);
         const Index value_dim = cache_.dim(TileSide::values), rows = queries.rows(),
@@ -246,6 +249,7 @@ class Prefill {
         Eigen::VectorXf largest = Eigen::VectorXf::Constant(rows, nothing_seen),
                         sum = Eigen::VectorXf::Zero(rows);
         Matrix weighted = Matrix::Zero(rows, value_dim), scores;
+        std::vector<RunWeights> kept;
 
         Index packed = 0;
         for (const Reader::Run& run : reader.runs()) {
@@ -268,6 +272,7 @@ class Prefill {
                 weighted.middleRows(h * per_head, per_head).noalias() +=
                     scores.middleRows(h * per_head, per_head) *
                     reader.rows(run, TileSide::values, block.first_head + h);
+            if (token_weights_) kept.push_back({run, std::move(scores), largest});
         }
         const Index first_head = block.first_head * cache_.configuration.group();
         for (Index r = 0; r < rows; ++r) {
@@ -283,6 +288,35 @@ class Prefill {
             output_.values.row(token).segment(head * value_dim, value_dim) = weighted.row(r);
             output_.log_sum_exp(token, head) = state.log_sum_exp();
         }
+        if (token_weights_)
+            block_weights_[static_cast<std::size_t>(item)] = weight_sums(queries, kept, largest, sum);
+    }
+    /// The weights of a run's tokens, relative to the largest score that a row had seen by then.
+    struct RunWeights {
+        Reader::Run run;
+        Matrix weights;           ///< [row][token of the run]
+        Eigen::VectorXf largest;  ///< [row]
+    };
+    /// [head][token] the weights of a block, normalised and summed.
+    Matrix weight_sums(const BlockQueries& queries, std::vector<RunWeights>& kept,
+                       const Eigen::VectorXf& largest, const Eigen::VectorXf& sum) const {
+        const Index per_head = queries.rows_per_head;
+        Matrix sums = Matrix::Zero(queries.block.heads, state_.tokens);
+        Eigen::RowVectorXf factors(queries.rows());
+        Eigen::Array<bool, Eigen::Dynamic, 1> counts(queries.rows());
+        for (Index r = 0; r < queries.rows(); ++r)
+            counts[r] = queries.plain.row(r).allFinite() && sum[r] > 0.0f;
+        for (RunWeights& of : kept) {
+            for (Index r = 0; r < queries.rows(); ++r) {
+                const bool seen = counts[r] && of.largest[r] != nothing_seen;
+                factors[r] = seen ? std::exp(of.largest[r] - largest[r]) / sum[r] : 0.0f;
+                if (!counts[r]) of.weights.row(r).setZero();
+            }
+            for (Index h = 0; h < queries.block.heads; ++h)
+                sums.row(h).segment(of.run.first, of.run.count).noalias() =
+                    factors.segment(h * per_head, per_head) * of.weights.middleRows(h * per_head, per_head);
+        }
+        return sums;
     }
     /// Turns a row of scores into weights, and scales down what is there where a larger score has come.
     template <class Row, class Weighted>
@@ -303,8 +337,10 @@ class Prefill {
     const CacheState& state_;
     const Matrix& queries_;
     const AttentionParameters& parameters_;
+    Matrix* token_weights_;
     TileSequence sequence_;
     PrefillOutput output_;
+    std::vector<Matrix> block_weights_;  ///< [block][head of it][token], where wanted
     std::vector<QueryBlock> blocks_;
     std::vector<Reader> readers_;  ///< [worker]
     FirstFailure failure_;
@@ -333,8 +369,8 @@ KVPLANE_FUNCTION std::vector<std::vector<Index>> selected_keys(const CacheShape&
 
 KVPLANE_FUNCTION PrefillOutput prefill(const CacheShape& cache, const CacheState& state,
                                        const Matrix& queries, const AttentionParameters& parameters,
-                                       Executor& executor) {
-    return Prefill(cache, state, queries, parameters, executor).run(executor);
+                                       Matrix* token_weights, Executor& executor) {
+    return Prefill(cache, state, queries, parameters, token_weights, executor).run(executor);
 }
 
 }  // namespace kvplane::detail
