@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <limits>
 #include <span>
 #include <utility>
 
@@ -40,7 +42,7 @@ struct DecodeTask {
     Index first_tile, end_tile;
     bool unpacked;         ///< whether sinks and recent tokens take part
     PrefixStates* prefix;  ///< of the tiles before first_tile; not used without any
-    /// [head][token] zeros, to which the softmax weights are added; nullptr: not wanted. Not with a prefix.
+    /// [head][token] the sums of softmax weights, the result; nullptr: not wanted. Not with a prefix.
     Matrix* token_weights;
 };
 
@@ -81,12 +83,20 @@ class DecodePass {
         work_.queries.begin(shape_, cache_, state_, task.tokens);
         work_.states.begin(shape_, value_dim);
         if (token_weights_) {
-            DecodeShape unpacked = shape_;
-            unpacked.tiles = unpacked_blocks();
-            work_.unpacked.begin(unpacked);
+            work_.kept.begin(shape_, shape_.tiles);
+            work_.kept_unpacked.begin(shape_, unpacked_blocks());
+            for (WorkerScratch& worker : work_.workers) {
+                worker.largest.resize(static_cast<std::size_t>(shape_.rows_per_head));
+                worker.factors.resize(static_cast<std::size_t>(shape_.rows_per_head));
+            }
         }
-        if (planner_ || token_weights_) work_.weights.begin(shape_);
-        if (!planner_) return;
+        if (!planner_) {
+            DecodeShape no_tiles = shape_;
+            no_tiles.tiles = 0;
+            if (token_weights_) work_.weights.begin(no_tiles);
+            return;
+        }
+        work_.weights.begin(shape_);
         planner_->begin({.shape = shape_,
                          .tiles = &tiles_,
                          .policy = parameters.read,
@@ -302,8 +312,7 @@ class DecodePass {
         own.count.key_bits +=
             planner_ ? planner_->keys(place, queries, own.attention, read) : bits_read(format, nullptr);
         if (!refining_) own.count.keys += stored_elements(format);
-        float* const scores =
-            values_wait_ || token_weights_ ? work_.weights.weights(t, block.first) : own.attention.scores();
+        float* const scores = values_wait_ ? work_.weights.weights(t, block.first) : own.attention.scores();
         tile_scores(isa_, format, read, queries, offsets, own.attention, scores);
         const TilePlace& tile = tiles_[t];
         for (Index r = 0; r < block.rows && tile.row > 0; ++r)
@@ -325,6 +334,7 @@ class DecodePass {
         for (Index r = 0; r < block.rows; ++r)
             add_weights(work_.states.of(chunk, block.first + r), tile_max[r],
                         sums[static_cast<std::size_t>(r)]);
+        if (token_weights_) work_.kept.keep(isa_, place.tile, block, scores, tile_max);
         prefetch_grids(tiles_.value_format(place.next), tiles_.values(place.next, block.head));
         planner_->scored(place, scratch(place.worker).attention);
     }
@@ -333,8 +343,7 @@ class DecodePass {
         const RowBlock& block = place.block;
         const SoftmaxState to = work_.states.of(chunk, block.first);
         online_softmax(isa_, scores, tile_tokens, block.rows, to);
-        if (token_weights_)
-            std::copy_n(to.largest, block.rows, work_.weights.tile_max(place.tile, block.first));
+        if (token_weights_) work_.kept.keep(isa_, place.tile, block, scores, to.largest);
         if (tiles_.layout->values_in_keys)
             return own.values_in_keys.add(isa_, tiles_.value_format(place.tile),
                                           tiles_.values(place.tile, block.head), scores, own.attention,
@@ -375,52 +384,60 @@ class DecodePass {
     /// Token by token the sum of the weights of a head's rows, once these are normalised. Each tile is summed by
     /// one worker, row by row, so that sums do not depend on workers.
     void sum_weights() noexcept {
+        if (tiles_.hidden_to > tiles_.hidden_from)
+            token_weights_->middleCols(tiles_.hidden_from, tiles_.hidden_to - tiles_.hidden_from).setZero();
         const Index chunks = shape_.chunks(), sinks = state_.sink_count(cache_.recipe());
         each((chunks + 1) * shape_.heads, [=, this](Index item, Index worker) {
+            WorkerScratch& own = scratch(worker);
             const Index head = item % shape_.heads, chunk = item / shape_.heads;
-            for_blocks(head, 1, [&](const RowBlock& block) {
-                WeightSums sums{.block = block, .sums = scratch(worker).attention.rows()[0]};
-                if (chunk < chunks) {
-                    const Index first = chunk * DecodeShape::chunk_tiles;
-                    for (Index t = first; t < std::min(first + DecodeShape::chunk_tiles, shape_.tiles); ++t)
-                        if (!tiles_.hidden(t))
-                            add_sums(sums, work_.weights, t, tiles_[t].first, tiles_[t].tokens);
-                    return;
-                }
-                for (Index b = 0; b < unpacked_blocks(); ++b) {
-                    const bool sink = b < sink_blocks();
-                    const Index first = sink ? b * token_block
-                                             : state_.recent_first + (b - sink_blocks()) * token_block,
-                                count = std::min(token_block, (sink ? sinks : state_.tokens) - first);
-                    if (!tiles_.hides(first, count)) add_sums(sums, work_.unpacked, b, first, count);
-                }
-            });
+            // No factor yet.
+            std::fill(own.largest.begin(), own.largest.end(), std::numeric_limits<float>::quiet_NaN());
+            if (chunk < chunks) {
+                const Index first = chunk * DecodeShape::chunk_tiles;
+                for (Index t = first; t < std::min(first + DecodeShape::chunk_tiles, shape_.tiles); ++t)
+                    sum_weights(work_.kept, t, head, {tiles_[t].first, tiles_[t].tokens}, own);
+                return;
+            }
+            for (Index b = 0; b < unpacked_blocks(); ++b) {
+                const bool sink = b < sink_blocks();
+                const Index first =
+                    sink ? b * token_block : state_.recent_first + (b - sink_blocks()) * token_block;
+                sum_weights(work_.kept_unpacked, b, head,
+                            {first, std::min(token_block, (sink ? sinks : state_.tokens) - first)}, own);
+            }
         });
     }
-    struct WeightSums {
-        RowBlock block;
-        float* sums;  ///< [128] of one tile
-        /// What weights were last multiplied by, and which largest scores these belong to: a chunk's seldom change.
-        std::array<float, row_block_rows> largest{}, factor{};
+    struct TokenRange {
+        Index first, count;
     };
-    void add_sums(WeightSums& to, const TileWeights& weights, Index tile, Index first, Index count) noexcept {
-        const RowBlock& block = to.block;
-        const float* const tile_max = weights.tile_max(tile, block.first);
-        for (Index r = 0; r < block.rows; ++r) {
-            const auto i = static_cast<std::size_t>(r);
-            if (to.factor[i] != 0.0f && to.largest[i] == tile_max[r]) continue;
-            to.largest[i] = tile_max[r];
-            to.factor[i] = tile_max[r] == nothing_seen
-                               ? 0.0f
-                               : std::exp(tile_max[r] - work_.weights.largest(block.first + r)) *
-                                     *work_.weights.inverse_sums(block.first + r);
+    void sum_weights(const KeptWeights& kept, Index tile, Index head, const TokenRange& tokens,
+                     WorkerScratch& own) noexcept {
+        if (tiles_.hides(tokens.first, tokens.count)) return;
+        static constexpr auto ones = [] {
+            std::array<float, tile_tokens> all{};
+            all.fill(1.0f);
+            return all;
+        }();
+        const Index rows = shape_.rows_per_head, first_row = head * rows;
+        const float* const largest = kept.largest(tile, first_row);
+        for (Index r = 0; r < rows; ++r) {
+            // It seldom changes from tile to tile.
+            float& known = own.largest[static_cast<std::size_t>(r)];
+            if (known == largest[r]) continue;
+            known = largest[r];
+            own.factors[static_cast<std::size_t>(r)] =
+                known == nothing_seen ? 0.0f
+                                      : std::exp(known - work_.weights.largest(first_row + r)) *
+                                            *work_.weights.inverse_sums(first_row + r);
         }
-        std::fill_n(to.sums, tile_tokens, 0.0f);
-        add_rows(isa_, {to.factor.data(), row_block_rows, 1},
-                 {weights.weights(tile, block.first), tile_tokens, block.rows},
-                 (count + unit_lanes - 1) / unit_lanes * unit_lanes, {to.sums, tile_tokens, 1});
-        float* const sums = &(*token_weights_)(block.head, first);
-        for (Index t = 0; t < count; ++t) sums[t] += to.sums[t];
+        float* const sums = own.attention.scores();
+        project(isa_, {own.factors.data(), rows, 1},
+                {.columns = kept.weights(tile, first_row),
+                 .channels = rows,
+                 .kept = tile_tokens,
+                 .scale = ones.data()},
+                {sums, tile_tokens, 1});
+        std::copy_n(sums, tokens.count, &(*token_weights_)(head, tokens.first));
     }
 
     /// Values of a chunk's tiles, where they waited.
@@ -521,16 +538,13 @@ class DecodePass {
                 return {own.rows().data, dim, tokens.count};
             };
             tokens.rows->prefetch(tokens.page, TileSide::values, head, tokens.at, tokens.count);
-            const RowView<float> scores{
-                token_weights_ ? work_.unpacked.weights(tokens.block, block.first) : own.scores(),
-                tile_tokens, block.rows};
+            const RowView<float> scores{own.scores(), tile_tokens, block.rows};
             row_scores(isa_, work_.queries.rotated(block), read(TileSide::keys, key_dim), key_dim, scores);
             work_.queries.apply(block, tokens.first, tokens.count, padded, tiles_, scores.data);
             if (tokens.next) tokens.rows->prefetch(tokens.next, TileSide::keys, head, 0, recent_page_tokens);
             const SoftmaxState to = work_.states.of(shape_.chunks(), block.first);
             online_softmax(isa_, scores.data, padded, block.rows, to);
-            if (token_weights_)
-                std::copy_n(to.largest, block.rows, work_.unpacked.tile_max(tokens.block, block.first));
+            if (token_weights_) work_.kept_unpacked.keep(isa_, tokens.block, block, scores.data, to.largest);
             const RowView<const float> values = read(TileSide::values, value_dim);
             if (planner_) planner_->unpacked(head, values, value_dim);
             add_rows(isa_, scores, values, value_dim, {to.output, to.stride, block.rows});

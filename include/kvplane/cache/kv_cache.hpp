@@ -208,8 +208,9 @@ class KvCache {
     /// workers it has. Without a workspace the calling thread's own is used.
     ///
     /// more: what else is wanted. It does not change a bit of the output. Sums of weights take memory: of up to 8
-    /// query tokens 4 bytes a query row and token, kept in the workspace; of more 4 bytes a token for each of the
-    /// up to 128 group() rows that every worker has in hand, and for each of those blocks.
+    /// query tokens 2 bytes a query row and token, kept in the workspace; of more 4 bytes a token for each of the
+    /// up to 128 group() rows that every worker has in hand, and for each of those blocks. Up to 8 query tokens
+    /// keep weights as fp16 until they are summed.
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output,
                 const AttentionParameters& parameters = {}) const {

@@ -20,8 +20,8 @@ struct PrefillOutput {
     Matrix log_sum_exp;  ///< [query token][query head] of the scores, and the sink's logit
 };
 
-/// queries: [query token][query_heads * key dim]. token_weights: [key head][token] zeros, to which the softmax
-/// weights are added; nullptr: not wanted. Takes memory (std::bad_alloc), and throws what a worker ran into.
+/// queries: [query token][query_heads * key dim]. token_weights: [key head][token] the sums of softmax
+/// weights, a result; nullptr: not wanted. Takes memory (std::bad_alloc), and throws what a worker ran into.
 PrefillOutput prefill(const CacheShape& cache, const CacheState& state, const Matrix& queries,
                       const AttentionParameters& parameters, Matrix* token_weights, Executor& executor);
 

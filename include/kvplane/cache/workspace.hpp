@@ -16,6 +16,7 @@
 #include "kvplane/read/fixed.hpp"
 #include "kvplane/read/planner.hpp"
 #include "kvplane/read/tolerance.hpp"
+#include "kvplane/simd/half.hpp"
 
 namespace kvplane::detail {
 
@@ -43,6 +44,40 @@ class ChunkStates {
     Index stride_ = 0;
     std::vector<float> largest_, sum_;  ///< [head][chunk][row of the head]
     std::vector<float> output_;         ///< [head][chunk][row of the head][channels, padded]
+};
+
+/// The softmax weights of tiles, or of blocks of tokens outside tiles, until their sums are known: to 11 bits, for
+/// all that they take is memory.
+class KeptWeights {
+  public:
+    /// Throws std::bad_alloc.
+    void begin(const DecodeShape& shape, Index tiles) {
+        shape_ = shape;
+        tiles_ = tiles;
+        const auto rows = static_cast<std::size_t>(tiles * shape.rows());
+        weights_.resize(rows * static_cast<std::size_t>(tile_tokens));
+        largest_.resize(rows);
+    }
+    /// Some rows' weights [row][128] of a tile, relative to the largest scores [row].
+    void keep(Isa isa, Index tile, const RowBlock& block, const float* weights,
+              const float* largest) noexcept {
+        narrow_row(isa, weights, block.rows * tile_tokens,
+                   weights_.data() + at(tile, block.first) * tile_tokens);
+        std::copy_n(largest, block.rows, largest_.data() + at(tile, block.first));
+    }
+    /// [row][128] of a row and the next rows of its head.
+    const Eigen::half* weights(Index tile, Index row) const noexcept {
+        return weights_.data() + at(tile, row) * tile_tokens;
+    }
+    const float* largest(Index tile, Index row) const noexcept { return largest_.data() + at(tile, row); }
+
+  private:
+    Index at(Index tile, Index row) const noexcept { return shape_.place(row, tile, tiles_); }
+
+    DecodeShape shape_;
+    Index tiles_ = 0;
+    std::vector<Eigen::half> weights_;  ///< [head][tile][row of the head][token] exp(score - largest)
+    std::vector<float> largest_;        ///< [head][tile][row of the head]
 };
 
 /// The softmax states of a batch's rows over the first tiles of their sequences, from which a pass goes on. They
@@ -83,6 +118,7 @@ struct WorkerScratch {
     QueryProjection projection;
     ValuesInKeys values_in_keys;
     ReadCount count;
+    std::vector<float> largest, factors;                  ///< [row of a head] for sums of weights
     std::array<std::uint8_t, tile_tokens / 8> planes[2];  ///< of a tile's values, and of the next
 };
 
@@ -91,10 +127,10 @@ struct Workspace {
     std::vector<WorkerScratch> workers;
     QueryRows queries;
     ChunkStates states;
-    PrefixStates prefixes;  ///< of a batch
-    TileWeights weights;    ///< where values wait, or sums of weights are wanted
-    TileWeights unpacked;   ///< where those are wanted: of tokens outside tiles, token_block a tile
-    ReadReport report;      ///< of the last call
+    PrefixStates prefixes;            ///< of a batch
+    TileWeights weights;              ///< where values wait
+    KeptWeights kept, kept_unpacked;  ///< where sums of weights are wanted
+    ReadReport report;                ///< of the last call
 
     FixedPlanner fixed;
     ExponentsPlanner exponents;

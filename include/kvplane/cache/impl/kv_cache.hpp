@@ -303,7 +303,7 @@ KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const
     if (Matrix* const sums = output.more.log_sum_exp)
         sums->resize(queries.tokens, configuration().query_heads);
     if (Matrix* const weights = output.more.token_weights)
-        weights->setZero(configuration().kv_heads, tokens());
+        weights->resize(configuration().kv_heads, tokens());
     attend_checked(queries, output, sequence(0, queries.tokens), parameters, workspace, nullptr);
 }
 
@@ -325,7 +325,10 @@ KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
                                               detail::PrefixStates* shared) const {
     const Index query_tokens = sequence.query_tokens, first_row = sequence.first_row,
                 dim = configuration().value_head_dim;
-    if (query_tokens == 0) return;
+    if (query_tokens == 0) {
+        if (output.more.token_weights) output.more.token_weights->setZero();
+        return;
+    }
     const detail::StandardFloatingPoint standard;
     if (decodes(query_tokens, parameters)) {
         std::array<detail::QueryToken, detail::decode_query_tokens> tokens;

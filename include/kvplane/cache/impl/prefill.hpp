@@ -226,6 +226,7 @@ class Prefill {
             failure_.guard([&] { attend(item, readers_[static_cast<std::size_t>(worker)]); });
         });
         failure_.rethrow();
+        if (token_weights_) token_weights_->setZero();
         for (std::size_t b = 0; b < block_weights_.size(); ++b)
             token_weights_->middleRows(blocks_[b].first_head, blocks_[b].heads) += block_weights_[b];
         if (cache_.rotates(TileSide::values)) cache_.value_rotation.rotate_back(output_.values);
