@@ -8,17 +8,17 @@
 //   DecodeBatch/RECIPE/.../sequences:S/threads:T   one query token of each of S sequences in one call
 //   DecodeLoop/...                                 the same in a call each
 //   SharedPrefix/RECIPE/.../forks:F/threads:T      one query token of each of F forks of one sequence, which have
-// a token of their own each, in one call; SharedPrefixApart/...: in a call each. Counter `over_one`: the time over
-// that of one sequence alone, measured in turns with it.
+// a token of their own each, in one call; SharedPrefixApart/...: in a call each. Counter `over_one`:
+// processor time over that of one sequence alone, measured in turns with it.
 //   TokenWeights/RECIPE/.../queries:Q              attention of Q query tokens with sums of softmax weights. Counter
-// `more_percent`: its time over that without, measured in turns, less 1.
+// `more_percent`: processor time over that without, measured in turns, less 1.
 // Several caches take turns, together twice what the last-level cache holds, so that
 // all of it comes from memory. Usage: attention_bench [--all] [--recipes=A,B] [benchmark's own options];
 // --all: every length and shape, not only the main ones.
 #include <benchmark/benchmark.h>
 
-#include <chrono>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -37,6 +37,22 @@ using kvplane_bench::configuration;
 using kvplane_bench::name_of;
 using kvplane_bench::random_rows;
 using kvplane_bench::Shape;
+
+/// Seconds since it was made: on the clock, and of all of this program's threads on processors, on which other work
+/// of the machine counts for less.
+class Stopwatch {
+  public:
+    double seconds() const { return now(CLOCK_MONOTONIC) - start_; }
+    double processor_seconds() const { return now(CLOCK_PROCESS_CPUTIME_ID) - processor_start_; }
+
+  private:
+    static double now(clockid_t clock) {
+        timespec time{};
+        clock_gettime(clock, &time);
+        return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+    }
+    double start_ = now(CLOCK_MONOTONIC), processor_start_ = now(CLOCK_PROCESS_CPUTIME_ID);
+};
 
 struct Caches {
     HugePageResource memory;
@@ -135,7 +151,6 @@ void decode_many(benchmark::State& state, const std::string& recipe, const Shape
 /// One query token of each of some forks, together or one after another.
 void decode_forks(benchmark::State& state, const std::string& recipe, const Shape& shape, std::size_t forks,
                   int threads, bool together) {
-    using Clock = std::chrono::steady_clock;
     Caches& all = caches_of(recipe, shape, 2);
     ThreadExecutor executor(threads);
     AttentionWorkspace workspace(&executor);
@@ -159,11 +174,11 @@ void decode_forks(benchmark::State& state, const std::string& recipe, const Shap
         next = (next + 1) % families.size();
         return families[next];
     };
-    std::chrono::duration<double> of_forks{}, of_one{};
+    double of_forks = 0.0, of_one = 0.0;
     for (auto _ : state) {
         const std::vector<KvCache>& family = take();
         for (std::size_t i = 0; i < forks; ++i) batch[i] = &family[i];
-        const auto start = Clock::now();
+        const Stopwatch forks_watch;
         if (together)
             KvCache::attend_batch(batch, offsets, queries, output, {}, workspace);
         else
@@ -171,11 +186,11 @@ void decode_forks(benchmark::State& state, const std::string& recipe, const Shap
                 auto row = output.row(i);
                 batch[static_cast<std::size_t>(i)]->attend(queries.row(i), row, {}, workspace);
             }
-        const auto end = Clock::now();
+        state.SetIterationTime(forks_watch.seconds());
+        of_forks += forks_watch.processor_seconds();
+        const Stopwatch one_watch;
         take()[0].attend(queries.row(0), one, {}, workspace);
-        of_one += Clock::now() - end;
-        of_forks += end - start;
-        state.SetIterationTime(std::chrono::duration<double>(end - start).count());
+        of_one += one_watch.processor_seconds();
         benchmark::DoNotOptimize(output.data());
     }
     state.counters["over_one"] = of_forks / of_one;
@@ -198,31 +213,29 @@ void add_forks(const std::string& recipe, const Shape& shape, std::size_t forks)
 
 /// Attention with sums of softmax weights, in turns with attention without.
 void token_weights(benchmark::State& state, const std::string& recipe, const Shape& shape, Index queries) {
-    using Clock = std::chrono::steady_clock;
     Caches& all = caches_of(recipe, shape);
     ThreadExecutor executor(1);
     AttentionWorkspace with(&executor), without(&executor);
     const Matrix asked = random_rows(queries, shape.query_heads * shape.head_dim, 3);
     Matrix output(queries, shape.query_heads * shape.head_dim), weights;
     std::size_t next = 0;
-    // The least of all, because other work on the machine comes and goes.
-    double least[2] = {1e9, 1e9};
+    double seconds[2] = {0.0, 0.0};
     const auto attend = [&](bool wanted) {
         const KvCache& cache = all.caches[next];
         next = (next + 1) % all.caches.size();
-        const auto start = Clock::now();
+        const Stopwatch watch;
         cache.attend(asked, output, {}, wanted ? with : without,
                      {.token_weights = wanted ? &weights : nullptr});
-        const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-        least[wanted] = std::min(least[wanted], seconds);
-        return seconds;
+        seconds[wanted] += watch.processor_seconds();
+        return watch.seconds();
     };
     attend(true), attend(false);
+    seconds[0] = seconds[1] = 0.0;
     for (auto _ : state) {
         state.SetIterationTime(attend(true));
         attend(false);
     }
-    state.counters["more_percent"] = 100.0 * (least[1] / least[0] - 1.0);
+    state.counters["more_percent"] = 100.0 * (seconds[1] / seconds[0] - 1.0);
 }
 
 void add_token_weights(const std::string& recipe, const Shape& shape, Index queries) {
