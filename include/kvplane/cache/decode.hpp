@@ -306,6 +306,7 @@ class DecodePass {
                             work_.weights.sum(t, r));
             return;
         }
+        if (token_weights_) work_.kept.prefetch(t, block);
         WorkerScratch& own = scratch(place.worker);
         const TileFormat& format = tiles_.key_format(t, subspace);
         TileRead read{.tile = tiles_.keys(t, subspace), .next = tiles_.keys(place.next, subspace)};

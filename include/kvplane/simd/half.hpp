@@ -63,6 +63,18 @@ KVPLANE_INLINE void convert_halves(Floats<Lanes>& to, const Eigen::half* from) {
     asm("vcvtph2ps %1, %0" : "=v"(to) : "m"(*reinterpret_cast<const Halves*>(from)));
 #endif
 }
+/// Back, to nearest, ties to even.
+template <int Lanes>
+KVPLANE_INLINE void convert_to_halves(Eigen::half* to, const Floats<Lanes>& from) {
+#if defined(__clang__)
+    store(to, __builtin_convertvector(from, Vector<__fp16, Lanes>));
+#else
+    struct __attribute__((may_alias)) Halves {
+        std::uint16_t bits[Lanes];
+    };
+    asm("vcvtps2ph $0, %1, %0" : "=m"(*reinterpret_cast<Halves*>(to)) : "v"(from));
+#endif
+}
 #endif
 
 /// Lanes numbers of any of the three types to fp32: finite ones exactly, all others to what compares false with
@@ -186,6 +198,20 @@ KVPLANE_INLINE void nearest_half_bits(const Floats<Lanes>& x, Words<Lanes>& bits
     bits = (magnitude < 0x1p-14f ? subnormal : normal) | sign >> 16;
 }
 
+/// Stores the nearest fp16 numbers, ties to even, of magnitudes that round to at most fp16_max.
+template <int Lanes>
+KVPLANE_INLINE void store_nearest_half(Eigen::half* to, const Floats<Lanes>& x) {
+#if defined(KVPLANE_X86)
+    if constexpr (Lanes >= 8) {  // as in widen()
+        convert_to_halves<Lanes>(to, x);
+        return;
+    }
+#endif
+    Words<Lanes> bits;
+    nearest_half_bits<Lanes>(x, bits);
+    store(to, __builtin_convertvector(bits, Vector<std::uint16_t, Lanes>));
+}
+
 }  // namespace detail::simd
 
 /// `count` numbers of fp16 to float.
@@ -208,10 +234,8 @@ inline void narrow_row(Isa isa, const float* from, Index count, Eigen::half* to)
         Index i = 0;
         for (; i + lanes <= count; i += lanes) {
             simd::Floats<lanes> wide;
-            simd::Words<lanes> bits;
             simd::load(wide, from + i);
-            simd::nearest_half_bits<lanes>(wide, bits);
-            simd::store(to + i, __builtin_convertvector(bits, simd::Vector<std::uint16_t, lanes>));
+            simd::store_nearest_half<lanes>(to + i, wide);
         }
         for (; i < count; ++i) to[i] = static_cast<Eigen::half>(from[i]);
     });
