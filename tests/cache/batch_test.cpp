@@ -108,6 +108,8 @@ class SharedPrefix : public testing::TestWithParam<std::string> {
         fork_of(3, 40).drop_before(700, 5);
         fork_of(16, 60);
         fork_of(16, 60).drop_before(1500, 5);
+        // The first two tiles stay, the second with tokens that others see.
+        fork_of(2, 60).drop_before(700, 200);
     }
     /// What each sequence gives by itself, and all together with some numbers of workers.
     void compare(const std::vector<const KvCache*>& batch, const std::vector<Index>& counts,
