@@ -41,7 +41,8 @@ kvplane.kvplane_cache_bits_per_element.restype = c_double
 kvplane.kvplane_cache_bits_per_element.argtypes = [c_void_p]
 kvplane.kvplane_cache_append.argtypes = [c_void_p, POINTER(Rows), POINTER(Rows), POINTER(Rows)]
 kvplane.kvplane_cache_append_provisional.argtypes = kvplane.kvplane_cache_append.argtypes
-kvplane.kvplane_cache_attend.argtypes = [c_void_p, POINTER(Rows), POINTER(Output), c_void_p, c_void_p, c_void_p]
+kvplane.kvplane_cache_attend.argtypes = [c_void_p, POINTER(Rows), POINTER(Output), c_void_p, c_void_p, c_void_p,
+                                         c_void_p]
 kvplane.kvplane_cache_truncate.argtypes = [c_void_p, c_int64]
 kvplane.kvplane_cache_create.argtypes = [POINTER(Configuration), c_void_p, POINTER(c_void_p)]
 kvplane.kvplane_cache_fork.argtypes = [c_void_p, POINTER(c_void_p)]
@@ -85,7 +86,8 @@ queries, q = rows(QUERY_HEADS, 1)
 
 def attend(of):
     out = (c_float * (QUERY_HEADS * DIM))()
-    check(kvplane.kvplane_cache_attend(of, byref(q), byref(Output(ctypes.addressof(out), 0, 0)), None, workspace, None))
+    check(kvplane.kvplane_cache_attend(of, byref(q), byref(Output(ctypes.addressof(out), 0, 0)), None, workspace, None,
+                                       None))
     return list(out)
 
 

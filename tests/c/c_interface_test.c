@@ -22,6 +22,7 @@ static int failures = 0;
     } while (0)
 
 enum { kv_heads = 2, query_heads = 4, dim = 32, tokens = 300 };
+static float weights[kv_heads][tokens];
 
 static float keys[tokens][kv_heads][dim], values[tokens][kv_heads][dim], queries[tokens][query_heads][dim];
 static float output[tokens][query_heads][dim], again[tokens][query_heads][dim], sums[tokens][query_heads];
@@ -117,7 +118,10 @@ int main(void) {
     for (int64_t count = 1; count <= 12; count += 11) {
         const kvplane_rows q = rows_of(queries[tokens - count], query_heads, count);
         const kvplane_output out = to(output);
-        EXPECT(kvplane_cache_attend(cache, &q, &out, NULL, workspace, &sums[0][0]) == KVPLANE_OK);
+        EXPECT(kvplane_cache_attend(cache, &q, &out, NULL, workspace, &sums[0][0], &weights[0][0]) == KVPLANE_OK);
+        double given = 0.0;
+        for (int t = 0; t < tokens; ++t) given += weights[1][t];
+        EXPECT(fabs(given - (double)(count * query_heads / kv_heads)) < 1e-2);
         for (int i = 0; i < count; ++i)
             for (int head = 0; head < query_heads; ++head) {
                 double expected[dim], sum;
@@ -140,10 +144,10 @@ int main(void) {
     EXPECT(kvplane_attend_batch(both, 2, offsets, &q, &out, NULL, workspace) == KVPLANE_OK);
     q = rows_of(queries, query_heads, 3);
     out = to(again);
-    EXPECT(kvplane_cache_attend(cache, &q, &out, NULL, alone, NULL) == KVPLANE_OK);
+    EXPECT(kvplane_cache_attend(cache, &q, &out, NULL, alone, NULL, NULL) == KVPLANE_OK);
     q = rows_of(queries[3], query_heads, 2);
     out = to(again[3]);
-    EXPECT(kvplane_cache_attend(fork, &q, &out, NULL, alone, NULL) == KVPLANE_OK);
+    EXPECT(kvplane_cache_attend(fork, &q, &out, NULL, alone, NULL, NULL) == KVPLANE_OK);
     EXPECT(memcmp(output, again, 5 * sizeof output[0]) == 0);
 
     /* Parameters: a window with sinks, which dropping keeps; learned sinks; a position. */
@@ -152,19 +156,19 @@ int main(void) {
     window.sinks = 2;
     q = rows_of(queries, query_heads, 1);
     out = to(output);
-    EXPECT(kvplane_cache_attend(cache, &q, &out, &window, workspace, NULL) == KVPLANE_OK);
+    EXPECT(kvplane_cache_attend(cache, &q, &out, &window, workspace, NULL, NULL) == KVPLANE_OK);
     EXPECT(kvplane_cache_drop_before(fork, 100, 2) == KVPLANE_OK);
     EXPECT(kvplane_cache_first_kept(fork) == 100);
     window.sinks = 3;
     EXPECT_REFUSED(KVPLANE_OPTION,
                    "kvplane: attend: 3 sinks, but tokens 2 to 99 were dropped; expected drop_before() to keep as many",
-                   kvplane_cache_attend(fork, &q, &out, &window, workspace, NULL));
+                   kvplane_cache_attend(fork, &q, &out, &window, workspace, NULL, NULL));
     const float logits[query_heads] = {1e9f, 1e9f, 1e9f, 1e9f};
     kvplane_attention sinks = {0};
     sinks.sink_logits = logits;
     sinks.has_position = 1;
     sinks.position = 1000;
-    EXPECT(kvplane_cache_attend(cache, &q, &out, &sinks, workspace, &sums[0][0]) == KVPLANE_OK);
+    EXPECT(kvplane_cache_attend(cache, &q, &out, &sinks, workspace, &sums[0][0], NULL) == KVPLANE_OK);
     EXPECT(output[0][0][0] == 0.0f && sums[0][0] == 1e9f);
 
     /* Provisional tokens. */

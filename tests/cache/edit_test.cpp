@@ -63,6 +63,35 @@ void expect_attention_of_stored(const KvCache& cache, std::mt19937_64& random) {
         }
 }
 
+/// That the sums of softmax weights are those over what is stored, and that forks in a batch see the same.
+void expect_weights_and_batch(const KvCache& cache, std::mt19937_64& random) {
+    const CacheConfiguration& c = cache.configuration();
+    const Matrix keys = cache.stored_keys(0, cache.tokens());
+    const Matrix query = normal_matrix(random, 1, c.query_heads * c.key_head_dim);
+    MatrixD expected = MatrixD::Zero(c.kv_heads, cache.tokens());
+    for (Index head = 0; head < c.query_heads; ++head) {
+        const Index kv_head = head / c.group();
+        Eigen::VectorXd scores =
+            keys.middleCols(kv_head * c.key_head_dim, c.key_head_dim).cast<double>() *
+            query.row(0).segment(head * c.key_head_dim, c.key_head_dim).transpose().cast<double>() /
+            std::sqrt(static_cast<double>(c.key_head_dim));
+        scores = (scores.array() - scores.maxCoeff()).exp();
+        expected.row(kv_head) += scores.transpose() / scores.sum();
+    }
+    Matrix weights, output(1, c.query_heads * c.value_head_dim), batch(2, c.query_heads * c.value_head_dim);
+    AttentionWorkspace workspace;
+    cache.attend(query, output, {}, workspace, {.log_sum_exp = nullptr, .token_weights = &weights});
+    EXPECT_LT((weights.cast<double>() - expected).cwiseAbs().maxCoeff(), 0.02);
+    const KvCache fork = cache.fork();
+    const KvCache* const both[] = {&cache, &fork};
+    const Index offsets[] = {0, 1, 2};
+    Matrix queries(2, query.cols());
+    queries << query, query;
+    KvCache::attend_batch(both, offsets, queries, batch, {}, workspace);
+    EXPECT_EQ(batch.row(0), output.row(0));
+    EXPECT_EQ(batch.row(1), output.row(0));
+}
+
 /// That a file of the cache brings it back, and that all of what attention sees is in it.
 void expect_file(const KvCache& cache, std::mt19937_64& random) {
     const CacheConfiguration& c = cache.configuration();
@@ -123,7 +152,9 @@ TEST_P(EditOfRecipe, RemovedTokensAreGoneAndOthersMove) {
             EXPECT_LT((now.keys - expected).cwiseAbs().maxCoeff(), rounding + 2e-5);
         }
         if (cache.tokens() >= 11) expect_attention_of_stored(cache, random_);
-        if (cache.tokens() >= 2) expect_file(cache, random_);
+        if (cache.tokens() < 2) continue;
+        expect_file(cache, random_);
+        expect_weights_and_batch(cache, random_);
     }
     EXPECT_EQ(stored(full).keys, before.keys) << "the fork's parent has changed";
 }

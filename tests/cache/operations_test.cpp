@@ -341,7 +341,7 @@ class Sequence {
         note("attend " + std::to_string(query_tokens) +
              (p.read.kind == ReadPolicy::Kind::all ? "" : " some planes of") + (p.bias ? " biased" : ""));
         try {
-            cache_.attend(queries, out, p, workspace_, &sums);
+            cache_.attend(queries, out, p, workspace_, {.log_sum_exp = &sums});
         } catch (const Error& error) {
             // A window that reaches what was dropped, and sinks that were.
             ASSERT_EQ(error.code(), ErrorCode::option) << error.what();

@@ -150,10 +150,12 @@ typedef struct kvplane_output {
     int64_t token_stride;
 } kvplane_output;
 
-/* parameters: NULL for the standard ones. log_sum_exp: [query token][query_heads], or NULL. */
+/* parameters: NULL for the standard ones. log_sum_exp: [query token][query_heads], or NULL. token_weights:
+ * [kv_heads][tokens of the cache] the softmax weights that each token got, summed, or NULL. */
 KVPLANE_C_API kvplane_status kvplane_cache_attend(const kvplane_cache* cache, const kvplane_rows* queries,
                                                   const kvplane_output* output, const kvplane_attention* parameters,
-                                                  kvplane_workspace* workspace, float* log_sum_exp);
+                                                  kvplane_workspace* workspace, float* log_sum_exp,
+                                                  float* token_weights);
 /* Cache i takes the query tokens [offsets[i], offsets[i + 1]) of `queries`: KvCache::attend_batch. */
 KVPLANE_C_API kvplane_status kvplane_attend_batch(const kvplane_cache* const* caches, int64_t count,
                                                   const int64_t* offsets, const kvplane_rows* queries,

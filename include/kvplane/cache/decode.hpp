@@ -396,7 +396,7 @@ class DecodePass {
             if (chunk < chunks) {
                 const Index first = chunk * DecodeShape::chunk_tiles;
                 for (Index t = first; t < std::min(first + DecodeShape::chunk_tiles, shape_.tiles); ++t)
-                    sum_weights(work_.kept, t, head, {tiles_[t].first, tiles_[t].tokens}, own);
+                    sum_weights(work_.kept, t, head, {tiles_[t].first, tiles_[t].tokens, tiles_[t].row}, own);
                 return;
             }
             for (Index b = 0; b < unpacked_blocks(); ++b) {
@@ -410,6 +410,7 @@ class DecodePass {
     }
     struct TokenRange {
         Index first, count;
+        Index row = 0;  ///< of the first token
     };
     void sum_weights(const KeptWeights& kept, Index tile, Index head, const TokenRange& tokens,
                      WorkerScratch& own) noexcept {
@@ -438,7 +439,7 @@ class DecodePass {
                  .kept = tile_tokens,
                  .scale = ones.data()},
                 {sums, tile_tokens, 1});
-        std::copy_n(sums, tokens.count, &(*token_weights_)(head, tokens.first));
+        std::copy_n(sums + tokens.row, tokens.count, &(*token_weights_)(head, tokens.first));
     }
 
     /// Values of a chunk's tiles, where they waited.

@@ -63,7 +63,8 @@ class SharedPrefixes {
     /// What sequences that share tile t have in common.
     static auto key(const BatchSequence& sequence, Index t) noexcept {
         const TilePlace& tile = sequence.tile(t);
-        return std::tuple(sequence.shape, tile.page, tile.first, tile.tokens, hidden(*sequence.state));
+        return std::tuple(sequence.shape, tile.page, tile.first, tile.tokens, tile.row, tile.shift,
+                          hidden(*sequence.state));
     }
     /// body(group) for all groups of two and more that share tile t. Members of a group keep their order.
     template <class Body>

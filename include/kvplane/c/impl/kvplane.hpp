@@ -353,18 +353,21 @@ void kvplane_cache_clear(kvplane_cache* cache) {
 
 kvplane_status kvplane_cache_attend(const kvplane_cache* cache, const kvplane_rows* queries,
                                     const kvplane_output* output, const kvplane_attention* parameters,
-                                    kvplane_workspace* workspace, float* log_sum_exp) {
+                                    kvplane_workspace* workspace, float* log_sum_exp, float* token_weights) {
     return kvplane::c::guarded([&] {
         kvplane::c::require_pointer(cache, "cache");
         kvplane::c::require_pointer(workspace, "workspace");
         const auto& c = cache->cache.configuration();
         const kvplane::detail::AnyRows rows = kvplane::c::rows_of(queries, "queries");
         const kvplane::c::Parameters given(parameters, c.query_heads, cache->cache.tokens());
-        kvplane::Matrix sums;
+        kvplane::Matrix sums, weights;
         kvplane::c::with_output(output, rows.tokens, c.query_heads * c.value_head_dim, [&](auto& to) {
-            cache->cache.attend(rows, to, given.all, workspace->workspace, log_sum_exp ? &sums : nullptr);
+            cache->cache.attend(rows, to, given.all, workspace->workspace,
+                                {.log_sum_exp = log_sum_exp ? &sums : nullptr,
+                                 .token_weights = token_weights ? &weights : nullptr});
         });
         if (log_sum_exp) std::copy_n(sums.data(), sums.size(), log_sum_exp);
+        if (token_weights) std::copy_n(weights.data(), weights.size(), token_weights);
     });
 }
 kvplane_status kvplane_attend_batch(const kvplane_cache* const* caches, int64_t count, const int64_t* offsets,
