@@ -193,7 +193,8 @@ TEST_P(EditOfRecipe, RandomRemovalsAndAppendsStayWithinTheBound) {
             }
             ASSERT_EQ(cache.tokens(), keys.rows());
             if (keys.rows() == 0) continue;
-            // Bounds are those of stored elements, so that a head's row is off by sqrt(d) times as much in norm.
+            // Bounds are those of stored elements, so that a head's row is off by sqrt(d) times as much in
+            // norm.
             const CacheErrorBound bound = cache.error_bound();
             const Tokens now = stored(cache);
             const double key_growth = std::sqrt(static_cast<double>(c.key_head_dim)),

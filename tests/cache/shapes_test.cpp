@@ -36,8 +36,7 @@ struct Case {
     CacheConfiguration configuration() const {
         CacheConfiguration made =
             kvplane_test::configuration(recipe, kv_heads, kv_heads * group, key_dim, value_dim);
-        // An odd number of channels has no RoPE; half of the time it is asked for and refused (by latents
-        // alone).
+        // An odd number of channels has no RoPE; half of the time it is asked for and refused.
         if (key_dim % 2 == 1 && variant % 2 == 0) made.rope.reset();
         return made;
     }
@@ -94,14 +93,13 @@ Case draw(const std::string& recipe, Random& random) {
 
 // -- The sweep ----------------------------------------------------------------------------------------------
 
-/// What a recipe with latents refuses of a shape: groups that do not divide it, half a pair of RoPE.
+/// What is refused of a shape: groups of latents that do not divide it, half a pair of RoPE.
 bool refused(const Case& c, TilePool& pool) {
     const CacheConfiguration configuration = c.configuration();
     const auto& latents = configuration.recipe.latents;
-    if (!latents) return false;
-    const Index channels = c.key_dim * (latents->own_heads_together ? c.kv_heads : 1);
+    const Index channels = c.key_dim * (latents && latents->own_heads_together ? c.kv_heads : 1);
     const bool divides =
-        latents->groups.empty() || channels % static_cast<Index>(latents->groups.size()) == 0;
+        !latents || latents->groups.empty() || channels % static_cast<Index>(latents->groups.size()) == 0;
     if (divides && (!configuration.rope || c.key_dim % 2 == 0)) return false;
     EXPECT_NE(
         refusal(divides ? ErrorCode::option : ErrorCode::shape, [&] { KvCache cache(configuration, pool); }),

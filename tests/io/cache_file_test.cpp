@@ -184,7 +184,8 @@ std::string documented_checksum(const SafetensorsFile& file) {
     for (const char* key :
          {"kvplane.tokens", "kvplane.dropped", "kvplane.window_first", "kvplane.kept_sinks"})
         hash = add_word(hash, std::stoull(text(key)));
-    for (const char* name : {"sinks", "tiles", "recent", "tile_first", "tile_tokens", "extremes"})
+    for (const char* name : {"sinks", "tiles", "recent", "tile_first", "tile_tokens", "tile_row",
+                             "tile_shift", "tile_bits", "extremes"})
         hash = add_lanes(hash, file.bytes(name));
     if (file.contains("latent.parts.0.mean")) {
         const std::string sum = std::to_string(basis_checksum(file));

@@ -10,12 +10,13 @@
 
 namespace kvplane::detail {
 
-/// Takes the tokens [first, last) out of a sequence without provisional tokens; they are neither among its sinks
-/// nor its last. Tokens behind them move back. Throws Error (out_of_memory) and then has changed nothing.
+/// Takes the tokens [first, last) out of a sequence without provisional tokens; they are neither among its
+/// sinks nor its last. Tokens behind them move back. Throws Error (out_of_memory) and then has changed
+/// nothing.
 void remove_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, Index first, Index last);
 
-/// The layout of tiles whose codes have at most these bits, from that of tiles which have more: that one itself where
-/// they have not, one of `known`, or a new one, which is added there. Throws Error (option).
+/// The layout of tiles whose codes have at most these bits, from that of tiles which have more: that one
+/// itself where they have not, one of `known`, or a new one, which is added there. Throws Error (option).
 const PageLayout* narrowed_layout(std::vector<NarrowedLayout>& known, const PageLayout& wide,
                                   const PerSide<int>& most_bits);
 

@@ -11,10 +11,10 @@
 // reference and never written while shared, so that a fork copies nothing.
 //
 // What is stored depends on the tokens and not on how they came: one at a time, in chunks or all at once give
-// the same bytes. Drafts, which may be taken back, are appended as provisional tokens: attention sees them like
-// others, but no tile is made of them, so that to take them back leaves no trace. A truncation inside a tile
-// cannot undo what the tile has rounded: its tokens become recent ones when the sequence goes on, and are
-// rounded once more with their next tile (unless tiles are fp16).
+// the same bytes. Drafts, which may be taken back, are appended as provisional tokens: attention sees them
+// like others, but no tile is made of them, so that to take them back leaves no trace. A truncation inside a
+// tile cannot undo what the tile has rounded: its tokens become recent ones when the sequence goes on, and
+// are rounded once more with their next tile (unless tiles are fp16).
 //
 // A recipe with latents and no basis given fits its own to the first tokens after the sinks (recipe.latents->
 // fit_tokens): until then these wait where recent tokens do, in recent_bits, and are counted so. What it sees
@@ -50,8 +50,8 @@ struct AttentionOutputs {
     Matrix* log_sum_exp = nullptr;
     /// Made kv_heads x tokens: the softmax weights that a token got from all query tokens of the call and all
     /// query heads of the key head, summed; what eviction by heavy hitters (H2O, arXiv 2306.14048) and by
-    /// observation windows (SnapKV, arXiv 2404.14469) goes by. The weights of a query row sum up to 1, or to what
-    /// a sink logit leaves. Tokens that no query sees have 0; rows that are not finite are left out.
+    /// observation windows (SnapKV, arXiv 2404.14469) goes by. The weights of a query row sum up to 1, or to
+    /// what a sink logit leaves. Tokens that no query sees have 0; rows that are not finite are left out.
     Matrix* token_weights = nullptr;
 };
 
@@ -129,8 +129,8 @@ class KvCache {
     /// Tokens in packed tiles.
     Index packed_tokens() const noexcept;
 
-    /// How many tokens can come before some become a tile, or a basis is fitted. Of recipes that quantize every
-    /// token the largest number there is.
+    /// How many tokens can come before some become a tile, or a basis is fitted. Of recipes that quantize
+    /// every token the largest number there is.
     Index tokens_before_tile() const noexcept;
 
     /// Appends tokens: keys tokens x (kv_heads * key_head_dim), values tokens x (kv_heads * value_head_dim),
@@ -186,10 +186,10 @@ class KvCache {
 
     /// Whether append() needs queries: while the cache has yet to fit a query-weighted basis of its own.
     bool needs_queries() const noexcept;
-    /// Fits the cache's own basis now, to all tokens that wait and are not provisional, as SVDq does at the end of a prompt; and
-    /// makes the tiles that are then due. Throws Error: option (the recipe fits no basis, or has done so),
-    /// shape (fewer than two tokens wait; fewer independent keys than latents that are to have bits),
-    /// out_of_memory.
+    /// Fits the cache's own basis now, to all tokens that wait and are not provisional, as SVDq does at the
+    /// end of a prompt; and makes the tiles that are then due. Throws Error: option (the recipe fits no
+    /// basis, or has done so), shape (fewer than two tokens wait; fewer independent keys than latents that
+    /// are to have bits), out_of_memory.
     void fit_basis();
     /// The basis that tiles are stored in; nullptr where keys are stored in channels, and before it is
     /// fitted.
@@ -207,10 +207,10 @@ class KvCache {
     /// (std::bad_alloc). Either way the workspace's executor runs it, and results do not depend on how many
     /// workers it has. Without a workspace the calling thread's own is used.
     ///
-    /// more: what else is wanted. It does not change a bit of the output. Sums of weights take memory: of up to 8
-    /// query tokens 2 bytes a query row and token, kept in the workspace; of more 4 bytes a token for each of the
-    /// up to 128 group() rows that every worker has in hand, and for each of those blocks. Up to 8 query tokens
-    /// keep weights as fp16 until they are summed.
+    /// more: what else is wanted. It does not change a bit of the output. Sums of weights take memory: of up
+    /// to 8 query tokens 2 bytes a query row and token, kept in the workspace; of more 4 bytes a token for
+    /// each of the up to 128 group() rows that every worker has in hand, and for each of those blocks. Up to
+    /// 8 query tokens keep weights as fp16 until they are summed.
     template <class Q, class Derived>
     void attend(const Q& queries, Eigen::MatrixBase<Derived>& output,
                 const AttentionParameters& parameters = {}) const {
@@ -228,17 +228,17 @@ class KvCache {
         attend(queries, output, parameters);
     }
 
-    /// attend() of many sequences in one call, as a server decodes them: workers take whole sequences, the long
-    /// ones together, so that many short sequences use all workers as one long one does. Cache i takes the
-    /// query tokens [offsets[i], offsets[i + 1]) of `queries`, which are all of its kind, and gives the same
-    /// rows of `output`. The caches have one configuration (the same heads and widths at least); one may come
-    /// several times. The parameters hold for all, without bias and position. Throws Error as attend(), and
-    /// shape for offsets that do not begin at 0, ascend, and end with the queries; and then has written nothing,
-    /// unless memory ended (std::bad_alloc).
+    /// attend() of many sequences in one call, as a server decodes them: workers take whole sequences, the
+    /// long ones together, so that many short sequences use all workers as one long one does. Cache i takes
+    /// the query tokens [offsets[i], offsets[i + 1]) of `queries`, which are all of its kind, and gives the
+    /// same rows of `output`. The caches have one configuration (the same heads and widths at least); one may
+    /// come several times. The parameters hold for all, without bias and position. Throws Error as attend(),
+    /// and shape for offsets that do not begin at 0, ascend, and end with the queries; and then has written
+    /// nothing, unless memory ended (std::bad_alloc).
     ///
-    /// Prefixes that sequences share are read once: where decoding forks have their first tiles in common, and
-    /// the policy is to read everything, these are attended for the queries of all of them, branch by branch of
-    /// a tree of forks. Either way each sequence gets bit for bit what attend() gives it by itself.
+    /// Prefixes that sequences share are read once: where decoding forks have their first tiles in common,
+    /// and the policy is to read everything, these are attended for the queries of all of them, branch by
+    /// branch of a tree of forks. Either way each sequence gets bit for bit what attend() gives it by itself.
     template <class Q, class Derived>
     static void attend_batch(std::span<const KvCache* const> caches, std::span<const Index> offsets,
                              const Q& queries, Eigen::MatrixBase<Derived>& output,
@@ -254,28 +254,29 @@ class KvCache {
 
     /// Forgets the tokens in [sinks, token), for a sliding window: attention does not see them, and the pages
     /// of tiles that hold nothing else are given back. Positions stay. attend() then refuses a sliding window
-    /// that reaches those tokens, and more AttentionParameters::sinks. Throws Error (index) for a token beyond
-    /// the end, and for sinks that have been dropped.
+    /// that reaches those tokens, and more AttentionParameters::sinks. Throws Error (index) for a token
+    /// beyond the end, and for sinks that have been dropped.
     void drop_before(Index token, Index sinks);
     /// With the sinks of the call before; at first those that the recipe keeps in fp16.
     void drop_before(Index token) { drop_before(token, state_.kept_sinks); }
 
-    /// Takes the tokens [first, last) out of the sequence: those behind them move back by as many positions, and
-    /// attention is what it would be had they been computed there (a context shift). Keys in tiles are not
-    /// touched, because queries are turned by RoPE instead; those of recent tokens are turned and rounded once
-    /// more. Pages of tiles that hold nothing else are given back; a tile in whose middle tokens were removed is
-    /// two afterwards, which share its page. Throws Error, and then has changed nothing: index (no such tokens,
-    /// or sinks of the recipe among them); option (provisional tokens; a configuration without `rope`, unless it
-    /// has latents); beyond_fp16 (keys so large that a turn might leave fp16); out_of_memory.
+    /// Takes the tokens [first, last) out of the sequence: those behind them move back by as many positions,
+    /// and attention is what it would be had they been computed there (a context shift). Keys in tiles are
+    /// not touched, because queries are turned by RoPE instead; those of recent tokens are turned and rounded
+    /// once more. Pages of tiles that hold nothing else are given back; a tile in whose middle tokens were
+    /// removed is two afterwards, which share its page. Throws Error, and then has changed nothing: index (no
+    /// such tokens, or sinks of the recipe among them); option (provisional tokens; a configuration without
+    /// `rope`, unless it has latents); beyond_fp16 (keys so large that a turn might leave fp16);
+    /// out_of_memory.
     void remove(Index first, Index last);
 
-    /// Leaves the tiles whose tokens all lie in [first, last) at most key_bits and value_bits an element: their
-    /// codes lose their low planes (storage/narrow.hpp says which widths become which), which is all that is
-    /// lost, and the pages go back to the pool. error_bound() holds afterwards for the wider cells. Tokens
-    /// outside tiles, and a last tile that is not full, stay as they are, and new tiles get the recipe's widths.
-    /// All or nothing, so that it takes memory for the new pages first. attend() then refuses a ReadPolicy other
-    /// than all. Throws Error, and then has changed nothing: index (no such tokens); option (widths that a tile
-    /// cannot be narrowed to); out_of_memory.
+    /// Leaves the tiles whose tokens all lie in [first, last) at most key_bits and value_bits an element:
+    /// their codes lose their low planes (storage/narrow.hpp says which widths become which), which is all
+    /// that is lost, and the pages go back to the pool. error_bound() holds afterwards for the wider cells.
+    /// Tokens outside tiles, and a last tile that is not full, stay as they are, and new tiles get the
+    /// recipe's widths. All or nothing, so that it takes memory for the new pages first. attend() then
+    /// refuses a ReadPolicy other than all. Throws Error, and then has changed nothing: index (no such
+    /// tokens); option (widths that a tile cannot be narrowed to); out_of_memory.
     void narrow(Index first, Index last, int key_bits, int value_bits);
     /// What bytes() would be after narrow(). Throws Error (index, option).
     Index narrowed_bytes(Index first, Index last, int key_bits, int value_bits) const;
@@ -349,8 +350,8 @@ class KvCache {
     static void attend_batch_rows(std::span<const KvCache* const> caches, std::span<const Index> offsets,
                                   const detail::AnyRows& queries, const detail::OutputSink& output,
                                   const AttentionParameters& parameters, AttentionWorkspace& workspace);
-    /// attend_rows() of what was checked: of some rows of `queries`, into the same of the output. `shared` holds
-    /// what was attended already, if anything was.
+    /// attend_rows() of what was checked: of some rows of `queries`, into the same of the output. `shared`
+    /// holds what was attended already, if anything was.
     void attend_checked(const detail::AnyRows& queries, const detail::OutputSink& output,
                         const detail::BatchSequence& sequence, const AttentionParameters& parameters,
                         AttentionWorkspace& workspace, detail::PrefixStates* shared) const;

@@ -60,8 +60,8 @@ struct CacheShape {
     }
 
     /// By how many positions a query is turned forward before it meets the stored keys of a tile whose tokens
-    /// have moved back since they were stored: q.(R(-n) k) = (R(n) q).k. Keys that are stored before RoPE, or in
-    /// the frame of their tile, go by the positions that they have now.
+    /// have moved back since they were stored: q.(R(-n) k) = (R(n) q).k. Keys that are stored before RoPE, or
+    /// in the frame of their tile, go by the positions that they have now.
     Index query_turn(const CacheState& state, const TilePlace& tile) const noexcept {
         return configuration.rope && (!state.latent || state.latent->frame() == KeyFrame::after_rope)
                    ? tile.shift

@@ -1,8 +1,8 @@
 // kvplane/cache/shared_prefix.hpp: sequences of a batch that share their first tiles, as forks do.
 //
-// Tiles that several sequences share are attended by one pass over the query rows of all of them. Each sequence
-// then goes on from the states of its rows. Sequences that part one after another, a tree of forks, are taken
-// branch by branch.
+// Tiles that several sequences share are attended by one pass over the query rows of all of them. Each
+// sequence then goes on from the states of its rows. Sequences that part one after another, a tree of forks,
+// are taken branch by branch.
 #pragma once
 
 #include <algorithm>
@@ -44,8 +44,8 @@ class SharedPrefixes {
           work_(workspace),
           executor_(executor) {}
 
-    /// Sets shared_tiles of sequences that DecodePass reads with ReadPolicy::all(). Results do not depend on the
-    /// executor. Throws std::bad_alloc.
+    /// Sets shared_tiles of sequences that DecodePass reads with ReadPolicy::all(). Results do not depend on
+    /// the executor. Throws std::bad_alloc.
     void attend(std::span<BatchSequence*> sequences) {
         // Forks share their CacheShape, so that pages of two shapes are never the same.
         for_groups(sequences, 0, [&](std::span<BatchSequence*> group) { descend(group, 0); });

@@ -54,8 +54,8 @@ struct NarrowedLayout {
 };
 
 /// The tokens of a cache, in the order of their positions: sinks, tiles, recent tokens. The last ones may be
-/// provisional: no tile is made of them, and what they add to the rest of the state stands apart, so that they
-/// can be taken back without a trace.
+/// provisional: no tile is made of them, and what they add to the rest of the state stands apart, so that
+/// they can be taken back without a trace.
 struct CacheState {
     using QueryMoments = std::vector<SecondMoments>;  ///< [key head]
 
@@ -150,8 +150,8 @@ struct CacheState {
         recent.resize(
             static_cast<std::size_t>((count - recent_first + recent_page_tokens - 1) / recent_page_tokens));
     }
-    /// Hides the tokens in [sinks, token), and lets go of the tiles that hold nothing else. keep_last: whether
-    /// the last tile stays, however old its tokens, because it is being filled.
+    /// Hides the tokens in [sinks, token), and lets go of the tiles that hold nothing else. keep_last:
+    /// whether the last tile stays, however old its tokens, because it is being filled.
     void drop_before(Index token, Index sinks, bool keep_last) {
         kept_sinks = sinks;
         dropped = std::max(dropped, token);

@@ -1,14 +1,14 @@
 // kvplane/cache/values_in_keys.hpp: weighted sums of values that are the first channels of keys.
 //
-// The planes of keys have tokens in their lanes, and sums over tokens want channels there. With one key head under
-// many query heads, a tile meets so many rows that it pays to pack its codes anew once, as those of a tile of values
-// whose grids all have the step 1: sums of codes come out of the integer kernels, and a channel's own grid is applied
-// to them,
+// The planes of keys have tokens in their lanes, and sums over tokens want channels there. With one key head
+// under many query heads, a tile meets so many rows that it pays to pack its codes anew once, as those of a
+// tile of values whose grids all have the step 1: sums of codes come out of the integer kernels, and a
+// channel's own grid is applied to them,
 //
 //   sum_t w_t v'_tc = lower_c sum_t w_t + step_c sum_t w_t (code_tc + 1/2).
 //
-// Where grids do not cover the whole tile channel by channel (fp16, groups of 32 or 64 tokens), it is decoded to
-// floats instead.
+// Where grids do not cover the whole tile channel by channel (fp16, groups of 32 or 64 tokens), it is decoded
+// to floats instead.
 #pragma once
 
 #include <algorithm>

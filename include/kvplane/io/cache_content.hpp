@@ -28,8 +28,8 @@ inline constexpr Index cache_format = 5, oldest_cache_format = 3;
 class PageArray {
   public:
     PageArray() = default;
-    /// Pages of a cache. clear: makes zero what one of the pages `partial`, which ascend, holds beyond the cache's
-    /// tokens.
+    /// Pages of a cache. clear: makes zero what one of the pages `partial`, which ascend, holds beyond the
+    /// cache's tokens.
     PageArray(std::span<const PageReference> pages, std::vector<std::size_t> partial,
               std::function<void(std::size_t, std::byte*)> clear)
         : pages_(pages), partial_(std::move(partial)), clear_(std::move(clear)) {}
@@ -112,9 +112,9 @@ struct CacheContent {
     /// The cache. Throws Error: format as require_cache(), out_of_memory.
     KvCache restore(const CacheConfiguration& configuration, TilePool& pool, const std::string& source) const;
 
-    /// The places of the tiles in a state, without their pages; layouts of narrowed ones are added to it. Throws
-    /// Error (format) for lists of other lengths, tokens beyond a tile, and widths that the recipe cannot be
-    /// narrowed to.
+    /// The places of the tiles in a state, without their pages; layouts of narrowed ones are added to it.
+    /// Throws Error (format) for lists of other lengths, tokens beyond a tile, and widths that the recipe
+    /// cannot be narrowed to.
     std::vector<TilePlace> places(CacheState& state, const std::string& source) const;
     /// A page for each of these places, one after another. Throws Error (out_of_memory).
     std::vector<PageReference> pages(const std::vector<TilePlace>& places, TilePool& pool) const;

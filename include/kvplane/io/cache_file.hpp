@@ -16,16 +16,17 @@
 //   queries.*    F64                       moments of queries, where it has yet to do so
 // Metadata: kvplane.format (the version of all this), kvplane.configuration (JSON), kvplane.tokens,
 // kvplane.kept_sinks and kvplane.dropped (what is not seen: [kept_sinks, dropped)), kvplane.window_first,
-// kvplane.checksum. Rows and codes of tokens that were taken back or removed are zero. The configuration says which
-// RoPE keys in channels go by only where some tile has moved.
+// kvplane.checksum. Rows and codes of tokens that were taken back or removed are zero. The configuration says
+// which RoPE keys in channels go by only where some tile has moved.
 //
 // A session (io/session_file.hpp) has kvplane.format and kvplane.layers, the number of its caches. All else
 // stands for each of them, its name after the prefix `layer.N.`. A range of tokens (io/range_file.hpp) has
 // kvplane.first, its first token, and kvplane.basis, the checksum of the basis that its tiles need (empty:
 // none of the cache's own); kvplane.tokens is its end, dropped and kept_sinks are 0, and `sinks` is empty.
 //
-// Format 4 has no sessions, no ranges, no tile_row, tile_shift and tile_bits, and another checksum. Format 3 has four extremes, too (nothing was
-// stored again), and no kvplane.kept_sinks (they were the recipe's sinks).
+// Format 4 has no sessions, no ranges, no tile_row, tile_shift and tile_bits, and another checksum. Format 3
+// has four extremes, too (nothing was stored again), and no kvplane.kept_sinks (they were the recipe's
+// sinks).
 //
 // The checksum finds damage, it is no protection against forgery. It is a decimal number, a hash h of 64-bit
 // words, with the constants of FNV-1a, but over words instead of bytes and with a shift that brings high bits

@@ -55,8 +55,8 @@ class TileCoder {
         decode(tile, tokens, 16, values, stride);
     }
 
-    /// Makes the tokens [first, last) of a tile what they are where none has come. Grids over several tokens stay
-    /// as they are.
+    /// Makes the tokens [first, last) of a tile what they are where none has come. Grids over several tokens
+    /// stay as they are.
     void clear(std::byte* tile, Index first, Index last);
 
     /// Bound of |x - x'| over the tokens [first, last), clipped values aside (see excess()): half the widest

@@ -22,7 +22,8 @@ struct PageLayout {
     TileFormat values;                    ///< of every head
     std::vector<Index> key_at, value_at;  ///< [subspace], [head]: offsets in bytes
     Index bytes = 0;                      ///< of a page
-    /// The values of a head are the first channels of its keys: `values` and `value_at` are those of the keys.
+    /// The values of a head are the first channels of its keys: `values` and `value_at` are those of the
+    /// keys.
     bool values_in_keys = false;
 
     Index subspaces() const noexcept { return static_cast<Index>(key_at.size()); }

@@ -64,7 +64,6 @@ inline void require_latent_recipe(const CacheConfiguration& c) {
     const Index part = together ? c.kv_heads * c.key_head_dim : c.key_head_dim;
     if (!latents.groups.empty())  // throws where they do not fit
         (void)grouped_schedule(Eigen::VectorXd::Zero(part), latents.groups);
-    if (c.rope) RotaryEmbedding(c.key_head_dim, *c.rope);
 }
 
 inline void require_values_in_keys(const CacheConfiguration& c) {
@@ -115,6 +114,7 @@ KVPLANE_FUNCTION void require_configuration(const CacheConfiguration& c) {
     if (!recipe.latents) (void)c.key_format();
     (void)c.value_format();
     require_latent_recipe(c);
+    if (c.rope) RotaryEmbedding(c.key_head_dim, *c.rope);  // throws where there is none
     require_latents(c);
 }
 

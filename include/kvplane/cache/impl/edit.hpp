@@ -17,8 +17,8 @@ namespace kvplane::detail {
 
 // Removing -------------------------------------------------------------------------------------------------
 
-/// The recent tokens of a state without those in [first, last). Tokens behind these are turned by RoPE to their
-/// new positions and rounded once more.
+/// The recent tokens of a state without those in [first, last). Tokens behind these are turned by RoPE to
+/// their new positions and rounded once more.
 class RecentTokens {
   public:
     RecentTokens(const CacheShape& cache, const CacheState& state, TilePool& pool)
@@ -134,8 +134,8 @@ class NarrowPlan {
     std::vector<const PageLayout*> of_tiles_;
 };
 
-/// The largest difference of any element between the keys of a tile in latents before and after, in the frame of
-/// the input.
+/// The largest difference of any element between the keys of a tile in latents before and after, in the frame
+/// of the input.
 inline double largest_difference(const CacheConfiguration& c, Reader& reader, const TilePlace& before,
                                  const TilePlace& after) {
     const Index all = c.kv_heads * c.key_head_dim;
@@ -172,7 +172,8 @@ KVPLANE_FUNCTION void narrow_tiles(const CacheShape& cache, CacheState& state, T
             off = std::max(off,
                            largest_difference(cache.configuration, *reader, state.tiles[t], next.tiles[t]));
     }
-    // Keys in latents have no grids that say how far they are off. RoPE mixes two channels of what was measured.
+    // Keys in latents have no grids that say how far they are off. RoPE mixes two channels of what was
+    // measured.
     next.settled_extremes.excess.keys += std::sqrt(2.0) * off;
     state = std::move(next);
 }

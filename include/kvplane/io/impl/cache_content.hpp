@@ -113,8 +113,8 @@ inline std::string side_json(const SideRecipe& side) {
         .text();
 }
 
-/// Everything that what is stored depends on. The recipe's name is not part of it. moved: whether keys in channels
-/// have moved, which are turned by RoPE when they are read.
+/// Everything that what is stored depends on. The recipe's name is not part of it. moved: whether keys in
+/// channels have moved, which are turned by RoPE when they are read.
 inline std::string configuration_json(const CacheConfiguration& c, bool moved) {
     JsonObject json;
     json.add("kv_heads", c.kv_heads)
@@ -174,8 +174,8 @@ KVPLANE_FUNCTION CacheContent CacheContent::of(const KvCache& cache) {
     content.dropped = state.dropped;
     content.window_first = state.recent_first;
     const StoredExtremes& extremes = state.settled_extremes;
-    content.extremes = {extremes.largest.keys, extremes.largest.values, extremes.excess.keys,
-                        extremes.excess.values, extremes.carried.keys, extremes.carried.values};
+    content.extremes = {extremes.largest.keys,  extremes.largest.values, extremes.excess.keys,
+                        extremes.excess.values, extremes.carried.keys,   extremes.carried.values};
 
     const Index sinks = state.sink_count(shape.recipe());
     if (state.sinks)
@@ -373,7 +373,8 @@ KVPLANE_FUNCTION StoredExtremes CacheContent::stored_extremes() const noexcept {
     return all;
 }
 
-/// The layout of a tile that was narrowed to these widths. Throws Error (format) where the recipe's cannot be.
+/// The layout of a tile that was narrowed to these widths. Throws Error (format) where the recipe's cannot
+/// be.
 inline const PageLayout* read_narrowed(CacheState& state, const PerSide<int>& bits, std::size_t tile,
                                        const std::string& source) {
     const auto expect = [&](bool holds) {
