@@ -207,17 +207,78 @@ inline void q4_1_to_float(const std::byte* __restrict block, Index count, float*
         nibbles_to_float(block + 4, load_half(block), load_half(block + 2), out);
 }
 
+/// 32 values in 22 bytes: fp16 step, 32 high bits, 16 bytes of low halves; 5-bit codes around 16.
+inline void q5_0_to_float(const std::byte* __restrict block, Index count, float* __restrict out) noexcept {
+    for (Index b = 0; b < count; ++b, block += 22, out += 32) {
+        const float step = load_half(block);
+        const auto high = load<std::uint32_t>(block + 2);
+        const auto* pairs = reinterpret_cast<const unsigned char*>(block + 6);
+#pragma GCC unroll 1
+        for (unsigned i = 0; i < 16; ++i) {
+            const auto low = static_cast<int>((pairs[i] & 15u) | (high >> i & 1u) << 4);
+            const auto upper = static_cast<int>((pairs[i] >> 4) | (high >> (i + 16) & 1u) << 4);
+            out[i] = step * static_cast<float>(low - 16);
+            out[i + 16] = step * static_cast<float>(upper - 16);
+        }
+    }
+}
+
+/// The steps and lower ends of the 8 groups of 32 values of a Q4_K or Q5_K block, 6 bits each in 12 bytes.
+struct GroupScales {
+    int step[8], lower[8];
+};
+inline GroupScales group_scales(const std::byte* bytes) noexcept {
+    const auto* packed = reinterpret_cast<const unsigned char*>(bytes);
+    GroupScales scales;
+    for (int g = 0; g < 4; ++g) {
+        scales.step[g] = packed[g] & 63;
+        scales.lower[g] = packed[g + 4] & 63;
+        // The upper groups have four bits in the last bytes, and two on top of the lower groups'.
+        scales.step[g + 4] = (packed[g + 8] & 15) | packed[g] >> 6 << 4;
+        scales.lower[g + 4] = packed[g + 8] >> 4 | packed[g + 4] >> 6 << 4;
+    }
+    return scales;
+}
+
+/// 256 values: fp16 step, fp16 lower end, 12 bytes of both by group; of Q5_K 32 bytes of high bits, bit g of byte
+/// i that of value i of group g; 128 bytes of two 4-bit codes, those of groups 2 k and 2 k + 1 in 32 bytes.
+template <bool five_bits>
+void k_groups_to_float(const std::byte* __restrict block, Index count, float* __restrict out) noexcept {
+    constexpr int bytes = five_bits ? 176 : 144, first_code = five_bits ? 48 : 16;
+    for (Index b = 0; b < count; ++b, block += bytes, out += 256) {
+        const GroupScales scales = group_scales(block + 4);
+        const auto* high = reinterpret_cast<const unsigned char*>(block + 16);
+        const auto* pairs = reinterpret_cast<const unsigned char*>(block + first_code);
+        for (int g = 0; g < 8; ++g) {
+            const float step = load_half(block) * static_cast<float>(scales.step[g]);
+            const float lower = load_half(block + 2) * static_cast<float>(scales.lower[g]);
+            const int shift = g % 2 * 4;
+#pragma GCC unroll 1
+            for (int i = 0; i < 32; ++i) {
+                int code = pairs[32 * (g / 2) + i] >> shift & 15;
+                if constexpr (five_bits) code |= (high[i] >> g & 1) << 4;
+                out[32 * g + i] = step * static_cast<float>(code) - lower;
+            }
+        }
+    }
+}
+
 /// 128 values of a Q6_K block: 64 bytes of low halves, 32 bytes of high pairs, 8 scales of 16 values each.
 /// Value 32 k + i has its low four bits in byte i + 32 (k mod 2), upper half for k >= 2, and its high two
 /// bits at position 2 k of high byte i.
-inline void q6_k_half_to_float(const unsigned char* low, const unsigned char* high, const signed char* scales,
-                               float step, float* out) noexcept {
+inline void q6_k_half_to_float(const unsigned char* __restrict low, const unsigned char* __restrict high,
+                               const signed char* __restrict scales, float step,
+                               float* __restrict out) noexcept {
     for (int k = 0; k < 4; ++k) {
-        for (int i = 0; i < 32; ++i) {
-            const int low_bits = k < 2 ? low[i + 32 * k] & 15 : low[i + 32 * (k - 2)] >> 4;
-            const int high_bits = (high[i] >> (2 * k)) & 3;
-            const float scale = step * static_cast<float>(scales[2 * k + i / 16]);
-            out[32 * k + i] = scale * static_cast<float>((low_bits | high_bits << 4) - 32);
+        const int low_shift = k / 2 * 4, high_shift = 2 * k;
+        for (int part = 0; part < 32; part += 16) {
+            const float scale = step * static_cast<float>(scales[2 * k + part / 16]);
+#pragma GCC unroll 1
+            for (int i = part; i < part + 16; ++i) {
+                const int low_bits = low[i + 32 * (k % 2)] >> low_shift & 15;
+                const int high_bits = high[i] >> high_shift & 3;
+                out[32 * k + i] = scale * static_cast<float>((low_bits | high_bits << 4) - 32);
+            }
         }
     }
 }
@@ -234,14 +295,26 @@ inline void q6_k_to_float(const std::byte* block, Index count, float* out) noexc
     }
 }
 
-inline constexpr std::array<BlockFormat, 6> block_formats{{
+inline constexpr std::array<BlockFormat, 9> block_formats{{
     {0, "F32", 1, 4, f32_to_float},
     {1, "F16", 1, 2, f16_to_float},
     {2, "Q4_0", 32, 18, q4_0_to_float},
     {3, "Q4_1", 32, 20, q4_1_to_float},
+    {6, "Q5_0", 32, 22, q5_0_to_float},
     {8, "Q8_0", 32, 34, q8_0_to_float},
+    {12, "Q4_K", 256, 144, k_groups_to_float<false>},
+    {13, "Q5_K", 256, 176, k_groups_to_float<true>},
     {14, "Q6_K", 256, 210, q6_k_to_float},
 }};
+
+/// "F32 (0), F16 (1), ...", for the sentence of an error.
+inline std::string known_formats() {
+    std::string names;
+    for (const BlockFormat& format : block_formats)
+        names +=
+            (names.empty() ? "" : ", ") + std::string(format.name) + " (" + std::to_string(format.type) + ")";
+    return names;
+}
 
 /// Bytes of one value in a file. 0 for text and array, whose length is in the file.
 constexpr std::size_t bytes_of(ValueType type) noexcept {
@@ -367,8 +440,7 @@ inline Tensor read_tensor(Cursor& cursor, std::uint64_t& offset, std::uint64_t& 
     const auto* format =
         std::ranges::find_if(block_formats, [type](const BlockFormat& known) { return known.type == type; });
     kvplane::require(format != block_formats.end(), ErrorCode::mismatch, "GGUF: tensor '", tensor_name,
-                     "' has type ", type,
-                     "; this reader knows F32 (0), F16 (1), Q4_0 (2), Q4_1 (3), Q8_0 (8)", " and Q6_K (14)");
+                     "' has type ", type, "; this reader knows ", known_formats());
     kvplane::require(columns % static_cast<std::uint64_t>(format->values) == 0, ErrorCode::format,
                      "GGUF: tensor '", tensor_name, "' has rows of ", columns,
                      " values, expected a multiple of ", format->values, " for ", format->name);

@@ -1,9 +1,11 @@
-// examples/engine/model.hpp: the forward pass of a Llama-type model from a GGUF file, with Eigen.
+// examples/engine/model.hpp: the forward pass of a transformer from a GGUF file, with Eigen.
 //
 //   x = embedding of the token
 //   each layer:  x += W_o attention(rope(W_q n), rope(W_k n), W_v n)      n = rms_norm(x)
 //                x += W_down (silu(W_gate n) * (W_up n))                  n = rms_norm(x)
 //   logits = W_embedding rms_norm(x)
+//
+// Architectures differ in traits (`architectures` below), and the pass asks for traits, never for an architecture.
 //
 // Attention goes through LayerCache (layer_cache.hpp), so the same model runs on any KV cache.
 //
@@ -17,6 +19,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <functional>
 #include <initializer_list>
@@ -34,18 +37,56 @@
 
 namespace engine {
 
-/// The sizes of a model.
+/// What tells one architecture from another.
+struct Traits {
+    const char* architecture;  ///< general.architecture, with which the names of all sizes begin
+    kvplane::RopeLayout rope_layout = kvplane::RopeLayout::interleaved;
+    bool biases = false;        ///< of queries, keys and values
+    bool head_norms = false;    ///< RMSNorm of each head of queries and keys, before RoPE
+    bool output_norms = false;  ///< RMSNorm of what attention and feed-forward give, before it is added to x
+    bool gelu = false;          ///< the gate is GELU's (by tanh), not silu's
+    bool scale_embedding = false;  ///< by sqrt(width)
+    /// Layers see a window of tokens, but for each layer of this number, which sees all. 0: all see all.
+    Index global_every = 0;
+    double windowed_rope_base = 0.0;  ///< of layers that see a window
+};
+
+/// The architectures that the engine runs.
+inline constexpr std::array<Traits, 3> architectures{{
+    {.architecture = "llama"},
+    {.architecture = "qwen2", .rope_layout = kvplane::RopeLayout::halves, .biases = true},
+    {.architecture = "gemma3",
+     .rope_layout = kvplane::RopeLayout::halves,
+     .head_norms = true,
+     .output_norms = true,
+     .gelu = true,
+     .scale_embedding = true,
+     .global_every = 6,
+     .windowed_rope_base = 10000},
+}};
+
+/// The traits and sizes of a model.
 struct ModelConfig {
+    Traits traits;
     Index layers, width, query_heads, kv_heads, head_dim, feed_forward, vocabulary;
-    Index context;  ///< positions the model was trained for
+    Index context;     ///< positions the model was trained for
+    Index any_window;  ///< of layers that have one
     float rms_epsilon;
     double rope_base;  ///< pair i of a head turns by position * rope_base^(-2i / head_dim)
 
-    kvplane::RopeSettings rope() const {
-        kvplane::RopeSettings settings;  // pairs (2i, 2i + 1), as GGUF stores llama models
-        settings.base = rope_base;
+    bool is_windowed(Index layer) const {
+        return traits.global_every > 0 && (layer + 1) % traits.global_every != 0;
+    }
+    /// How many tokens a query of the layer sees, itself included; 0: all.
+    Index window(Index layer) const { return is_windowed(layer) ? any_window : 0; }
+    kvplane::RopeSettings rope(Index layer) const {
+        kvplane::RopeSettings settings;
+        settings.layout = traits.rope_layout;
+        settings.base = is_windowed(layer) ? traits.windowed_rope_base : rope_base;
         return settings;
     }
+    /// That of the layers that see all tokens, the last one among them.
+    kvplane::RopeSettings rope() const { return rope(traits.global_every > 0 ? traits.global_every - 1 : 0); }
 };
 
 /// What one layer computed for the tokens of one call; keys, values tokens x (kv_heads * head_dim), queries
@@ -62,9 +103,9 @@ enum class Logits { none, last, all };
 /// the threads.
 class Model {
   public:
-    /// Takes over the file. Throws Error (mismatch) where it is not a Llama-type model of the plain kind:
-    /// another architecture, scaled RoPE, biases, experts, tensors missing, of another shape or unknown;
-    /// (format) where its sizes make no sense.
+    /// Takes over the file. Throws Error (mismatch) for what the engine does not run: another architecture,
+    /// scaled RoPE, experts, tensors missing, of another shape or unknown; (format) where its sizes make no
+    /// sense.
     Model(Gguf file, Executor& threads);
 
     const ModelConfig& config() const noexcept { return config_; }
@@ -90,20 +131,22 @@ class Model {
     static constexpr std::size_t max_chunk = 512;
 
   private:
-    struct Layer {
+    struct Layer {  // null: the architecture has none
         const Tensor *attention_norm, *query, *key, *value, *attention_output;
-        const Tensor *feed_forward_norm, *gate, *up, *down;
+        const Tensor *query_bias, *key_bias, *value_bias, *query_norm, *key_norm, *attention_output_norm;
+        const Tensor *feed_forward_norm, *gate, *up, *down, *feed_forward_output_norm;
     };
     struct Product {
         const Tensor* weight;
         Matrix* output;
     };
 
-    void read_config();
+    void read_config(const Traits& traits);
     void read_weights();
     Index check(std::span<const TokenId> tokens, const LayerCaches& caches) const;
     Matrix embed(std::span<const TokenId> tokens) const;
     void multiply(const Matrix& input, std::initializer_list<Product> products) const;
+    void add_output(Matrix& hidden, const Matrix& output, const Tensor* norm) const;
     void attention(Index layer, Matrix& hidden, LayerCache& cache, const Observer& observer) const;
     void feed_forward(Index layer, Matrix& hidden) const;
     Matrix forward_chunk(std::span<const TokenId> tokens, LayerCaches& caches, Logits logits,
@@ -147,28 +190,60 @@ inline Matrix rms_norm(const Matrix& rows, const Tensor& weight, float epsilon) 
     return result;
 }
 
+/// The same of each head of each row, in place. Without a weight nothing.
+inline void norm_heads(Matrix& rows, const Tensor* weight, Index head_dim, float epsilon) {
+    if (!weight) return;
+    Eigen::Map<Matrix> heads(rows.data(), rows.size() / head_dim, head_dim);
+    heads = rms_norm(heads, *weight, epsilon);
+}
+
+/// Without a bias nothing.
+inline void add_bias(Matrix& rows, const Tensor* bias) {
+    if (!bias) return;
+    Eigen::RowVectorXf row(rows.cols());
+    bias->to_float(0, 1, row.data());
+    rows.rowwise() += row;
+}
+
+/// gate = activation(gate) * up
+inline void activate(Matrix& gate, const Matrix& up, bool gelu) {
+    auto x = gate.array();
+    if (gelu)
+        x = x * (1 + (0.7978845608f * (x + 0.044715f * x.cube())).tanh()) / 2 * up.array();
+    else
+        x *= up.array() / (1 + (-x).exp());
+}
+
 }  // namespace detail
 
 inline Model::Model(Gguf file, Executor& threads) : file_(std::move(file)), threads_(&threads) {
     const std::string_view architecture = file_.value("general.architecture").text();
-    kvplane::require(architecture == "llama", ErrorCode::mismatch, "model: the architecture is '",
-                     architecture, "', expected 'llama'");
-    read_config();
+    const auto* traits = std::ranges::find(architectures, architecture, &Traits::architecture);
+    std::string known;
+    for (const Traits& each : architectures)
+        known += (known.empty() ? "" : ", ") + std::string(each.architecture);
+    kvplane::require(traits != architectures.end(), ErrorCode::mismatch, "model: the architecture is '",
+                     architecture, "'; this engine knows ", known);
+    read_config(*traits);
     read_weights();
 }
 
-inline void Model::read_config() {
+inline void Model::read_config(const Traits& traits) {
     ModelConfig& c = config_;
-    c.layers = detail::read_size(file_, "llama.block_count");
-    c.width = detail::read_size(file_, "llama.embedding_length");
-    c.query_heads = detail::read_size(file_, "llama.attention.head_count");
-    c.kv_heads = detail::read_size(file_, "llama.attention.head_count_kv", c.query_heads);
-    c.head_dim = detail::read_size(file_, "llama.attention.key_length", c.width / c.query_heads);
-    c.feed_forward = detail::read_size(file_, "llama.feed_forward_length");
-    c.context = detail::read_size(file_, "llama.context_length");
+    c.traits = traits;
+    const auto key = [&](const char* name) { return traits.architecture + std::string(".") + name; };
+    const auto size = [&](const char* name) { return detail::read_size(file_, key(name)); };
+    c.layers = size("block_count");
+    c.width = size("embedding_length");
+    c.query_heads = size("attention.head_count");
+    c.kv_heads = detail::read_size(file_, key("attention.head_count_kv"), c.query_heads);
+    c.head_dim = detail::read_size(file_, key("attention.key_length"), c.width / c.query_heads);
+    c.feed_forward = size("feed_forward_length");
+    c.context = size("context_length");
+    c.any_window = traits.global_every > 0 ? size("attention.sliding_window") : 0;
     c.vocabulary = static_cast<Index>(file_.value("tokenizer.ggml.tokens").size);
-    c.rms_epsilon = static_cast<float>(file_.value("llama.attention.layer_norm_rms_epsilon").number());
-    const Value* base = file_.find_value("llama.rope.freq_base");
+    c.rms_epsilon = static_cast<float>(file_.value(key("attention.layer_norm_rms_epsilon")).number());
+    const Value* base = file_.find_value(key("rope.freq_base"));
     c.rope_base = base ? base->number() : 10000;
 
     const bool heads_fit = c.query_heads % c.kv_heads == 0 && c.head_dim >= 2 && c.head_dim % 2 == 0;
@@ -177,14 +252,14 @@ inline void Model::read_config() {
     kvplane::require(c.rms_epsilon >= 0 && c.rms_epsilon < 1 && c.rope_base >= 1 && c.rope_base < 1e30,
                      ErrorCode::format, "model: RMS epsilon ", c.rms_epsilon, " or RoPE base ", c.rope_base,
                      " makes no sense");
-    kvplane::require(detail::read_size(file_, "llama.rope.dimension_count", c.head_dim) == c.head_dim &&
-                         detail::read_size(file_, "llama.attention.value_length", c.head_dim) == c.head_dim,
+    kvplane::require(detail::read_size(file_, key("rope.dimension_count"), c.head_dim) == c.head_dim &&
+                         detail::read_size(file_, key("attention.value_length"), c.head_dim) == c.head_dim,
                      ErrorCode::mismatch, "model: RoPE over a part of the ", c.head_dim,
                      " channels of a head, or values of another size than keys");
-    for (const char* unsupported :
-         {"llama.rope.scaling.type", "llama.rope.scale_linear", "llama.expert_count"})
-        kvplane::require(!file_.find_value(unsupported), ErrorCode::mismatch, "model: it has ", unsupported,
-                         ", which this engine does not implement");
+    for (const char* unsupported : {"rope.scaling.type", "rope.scale_linear", "expert_count",
+                                    "attn_logit_softcapping", "final_logit_softcapping"})
+        kvplane::require(!file_.find_value(key(unsupported)), ErrorCode::mismatch, "model: it has ",
+                         key(unsupported), ", which this engine does not implement");
 }
 
 inline void Model::read_weights() {
@@ -202,15 +277,25 @@ inline void Model::read_weights() {
     for (Index i = 0; i < c.layers; ++i) {
         const std::string block = "blk." + std::to_string(i) + ".";
         Layer layer{};
-        layer.attention_norm = tensor(block + "attn_norm.weight", 1, c.width);
+        const auto vector = [&](bool wanted, const char* name, Index size) {
+            return wanted ? tensor(block + name, 1, size) : nullptr;
+        };
+        layer.attention_norm = vector(true, "attn_norm.weight", c.width);
         layer.query = tensor(block + "attn_q.weight", queries, c.width);
         layer.key = tensor(block + "attn_k.weight", keys, c.width);
         layer.value = tensor(block + "attn_v.weight", keys, c.width);
+        layer.query_bias = vector(c.traits.biases, "attn_q.bias", queries);
+        layer.key_bias = vector(c.traits.biases, "attn_k.bias", keys);
+        layer.value_bias = vector(c.traits.biases, "attn_v.bias", keys);
+        layer.query_norm = vector(c.traits.head_norms, "attn_q_norm.weight", c.head_dim);
+        layer.key_norm = vector(c.traits.head_norms, "attn_k_norm.weight", c.head_dim);
         layer.attention_output = tensor(block + "attn_output.weight", c.width, queries);
-        layer.feed_forward_norm = tensor(block + "ffn_norm.weight", 1, c.width);
+        layer.attention_output_norm = vector(c.traits.output_norms, "post_attention_norm.weight", c.width);
+        layer.feed_forward_norm = vector(true, "ffn_norm.weight", c.width);
         layer.gate = tensor(block + "ffn_gate.weight", c.feed_forward, c.width);
         layer.up = tensor(block + "ffn_up.weight", c.feed_forward, c.width);
         layer.down = tensor(block + "ffn_down.weight", c.width, c.feed_forward);
+        layer.feed_forward_output_norm = vector(c.traits.output_norms, "post_ffw_norm.weight", c.width);
         layers_.push_back(layer);
     }
     // A tensor without a part in the above (a bias, an expert, RoPE factors) would be silently ignored.
@@ -221,8 +306,8 @@ inline void Model::read_weights() {
 inline LayerCaches Model::exact_caches() const {
     LayerCaches caches;
     for (Index i = 0; i < config_.layers; ++i)
-        caches.push_back(
-            std::make_unique<ExactCache>(config_.query_heads, config_.kv_heads, config_.head_dim, *threads_));
+        caches.push_back(std::make_unique<ExactCache>(config_.query_heads, config_.kv_heads, config_.head_dim,
+                                                      *threads_, config_.window(i)));
     return caches;
 }
 
@@ -247,6 +332,7 @@ inline Matrix Model::embed(std::span<const TokenId> tokens) const {
     Matrix rows(static_cast<Index>(tokens.size()), config_.width);
     for (Index i = 0; i < rows.rows(); ++i)
         embedding_->to_float(tokens[static_cast<std::size_t>(i)], 1, rows.row(i).data());
+    if (config_.traits.scale_embedding) rows *= std::sqrt(static_cast<float>(config_.width));
     return rows;
 }
 
@@ -277,16 +363,25 @@ inline void Model::multiply(const Matrix& input, std::initializer_list<Product> 
     });
 }
 
+inline void Model::add_output(Matrix& hidden, const Matrix& output, const Tensor* norm) const {
+    hidden += norm ? detail::rms_norm(output, *norm, config_.rms_epsilon) : output;
+}
+
 inline void Model::attention(Index layer, Matrix& hidden, LayerCache& cache, const Observer& observer) const {
     const Layer& weights = layers_[static_cast<std::size_t>(layer)];
     const Index first = cache.tokens();
     const Matrix normed = detail::rms_norm(hidden, *weights.attention_norm, config_.rms_epsilon);
     Matrix queries, keys, values;
     multiply(normed, {{weights.query, &queries}, {weights.key, &keys}, {weights.value, &values}});
+    detail::add_bias(queries, weights.query_bias);
+    detail::add_bias(keys, weights.key_bias);
+    detail::add_bias(values, weights.value_bias);
+    detail::norm_heads(queries, weights.query_norm, config_.head_dim, config_.rms_epsilon);
+    detail::norm_heads(keys, weights.key_norm, config_.head_dim, config_.rms_epsilon);
 
     Matrix queries_before_rope, keys_before_rope;
     if (observer) queries_before_rope = queries, keys_before_rope = keys;
-    const kvplane::RotaryEmbedding rope(config_.head_dim, config_.rope());
+    const kvplane::RotaryEmbedding rope(config_.head_dim, config_.rope(layer));
     rope.rotate(queries, first);
     rope.rotate(keys, first);
     if (observer) observer({layer, first, keys_before_rope, keys, values, queries_before_rope, queries});
@@ -295,7 +390,7 @@ inline void Model::attention(Index layer, Matrix& hidden, LayerCache& cache, con
     Matrix attended, output;
     cache.attend(queries, attended);
     multiply(attended, {{weights.attention_output, &output}});
-    hidden += output;
+    add_output(hidden, output, weights.attention_output_norm);
 }
 
 inline void Model::feed_forward(Index layer, Matrix& hidden) const {
@@ -303,9 +398,9 @@ inline void Model::feed_forward(Index layer, Matrix& hidden) const {
     const Matrix normed = detail::rms_norm(hidden, *weights.feed_forward_norm, config_.rms_epsilon);
     Matrix gate, up, output;
     multiply(normed, {{weights.gate, &gate}, {weights.up, &up}});
-    gate.array() *= up.array() / (1 + (-gate.array()).exp());  // silu(gate) * up
+    detail::activate(gate, up, config_.traits.gelu);
     multiply(gate, {{weights.down, &output}});
-    hidden += output;
+    add_output(hidden, output, weights.feed_forward_output_norm);
 }
 
 inline Matrix Model::forward_chunk(std::span<const TokenId> tokens, LayerCaches& caches, Logits logits,
