@@ -5,6 +5,7 @@
 #   run.sh narrow_by_age                                  a context that grows within a budget
 #   run.sh engine "PROMPT" [OPTIONS of generate]          fetches a small model and lets it answer
 #   run.sh evaluate|dump|calibrate|speed [OPTIONS]        the engine's other programs
+#   run.sh engine|evaluate|... gemma3|qwen2 ...           the same of another model (engine/fetch.sh)
 # Each says with --help what it does and takes.
 set -euo pipefail
 folder=$PWD
@@ -23,7 +24,9 @@ case $example in
 esac
 bash tests/install_packages.sh
 if [ "${path%/*}" = engine ]; then
-    options=(--model "$(bash examples/engine/fetch.sh)")
+    model=smollm2
+    case ${1-} in smollm2|gemma3|qwen2) model=$1; shift ;; esac
+    options=(--model "$(bash examples/engine/fetch.sh "$model")")
     [ "$example" = engine ] && options+=(--chat)
     settings=(-DKVPLANE_ENGINE_NATIVE=ON)
 fi

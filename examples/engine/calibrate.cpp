@@ -1,9 +1,11 @@
 // examples/engine/calibrate.cpp: statistics of a model's keys and queries, for bases of latents.
 #include <cstdio>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "engine/layer_recipes.hpp"
 #include "engine/model.hpp"
 #include "engine/text_file.hpp"
 #include "engine/tokenizer.hpp"
@@ -38,16 +40,16 @@ kvplane::Calibration from_text(const Settings& settings) {
     ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
     const ModelConfig& config = model.config();
-    const std::vector<TokenId> text = read_tokens(Tokenizer(model.file()), settings.text);
-    const Index count = settings.tokens, context = settings.context;
-    const std::span<const TokenId> tokens = tokens_from(text, settings.first_token, count);
+    const Tokenizer tokenizer(model.file());
+    const std::vector<TokenId> text = read_tokens(tokenizer, settings.text);
+    const Index count = settings.tokens, context = settings.context, start = settings.first_token;
+    (void)context_from(tokenizer, text, start, count);  // refuses more than there are
     kvplane::Calibration calibration{model.name(), config.rope(), {}};
     calibration.layers.assign(static_cast<std::size_t>(config.layers),
                               {config.kv_heads, config.query_heads, config.head_dim});
     for (Index done = 0; done < count; done += context) {
         LayerCaches caches = model.exact_caches();
-        const auto window = tokens.subspan(static_cast<std::size_t>(done),
-                                           static_cast<std::size_t>(std::min(context, count - done)));
+        const auto window = context_from(tokenizer, text, start + done, std::min(context, count - done));
         model.forward(window, caches, Logits::none, [&](const LayerActivations& a) {
             const Index rows = std::max<Index>(0, a.keys.rows() - (a.first_position == 0 ? sinks : 0));
             kvplane::LatentStatistics& layer = calibration.layers[static_cast<std::size_t>(a.layer)];
@@ -126,7 +128,18 @@ void run(const Settings& settings) {
                  calibration.layers.size(), calibration.model.c_str(),
                  calibration.layers.front().keys().count());
     if (!recipe) return;
-    const auto layers = kvplane::fit_latent_keys(calibration.layers, calibration.rope, *recipe->latents);
+    std::vector<std::shared_ptr<const kvplane::LatentKeys>> layers;
+    if (settings.model.empty()) {
+        layers = kvplane::fit_latent_keys(calibration.layers, calibration.rope, *recipe->latents);
+    } else {
+        ThreadExecutor threads(1);
+        const Model model(Gguf::open(settings.model), threads);
+        kvplane::require(model.name() == calibration.model && model.config().rope() == calibration.rope &&
+                             model.config().layers == static_cast<Index>(calibration.layers.size()),
+                         ErrorCode::mismatch, "--model: it is '", model.name(), "', the statistics are of '",
+                         calibration.model, "'");
+        layers = fit_latent_keys(model.config(), calibration.layers, *recipe->latents);
+    }
     kvplane::save_latent_keys(layers, calibration.model, settings.bases);
     Index bytes = 0;
     for (const auto& layer : layers) bytes += layer->bytes();
@@ -139,7 +152,8 @@ void run(const Settings& settings) {
 int main(int count, char** arguments) {
     Settings s;
     Options options("calibrate", summary);
-    options.text("--model FILE", s.model, "GGUF file of the model");
+    options.text("--model FILE", s.model,
+                 "GGUF file of the model; with --merge and --bases, of one whose layers differ in RoPE");
     options.text("--text FILE", s.text, "what it reads");
     options.texts("--dump A,B,C", s.dumps,
                   "safetensors files with layers.L.keys_before_rope and .queries of all layers "

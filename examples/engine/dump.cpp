@@ -38,8 +38,9 @@ void run(const Settings& settings) {
     ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
     const ModelConfig& config = model.config();
-    const std::vector<TokenId> text = read_tokens(Tokenizer(model.file()), settings.text);
-    const std::span<const TokenId> tokens = tokens_from(text, settings.first_token, settings.tokens);
+    const Tokenizer tokenizer(model.file());
+    const std::vector<TokenId> tokens =
+        context_from(tokenizer, read_tokens(tokenizer, settings.text), settings.first_token, settings.tokens);
     const Index queries = std::min(settings.tokens, settings.queries);
 
     std::vector<Index> chosen = settings.layers;
@@ -74,8 +75,19 @@ void run(const Settings& settings) {
     writer.metadata("layout", "[tokens, heads, head_dim]");
     writer.metadata("first_key_position", "0");
     writer.metadata("first_query_position", std::to_string(settings.tokens - queries));
-    writer.metadata("rope_pairs", "interleaved: channels 2i and 2i+1");
-    writer.metadata("rope_theta", std::to_string(config.rope_base));
+    const kvplane::RopeSettings rope = config.rope();
+    writer.metadata("rope_pairs", rope.layout == kvplane::RopeLayout::halves
+                                      ? "halves: channels i and i + head_dim / 2"
+                                      : "interleaved: channels 2i and 2i+1");
+    writer.metadata("rope_theta", std::to_string(rope.base));
+    if (config.any_window > 0) {
+        std::string windowed;
+        for (const Index layer : chosen)
+            if (config.is_windowed(layer)) windowed += (windowed.empty() ? "" : ",") + std::to_string(layer);
+        writer.metadata("sliding_window", std::to_string(config.any_window));
+        writer.metadata("windowed_layers", windowed);
+        writer.metadata("windowed_rope_theta", std::to_string(config.traits.windowed_rope_base));
+    }
     writer.write(settings.out);
     std::fprintf(stderr, "%s: %zu layers, %ld tokens\n", settings.out.c_str(), dumped.size(),
                  static_cast<long>(settings.tokens));

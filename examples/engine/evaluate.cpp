@@ -3,6 +3,9 @@
 // Every window of the text is one context. The model runs over it 32 tokens at a time (--chunk): with a plain fp32
 // cache, then with every recipe, whose predictions from token 256 on are compared with the exact ones. A cache may
 // therefore pack a tile up to 31 tokens earlier than it would token by token.
+//
+// With --recall every window is a document with codes in it instead (recall.hpp), and what is measured is how well the
+// model finds them again.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -16,6 +19,7 @@
 #include "engine/kvplane_cache.hpp"
 #include "engine/layer_recipes.hpp"
 #include "engine/model.hpp"
+#include "engine/recall.hpp"
 #include "engine/text_file.hpp"
 #include "engine/tokenizer.hpp"
 #include "options.hpp"
@@ -31,13 +35,17 @@ constexpr const char* summary =
 256 of every context on. Progress goes to stderr.
   true bits   an element of the cache takes at the end of the context; grids, sinks, recent tokens counted
   KL          divergence of the recipe's prediction from the exact one, in nats
-  same top    how often both think the same token likeliest)";
+  same top    how often both think the same token likeliest
+With --recall it asks for codes of five digits that stand in the text, and the answers are forced:
+  right, 1st  the share of all digits, and of first digits, that the model thinks likeliest
+  NLL         negative log-likelihood of a digit, in nats)";
 
 struct Settings {
     std::string model, text, basis, calibration, csv, plot;
     std::vector<std::string> recipes;
     Index first_token = 0, context = 2048, windows = 1, chunk = 32, threads = 0;
-    bool json = false;
+    Index seed = 1;
+    bool json = false, recall = false;
 };
 
 constexpr Index first_compared = 256;
@@ -51,6 +59,7 @@ struct Result {
     Index same_top = 0;
     double negative_log_likelihood = 0.0;
     Index targets = 0;
+    Index digits_right = 0, first_digits_right = 0;  // with --recall, whose digits are the targets
     double seconds = 0.0;
     Index tokens = 0;
     CacheSize size;
@@ -67,9 +76,15 @@ struct Result {
         std::nth_element(sorted.begin(), sorted.begin() + static_cast<std::ptrdiff_t>(at), sorted.end());
         return sorted[at];
     }
-    double perplexity() const {
-        return targets == 0 ? 0.0 : std::exp(negative_log_likelihood / static_cast<double>(targets));
+    double mean_loss() const {
+        return targets == 0 ? 0.0 : negative_log_likelihood / static_cast<double>(targets);
     }
+    double perplexity() const { return std::exp(mean_loss()); }
+    double share_of_digits(Index right, Index one_of) const {
+        return targets == 0 ? 0.0 : static_cast<double>(right * one_of) / static_cast<double>(targets);
+    }
+    double digits() const { return share_of_digits(digits_right, 1); }
+    double first_digits() const { return share_of_digits(first_digits_right, RecallDocument::digits); }
     double same_top_rate() const {
         return divergences.empty() ? 0.0
                                    : static_cast<double>(same_top) / static_cast<double>(divergences.size());
@@ -87,9 +102,10 @@ void log_softmax(Matrix& logits, Executor& threads) {
 }
 
 /// One chunk: log probabilities of the tokens after each of `tokens`.
-Matrix run_chunk(const Model& model, std::span<const TokenId> tokens, LayerCaches& caches, Result& result) {
+Matrix run_chunk(const Model& model, std::span<const TokenId> tokens, LayerCaches& caches, Result& result,
+                 Logits wanted = Logits::all) {
     const auto start = std::chrono::steady_clock::now();
-    Matrix logits = model.forward(tokens, caches, Logits::all);
+    Matrix logits = model.forward(tokens, caches, wanted);
     result.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     result.tokens += static_cast<Index>(tokens.size());
     log_softmax(logits, model.threads());
@@ -149,47 +165,102 @@ void run_window(const Model& model, std::span<const TokenId> tokens, std::size_t
     for (std::size_t r = 0; r < caches.size(); ++r) all.recipes[r].size = size_of(model.config(), caches[r]);
 }
 
-Evaluation evaluate(const Model& model, const std::vector<TokenId>& text, const Settings& settings,
-                    const std::vector<CachePlan>& plans, Executor& threads) {
+/// One cache of one recipe over one document.
+void run_document(const Model& model, const RecallDocument& document, std::size_t chunk, LayerCaches& caches,
+                  Result& result) {
+    const std::span<const TokenId> tokens(document.tokens);
+    const auto questions = static_cast<std::size_t>(document.questions);
+    for (std::size_t first = 0; first < questions; first += chunk)
+        run_chunk(model, tokens.subspan(first, std::min(chunk, questions - first)), caches, result,
+                  Logits::none);
+    std::size_t digit = 0;
+    for (std::size_t first = questions; first < tokens.size(); first += chunk) {
+        const std::size_t count = std::min(chunk, tokens.size() - first);
+        const Matrix predicted = run_chunk(model, tokens.subspan(first, count), caches, result);
+        for (; digit < document.answered.size(); ++digit) {  // which the token before predicts
+            const auto row = document.answered[digit] - 1 - static_cast<Index>(first);
+            if (row >= static_cast<Index>(count)) break;
+            const TokenId expected = tokens[static_cast<std::size_t>(document.answered[digit])];
+            Index likeliest = 0;
+            predicted.row(row).maxCoeff(&likeliest);
+            const bool right = likeliest == static_cast<Index>(expected);
+            result.digits_right += right;
+            result.first_digits_right += right && digit % RecallDocument::digits == 0;
+            result.negative_log_likelihood -= predicted(row, static_cast<Index>(expected));
+            ++result.targets;
+        }
+    }
+    result.size = size_of(model.config(), caches);
+}
+
+Evaluation evaluate(const Model& model, const Tokenizer& tokenizer, const std::vector<TokenId>& text,
+                    const Settings& settings, const std::vector<CachePlan>& plans, Executor& threads) {
     Evaluation all;
     for (const std::string& name : settings.recipes) all.recipes.emplace_back(name);
     kvplane::TilePool pool;
+    const auto chunk = static_cast<std::size_t>(settings.chunk);
     for (Index window = 0; window < settings.windows; ++window) {
         std::fprintf(stderr, "window %ld of %ld\n", static_cast<long>(window + 1),
                      static_cast<long>(settings.windows));
+        const Index first = settings.first_token + window * settings.context;
+        const auto caches_of = [&](const CachePlan& plan) {
+            return kvplane_caches(model.config(), plan, pool, threads);
+        };
         LayerCaches plain = model.exact_caches();
+        if (settings.recall) {
+            const RecallDocument document = recall_document(
+                tokenizer, text, first, settings.context, static_cast<std::uint64_t>(settings.seed + window));
+            run_document(model, document, chunk, plain, all.exact);
+            for (std::size_t r = 0; r < plans.size(); ++r) {
+                LayerCaches caches = caches_of(plans[r]);
+                run_document(model, document, chunk, caches, all.recipes[r]);
+                std::fprintf(stderr, "\r  recipe %zu of %zu", r + 1, plans.size());
+            }
+            std::fprintf(stderr, "\n");
+            continue;
+        }
         std::vector<LayerCaches> caches;
-        for (const CachePlan& plan : plans)
-            caches.push_back(kvplane_caches(model.config(), plan, pool, threads));
-        run_window(model,
-                   tokens_from(text, settings.first_token + window * settings.context, settings.context),
-                   static_cast<std::size_t>(settings.chunk), caches, plain, all);
+        for (const CachePlan& plan : plans) caches.push_back(caches_of(plan));
+        run_window(model, context_from(tokenizer, text, first, settings.context), chunk, caches, plain, all);
     }
     return all;
 }
 
-nlohmann::json to_json(const Evaluation& all) {
+nlohmann::json to_json(const Evaluation& all, bool recall) {
     nlohmann::json rows = nlohmann::json::array();
-    for (const Result& result : all.recipes)
-        rows.push_back({{"recipe", result.recipe},
-                        {"true_bits", result.size.bits_per_element},
-                        {"compared", result.divergences.size()},
+    for (const Result& result : all.recipes) {
+        nlohmann::json row{{"recipe", result.recipe},
+                           {"true_bits", result.size.bits_per_element},
+                           {"cache_bytes", result.size.bytes},
+                           {"read_bits", result.size.read_bits},
+                           {"tokens_per_second", result.tokens_per_second()}};
+        if (recall)
+            row.update({{"digits", result.targets},
+                        {"digits_right", result.digits()},
+                        {"first_digits_right", result.first_digits()},
+                        {"digit_nll", result.mean_loss()}});
+        else
+            row.update({{"compared", result.divergences.size()},
                         {"kl_mean", result.mean_divergence()},
                         {"kl_p99", result.percentile(0.99)},
+                        {"kl_p999", result.percentile(0.999)},
                         {"same_top", result.same_top_rate()},
-                        {"perplexity", result.perplexity()},
-                        {"cache_bytes", result.size.bytes},
-                        {"read_bits", result.size.read_bits},
-                        {"tokens_per_second", result.tokens_per_second()}});
-    return {{"recipes", rows}, {"exact_perplexity", all.exact.perplexity()}};
+                        {"perplexity", result.perplexity()}});
+        rows.push_back(std::move(row));
+    }
+    if (!recall) return {{"recipes", rows}, {"exact_perplexity", all.exact.perplexity()}};
+    return {{"recipes", rows},
+            {"exact_digits_right", all.exact.digits()},
+            {"exact_first_digits_right", all.exact.first_digits()},
+            {"exact_digit_nll", all.exact.mean_loss()}};
 }
 
 void print_table(const Evaluation& all) {
     std::printf("%-44s %9s %9s %9s %9s %9s %10s %12s %9s\n", "recipe", "true bits", "read bits", "KL mean",
-                "KL 99%", "same top", "perplexity", "cache bytes", "tokens/s");
+                "KL 99.9%", "same top", "perplexity", "cache bytes", "tokens/s");
     const auto line = [](const Result& r) {
         std::printf("%-44s %9.3f %9.3f %9.5f %9.4f %9.4f %10.4f %12ld %9.1f\n", r.recipe.c_str(),
-                    r.size.bits_per_element, r.size.read_bits, r.mean_divergence(), r.percentile(0.99),
+                    r.size.bits_per_element, r.size.read_bits, r.mean_divergence(), r.percentile(0.999),
                     r.same_top_rate(), r.perplexity(), static_cast<long>(r.size.bytes),
                     r.tokens_per_second());
     };
@@ -200,13 +271,33 @@ void print_table(const Evaluation& all) {
     for (const Result& result : all.recipes) line(result);
 }
 
-void write_csv(const std::string& path, const Evaluation& all) {
+void print_recall(const Evaluation& all) {
+    std::printf("%-44s %9s %9s %9s %9s %12s %9s   of %ld digits\n", "recipe", "true bits", "right",
+                "1st right", "NLL", "cache bytes", "tokens/s", static_cast<long>(all.exact.targets));
+    const auto line = [](const Result& r) {
+        std::printf("%-44s %9.3f %9.4f %9.4f %9.4f %12ld %9.1f\n", r.recipe.c_str(), r.size.bits_per_element,
+                    r.digits(), r.first_digits(), r.mean_loss(), static_cast<long>(r.size.bytes),
+                    r.tokens_per_second());
+    };
+    line(all.exact);
+    for (const Result& result : all.recipes) line(result);
+}
+
+void write_csv(const std::string& path, const Evaluation& all, bool recall) {
     std::ofstream file(path);
-    file << "recipe,true_bits,read_bits,kl_mean,kl_p99,same_top,perplexity,cache_bytes,tokens_per_second\n";
-    for (const Result& r : all.recipes)
-        file << r.recipe << ',' << r.size.bits_per_element << ',' << r.size.read_bits << ','
-             << r.mean_divergence() << ',' << r.percentile(0.99) << ',' << r.same_top_rate() << ','
-             << r.perplexity() << ',' << r.size.bytes << ',' << r.tokens_per_second() << '\n';
+    file << "recipe,true_bits,read_bits,cache_bytes,tokens_per_second,"
+         << (recall ? "digits_right,first_digits_right,digit_nll"
+                    : "kl_mean,kl_p99,kl_p999,same_top,perplexity")
+         << '\n';
+    for (const Result& r : all.recipes) {
+        file << r.recipe << ',' << r.size.bits_per_element << ',' << r.size.read_bits << ',' << r.size.bytes
+             << ',' << r.tokens_per_second() << ',';
+        if (recall)
+            file << r.digits() << ',' << r.first_digits() << ',' << r.mean_loss() << '\n';
+        else
+            file << r.mean_divergence() << ',' << r.percentile(0.99) << ',' << r.percentile(0.999) << ','
+                 << r.same_top_rate() << ',' << r.perplexity() << '\n';
+    }
     file.flush();
     kvplane::require(file.good(), ErrorCode::io, path, ": cannot be written");
 }
@@ -244,10 +335,13 @@ void run(const Settings& settings) {
     kvplane::require(settings.windows <= (static_cast<Index>(text.size()) - first) / context,
                      ErrorCode::index, settings.windows, " windows of ", context, " tokens from ", first,
                      " on, the text has ", text.size());
+    kvplane::require(!settings.recall || settings.plot.empty(), ErrorCode::option,
+                     "--plot draws divergences, which --recall does not measure");
     std::vector<TokenId> calibration;
     if (!settings.calibration.empty()) {
         calibration = read_tokens(tokenizer, settings.calibration);
-        calibration.resize(std::min<std::size_t>(calibration.size(), 1024));
+        calibration = context_from(tokenizer, calibration, 0,
+                                   std::min<Index>(static_cast<Index>(calibration.size()), 1024));
     }
     std::optional<kvplane::Calibration> basis;
     if (!settings.basis.empty()) basis = kvplane::load_calibration(settings.basis, model.name());
@@ -260,13 +354,15 @@ void run(const Settings& settings) {
                          "' reads in part, which takes --chunk 8 or less; it is ", settings.chunk);
     }
 
-    const Evaluation all = evaluate(model, text, settings, plans, threads);
+    const Evaluation all = evaluate(model, tokenizer, text, settings, plans, threads);
     if (settings.json)
-        std::printf("%s\n", to_json(all).dump().c_str());
+        std::printf("%s\n", to_json(all, settings.recall).dump().c_str());
+    else if (settings.recall)
+        print_recall(all);
     else
         print_table(all);
     std::fflush(stdout);
-    if (!settings.csv.empty()) write_csv(settings.csv, all);
+    if (!settings.csv.empty()) write_csv(settings.csv, all, settings.recall);
     if (!settings.plot.empty()) kvplane_examples::write_plot(settings.plot, to_plot(all));
 }
 
@@ -278,15 +374,19 @@ int main(int count, char** arguments) {
     Options options("evaluate", summary);
     options.text("--model FILE", s.model, "GGUF file of the model", Need::required);
     options.text("--text FILE", s.text, "what it reads", Need::required);
-    options.texts("--recipes A,B,C", s.recipes,
-                  "see below; also allocated:norms|weights|measured:BITS, bits by layer, and of "
-                  "recipes with latents svdq:1.25@keys=1/32, a share of the keys",
-                  Need::required);
+    options.texts(
+        "--recipes A,B,C", s.recipes,
+        "see below; also allocated:norms|weights|measured:BITS, bits by layer; global:RECIPE, fp16 in "
+        "layers with a sliding window; and of recipes with latents svdq:1.25@keys=1/32, a share of "
+        "the keys",
+        Need::required);
     options.number("--first-token N", s.first_token, {}, "of the text");
     options.number("--context N", s.context, {.least = first_compared + 2}, "tokens of a window");
     options.number("--windows N", s.windows, {.least = 1}, "consecutive windows");
     options.number("--chunk N", s.chunk, {.least = 1},
                    "tokens that the model runs over at a time; up to 8 attend on packed bits");
+    options.flag("--recall", s.recall, "ask for codes that stand in the text instead");
+    options.number("--seed N", s.seed, {}, "of the codes and their order; one more for each further window");
     options.text("--basis FILE", s.basis,
                  "statistics from calibrate, for recipes with latents; without it every cache "
                  "fits a basis to its own first 512 tokens");

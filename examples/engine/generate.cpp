@@ -109,6 +109,15 @@ void require_recipe(const std::string& name) {
     if (name != "exact") (void)kvplane::recipes::parse(name.substr(0, name.find('@')));
 }
 
+/// What a user says, in the format of whichever special tokens the vocabulary has for that.
+std::string as_chat(const Tokenizer& tokenizer, const std::string& prompt) {
+    if (tokenizer.find("<|im_start|>") >= 0)
+        return "<|im_start|>user\n" + prompt + "<|im_end|>\n<|im_start|>assistant\n";
+    kvplane::require(tokenizer.find("<start_of_turn>") >= 0, ErrorCode::option,
+                     "--chat: the model's vocabulary has neither <|im_start|> nor <start_of_turn>");
+    return "<start_of_turn>user\n" + prompt + "<end_of_turn>\n<start_of_turn>model\n";
+}
+
 void run(const Settings& settings) {
     const std::string& name = settings.recipe;
     const double temperature = settings.temperature;
@@ -125,9 +134,10 @@ void run(const Settings& settings) {
     const Model model(Gguf::open(settings.model), threads);
     const Tokenizer tokenizer(model.file());
     std::string prompt = settings.prompts[0];
-    if (settings.chat) prompt = "<|im_start|>user\n" + prompt + "<|im_end|>\n<|im_start|>assistant\n";
-    const std::vector<TokenId> tokens = tokenizer.encode(prompt);
-    kvplane::require(!tokens.empty(), ErrorCode::option, "the prompt is empty");
+    kvplane::require(!prompt.empty(), ErrorCode::option, "the prompt is empty");
+    if (settings.chat) prompt = as_chat(tokenizer, prompt);
+    std::vector<TokenId> tokens = tokenizer.encode(prompt);
+    if (tokenizer.begin_of_text() >= 0) tokens.insert(tokens.begin(), tokenizer.begin_of_text());
     const Index length =
         std::min<Index>(settings.length, model.config().context - static_cast<Index>(tokens.size()));
 

@@ -27,12 +27,14 @@ struct SharedWorkspace {
 /// One layer's kvplane cache behind the engine's interface.
 class KvplaneCache final : public LayerCache {
   public:
-    /// The parameters say what attention does beyond the model's own, for instance leave keys out.
+    /// The parameters say what attention does: over a sliding window, which is all that is kept, or with keys left
+    /// out.
     KvplaneCache(const kvplane::CacheConfiguration& configuration, kvplane::TilePool& pool,
                  std::shared_ptr<SharedWorkspace> shared, const kvplane::AttentionParameters& parameters = {})
         : cache_(configuration, pool), shared_(std::move(shared)), parameters_(parameters) {}
 
     void append(const Matrix& keys, const Matrix& values, const Matrix& queries) override {
+        drop_unseen();
         const Index sure = std::min(sure_.value_or(keys.rows()), keys.rows()), drafts = keys.rows() - sure;
         if (sure > 0) cache_.append(keys.topRows(sure), values.topRows(sure), queries.topRows(sure));
         if (drafts > 0)
@@ -65,6 +67,13 @@ class KvplaneCache final : public LayerCache {
     const kvplane::KvCache& cache() const noexcept { return cache_; }
 
   private:
+    /// A layer with a sliding window gives the pages of tokens that no later query sees back to the pool. Drafts may
+    /// be taken back, so that windows are those of the token after the sure ones.
+    void drop_unseen() {
+        const Index seen = cache_.tokens() - cache_.provisional_tokens() + 1 - parameters_.sliding_window;
+        if (parameters_.sliding_window > 0 && seen > 0) cache_.drop_before(seen, 0);
+    }
+
     kvplane::KvCache cache_;
     std::shared_ptr<SharedWorkspace> shared_;
     kvplane::AttentionParameters parameters_;
@@ -96,9 +105,12 @@ inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& pla
         configuration.key_head_dim = configuration.value_head_dim = model.head_dim;
         const auto at = static_cast<std::size_t>(layer);
         configuration.recipe = plan.recipes[plan.recipes.size() == 1 ? 0 : at];
-        configuration.rope = model.rope();
-        if (!plan.latents.empty()) configuration.latent_keys = plan.latents[at];
-        caches.push_back(std::make_unique<KvplaneCache>(configuration, pool, shared, plan.read));
+        configuration.rope = model.rope(layer);
+        if (!plan.latents.empty() && configuration.recipe.latents)
+            configuration.latent_keys = plan.latents[at];
+        kvplane::AttentionParameters parameters = plan.read;
+        parameters.sliding_window = model.window(layer);
+        caches.push_back(std::make_unique<KvplaneCache>(configuration, pool, shared, parameters));
     }
     return caches;
 }
@@ -128,18 +140,22 @@ struct CacheSize {
     double bits_per_element = 0.0;
 };
 
-/// The size of all layers together. An fp32 cache counts as 4 bytes for each number it holds.
+/// The size of all layers together. An fp32 cache counts as 4 bytes for each number it holds. The elements of a layer
+/// with a sliding window are those of the window, which is all that it needs.
 inline CacheSize size_of(const ModelConfig& model, const LayerCaches& caches) {
     CacheSize size;
     double elements = 0.0;
-    for (const auto& layer : caches) {
-        const auto per_token = static_cast<double>(2 * model.kv_heads * model.head_dim);
-        elements += per_token * static_cast<double>(layer->tokens());
-        if (const auto* packed = dynamic_cast<const KvplaneCache*>(layer.get())) {
+    for (std::size_t i = 0; i < caches.size(); ++i) {
+        const LayerCache& layer = *caches[i];
+        const Index per_token = 2 * model.kv_heads * model.head_dim,
+                    window = model.window(static_cast<Index>(i));
+        const Index tokens = window > 0 ? std::min(window, layer.tokens()) : layer.tokens();
+        elements += static_cast<double>(per_token * tokens);
+        if (const auto* packed = dynamic_cast<const KvplaneCache*>(&layer)) {
             size.bytes += packed->cache().bytes();
             size.read_bits = packed->mean_read_bits();
         } else
-            size.bytes += static_cast<Index>(4.0 * per_token) * layer->tokens();
+            size.bytes += 4 * per_token * tokens;
     }
     size.bits_per_element = elements > 0.0 ? 8.0 * static_cast<double>(size.bytes) / elements : 0.0;
     return size;

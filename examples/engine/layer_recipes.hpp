@@ -1,10 +1,11 @@
 // examples/engine/layer_recipes.hpp: recipes from their names on a command line, those by layer included.
 //
-// Three things are added to the names that kvplane/recipe_names.hpp knows:
+// Four things are added to the names that kvplane/recipe_names.hpp knows:
 //   allocated:SOURCE:BITS   key and value bits by layer, BITS true bits on average. SOURCE is
 //                             norms      |K|_F and |V|_F of a calibration text's cache, and 4^-b (published rule)
 //                             weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)
 //                             measured   the error of every width on the calibration text's cache, values rotated
+//   global:RECIPE           the recipe in layers that see all tokens, fp16 in those with a sliding window
 //   RECIPE@POLICY           what a read takes (recipes::read_policy()), as in key_favored:8:8@4
 //   RECIPE@keys=FRACTION    of recipes with latents, the share of keys that a query reads: svdq:1.25@keys=1/32
 #pragma once
@@ -23,6 +24,27 @@
 #include "kvplane/transform/hadamard.hpp"
 
 namespace engine {
+
+/// Bases of the latents of all layers. Layers of one RoPE are fitted, and their widths chosen, together.
+inline std::vector<std::shared_ptr<const kvplane::LatentKeys>> fit_latent_keys(
+    const ModelConfig& model, const std::vector<kvplane::LatentStatistics>& layers,
+    const kvplane::LatentRecipe& recipe) {
+    std::vector<std::shared_ptr<const kvplane::LatentKeys>> all(layers.size());
+    for (const bool windowed : {false, true}) {
+        std::vector<std::size_t> chosen;
+        std::vector<kvplane::LatentStatistics> statistics;
+        for (std::size_t i = 0; i < layers.size(); ++i) {
+            if (model.is_windowed(static_cast<Index>(i)) != windowed) continue;
+            chosen.push_back(i);
+            statistics.push_back(layers[i]);
+        }
+        if (chosen.empty()) continue;
+        const auto fitted =
+            kvplane::fit_latent_keys(statistics, model.rope(static_cast<Index>(chosen[0])), recipe);
+        for (std::size_t i = 0; i < chosen.size(); ++i) all[chosen[i]] = fitted[i];
+    }
+    return all;
+}
 
 class LayerRecipes {
   public:
@@ -55,11 +77,18 @@ class LayerRecipes {
 
   private:
     CachePlan stored(const std::string& text) {
+        if (text.starts_with("global:")) {
+            CachePlan plan = stored(text.substr(7));
+            plan.recipes.resize(static_cast<std::size_t>(model_.config().layers), plan.recipes[0]);
+            for (std::size_t i = 0; i < plan.recipes.size(); ++i)
+                if (model_.config().is_windowed(static_cast<Index>(i)))
+                    plan.recipes[i] = kvplane::recipes::fp16();
+            return plan;
+        }
         if (!text.starts_with("allocated:")) {
             CachePlan plan{{kvplane::recipes::parse(text)}};
             if (plan.recipes[0].latents && basis_)
-                plan.latents =
-                    kvplane::fit_latent_keys(basis_->layers, basis_->rope, *plan.recipes[0].latents);
+                plan.latents = fit_latent_keys(model_.config(), basis_->layers, *plan.recipes[0].latents);
             return plan;
         }
         const std::size_t colon = text.find(':', 10);
@@ -85,8 +114,8 @@ class LayerRecipes {
         kvplane::require(!share.empty() && *end == '\0' && fraction > 0.0 && fraction <= 1.0,
                          ErrorCode::option, "recipe '", text, "': '", share,
                          "', expected a fraction as 1/32");
-        kvplane::require(plan.recipes[0].latents.has_value(), ErrorCode::option, "recipe '", text,
-                         "' has no latents to choose keys by");
+        kvplane::require(plan.recipes.size() == 1 && plan.recipes[0].latents, ErrorCode::option, "recipe '",
+                         text, "' has no latents in all layers to choose keys by");
         plan.read.key_fraction = fraction;
     }
     kvplane::KeyFavoredAllocation allocate(const std::string& text, const std::string& source, double bits) {

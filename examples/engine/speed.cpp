@@ -58,7 +58,9 @@ void run(const Settings& settings) {
     const Index measured = settings.measured;
     ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
-    const std::vector<TokenId> text = read_tokens(Tokenizer(model.file()), settings.text);
+    const Tokenizer tokenizer(model.file());
+    std::vector<TokenId> text = read_tokens(tokenizer, settings.text);
+    text = context_from(tokenizer, text, 0, static_cast<Index>(text.size()));
     const Index most = std::min(model.config().context, static_cast<Index>(text.size()));
     kvplane::require(measured <= most && contexts.back() <= most - measured, ErrorCode::option,
                      "--contexts: ", contexts.back(), " tokens and ", measured,

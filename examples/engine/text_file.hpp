@@ -2,7 +2,6 @@
 #pragma once
 
 #include <fstream>
-#include <span>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -24,13 +23,18 @@ inline std::vector<TokenId> read_tokens(const Tokenizer& tokenizer, const std::s
     return tokenizer.encode(text);
 }
 
-/// `count` tokens from `first` on. Throws Error (index) where the text has fewer.
-inline std::span<const TokenId> tokens_from(const std::vector<TokenId>& text, kvplane::Index first,
-                                            kvplane::Index count) {
+/// A context of `count` tokens: those of a text from `first` on, behind the one that the model expects in front of
+/// every text, if it does. Throws Error (index) where the text has fewer.
+inline std::vector<TokenId> context_from(const Tokenizer& tokenizer, const std::vector<TokenId>& text,
+                                         kvplane::Index first, kvplane::Index count) {
     const auto size = static_cast<kvplane::Index>(text.size());
     kvplane::require(first >= 0 && count >= 0 && first <= size && count <= size - first,
                      kvplane::ErrorCode::index, count, " tokens from ", first, " on of a text of ", size);
-    return {text.data() + first, static_cast<std::size_t>(count)};
+    std::vector<TokenId> tokens(text.begin() + first, text.begin() + first + count);
+    if (tokenizer.begin_of_text() < 0 || tokens.empty()) return tokens;
+    tokens.pop_back();
+    tokens.insert(tokens.begin(), tokenizer.begin_of_text());
+    return tokens;
 }
 
 }  // namespace engine

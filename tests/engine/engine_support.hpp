@@ -126,20 +126,27 @@ inline Bytes random_blocks(const engine::BlockFormat& format, std::uint64_t valu
         if (name == "F16") put_half(uniform(random));
         if (name == "Q4_0") put_half(uniform(random) / 8), put_codes(16);
         if (name == "Q4_1") put_half(scale / 8), put_half(-scale), put_codes(16);
+        if (name == "Q5_0") put_half(uniform(random) / 16), put_codes(20);
+        if (name == "Q4_K" || name == "Q5_K") {
+            const float most = name == "Q4_K" ? 15.f * 63.f : 31.f * 63.f;  // of a code times a step
+            put_half(2 * scale / most), put_half(scale / 63), put_codes(12 + (name == "Q4_K" ? 128 : 160));
+        }
         if (name == "Q8_0") put_half(uniform(random) / 128), put_codes(32);
         if (name == "Q6_K") put_codes(208), put_half(scale / 32 / 128);
     }
     return bytes;
 }
 
-/// A model of two layers with random weights in every tensor type, and a tokenizer over single bytes.
+/// A model of two layers (of gemma3 seven, one of which sees all tokens) with random weights in every tensor type, and
+/// a tokenizer over single bytes.
 struct SmallModel {
-    static constexpr Eigen::Index layers = 2, width = 256, query_heads = 4, kv_heads = 2, head_dim = 8,
-                                  feed_forward = 96, vocabulary = 262, context = 1100;
+    static constexpr Eigen::Index layers = 2, gemma_layers = 7, width = 256, query_heads = 4, kv_heads = 2,
+                                  head_dim = 8, feed_forward = 96, vocabulary = 262, context = 1100,
+                                  window = 24;
     static constexpr float epsilon = 1e-5f, rope_base = 1000;
 
     /// A file that a test may still change before it asks for its bytes.
-    static GgufWriter file(bool own_output_matrix = false);
+    static GgufWriter file(bool own_output_matrix = false, const std::string& architecture = "llama");
 };
 
 inline std::vector<std::string> byte_tokens() {
@@ -149,20 +156,26 @@ inline std::vector<std::string> byte_tokens() {
     return tokens;
 }
 
-inline GgufWriter SmallModel::file(bool own_output_matrix) {
+inline GgufWriter SmallModel::file(bool own_output_matrix, const std::string& architecture) {
     using engine::ValueType;
+    const bool gemma = architecture == "gemma3", qwen = architecture == "qwen2";
+    const Eigen::Index blocks = gemma ? gemma_layers : layers;
     GgufWriter writer;
-    writer.add_text("general.architecture", "llama");
-    writer.add("llama.block_count", ValueType::uint32, static_cast<std::uint32_t>(layers));
-    writer.add("llama.embedding_length", ValueType::uint32, static_cast<std::uint32_t>(width));
-    writer.add("llama.attention.head_count", ValueType::uint32, static_cast<std::uint32_t>(query_heads));
-    writer.add("llama.attention.head_count_kv", ValueType::uint32, static_cast<std::uint32_t>(kv_heads));
-    writer.add("llama.attention.key_length", ValueType::uint32, static_cast<std::uint32_t>(head_dim));
-    writer.add("llama.attention.value_length", ValueType::uint32, static_cast<std::uint32_t>(head_dim));
-    writer.add("llama.feed_forward_length", ValueType::uint32, static_cast<std::uint32_t>(feed_forward));
-    writer.add("llama.context_length", ValueType::uint32, static_cast<std::uint32_t>(context));
-    writer.add("llama.attention.layer_norm_rms_epsilon", ValueType::float32, epsilon);
-    writer.add("llama.rope.freq_base", ValueType::float32, rope_base);
+    writer.add_text("general.architecture", architecture);
+    const auto add_size = [&](const char* name, Eigen::Index size) {
+        writer.add(architecture + "." + name, ValueType::uint32, static_cast<std::uint32_t>(size));
+    };
+    add_size("block_count", blocks);
+    add_size("embedding_length", width);
+    add_size("attention.head_count", query_heads);
+    add_size("attention.head_count_kv", kv_heads);
+    add_size("attention.key_length", head_dim);
+    add_size("attention.value_length", head_dim);
+    add_size("feed_forward_length", feed_forward);
+    add_size("context_length", context);
+    if (gemma) add_size("attention.sliding_window", window);
+    writer.add(architecture + ".attention.layer_norm_rms_epsilon", ValueType::float32, epsilon);
+    writer.add(architecture + ".rope.freq_base", ValueType::float32, rope_base);
 
     std::vector<std::string> tokens = byte_tokens();
     std::vector<std::int32_t> types(256, 1);
@@ -186,39 +199,58 @@ inline GgufWriter SmallModel::file(bool own_output_matrix) {
     add("token_embd.weight", vocabulary, width, "Q8_0", 1);
     if (own_output_matrix) add("output.weight", vocabulary, width, "Q6_K", .2f);
     add("output_norm.weight", 1, width, "F32", 1);
-    for (int layer = 0; layer < layers; ++layer) {
+    for (Eigen::Index layer = 0; layer < blocks; ++layer) {
         const std::string block = "blk." + std::to_string(layer) + ".";
         add(block + "attn_norm.weight", 1, width, "F32", 1);
         add(block + "attn_q.weight", query_heads * head_dim, width, "Q4_1", .2f);
         add(block + "attn_k.weight", kv_heads * head_dim, width, "F16", .2f);
         add(block + "attn_v.weight", kv_heads * head_dim, width, "Q6_K", .2f);
+        if (qwen) {
+            add(block + "attn_q.bias", 1, query_heads * head_dim, "F32", 1);
+            add(block + "attn_k.bias", 1, kv_heads * head_dim, "F32", 3);
+            add(block + "attn_v.bias", 1, kv_heads * head_dim, "F32", 1);
+        }
+        if (gemma) {
+            add(block + "attn_q_norm.weight", 1, head_dim, "F32", 2);
+            add(block + "attn_k_norm.weight", 1, head_dim, "F32", 2);
+            add(block + "post_attention_norm.weight", 1, width, "F32", 1);
+            add(block + "post_ffw_norm.weight", 1, width, "F32", 1);
+        }
         add(block + "attn_output.weight", width, query_heads * head_dim, "Q4_0", .5f);
         add(block + "ffn_norm.weight", 1, width, "F32", 1);
         add(block + "ffn_gate.weight", feed_forward, width, "Q4_1", .2f);
-        add(block + "ffn_up.weight", feed_forward, width, "Q8_0", .2f);
+        add(block + "ffn_up.weight", feed_forward, width, gemma ? "Q5_0" : qwen ? "Q4_K" : "Q8_0", .2f);
         add(block + "ffn_down.weight", width, feed_forward, "Q4_0", .2f);
     }
     return writer;
 }
 
 #ifdef KVPLANE_TEST_DATA
-/// The real model: KVPLANE_MODEL from the environment, else models/ in the repository; "" where it is
+/// A real model, "smollm2", "gemma3" or "qwen2" (examples/engine/fetch.sh): what the environment names
+/// (KVPLANE_MODEL, KVPLANE_MODEL_GEMMA3, KVPLANE_MODEL_QWEN2), else models/ in the repository; "" where it is
 /// missing.
-inline std::string model_path() {
-    if (const char* chosen = std::getenv("KVPLANE_MODEL")) {
+inline std::string model_path(const std::string& model = "smollm2") {
+    const std::map<std::string, std::pair<const char*, const char*>> known{
+        {"smollm2", {"KVPLANE_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf"}},
+        {"gemma3", {"KVPLANE_MODEL_GEMMA3", "gemma-3-270m-q4_k_m.gguf"}},
+        {"qwen2", {"KVPLANE_MODEL_QWEN2", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"}}};
+    const auto& [variable, file] = known.at(model);
+    if (const char* chosen = std::getenv(variable)) {
         if (!std::filesystem::exists(chosen))
-            throw std::runtime_error(std::string("KVPLANE_MODEL names a file that is not there: ") + chosen);
+            throw std::runtime_error(std::string(variable) + " names a file that is not there: " + chosen);
         return chosen;
     }
-    const std::string standard = KVPLANE_TEST_DATA "/../../models/SmolLM2-135M-Instruct.Q4_1.gguf";
+    const std::string standard = KVPLANE_TEST_DATA "/../../models/" + std::string(file);
     return std::filesystem::exists(standard) ? standard : "";
 }
 #endif
 
 }  // namespace kvplane_test
 
-/// First line of a test that needs the real model.
-#define KVPLANE_NEEDS_MODEL()                                                                             \
-    if (kvplane_test::model_path().empty())                                                               \
-    GTEST_SKIP() << "NOT TESTED: the model file is missing. bash examples/engine/fetch.sh fetches it to " \
-                    "models/; KVPLANE_MODEL may name it elsewhere."
+/// First line of a test that needs a real model.
+#define KVPLANE_NEEDS_MODEL_OF(model)                                                                   \
+    if (kvplane_test::model_path(model).empty())                                                        \
+    GTEST_SKIP() << "NOT TESTED: the model file is missing. bash examples/engine/fetch.sh " << (model)  \
+                 << " fetches it to models/; KVPLANE_MODEL (KVPLANE_MODEL_GEMMA3, _QWEN2) may name it " \
+                    "elsewhere."
+#define KVPLANE_NEEDS_MODEL() KVPLANE_NEEDS_MODEL_OF("smollm2")

@@ -150,6 +150,18 @@ double value_of_block(const std::string& format, const std::byte* block, int i) 
     if (format == "Q4_1") return half(0) * nibble(4) + half(2);
     if (format == "Q8_0") return half(0) * static_cast<std::int8_t>(byte(2 + i));
     if (format == "F16") return half(0);
+    if (format == "Q5_0") return half(0) * (nibble(6) + 16 * (byte(2 + i / 8) >> (i % 8) & 1) - 16);
+    if (format == "Q4_K" || format == "Q5_K") {
+        const int group = i / 32, position = i % 32, codes = format == "Q4_K" ? 16 : 48;
+        int step = byte(4 + group) & 63, lower = byte(8 + group) & 63;
+        if (group >= 4) {
+            step = (byte(8 + group) & 15) + 16 * (byte(group) >> 6);
+            lower = (byte(8 + group) >> 4) + 16 * (byte(4 + group) >> 6);
+        }
+        int code = byte(codes + 32 * (group / 2) + position) >> (group % 2 * 4) & 15;
+        if (format == "Q5_K") code += 16 * (byte(16 + position) >> group & 1);
+        return half(0) * step * code - half(2) * lower;
+    }
     if (format == "Q6_K") {
         const int part = i / 128, k = i % 128 / 32, position = i % 32;
         const int low = byte(64 * part + 32 * (k % 2) + position) >> (k < 2 ? 0 : 4) & 15;
@@ -185,6 +197,64 @@ TEST(Gguf, EveryTensorTypeGivesTheValuesOfItsDefinition) {
         EXPECT_GT(largest, .5);  // so that 1e-6 is a relative error
         EXPECT_LT(largest, 10);
     }
+}
+
+/// Blocks worked out by hand, so that the definitions above are tested too.
+TEST(Gguf, BlocksGiveTheValuesWorkedOutByHand) {
+    const auto values = [](const char* name, const Bytes& block) {
+        const engine::BlockFormat& format = kvplane_test::block_format(name);
+        EXPECT_EQ(static_cast<Eigen::Index>(block.size()), format.bytes);
+        std::vector<float> result(static_cast<std::size_t>(format.values));
+        format.to_float(block.data(), 1, result.data());
+        return result;
+    };
+    const auto at = [](Bytes& block, std::size_t place, int byte) {
+        block[place] = static_cast<std::byte>(byte);
+    };
+    const int one = 0x3c, two = 0x40, half = 0x38;  // the high bytes of 1, 2 and .5 in fp16; the low are 0
+
+    Bytes block(22);  // Q5_0: step 2; code 3 + 16 for value 0, 12 for value 16, 15 + 16 for value 31
+    at(block, 1, two), at(block, 2, 0x01), at(block, 5, 0x80), at(block, 6, 0xc3), at(block, 21, 0xf0);
+    std::vector<float> v = values("Q5_0", block);
+    EXPECT_EQ(v[0], 2 * (19 - 16));
+    EXPECT_EQ(v[16], 2 * (12 - 16));
+    EXPECT_EQ(v[31], 2 * (31 - 16));
+    EXPECT_EQ(v[1], -32);
+
+    // Groups 0, 3 and 5 of Q4_K: steps 63, 1 and 9 + 16 * 2, lower ends 2, 40 and 7 + 16 * 1; d = 1, dmin = .5.
+    block.assign(144, std::byte{0});
+    at(block, 1, one), at(block, 3, half);
+    at(block, 4, 63), at(block, 8, 2);   // group 0
+    at(block, 7, 1), at(block, 11, 40);  // group 3
+    at(block, 13, 7 << 4 | 9), at(block, 5, 2 << 6),
+        at(block, 9, 1 << 6);       // group 5, beside nothing of group 1
+    at(block, 16 + 4, 0x0b);        // value 4 of group 0: 11
+    at(block, 16 + 32 + 31, 0xe0);  // value 31 of group 3: 14
+    at(block, 16 + 64, 0xf5);       // value 0 of group 5: 15
+    v = values("Q4_K", block);
+    EXPECT_EQ(v[4], 63 * 11 - .5f * 2);
+    EXPECT_EQ(v[5], -.5f * 2);
+    EXPECT_EQ(v[32 * 3 + 31], 14 - .5f * 40);
+    EXPECT_EQ(v[32 * 5], 41 * 15 - .5f * 23);
+    EXPECT_EQ(v[32 * 1 + 4], 0);
+
+    // Q5_K: the same head; the high bits of value 4 of group 0 and of value 0 of group 5.
+    Bytes five(block.begin(), block.begin() + 16);
+    five.resize(48);
+    five.insert(five.end(), block.begin() + 16, block.end());
+    at(five, 16 + 4, 1 << 0), at(five, 16, 1 << 5);
+    v = values("Q5_K", five);
+    EXPECT_EQ(v[4], 63 * (11 + 16) - .5f * 2);
+    EXPECT_EQ(v[32 * 3 + 31], 14 - .5f * 40);
+    EXPECT_EQ(v[32 * 5], 41 * (15 + 16) - .5f * 23);
+
+    // Q6_K: d = .5; value 130 is 3 + 16 * 2 - 32 with scale -4, value 63 is 0 - 32 with scale 5.
+    block.assign(210, std::byte{0});
+    at(block, 209, half), at(block, 192 + 8, 0x100 - 4), at(block, 192 + 3, 5);
+    at(block, 64 + 2, 0x03), at(block, 128 + 32 + 2, 2);
+    v = values("Q6_K", block);
+    EXPECT_EQ(v[130], .5f * -4 * 3);
+    EXPECT_EQ(v[63], .5f * 5 * -32);
 }
 
 TEST(Gguf, RefusesEveryTruncation) {
@@ -307,7 +377,10 @@ TEST(Gguf, RefusesMalformedTensors) {
     expect_refused(format, with([](Tensor& t) { t.offset = 64; }), "at offset 64");
     expect_refused(format, with([](Tensor& t) { t.offset = ~std::uint64_t{31}; }), "at offset");
     expect_refused(format, with([](Tensor& t) { t.type = 3; }), "multiple of 32 for Q4_1");
-    expect_refused(ErrorCode::mismatch, with([](Tensor& t) { t.type = 12; }), "'second' has type 12");
+    expect_refused(
+        ErrorCode::mismatch, with([](Tensor& t) { t.type = 10; }),
+        "'second' has type 10; this reader knows F32 (0), F16 (1), Q4_0 (2), Q4_1 (3), Q5_0 (6), Q8_0 (8), "
+        "Q4_K (12), Q5_K (13), Q6_K (14)");
 }
 
 TEST(Gguf, HonoursTheFilesAlignment) {

@@ -130,7 +130,8 @@ TEST(Programs, DraftsDoNotChangeTheText) {
     KVPLANE_NEEDS_MODEL();
     const std::string prompt = " 'Once upon a time'";
     std::string command;
-    for (const auto& [recipe, policy] : {std::pair{"key_favored:8:8+recent=0", "fixed4"}, {"standard", "3"}}) {
+    for (const auto& [recipe, policy] :
+         {std::pair{"key_favored:8:8+recent=0", "fixed4"}, {"standard", "3"}}) {
         command = programs + "/generate --length 180 --recipe " + recipe + " --model " + model_path();
         EXPECT_EQ(output_of(command + " --draft " + policy + prompt + " 2>/dev/null"),
                   output_of(command + prompt + " 2>/dev/null"))

@@ -54,21 +54,25 @@ MatrixD normed(const MatrixD& x, const Gguf& file, const std::string& name) {
     return result;
 }
 
-MatrixD turned(MatrixD rows) {
+/// RoPE, in pairs (2i, 2i + 1) or, with halves, (i, i + head_dim / 2).
+MatrixD turned(MatrixD rows, bool halves = false, double base = SmallModel::rope_base) {
+    constexpr Index dim = SmallModel::head_dim;
     for (Index t = 0; t < rows.rows(); ++t)
-        for (Index c = 0; c < rows.cols(); c += 2) {
-            const double exponent = static_cast<double>(c % SmallModel::head_dim) / SmallModel::head_dim;
-            const double angle = static_cast<double>(t) / std::pow(double{SmallModel::rope_base}, exponent);
-            const std::complex<double> pair =
-                std::complex(rows(t, c), rows(t, c + 1)) * std::polar(1.0, angle);
-            rows(t, c) = pair.real(), rows(t, c + 1) = pair.imag();
-        }
+        for (Index head = 0; head < rows.cols(); head += dim)
+            for (Index i = 0; i < dim / 2; ++i) {
+                const double angle =
+                    static_cast<double>(t) / std::pow(base, 2.0 * static_cast<double>(i) / dim);
+                double& first = rows(t, head + (halves ? i : 2 * i));
+                double& second = rows(t, head + (halves ? i + dim / 2 : 2 * i + 1));
+                const std::complex<double> pair = std::complex(first, second) * std::polar(1.0, angle);
+                first = pair.real(), second = pair.imag();
+            }
     return rows;
 }
 
-/// Causal grouped-query attention over all tokens, one weight at a time.
+/// Causal grouped-query attention over all tokens or a window of them, one weight at a time.
 MatrixD attention(const MatrixD& queries, const MatrixD& keys, const MatrixD& values, Index query_heads,
-                  Index kv_heads) {
+                  Index kv_heads, Index window = 0) {
     const Index head_dim = keys.cols() / kv_heads;
     MatrixD out = MatrixD::Zero(queries.rows(), queries.cols());
     for (Index h = 0; h < query_heads; ++h) {
@@ -76,7 +80,7 @@ MatrixD attention(const MatrixD& queries, const MatrixD& keys, const MatrixD& va
         for (Index t = 0; t < queries.rows(); ++t) {
             const Index seen = keys.rows() - queries.rows() + t + 1;
             double total = 0;
-            for (Index s = 0; s < seen; ++s) {
+            for (Index s = window > 0 ? std::max<Index>(0, seen - window) : 0; s < seen; ++s) {
                 double score = 0;
                 for (Index c = 0; c < head_dim; ++c) score += queries(t, q + c) * keys(s, kv + c);
                 const double mass = std::exp(score / std::sqrt(static_cast<double>(head_dim)));
@@ -89,23 +93,48 @@ MatrixD attention(const MatrixD& queries, const MatrixD& keys, const MatrixD& va
     return out;
 }
 
+/// The pass written out for one architecture after the other, with none of the engine's table.
 MatrixD reference_logits(const Gguf& file, const std::vector<TokenId>& tokens) {
+    const auto architecture = file.value("general.architecture").text();
+    const bool gemma = architecture == "gemma3", qwen = architecture == "qwen2";
     const MatrixD embedding = weight(file, "token_embd.weight");
     MatrixD x(static_cast<Index>(tokens.size()), SmallModel::width);
     for (Index t = 0; t < x.rows(); ++t) x.row(t) = embedding.row(tokens[static_cast<std::size_t>(t)]);
-    for (Index layer = 0; layer < SmallModel::layers; ++layer) {
+    if (gemma) x *= 16;  // sqrt(256)
+    for (Index layer = 0; layer < (gemma ? SmallModel::gemma_layers : SmallModel::layers); ++layer) {
         const std::string block = "blk." + std::to_string(layer) + ".";
+        const bool windowed = gemma && layer != 5;
         const auto w = [&](const char* name) { return weight(file, block + name + ".weight"); };
+        const auto projected = [&](const MatrixD& rows, const std::string& name) {
+            MatrixD result = rows * weight(file, block + name + ".weight").transpose();
+            if (qwen) result.rowwise() += weight(file, block + name + ".bias").row(0);
+            return result;
+        };
+        const auto heads_normed = [&](MatrixD rows, const std::string& name) {
+            for (Index head = 0; gemma && head < rows.cols(); head += SmallModel::head_dim)
+                rows.middleCols(head, SmallModel::head_dim) =
+                    normed(rows.middleCols(head, SmallModel::head_dim), file, block + name + ".weight");
+            return turned(rows, gemma || qwen, windowed ? 10000.0 : double{SmallModel::rope_base});
+        };
+        const auto added = [&](const MatrixD& rows, const std::string& name) {
+            return gemma ? normed(rows, file, block + name + ".weight") : rows;
+        };
         MatrixD n = normed(x, file, block + "attn_norm.weight");
-        const MatrixD q = turned(n * w("attn_q").transpose()), k = turned(n * w("attn_k").transpose());
-        const MatrixD v = n * w("attn_v").transpose();
-        x += attention(q, k, v, SmallModel::query_heads, SmallModel::kv_heads) * w("attn_output").transpose();
+        const MatrixD q = heads_normed(projected(n, "attn_q"), "attn_q_norm");
+        const MatrixD k = heads_normed(projected(n, "attn_k"), "attn_k_norm"), v = projected(n, "attn_v");
+        x += added(attention(q, k, v, SmallModel::query_heads, SmallModel::kv_heads,
+                             windowed ? SmallModel::window : 0) *
+                       w("attn_output").transpose(),
+                   "post_attention_norm");
         n = normed(x, file, block + "ffn_norm.weight");
         MatrixD gate = n * w("ffn_gate").transpose();
         const MatrixD up = n * w("ffn_up").transpose();
-        for (Index i = 0; i < gate.size(); ++i)
-            gate.data()[i] = gate.data()[i] / (1 + std::exp(-gate.data()[i])) * up.data()[i];
-        x += gate * w("ffn_down").transpose();
+        for (Index i = 0; i < gate.size(); ++i) {
+            double& g = gate.data()[i];
+            const double inner = std::sqrt(2 / 3.14159265358979323846) * (g + .044715 * g * g * g);
+            g = (gemma ? g / 2 * (1 + std::tanh(inner)) : g / (1 + std::exp(-g))) * up.data()[i];
+        }
+        x += added(gate * w("ffn_down").transpose(), "post_ffw_norm");
     }
     const std::string output = file.find_tensor("output.weight") ? "output.weight" : "token_embd.weight";
     return normed(x, file, "output_norm.weight") * weight(file, output).transpose();
@@ -146,8 +175,10 @@ class SmallModelTest : public testing::Test {
 
 TEST_F(SmallModelTest, AgreesWithPlainLoopsInDouble) {
     const auto tokens = random_tokens(90);
-    for (const bool own_output_matrix : {false, true}) {
-        const auto file_bytes = SmallModel::file(own_output_matrix).bytes();
+    for (const auto& [own_output_matrix, architecture] :
+         {std::pair{false, "llama"}, {true, "llama"}, {false, "gemma3"}, {true, "qwen2"}}) {
+        SCOPED_TRACE(architecture);
+        const auto file_bytes = SmallModel::file(own_output_matrix, architecture).bytes();
         const Gguf file(file_bytes);
         const Model other(Gguf(file_bytes), threads);
         const MatrixD expected = reference_logits(file, tokens);
@@ -269,8 +300,8 @@ TEST(SmallModelFile, RefusesWhatTheEngineCannotRun) {
         std::memcpy(writer.values.data(), values.data(), values.size());
     };
     const auto mismatch = ErrorCode::mismatch, format = ErrorCode::format;
-    expect_refused(mismatch, "'qwen2', expected 'llama'",
-                   [&](GgufWriter& w) { replace(w, "llama", "qwen2"); });
+    expect_refused(mismatch, "the architecture is 'gpt-2'; this engine knows llama, qwen2, gemma3",
+                   [&](GgufWriter& w) { replace(w, "llama", "gpt-2"); });
     expect_refused(mismatch, "no metadata 'llama.block_count'",
                    [&](GgufWriter& w) { replace(w, "block_count", "block_kount"); });
     expect_refused(format, "llama.block_count is 0", [&](GgufWriter& w) {
@@ -327,6 +358,31 @@ TEST(ExactCache, AttendsLikePlainLoopsInDouble) {
         EXPECT_EQ(cache.tokens(), 199);
     }
     refusal(ErrorCode::shape, [&] { engine::ExactCache(4, 3, 8, threads); });
+}
+
+/// The cache drops what no query sees any more, and attention is as over all keys.
+TEST(ExactCache, KeepsTheWindowThatALayerSees) {
+    std::srand(static_cast<unsigned>(kvplane_test::seed()));
+    ThreadExecutor threads(2);
+    const Matrix keys = 2 * Matrix::Random(400, 20), values = Matrix::Random(400, 20);
+    for (const Index window : {1, 5, 40, 500}) {
+        engine::ExactCache cache(4, 2, 10, threads, window);
+        for (Index i = 0; cache.tokens() < 350; ++i) {
+            const Index first = cache.tokens(),
+                        count = std::array{1, 7, 33, 50}[static_cast<std::size_t>(i % 4)];
+            cache.append(keys.middleRows(first, count), values.middleRows(first, count), {});
+            const Matrix queries = 3 * Matrix::Random(count, 40);
+            Matrix out;
+            cache.attend(queries, out);
+            const MatrixD expected =
+                attention(queries.cast<double>(), keys.topRows(first + count).cast<double>(),
+                          values.topRows(first + count).cast<double>(), 4, 2, window);
+            ASSERT_LT(difference(out, expected.cast<float>()), 3e-6f) << window << " at " << first;
+        }
+        Matrix out;
+        const Matrix all = Matrix::Zero(cache.tokens(), 40);
+        if (window <= 40) refusal(ErrorCode::shape, [&] { cache.attend(all, out); });
+    }
 }
 
 TEST(ExactCache, LargeScoresDoNotOverflow) {
