@@ -376,9 +376,9 @@ int main(int count, char** arguments) {
     options.text("--text FILE", s.text, "what it reads", Need::required);
     options.texts(
         "--recipes A,B,C", s.recipes,
-        "see below; also allocated:norms|weights|measured:BITS, bits by layer; global:RECIPE, fp16 in "
-        "layers with a sliding window; and of recipes with latents svdq:1.25@keys=1/32, a share of "
-        "the keys",
+        "see below; also allocated:norms|weights|measured:BITS, bits by layer; kept:RECIPE, with sinks and "
+        "recent tokens in fp16; global:RECIPE, fp16 in layers with a sliding window; and of recipes with "
+        "latents svdq:1.25@keys=1/32, a share of the keys",
         Need::required);
     options.number("--first-token N", s.first_token, {}, "of the text");
     options.number("--context N", s.context, {.least = first_compared + 2}, "tokens of a window");

@@ -1,11 +1,13 @@
 // examples/engine/layer_recipes.hpp: recipes from their names on a command line, those by layer included.
 //
-// Four things are added to the names that kvplane/recipe_names.hpp knows:
+// Five things are added to the names that kvplane/recipe_names.hpp knows:
 //   allocated:SOURCE:BITS   key and value bits by layer, BITS true bits on average. SOURCE is
 //                             norms      |K|_F and |V|_F of a calibration text's cache, and 4^-b (published rule)
 //                             weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)
 //                             measured   the error of every width on the calibration text's cache, values rotated
 //   global:RECIPE           the recipe in layers that see all tokens, fp16 in those with a sliding window
+//   kept:RECIPE             the recipe with sinks and recent tokens in fp16 as kvplane's own recipes have them, for
+//                           methods that have none (block32, kivi)
 //   RECIPE@POLICY           what a read takes (recipes::read_policy()), as in key_favored:8:8@4
 //   RECIPE@keys=FRACTION    of recipes with latents, the share of keys that a query reads: svdq:1.25@keys=1/32
 #pragma once
@@ -83,6 +85,17 @@ class LayerRecipes {
             for (std::size_t i = 0; i < plan.recipes.size(); ++i)
                 if (model_.config().is_windowed(static_cast<Index>(i)))
                     plan.recipes[i] = kvplane::recipes::fp16();
+            return plan;
+        }
+        if (text.starts_with("kept:")) {
+            CachePlan plan = stored(text.substr(5));
+            const kvplane::CacheRecipe ours = kvplane::recipes::standard();
+            for (kvplane::CacheRecipe& recipe : plan.recipes) {
+                recipe.every_token = false;
+                recipe.sink_tokens = ours.sink_tokens;
+                recipe.recent_tokens = ours.recent_tokens;
+                recipe.recent_bits = ours.recent_bits;
+            }
             return plan;
         }
         if (!text.starts_with("allocated:")) {

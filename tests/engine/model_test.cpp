@@ -546,4 +546,55 @@ TEST_F(RealModel, ContinuesLikeTheReference) {
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------
+// The other architectures' models, against transformers on the same files
+// ---------------------------------------------------------------------------------------------------------
+
+class OtherModel : public testing::TestWithParam<const char*> {};
+
+/// Every 64th logit of some tokens, and the log-likelihoods of all targets, in which every logit takes part. Gemma's
+/// text is longer than its windows.
+TEST_P(OtherModel, GivesTheReferenceLogitsAndLikelihoods) {
+    KVPLANE_NEEDS_MODEL_OF(GetParam());
+    const auto reference = kvplane::SafetensorsFile::open(std::string(KVPLANE_TEST_DATA "/") + GetParam() +
+                                                          "_reference_logits.safetensors");
+    const auto stored = reference.matrix<std::int32_t>("token_ids");
+    const std::vector<TokenId> tokens(stored.data(), stored.data() + stored.size());
+    ThreadExecutor threads(engine::thread_count(0));
+    const Model model(Gguf::open(kvplane_test::model_path(GetParam())), threads);
+    LayerCaches caches = model.exact_caches();
+    Matrix logits(0, model.config().vocabulary);
+    const auto rows = reference.matrix<std::int32_t>("rows");
+    const auto expected = reference.matrix<float>("logits_of_every_64th_token");
+    const auto likelihoods = reference.matrix<float>("target_log_likelihood");
+    ASSERT_EQ(likelihoods.cols(), stored.cols() - 1);
+    float logit_error = 0, likelihood_error = 0;
+    Index compared = 0;
+    for (Index first = 0; first < stored.cols(); first += 96) {
+        const auto part = std::span(tokens).subspan(static_cast<std::size_t>(first));
+        logits = model.forward(part.first(std::min<std::size_t>(96, part.size())), caches, Logits::all);
+        for (Index i = 0; i < logits.rows(); ++i) {
+            for (Index r = 0; r < rows.cols(); ++r) {
+                if (rows(0, r) != first + i) continue;
+                ++compared;
+                for (Index c = 0; c < expected.cols(); ++c)
+                    logit_error = std::max(logit_error, std::abs(logits(i, 64 * c) - expected(r, c)));
+            }
+            if (first + i + 1 == stored.cols()) break;
+            const auto row = logits.row(i).cast<double>().array();
+            const double sum = std::log((row - row.maxCoeff()).exp().sum()) + row.maxCoeff();
+            const double likelihood = row(tokens[static_cast<std::size_t>(first + i + 1)]) - sum;
+            likelihood_error = std::max(likelihood_error,
+                                        std::abs(static_cast<float>(likelihood) - likelihoods(0, first + i)));
+        }
+    }
+    EXPECT_EQ(compared, rows.cols());
+    EXPECT_LT(logit_error, 1e-2f);
+    EXPECT_LT(likelihood_error, 1e-2f);
+    std::cout << GetParam() << ": logits differ by at most " << logit_error << ", log-likelihoods by "
+              << likelihood_error << '\n';
+}
+INSTANTIATE_TEST_SUITE_P(, OtherModel, testing::Values("gemma3", "qwen2"),
+                         [](const auto& each) { return std::string(each.param); });
+
 }  // namespace

@@ -60,6 +60,29 @@ TEST(Pieces, FollowGpt2sPatternWithDigitsApart) {
     EXPECT_EQ(pieces("a \xe6\x9d"), (Pieces{"a", " \xe6\x9d"}));
 }
 
+TEST(Pieces, FollowQwensPattern) {
+    const auto cut = [](std::string_view text) {
+        Pieces result;
+        while (!text.empty()) {
+            const std::size_t length = engine::detail::first_piece_qwen2(text);
+            result.emplace_back(text.substr(0, length));
+            text.remove_prefix(length);
+        }
+        return result;
+    };
+    EXPECT_EQ(cut("Hello world"), (Pieces{"Hello", " world"}));
+    EXPECT_EQ(cut("(a)?!\n\n b"), (Pieces{"(a", ")?!\n\n", " b"}));  // any character may lead a word
+    EXPECT_EQ(cut("x.y\n"), (Pieces{"x", ".y", "\n"}));
+    EXPECT_EQ(cut("don't I'D'x"), (Pieces{"don", "'t", " I", "'D", "'x"}));
+    EXPECT_EQ(cut("a  12"), (Pieces{"a", " ", " ", "1", "2"}));
+    EXPECT_EQ(cut("a \t\r\n  b"), (Pieces{"a", " \t\r\n", " ", " b"}));
+    EXPECT_EQ(cut("a \n "), (Pieces{"a", " \n", " "}));
+    EXPECT_EQ(cut("a   "), (Pieces{"a", "   "}));
+    EXPECT_EQ(cut(" ... \xc3\xbc"), (Pieces{" ...", " \xc3\xbc"}));
+    EXPECT_EQ(cut("\na"), (Pieces{"\n", "a"}));
+    EXPECT_EQ(cut("a\xe3\x80\x80z"), (Pieces{"a", "\xe3\x80\x80z"}));
+}
+
 TEST(CodePoints, EveryCharacterIsReadAndNothingElse) {
     const auto encoded = [](char32_t c) {
         if (c < 0x10000) return engine::detail::utf8(c);
@@ -213,6 +236,87 @@ TEST(Tokenizer, GivesBackEveryByteString) {
     }
 }
 
+/// A SentencePiece vocabulary: scores say what is joined first, and characters without a token become bytes.
+struct SmallSentencePiece {
+    std::vector<std::string> tokens{"<bos>", "<eos>", "<unk>", "<unused0>"};
+    std::vector<std::int32_t> types{3, 3, 2, 5};
+    std::vector<float> scores{0, 0, 0, 0};
+    bool add_space = false;
+
+    SmallSentencePiece() {
+        constexpr char digits[] = "0123456789ABCDEF";
+        for (int byte = 0; byte < 256; ++byte)
+            add(std::string("<0x") + digits[byte / 16] + digits[byte % 16] + ">", 6, 0);
+        add("  ", 4, -1000), add("\n\n", 4, -1000);                                            // 260, 261
+        for (const char* single : {"a", "b", "c", "\xe2\x96\x81", "\n"}) add(single, 1, -99);  // 262 to 266
+        add("ab", 1, -2), add("bc", 1, -1), add("cc", 1, -3);  // 267, 268, 269
+        add("\xe2\x96\x81"
+            "a",
+            1, -4),
+            add("\xe2\x96\x81\xe2\x96\x81"
+                "b",
+                1, 0);  // 270, 271
+    }
+    void add(const std::string& token, std::int32_t type, float score) {
+        tokens.push_back(token), types.push_back(type), scores.push_back(score);
+    }
+    kvplane_test::Bytes file() const {
+        GgufWriter writer;
+        writer.add_text("tokenizer.ggml.model", "llama");
+        writer.add_texts("tokenizer.ggml.tokens", tokens);
+        writer.add_array("tokenizer.ggml.token_type", ValueType::int32, types);
+        writer.add_array("tokenizer.ggml.scores", ValueType::float32, scores);
+        writer.add("tokenizer.ggml.bos_token_id", ValueType::uint32, std::uint32_t{0});
+        writer.add("tokenizer.ggml.eos_token_id", ValueType::uint32, std::uint32_t{1});
+        writer.add("tokenizer.ggml.unknown_token_id", ValueType::uint32, std::uint32_t{2});
+        writer.add("tokenizer.ggml.add_space_prefix", ValueType::boolean,
+                   static_cast<std::uint8_t>(add_space));
+        return writer.bytes();
+    }
+};
+
+TEST(SentencePiece, JoinsWhatScoresHighestFirst) {
+    const auto bytes = SmallSentencePiece().file();
+    const Tokenizer tokenizer{Gguf(bytes)};
+    const auto encoded = [&](std::string_view text) { return tokenizer.encode(text); };
+    EXPECT_EQ(encoded("abc"), (std::vector<TokenId>{262, 268}));  // bc before ab
+    EXPECT_EQ(encoded("ab"), (std::vector<TokenId>{267}));
+    EXPECT_EQ(encoded("abab"), (std::vector<TokenId>{267, 267}));
+    EXPECT_EQ(encoded(" a"), (std::vector<TokenId>{270}));
+    EXPECT_EQ(encoded("\xe2\x96\x81"
+                      "a"),
+              (std::vector<TokenId>{270}));  // the mark is a space
+    EXPECT_EQ(encoded("a   b"),
+              (std::vector<TokenId>{262, 260, 265, 263}));  // user-defined runs, from the left
+    EXPECT_EQ(encoded("\n\n\n"), (std::vector<TokenId>{261, 266}));
+    EXPECT_EQ(encoded("a\xc3\xbc"), (std::vector<TokenId>{262, 4 + 0xc3, 4 + 0xbc}));
+    EXPECT_EQ(encoded("\xff"), (std::vector<TokenId>{4 + 0xff}));
+    EXPECT_EQ(encoded("<0x0A>").size(), 6u);  // not the byte's token
+    EXPECT_EQ(encoded("<unused0>").size(), 9u);
+    EXPECT_EQ(encoded("a<eos>"), (std::vector<TokenId>{262, 1}));
+    EXPECT_EQ(tokenizer.decode(std::vector<TokenId>{270, 4 + 0xc3, 4 + 0xbc, 260}), " a\xc3\xbc  ");
+    EXPECT_EQ(tokenizer.begin_of_text(), 0);
+    EXPECT_TRUE(tokenizer.is_special(1));
+    EXPECT_FALSE(tokenizer.is_special(261)) << "an answer goes on after an empty line";
+}
+
+TEST(SentencePiece, RefusesWhatItDoesNotDo) {
+    const auto expect_refused = [](ErrorCode code, const SmallSentencePiece& file, const std::string& said) {
+        const auto bytes = file.file();
+        const std::string sentence = refusal(code, [&] { Tokenizer{Gguf(bytes)}; });
+        EXPECT_NE(sentence.find(said), std::string::npos) << sentence;
+    };
+    SmallSentencePiece file;
+    file.add_space = true;
+    expect_refused(ErrorCode::mismatch, file, "add_space_prefix is true");
+    file = {};
+    file.scores.pop_back();
+    expect_refused(ErrorCode::format, file, "272 tokens, but 271 scores");
+    file = {};
+    file.tokens[4] = "<0xG0>";
+    expect_refused(ErrorCode::format, file, "the byte token '<0xG0>'");
+}
+
 TEST(Tokenizer, RefusesWhatDoesNotFitTogether) {
     struct Change {
         ErrorCode code;
@@ -240,9 +344,11 @@ TEST(Tokenizer, RefusesWhatDoesNotFitTogether) {
     };
     const auto format = ErrorCode::format, mismatch = ErrorCode::mismatch;
     const Change changes[] = {
-        {.code = mismatch, .said = "'llama', expected 'gpt2'", .model = "llama"},
-        {.code = mismatch, .said = "'llama-bpe', expected 'smollm'", .pre = "llama-bpe"},
-        {.code = mismatch, .said = "add_bos_token", .key = "tokenizer.ggml.add_bos_token", .flag = true},
+        {.code = mismatch,
+         .said = "'bert'; this engine knows gpt2 (byte-level BPE) and llama (SentencePiece)",
+         .model = "bert"},
+        {.code = mismatch, .said = "'llama-bpe'; this engine knows smollm and qwen2", .pre = "llama-bpe"},
+        {.code = mismatch, .said = "add_eos_token", .key = "tokenizer.ggml.add_eos_token", .flag = true},
         {.code = mismatch,
          .said = "add_space_prefix",
          .key = "tokenizer.ggml.add_space_prefix",
@@ -370,5 +476,24 @@ TEST_F(RealTokenizer, TakesTimeInProportionToTheText) {
     EXPECT_EQ(tokenizer().decode(ids), text);
     EXPECT_LT(seconds.count(), 20);
 }
+
+class OtherTokenizer : public testing::TestWithParam<const char*> {};
+
+TEST_P(OtherTokenizer, GivesTransformersIds) {
+    KVPLANE_NEEDS_MODEL_OF(GetParam());
+    const Tokenizer tokenizer{Gguf::open(kvplane_test::model_path(GetParam()))};
+    const auto reference = nlohmann::json::parse(
+        std::ifstream(std::string(KVPLANE_TEST_DATA "/") + GetParam() + "_reference.json"));
+    const auto& cases = reference.at("tokenizer_cases");
+    EXPECT_GE(cases.size(), 25u);
+    for (const auto& example : cases) {
+        const auto text = example["text"].get<std::string>();
+        const auto ids = example["ids"].get<std::vector<TokenId>>();
+        EXPECT_EQ(tokenizer.encode(text), ids) << text;
+        EXPECT_EQ(tokenizer.decode(ids), text);
+    }
+}
+INSTANTIATE_TEST_SUITE_P(, OtherTokenizer, testing::Values("gemma3", "qwen2"),
+                         [](const auto& each) { return std::string(each.param); });
 
 }  // namespace
