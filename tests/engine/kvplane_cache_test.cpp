@@ -80,6 +80,116 @@ TEST_F(OnSmallModel, SizesAreOfAllLayers) {
                                   static_cast<const KvplaneCache&>(*caches[0]).cache().configuration(), 128));
 }
 
+/// A model of seven layers, six of which see a window of 24 tokens.
+class OnSmallGemma : public testing::Test {
+  protected:
+    std::vector<TokenId> tokens(std::size_t first, std::size_t count) const {
+        std::vector<TokenId> made;
+        for (std::size_t i = first; i < first + count; ++i)
+            made.push_back(static_cast<TokenId>((7 * i * i + 3 * i) % std::size_t{SmallModel::vocabulary}));
+        return made;
+    }
+    LayerCaches caches(const std::string& recipe) {
+        return kvplane_caches(model_.config(), LayerRecipes(model_, {}).parse(recipe), pool_, threads_);
+    }
+    static const kvplane::KvCache& cache(const LayerCaches& caches, std::size_t layer) {
+        return dynamic_cast<const KvplaneCache&>(*caches[layer]).cache();
+    }
+    double error(const std::string& recipe) {
+        LayerCaches exact = model_.exact_caches(), close = caches(recipe);
+        double error = 0.0, norm = 0.0;
+        for (const auto& [first, count] : {std::pair{0u, 200u}, {200u, 1u}, {201u, 7u}, {208u, 92u}}) {
+            const Matrix expected = model_.forward(tokens(first, count), exact, Logits::all);
+            error += (model_.forward(tokens(first, count), close, Logits::all) - expected).squaredNorm();
+            norm += expected.squaredNorm();
+        }
+        return std::sqrt(error / norm);
+    }
+
+    Bytes bytes_ = SmallModel::file(false, "gemma3").bytes();
+    kvplane::ThreadExecutor threads_{2};
+    Model model_{Gguf(bytes_), threads_};
+    kvplane::TilePool pool_;
+};
+
+TEST_F(OnSmallGemma, WindowedCachesAttendAsTheModelDoes) {
+    EXPECT_LT(error("fp16"), 5e-3);
+    EXPECT_LT(error("key_favored:8:8"), 0.05);
+    EXPECT_LT(error("key_favored:8:8"), error("key_favored:3:3"));
+    EXPECT_LT(error("kept:block32:8"), 0.05);
+}
+
+TEST_F(OnSmallGemma, WindowedLayersCostTheWindowOnly) {
+    for (const char* recipe : {"fp16", "key_favored:4:4", "block32:8"}) {
+        SCOPED_TRACE(recipe);
+        LayerCaches held = caches(recipe);
+        Index at_512 = 0, pages_at_512 = 0;
+        for (std::size_t first = 0; first < 1088; first += 64) {
+            model_.forward(tokens(first, 64), held, Logits::none);
+            if (first + 64 != 512) continue;
+            at_512 = cache(held, 0).bytes();
+            pages_at_512 = pool_.pages() - pool_.unused_pages();
+        }
+        const auto& windowed = cache(held, 0);
+        const auto& global = cache(held, 5);
+        EXPECT_EQ(windowed.tokens(), 1088);
+        EXPECT_LT(windowed.bytes(), at_512 + 2 * (windowed.predicted_bytes(windowed.configuration(), 256) -
+                                                  windowed.predicted_bytes(windowed.configuration(), 128)));
+        EXPECT_GT(global.bytes(), 2 * windowed.bytes());
+        // 576 more tokens: pages of the global layer alone, and a few that windows share with what they left.
+        EXPECT_LE(pool_.pages() - pool_.unused_pages(), pages_at_512 + 5 + 6);
+        const CacheSize size = size_of(model_.config(), held);
+        EXPECT_GT(size.bits_per_element, 8.0 * static_cast<double>(size.bytes) / (2 * 16 * 7 * 1088));
+    }
+    EXPECT_EQ(pool_.pages(), pool_.unused_pages()) << "all pages are back";
+}
+
+TEST_F(OnSmallGemma, DraftsLeaveNoTraceInWindows) {
+    LayerCaches plain = caches("key_favored:8:8"), drafted = caches("key_favored:8:8");
+    for (LayerCaches* each : {&plain, &drafted}) model_.forward(tokens(0, 160), *each, Logits::none);
+    expect_drafts(drafted, 0);
+    for (std::size_t i = 0; i < 7; ++i) model_.forward(tokens(900 + i, 1), drafted, Logits::none);
+    truncate(drafted, 160);
+    expect_drafts(drafted, std::nullopt);
+    for (std::size_t i = 160; i < 180; ++i)
+        EXPECT_EQ(model_.forward(tokens(i, 1), drafted, Logits::last),
+                  model_.forward(tokens(i, 1), plain, Logits::last));
+}
+
+TEST_F(OnSmallGemma, NamesForLayersAndForSinks) {
+    const CachePlan plan = LayerRecipes(model_, {}).parse("global:compact");
+    ASSERT_EQ(plan.recipes.size(), 7u);
+    for (std::size_t layer = 0; layer < 7; ++layer)
+        EXPECT_EQ(plan.recipes[layer].name, layer == 5 ? "compact" : "fp16") << layer;
+    const CachePlan kept = LayerRecipes(model_, {}).parse("kept:block32:4");
+    EXPECT_FALSE(kept.recipes[0].every_token);
+    EXPECT_EQ(kept.recipes[0].sink_tokens, 4);
+    EXPECT_EQ(kept.recipes[0].recent_tokens, 32);
+    EXPECT_EQ(kept.recipes[0].keys, kvplane::recipes::block32(4).keys);
+    refusal(ErrorCode::option, [&] { LayerRecipes(model_, {}).parse("global:svdq:2@keys=1/8"); });
+}
+
+/// Layers with and without a window differ in RoPE, and their bases are fitted with their own.
+TEST_F(OnSmallGemma, BasesAreFittedWithTheRopeOfTheirLayers) {
+    const ModelConfig& config = model_.config();
+    kvplane::Calibration basis{"", config.rope(), {}};
+    basis.layers.assign(7, {config.kv_heads, config.query_heads, config.head_dim});
+    LayerCaches exact = model_.exact_caches();
+    model_.forward(tokens(0, 400), exact, Logits::none, [&](const LayerActivations& a) {
+        auto& layer = basis.layers[static_cast<std::size_t>(a.layer)];
+        layer.add_keys({a.keys_before_rope, 0});
+        layer.add_queries(a.queries_before_rope);
+    });
+    const auto fitted = fit_latent_keys(config, basis.layers, *kvplane::recipes::latent(4, 4).latents);
+    ASSERT_EQ(fitted.size(), 7u);
+    for (Index layer = 0; layer < 7; ++layer)
+        EXPECT_EQ(fitted[static_cast<std::size_t>(layer)]->rope()->base, layer == 5 ? 1000 : 10000) << layer;
+    const CachePlan plan = LayerRecipes(model_, {}, std::move(basis)).parse("latent:8:8");
+    LayerCaches close = kvplane_caches(config, plan, pool_, threads_), plain = model_.exact_caches();
+    const Matrix expected = model_.forward(tokens(0, 400), plain, Logits::all);
+    EXPECT_LT((model_.forward(tokens(0, 400), close, Logits::all) - expected).norm(), 0.05 * expected.norm());
+}
+
 /// What a command prints on stdout; its exit status is checked.
 std::string output_of(const std::string& command, int expected_status = 0) {
     std::string output;
@@ -108,8 +218,8 @@ TEST(Programs, EvaluateRanksRecipesOnTheRealModel) {
     EXPECT_LT(3.0 * kl(3), kl(1)) << "compact against block32:4:rotated";
     EXPECT_LT(3.0 * kl(3), kl(4)) << "4 bits for keys and 2 for values against the opposite (theorem 2)";
     for (const auto& row : rows)
-        for (const char* field : {"recipe", "true_bits", "kl_mean", "kl_p99", "same_top", "perplexity",
-                                  "cache_bytes", "tokens_per_second"})
+        for (const char* field : {"recipe", "true_bits", "kl_mean", "kl_p99", "kl_p999", "same_top",
+                                  "perplexity", "cache_bytes", "tokens_per_second"})
             EXPECT_TRUE(row.contains(field)) << field;
 }
 
@@ -123,6 +233,20 @@ TEST(Programs, GenerateIsTheSameEveryTime) {
     const std::string sampled = programs + "/generate --length 20 --temperature 1 --seed 5 --model " +
                                 model_path() + " 'Once upon a time' 2>/dev/null";
     EXPECT_EQ(output_of(sampled), output_of(sampled));
+}
+
+TEST(Programs, EvaluateAsksForCodes) {
+    KVPLANE_NEEDS_MODEL();
+    const auto json = nlohmann::json::parse(
+        output_of(programs + "/evaluate --recall --json --context 900 --recipes fp16,block32:3 --model " +
+                  model_path() + " --text " KVPLANE_EXAMPLE_DATA "/northanger_abbey.txt 2>/dev/null"));
+    const auto& rows = json.at("recipes");
+    EXPECT_EQ(rows[0].at("digits"), 80);
+    EXPECT_GT(json.at("exact_digits_right").get<double>(), .7);
+    EXPECT_GT(json.at("exact_first_digits_right").get<double>(), .3);
+    EXPECT_NEAR(rows[0].at("digit_nll").get<double>(), json.at("exact_digit_nll").get<double>(), .01);
+    EXPECT_GT(rows[1].at("digit_nll").get<double>(), 2 * rows[0].at("digit_nll").get<double>());
+    EXPECT_LT(rows[1].at("digits_right").get<double>(), rows[0].at("digits_right").get<double>());
 }
 
 /// Drafts from part of the bits change how fast the text comes and not what it says, at the ends of tiles too.
