@@ -23,6 +23,8 @@ struct PlotPoint {
 struct PlotSeries {
     std::string name;  ///< in the legend
     std::vector<PlotPoint> points;
+    bool is_line = true;  ///< whether the points are joined
+    int colour = -1;      ///< of the scheme; -1: the next one
 };
 
 /// Series in one diagram whose y axis is logarithmic.
@@ -89,8 +91,9 @@ inline std::string gnuplot_script(const std::filesystem::path& svg, const Plot& 
     }
     script << "plot ";
     for (std::size_t s = 0; s < all.size(); ++s) {
-        script << (s > 0 ? ", " : "") << "$series" << s
-               << " using 1:2 with linespoints lw 2 ps 0.7 pt 7 lc rgb '#" << colours[s % colours.size()]
+        script << (s > 0 ? ", " : "") << "$series" << s << " using 1:2 with "
+               << (all[s].is_line ? "linespoints lw 2 ps 0.7 pt 7" : "points ps 0.7 pt 6") << " lc rgb '#"
+               << colours[(all[s].colour >= 0 ? static_cast<std::size_t>(all[s].colour) : s) % colours.size()]
                << "' title " << quoted(all[s].name);
         if (!all[s].points.front().label.empty())
             script << ", $series" << s << " using 1:2:3 with labels left offset 0.6,0.4 font ',11' notitle";

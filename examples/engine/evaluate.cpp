@@ -10,9 +10,12 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -42,7 +45,7 @@ With --recall it asks for codes of five digits that stand in the text, and the a
 
 struct Settings {
     std::string model, text, basis, calibration, csv, plot;
-    std::vector<std::string> recipes;
+    std::vector<std::string> recipes, results;
     Index first_token = 0, context = 2048, windows = 1, chunk = 32, threads = 0;
     Index seed = 1;
     bool json = false, recall = false;
@@ -323,7 +326,82 @@ kvplane_examples::Plot to_plot(const Evaluation& all) {
     return plot;
 }
 
+/// The recipes of a CSV file that an earlier run wrote, and their divergences. Throws Error (io, format).
+std::vector<std::pair<Result, double>> read_csv(const std::string& path) {
+    std::ifstream file(path);
+    std::string line;
+    const auto fields = [&] {
+        std::vector<std::string> all;
+        std::stringstream stream(line);
+        for (std::string field; std::getline(stream, field, ',');) all.push_back(field);
+        return all;
+    };
+    kvplane::require(static_cast<bool>(std::getline(file, line)), ErrorCode::io, path, ": cannot be read");
+    const std::vector<std::string> names = fields();
+    const auto column = [&](const char* name) {
+        const auto at = static_cast<std::size_t>(std::ranges::find(names, name) - names.begin());
+        kvplane::require(at < names.size(), ErrorCode::format, path, ": no column ", name,
+                         "; expected a file that evaluate --csv wrote, without --recall");
+        return at;
+    };
+    const std::size_t bits = column("true_bits"), kl = column("kl_mean");
+    std::vector<std::pair<Result, double>> results;
+    while (std::getline(file, line)) {
+        const std::vector<std::string> row = fields();
+        kvplane::require(row.size() == names.size(), ErrorCode::format, path, ": a row of ", row.size(),
+                         " fields, expected ", names.size());
+        Result result(row[0]);
+        result.size.bits_per_element = std::strtod(row[bits].c_str(), nullptr);
+        results.emplace_back(std::move(result), std::strtod(row[kl].c_str(), nullptr));
+    }
+    return results;
+}
+
+/// All recipes of several models. Those of kvplane's own that no other of them beats in both bits and divergence are
+/// joined: its frontier.
+kvplane_examples::Plot models_plot(const std::vector<std::string>& paths) {
+    kvplane_examples::Plot plot{"models",
+                                "Divergence of predictions from those of an exact cache",
+                                "true bits of an element of the cache",
+                                "mean KL divergence (nats)",
+                                {}};
+    const auto is_ours = [](const std::string& recipe) {
+        const std::string method = recipe.substr(0, recipe.find_first_of(":+@"));
+        return method == "latent" || method == "weighted" || method == "key_favored" ||
+               method == "standard" || method == "compact";
+    };
+    for (const std::string& path : paths) {
+        const std::string model = std::filesystem::path(path).stem().string();
+        const int colour = static_cast<int>(plot.series.size() / 2);
+        kvplane_examples::PlotSeries frontier{model + ": kvplane's frontier", {}, true, colour};
+        kvplane_examples::PlotSeries others{model + ": other recipes", {}, false, colour};
+        const auto results = read_csv(path);
+        for (const auto& each : results) {
+            const Result& result = each.first;
+            const double bits = result.size.bits_per_element;
+            const bool beaten = std::ranges::any_of(results, [&](const auto& other) {
+                return is_ours(other.first.recipe) && other.second < each.second &&
+                       other.first.size.bits_per_element <= bits;
+            });
+            auto& series = is_ours(result.recipe) && !beaten ? frontier : others;
+            series.points.push_back({bits, each.second, result.recipe});
+        }
+        std::ranges::sort(frontier.points, {}, &kvplane_examples::PlotPoint::x);
+        plot.series.push_back(std::move(frontier));
+        plot.series.push_back(std::move(others));
+    }
+    return plot;
+}
+
 void run(const Settings& settings) {
+    if (!settings.results.empty()) {
+        kvplane::require(!settings.plot.empty(), ErrorCode::option, "--results draws, which takes --plot");
+        return kvplane_examples::write_plot(settings.plot, models_plot(settings.results));
+    }
+    kvplane::require(!settings.model.empty(), ErrorCode::option, "--model is required");
+    kvplane::require(!settings.text.empty(), ErrorCode::option, "--text is required");
+    kvplane::require(!settings.recipes.empty(), ErrorCode::option, "--recipes is required");
+
     ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
     const Tokenizer tokenizer(model.file());
@@ -369,17 +447,15 @@ void run(const Settings& settings) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    using Need = Options::Need;
     Settings s;
     Options options("evaluate", summary);
-    options.text("--model FILE", s.model, "GGUF file of the model", Need::required);
-    options.text("--text FILE", s.text, "what it reads", Need::required);
+    options.text("--model FILE", s.model, "GGUF file of the model");
+    options.text("--text FILE", s.text, "what it reads");
     options.texts(
         "--recipes A,B,C", s.recipes,
         "see below; also allocated:norms|weights|measured:BITS, bits by layer; kept:RECIPE, with sinks and "
         "recent tokens in fp16; global:RECIPE, fp16 in layers with a sliding window; and of recipes with "
-        "latents svdq:1.25@keys=1/32, a share of the keys",
-        Need::required);
+        "latents svdq:1.25@keys=1/32, a share of the keys");
     options.number("--first-token N", s.first_token, {}, "of the text");
     options.number("--context N", s.context, {.least = first_compared + 2}, "tokens of a window");
     options.number("--windows N", s.windows, {.least = 1}, "consecutive windows");
@@ -397,6 +473,10 @@ int main(int count, char** arguments) {
     options.output_folder("--plot DIR", s.plot,
                           "also write DIR/evaluate.csv and, where gnuplot is installed, "
                           "DIR/evaluate.svg: KL over true bits, a point for each recipe");
+    options.texts("--results A,B,C", s.results,
+                  "files that --csv wrote, each named after its model: --plot draws DIR/models.svg of them, "
+                  "and nothing "
+                  "else is done");
     options.number("--threads N", s.threads, {.most = 1024}, "0: one a core");
     options.footer(kvplane::recipes::help());
     return options.run(count, arguments, [&] { run(s); });
