@@ -4,8 +4,8 @@
 // cache, then with every recipe, whose predictions from token 256 on are compared with the exact ones. A cache may
 // therefore pack a tile up to 31 tokens earlier than it would token by token.
 //
-// With --recall every window is a document with codes in it instead (recall.hpp), and what is measured is how well the
-// model finds them again.
+// With --recall every window is a document with codes in it instead (recall.hpp), and what is measured is how
+// well the model finds them again.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -357,8 +357,8 @@ std::vector<std::pair<Result, double>> read_csv(const std::string& path) {
     return results;
 }
 
-/// All recipes of several models. Those of kvplane's own that no other of them beats in both bits and divergence are
-/// joined: its frontier.
+/// All recipes of several models. Those of kvplane's own that no other of them beats in both bits and
+/// divergence are joined: its frontier.
 kvplane_examples::Plot models_plot(const std::vector<std::string>& paths) {
     kvplane_examples::Plot plot{"models",
                                 "Divergence of predictions from those of an exact cache",

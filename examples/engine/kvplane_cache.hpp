@@ -27,8 +27,8 @@ struct SharedWorkspace {
 /// One layer's kvplane cache behind the engine's interface.
 class KvplaneCache final : public LayerCache {
   public:
-    /// The parameters say what attention does: over a sliding window, which is all that is kept, or with keys left
-    /// out.
+    /// The parameters say what attention does: over a sliding window, which is all that is kept, or with keys
+    /// left out.
     KvplaneCache(const kvplane::CacheConfiguration& configuration, kvplane::TilePool& pool,
                  std::shared_ptr<SharedWorkspace> shared, const kvplane::AttentionParameters& parameters = {})
         : cache_(configuration, pool), shared_(std::move(shared)), parameters_(parameters) {}
@@ -67,8 +67,8 @@ class KvplaneCache final : public LayerCache {
     const kvplane::KvCache& cache() const noexcept { return cache_; }
 
   private:
-    /// A layer with a sliding window gives the pages of tokens that no later query sees back to the pool. Drafts may
-    /// be taken back, so that windows are those of the token after the sure ones.
+    /// A layer with a sliding window gives the pages of tokens that no later query sees back to the pool.
+    /// Drafts may be taken back, so that windows are those of the token after the sure ones.
     void drop_unseen() {
         const Index seen = cache_.tokens() - cache_.provisional_tokens() + 1 - parameters_.sliding_window;
         if (parameters_.sliding_window > 0 && seen > 0) cache_.drop_before(seen, 0);
@@ -140,8 +140,8 @@ struct CacheSize {
     double bits_per_element = 0.0;
 };
 
-/// The size of all layers together. An fp32 cache counts as 4 bytes for each number it holds. The elements of a layer
-/// with a sliding window are those of the window, which is all that it needs.
+/// The size of all layers together. An fp32 cache counts as 4 bytes for each number it holds. The elements of
+/// a layer with a sliding window are those of the window, which is all that it needs.
 inline CacheSize size_of(const ModelConfig& model, const LayerCaches& caches) {
     CacheSize size;
     double elements = 0.0;

@@ -26,10 +26,10 @@ class LayerCache {
     /// queries, tokens x (query_heads * head_dim) after RoPE, are for caches that adapt to them.
     virtual void append(const Matrix& keys, const Matrix& values, const Matrix& queries) = 0;
 
-    /// Attention of the last `queries.rows()` tokens appended, each over itself and all tokens before it, or as many
-    /// of them as the layer's window holds: out = softmax(q K^T / sqrt(head_dim)) V. `queries` after RoPE and `out`
-    /// are tokens x (query_heads * head_dim); query head h reads key/value head h / (query_heads / kv_heads).
-    /// `out` is resized.
+    /// Attention of the last `queries.rows()` tokens appended, each over itself and all tokens before it, or
+    /// as many of them as the layer's window holds: out = softmax(q K^T / sqrt(head_dim)) V. `queries` after
+    /// RoPE and `out` are tokens x (query_heads * head_dim); query head h reads key/value head h /
+    /// (query_heads / kv_heads). `out` is resized.
     virtual void attend(const Matrix& queries, Matrix& out) const = 0;
 
     /// The number of tokens so far, which is the position of the next one.
@@ -78,8 +78,8 @@ class ExactCache final : public LayerCache {
 // Implementation
 // ---------------------------------------------------------------------------------------------------------
 
-/// Makes room. Tokens that no query sees any more are dropped only where room is short, so that most appends move
-/// nothing.
+/// Makes room. Tokens that no query sees any more are dropped only where room is short, so that most appends
+/// move nothing.
 inline void ExactCache::reserve(Index more) {
     if (keys_[0].rows() >= tokens_ - first_ + more) return;
     const Index dropped = first_seen(tokens_) - first_, kept = tokens_ - first_ - dropped;

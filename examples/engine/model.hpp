@@ -5,7 +5,8 @@
 //                x += W_down (silu(W_gate n) * (W_up n))                  n = rms_norm(x)
 //   logits = W_embedding rms_norm(x)
 //
-// Architectures differ in traits (`architectures` below), and the pass asks for traits, never for an architecture.
+// Architectures differ in traits (`architectures` below), and the pass asks for traits, never for an
+// architecture.
 //
 // Attention goes through LayerCache (layer_cache.hpp), so the same model runs on any KV cache.
 //

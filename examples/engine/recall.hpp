@@ -4,8 +4,8 @@
 //   ... 160 tokens of prose ...
 //   The secret code of Karl is 70956.                                  each name once more, in another order
 //
-// A model that reads this can tell the digits of the second time from the first, and from nothing else. Divergence on
-// prose does not see whether a cache keeps what nobody has looked at yet; this does.
+// A model that reads this can tell the digits of the second time from the first, and from nothing else.
+// Divergence on prose does not see whether a cache keeps what nobody has looked at yet; this does.
 #pragma once
 
 #include <array>
@@ -44,9 +44,9 @@ void shuffle(Values& values, std::mt19937_64& random) {
 
 }  // namespace detail
 
-/// A document of `count` tokens with prose of the text from `first` on. The seed chooses codes and orders. Throws
-/// Error: option (too few tokens for all lines), index (a text that is too short), mismatch (a vocabulary whose
-/// digits are no tokens).
+/// A document of `count` tokens with prose of the text from `first` on. The seed chooses codes and orders.
+/// Throws Error: option (too few tokens for all lines), index (a text that is too short), mismatch (a
+/// vocabulary whose digits are no tokens).
 inline RecallDocument recall_document(const Tokenizer& tokenizer, const std::vector<TokenId>& text,
                                       kvplane::Index first, kvplane::Index count, std::uint64_t seed) {
     using kvplane::Index;

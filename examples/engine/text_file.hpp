@@ -23,8 +23,8 @@ inline std::vector<TokenId> read_tokens(const Tokenizer& tokenizer, const std::s
     return tokenizer.encode(text);
 }
 
-/// A context of `count` tokens: those of a text from `first` on, behind the one that the model expects in front of
-/// every text, if it does. Throws Error (index) where the text has fewer.
+/// A context of `count` tokens: those of a text from `first` on, behind the one that the model expects in
+/// front of every text, if it does. Throws Error (index) where the text has fewer.
 inline std::vector<TokenId> context_from(const Tokenizer& tokenizer, const std::vector<TokenId>& text,
                                          kvplane::Index first, kvplane::Index count) {
     const auto size = static_cast<kvplane::Index>(text.size());

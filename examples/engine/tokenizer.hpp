@@ -3,7 +3,7 @@
 // Encoding goes in three steps, each as the tokenizer was trained:
 //   1. special tokens (`<|im_start|>`, ...) are recognised wherever they stand, the longest first;
 //   2. what lies between is cut into pieces, as `tokenizer.ggml.pre` says:
-//        smollm   every digit (\p{N}) is a piece of its own, and what lies between digits is cut by GPT-2's pattern
+//        smollm   every digit (\p{N}) is a piece of its own; between digits GPT-2's pattern cuts:
 //                 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //        qwen2    (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|
 //                 \s*[\r\n]+|\s+(?!\S)|\s+
@@ -11,12 +11,12 @@
 //   3. the bytes of a piece are joined pair by pair: the pair of the earliest merge rule first, of equal ones the
 //      leftmost. SentencePiece joins characters, first what makes the token of the highest score.
 // A byte that has no token of its own (the vocabulary has none for bytes that UTF-8 hardly or never uses)
-// becomes the vocabulary's unknown token. Text that is not valid UTF-8 is encoded byte by byte all the same, and no
-// text is normalized.
+// becomes the vocabulary's unknown token. Text that is not valid UTF-8 is encoded byte by byte all the same,
+// and no text is normalized.
 //
-// decode() gives back the bytes that were encoded, except those that became the unknown token, and U+2581, which is a
-// space to SentencePiece. TextStream does it token by token and holds back the bytes of a character until it is
-// complete, so that what a program prints is valid UTF-8 at any moment.
+// decode() gives back the bytes that were encoded, except those that became the unknown token, and U+2581,
+// which is a space to SentencePiece. TextStream does it token by token and holds back the bytes of a
+// character until it is complete, so that what a program prints is valid UTF-8 at any moment.
 #pragma once
 
 #include <algorithm>
@@ -46,9 +46,9 @@ using TokenId = std::int32_t;
 /// concurrently.
 class Tokenizer {
   public:
-    /// Throws Error: (mismatch) for another kind of tokenizer than byte-level BPE (gpt2) with pre-tokenizer smollm or
-    /// qwen2 and SentencePiece (llama), or one that adds a space or an end, (format) where vocabulary and merge rules
-    /// do not fit together.
+    /// Throws Error: (mismatch) for another kind of tokenizer than byte-level BPE (gpt2) with pre-tokenizer
+    /// smollm or qwen2 and SentencePiece (llama), or one that adds a space or an end, (format) where
+    /// vocabulary and merge rules do not fit together.
     explicit Tokenizer(const Gguf& file);
 
     /// The ids of a text, special tokens in it included. Nothing is added in front or behind.
@@ -384,7 +384,7 @@ inline void Tokenizer::read_vocabulary(const Gguf& file) {
     }
 }
 
-/// SentencePiece's unigram file lists no pairs: whatever makes a normal token may be joined.
+/// SentencePiece lists no pairs: whatever makes a normal token may be joined.
 inline void Tokenizer::read_scores(const Gguf& file) {
     constexpr std::int64_t normal = 1;
     const Value &scores = file.value("tokenizer.ggml.scores"),

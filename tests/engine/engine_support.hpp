@@ -137,8 +137,8 @@ inline Bytes random_blocks(const engine::BlockFormat& format, std::uint64_t valu
     return bytes;
 }
 
-/// A model of two layers (of gemma3 seven, one of which sees all tokens) with random weights in every tensor type, and
-/// a tokenizer over single bytes.
+/// A model of two layers (of gemma3 seven, one of which sees all tokens) with random weights in every tensor
+/// type, and a tokenizer over single bytes.
 struct SmallModel {
     static constexpr Eigen::Index layers = 2, gemma_layers = 7, width = 256, query_heads = 4, kv_heads = 2,
                                   head_dim = 8, feed_forward = 96, vocabulary = 262, context = 1100,

@@ -221,7 +221,7 @@ TEST(Gguf, BlocksGiveTheValuesWorkedOutByHand) {
     EXPECT_EQ(v[31], 2 * (31 - 16));
     EXPECT_EQ(v[1], -32);
 
-    // Groups 0, 3 and 5 of Q4_K: steps 63, 1 and 9 + 16 * 2, lower ends 2, 40 and 7 + 16 * 1; d = 1, dmin = .5.
+    // Groups 0, 3 and 5 of Q4_K, d = 1, dmin = .5: steps 63, 1 and 9 + 16 * 2, lower ends 2, 40 and 7 + 16.
     block.assign(144, std::byte{0});
     at(block, 1, one), at(block, 3, half);
     at(block, 4, 63), at(block, 8, 2);   // group 0

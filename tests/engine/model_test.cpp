@@ -552,8 +552,8 @@ TEST_F(RealModel, ContinuesLikeTheReference) {
 
 class OtherModel : public testing::TestWithParam<const char*> {};
 
-/// Every 64th logit of some tokens, and the log-likelihoods of all targets, in which every logit takes part. Gemma's
-/// text is longer than its windows.
+/// Every 64th logit of some tokens, and the log-likelihoods of all targets, in which every logit takes part.
+/// Gemma's text is longer than its windows.
 TEST_P(OtherModel, GivesTheReferenceLogitsAndLikelihoods) {
     KVPLANE_NEEDS_MODEL_OF(GetParam());
     const auto reference = kvplane::SafetensorsFile::open(std::string(KVPLANE_TEST_DATA "/") + GetParam() +
