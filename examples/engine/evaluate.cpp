@@ -451,11 +451,12 @@ int main(int count, char** arguments) {
     Options options("evaluate", summary);
     options.text("--model FILE", s.model, "GGUF file of the model");
     options.text("--text FILE", s.text, "what it reads");
-    options.texts(
-        "--recipes A,B,C", s.recipes,
-        "see below; also allocated:norms|weights|measured:BITS, bits by layer; kept:RECIPE, with sinks and "
-        "recent tokens in fp16; global:RECIPE, fp16 in layers with a sliding window; and of recipes with "
-        "latents svdq:1.25@keys=1/32, a share of the keys");
+    options.texts("--recipes A,B,C", s.recipes,
+                  "see below; also allocated:norms|weights|measured:BITS, bits by layer; kept:RECIPE, with "
+                  "the sinks and recent "
+                  "tokens of standard; global:RECIPE, fp16 in layers with a sliding window; and of recipes "
+                  "with latents "
+                  "svdq:1.25@keys=1/32, a share of the keys");
     options.number("--first-token N", s.first_token, {}, "of the text");
     options.number("--context N", s.context, {.least = first_compared + 2}, "tokens of a window");
     options.number("--windows N", s.windows, {.least = 1}, "consecutive windows");

@@ -6,8 +6,8 @@
 //                             weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)
 //                             measured   the error of every width on the calibration text's cache, values rotated
 //   global:RECIPE           the recipe in layers that see all tokens, fp16 in those with a sliding window
-//   kept:RECIPE             the recipe with the sinks and recent tokens that kvplane's own recipes have, for
-//                           methods that keep none (block32, kivi)
+//   kept:RECIPE             the recipe with the sinks and recent tokens of `standard`, for methods that keep none
+//                           (block32, kivi)
 //   RECIPE@POLICY           what a read takes (recipes::read_policy()), as in key_favored:8:8@4
 //   RECIPE@keys=FRACTION    of recipes with latents, the share of keys that a query reads: svdq:1.25@keys=1/32
 #pragma once
