@@ -357,8 +357,8 @@ std::vector<std::pair<Result, double>> read_csv(const std::string& path) {
     return results;
 }
 
-/// All recipes of several models. Those of kvplane's own that no other of them beats in both bits and
-/// divergence are joined: its frontier.
+/// Recipes of several models. Those of kvplane's own that no other of them beats in both bits and divergence are
+/// joined: its frontier. Recipes of more than 10 bits would press all others together and are left out.
 kvplane_examples::Plot models_plot(const std::vector<std::string>& paths) {
     kvplane_examples::Plot plot{"models",
                                 "Divergence of predictions from those of an exact cache",
@@ -379,6 +379,7 @@ kvplane_examples::Plot models_plot(const std::vector<std::string>& paths) {
         for (const auto& each : results) {
             const Result& result = each.first;
             const double bits = result.size.bits_per_element;
+            if (bits > 10.0) continue;
             const bool beaten = std::ranges::any_of(results, [&](const auto& other) {
                 return is_ours(other.first.recipe) && other.second < each.second &&
                        other.first.size.bits_per_element <= bits;
