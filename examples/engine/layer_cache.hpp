@@ -87,7 +87,7 @@ inline void ExactCache::reserve(Index more) {
     for (std::vector<Matrix>* heads : {&keys_, &values_})
         for (Matrix& head : *heads) {
             Matrix larger(capacity, head_dim_);
-            larger.topRows(kept) = head.middleRows(dropped, kept);
+            if (kept > 0) larger.topRows(kept) = head.middleRows(dropped, kept);
             head = std::move(larger);
         }
     first_ += dropped;
