@@ -79,7 +79,8 @@ class ValuesInKeys {
                       step_.data());
             if (segment.scheme == Scheme::symmetric) {
                 const float to_lower = -(0.5f * power_of_two(segment.bits) + 0.5f);
-                for (Index c = 0; c < value_dim_; ++c) lower_[c] = to_lower * step_[c];
+                Eigen::Map<Eigen::ArrayXf>(lower_.data(), value_dim_) =
+                    to_lower * Eigen::Map<const Eigen::ArrayXf>(step_.data(), value_dim_);
             } else {
                 widen_row(isa, reinterpret_cast<const Eigen::half*>(keys + segment.lower_at), value_dim_,
                           lower_.data());
