@@ -44,8 +44,10 @@ class RowReference {
         const Index kv_head = head / c.group(),
                     position = parameters.first_position(cache_.tokens(), query_tokens) + token;
         const detail::ScoreRule<double> rule(parameters, head, query_tokens, c.key_head_dim);
-        const auto k = keys_.middleCols(kv_head * c.key_head_dim, c.key_head_dim),
-                   v = values_.middleCols(kv_head * c.value_head_dim, c.value_head_dim);
+        // Of no tokens all columns begin at the same place, which is none.
+        const Index at = keys_.rows() > 0 ? kv_head : 0;
+        const auto k = keys_.middleCols(at * c.key_head_dim, c.key_head_dim),
+                   v = values_.middleCols(at * c.value_head_dim, c.value_head_dim);
         Eigen::VectorXd scores = k * query.cast<double>().transpose();
         double largest = rule.sink_logit(), magnitude = 0.0;
         for (Index t = 0; t < scores.size(); ++t) {
