@@ -176,7 +176,7 @@ class Sequence {
     /// Numbers of several kinds, so that grids, extremes and weights are not always alike.
     Matrix numbers(Index rows, Index cols, float scale) {
         Matrix made = dice_.normal(rows, cols, scale);
-        if (kind_ == 1) made.col(cols / 2) *= 30.0f;
+        if (kind_ == 1 && rows > 0) made.col(cols / 2) *= 30.0f;
         if (kind_ == 2) made.array() += 5.0f * scale;
         if (kind_ == 3 && rows > 0) made.row(dice_.up_to(rows - 1)) *= 30.0f;
         if (kind_ == 4) made = made.unaryExpr([=](float x) { return x < 0.0f ? -scale : scale; }).eval();
