@@ -54,9 +54,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     next(content.dropped);
     next(content.window_first);
     for (auto& number : content.tile_first) next(number);
-    for (auto& number : content.tile_tokens) next(number);
+    for (auto* list : {&content.tile_tokens, &content.tile_row, &content.tile_shift, &content.tile_bits})
+        for (auto& number : *list) next(number);
     try {
-        KvCache loaded = content.restore(c, pool, "fuzz");
+        SafetensorsWriter writer;
+        content.add_to(writer);
+        KvCache loaded = load_cache(writer.to_bytes(), c, pool);
         use(loaded);
     } catch (const Error&) {
     }
