@@ -87,7 +87,9 @@ class RowReference {
         const Eigen::RowVectorXd centre = 0.5 * (top + bottom);
         double radius = (v.rowwise() - centre).rowwise().norm().maxCoeff();
         if (rule.sink_logit() > -infinity) radius = std::max(radius, centre.norm());
-        bound = theory::output_error_bound(score_error, radius, value_error);
+        // Numbers near the smallest float are rounded to multiples of it, each once or twice.
+        bound = theory::output_error_bound(score_error, radius, value_error) +
+                static_cast<double>(2 * (cache_.tokens() + c.value_head_dim)) * 0x1p-149;
         fp32 = 2.0 * rounding(cache_.tokens() + c.key_head_dim, 2.0 * most);
     }
 
