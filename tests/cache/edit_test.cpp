@@ -104,6 +104,14 @@ void expect_file(const KvCache& cache, std::mt19937_64& random) {
     EXPECT_EQ(loaded.error_bound().key, cache.error_bound().key);
 }
 
+KvCache filled_cache(const std::string& recipe, Index tokens, std::mt19937_64& random, TilePool& pool) {
+    const CacheConfiguration c = configuration(recipe);
+    KvCache cache(c, pool);
+    cache.append(normal_matrix(random, tokens, c.kv_heads * c.key_head_dim),
+                 normal_matrix(random, tokens, c.kv_heads * c.value_head_dim));
+    return cache;
+}
+
 class EditOfRecipe : public testing::TestWithParam<std::string> {
   protected:
     EditOfRecipe() : random_(kvplane_test::seed()) {}
@@ -340,10 +348,7 @@ TEST(Narrowing, TwiceIsOnceToTheNarrowest) {
 TEST(Narrowing, GivesPagesBackToThePool) {
     std::mt19937_64 random(seed());
     TilePool pool;
-    const CacheConfiguration c = configuration("key_favored:8:8");
-    KvCache cache(c, pool);
-    cache.append(normal_matrix(random, 1200, c.kv_heads * c.key_head_dim),
-                 normal_matrix(random, 1200, c.kv_heads * c.value_head_dim));
+    KvCache cache = filled_cache("key_favored:8:8", 1200, random, pool);
     cache.narrow(0, 1200, 4, 4);
     EXPECT_EQ(pool.bytes(), cache.bytes());
     pool.trim();
@@ -358,10 +363,7 @@ TEST(Narrowing, RefusesWhatHasNoPrefixAndChangesNothing) {
           std::tuple{"key_favored:8:2", 4, 1, "at least 2"}}) {
         SCOPED_TRACE(recipe);
         TilePool pool;
-        const CacheConfiguration c = configuration(recipe);
-        KvCache cache(c, pool);
-        cache.append(normal_matrix(random, 400, c.kv_heads * c.key_head_dim),
-                     normal_matrix(random, 400, c.kv_heads * c.value_head_dim));
+        KvCache cache = filled_cache(recipe, 400, random, pool);
         const Tokens before = stored(cache);
         try {
             cache.narrow(0, 400, key_bits, value_bits);
@@ -379,10 +381,8 @@ TEST(Narrowing, RefusesWhatHasNoPrefixAndChangesNothing) {
 TEST(Narrowing, PoliciesOfReadsAreRefused) {
     std::mt19937_64 random(seed());
     TilePool pool;
-    const CacheConfiguration c = configuration("key_favored:8:8");
-    KvCache cache(c, pool);
-    cache.append(normal_matrix(random, 400, c.kv_heads * c.key_head_dim),
-                 normal_matrix(random, 400, c.kv_heads * c.value_head_dim));
+    KvCache cache = filled_cache("key_favored:8:8", 400, random, pool);
+    const CacheConfiguration& c = cache.configuration();
     AttentionParameters parameters;
     parameters.read = ReadPolicy::fixed(4);
     const Matrix queries = normal_matrix(random, 1, c.query_heads * c.key_head_dim);
@@ -394,10 +394,7 @@ TEST(Narrowing, PoliciesOfReadsAreRefused) {
 TEST(Narrowing, RangesOfTokensComeBackAsNarrow) {
     std::mt19937_64 random(seed());
     TilePool pool;
-    const CacheConfiguration c = configuration("key_favored:7:6");
-    KvCache cache(c, pool);
-    cache.append(normal_matrix(random, 700, c.kv_heads * c.key_head_dim),
-                 normal_matrix(random, 700, c.kv_heads * c.value_head_dim));
+    KvCache cache = filled_cache("key_favored:7:6", 700, random, pool);
     cache.narrow(0, 260, 4, 4);
     cache.narrow(260, 400, 6, 4);
     cache.remove(4, 132);  // all others move
@@ -508,10 +505,8 @@ TEST(Removing, AShiftingContextTakesNoMoreThanAFreshOne) {
 TEST(Removing, WindowsAndDroppedTokensMoveToo) {
     std::mt19937_64 random(seed());
     TilePool pool;
-    const CacheConfiguration c = configuration("key_favored:4:4");
-    KvCache cache(c, pool);
-    cache.append(normal_matrix(random, 700, c.kv_heads * c.key_head_dim),
-                 normal_matrix(random, 700, c.kv_heads * c.value_head_dim));
+    KvCache cache = filled_cache("key_favored:4:4", 700, random, pool);
+    const CacheConfiguration& c = cache.configuration();
     cache.drop_before(300);
     cache.remove(400, 450);
     EXPECT_EQ(cache.first_kept(), 300);
