@@ -227,14 +227,26 @@ Matrix numbers(Index rows, Index cols, int salt) {
     return matrix;
 }
 
-/// A cache of 400 tokens, 420 of them appended, dropped before 150; and what attention of it gave when it was
-/// written.
-TEST(SavedCacheFile, ReadsFormat3) {
+CacheConfiguration layer_of_old_files() {
     CacheConfiguration c;
     c.query_heads = 2;
     c.key_head_dim = 16;
     c.value_head_dim = 8;
     c.recipe = recipes::parse("standard");
+    return c;
+}
+/// That attention is what it was when the file was written.
+void expect_attention(const KvCache& cache, const float (&expected)[2][16]) {
+    Matrix output(2, 16);
+    cache.attend(numbers(2, 32, 3), output);
+    for (Index r = 0; r < 2; ++r)
+        for (Index i = 0; i < 16; ++i) EXPECT_NEAR(output(r, i), expected[r][i], 1e-5f);
+}
+
+/// A cache of 400 tokens, 420 of them appended, dropped before 150; and what attention of it gave when it was
+/// written.
+TEST(SavedCacheFile, ReadsFormat3) {
+    const CacheConfiguration c = layer_of_old_files();
     TilePool pool;
     KvCache cache =
         load_cache(std::filesystem::path(KVPLANE_TEST_DATA) / "cache_format_3.safetensors", c, pool);
@@ -248,10 +260,7 @@ TEST(SavedCacheFile, ReadsFormat3) {
         {-0.241942167f, 0.101890549f, 0.428493023f, 0.695079327f, 0.96242547f, 0.611350775f, -0.99665159f,
          -0.829862058f, -0.793561399f, -0.576844752f, -0.294523507f, 0.074447304f, 0.332234621f, 0.676837146f,
          0.839789152f, 0.595299482f}};
-    Matrix output(2, 16);
-    cache.attend(numbers(2, 32, 3), output);
-    for (Index r = 0; r < 2; ++r)
-        for (Index i = 0; i < 16; ++i) EXPECT_NEAR(output(r, i), expected[r][i], 1e-5f);
+    expect_attention(cache, expected);
     // It is written in the format of today, and goes on.
     KvCache again = load_cache(to_bytes(cache), c, pool);
     again.append(numbers(300, 16, 4), numbers(300, 8, 5));
@@ -261,11 +270,7 @@ TEST(SavedCacheFile, ReadsFormat3) {
 
 /// 300 tokens, cut to 200, then 200 more, dropped before 150 but for 2; and what it was when it was written.
 TEST(SavedCacheFile, ReadsFormat4) {
-    CacheConfiguration c;
-    c.query_heads = 2;
-    c.key_head_dim = 16;
-    c.value_head_dim = 8;
-    c.recipe = recipes::parse("standard");
+    const CacheConfiguration c = layer_of_old_files();
     TilePool pool;
     const auto path = std::filesystem::path(KVPLANE_TEST_DATA) / "cache_format_4.safetensors";
     const KvCache cache = load_cache(path, c, pool);
@@ -282,20 +287,13 @@ TEST(SavedCacheFile, ReadsFormat4) {
         {-0.249408022f, 0.098305501f, 0.417232901f, 0.696458995f, 0.962456465f, 0.615868986f, -1.00189197f,
          -0.835858285f, -0.825896204f, -0.591320276f, -0.290349454f, 0.0497006588f, 0.344241709f,
          0.658134639f, 0.836688936f, 0.594186962f}};
-    Matrix output(2, 16);
-    cache.attend(numbers(2, 32, 3), output);
-    for (Index r = 0; r < 2; ++r)
-        for (Index i = 0; i < 16; ++i) EXPECT_NEAR(output(r, i), expected[r][i], 1e-5f);
+    expect_attention(cache, expected);
     EXPECT_EQ(load_cache(to_bytes(cache), c, pool).bytes(), 8000);
 }
 
 /// Their own checksum is looked at, too.
 TEST(SavedCacheFile, RefusesAlteredFilesOfOlderFormats) {
-    CacheConfiguration c;
-    c.query_heads = 2;
-    c.key_head_dim = 16;
-    c.value_head_dim = 8;
-    c.recipe = recipes::parse("standard");
+    const CacheConfiguration c = layer_of_old_files();
     TilePool pool;
     for (const char* name : {"cache_format_3.safetensors", "cache_format_4.safetensors"}) {
         const MappedFile file = MappedFile::open(std::filesystem::path(KVPLANE_TEST_DATA) / name);
