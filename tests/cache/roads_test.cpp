@@ -89,6 +89,14 @@ class Roads : public testing::TestWithParam<std::string> {
     }
 
     std::size_t phase_ = 0;
+    /// Draws the tokens; returns the file of a cache that took all of them at once.
+    std::vector<std::byte> drawn(const CacheConfiguration& c) {
+        draw(c);
+        KvCache plain(c, pool_);
+        append_some(plain, all);
+        return to_bytes(plain);
+    }
+
     std::mt19937_64 random_{seed()};
     TilePool pool_;
     Matrix keys_, values_;
@@ -98,10 +106,7 @@ TEST_P(Roads, MeetAfterAnyBorder) {
     for (const CacheConfiguration& c : configurations()) {
         SCOPED_TRACE("head_dims " + std::to_string(c.key_head_dim) + " and " +
                      std::to_string(c.value_head_dim));
-        draw(c);
-        KvCache plain(c, pool_);
-        append_some(plain, all);
-        const std::vector<std::byte> expected = to_bytes(plain);
+        const std::vector<std::byte> expected = drawn(c);
         KvCache until(c, pool_);
         for (const Index border : some_borders(c)) {
             SCOPED_TRACE("a border at " + std::to_string(border));
@@ -148,10 +153,7 @@ TEST_P(Roads, MeetHoweverTheyWind) {
     for (const CacheConfiguration& c : configurations()) {
         SCOPED_TRACE("head_dims " + std::to_string(c.key_head_dim) + " and " +
                      std::to_string(c.value_head_dim));
-        draw(c);
-        KvCache plain(c, pool_);
-        append_some(plain, all);
-        const std::vector<std::byte> expected = to_bytes(plain);
+        const std::vector<std::byte> expected = drawn(c);
         for (int round = 0, most = rounds(sanitized ? 1 : 5); round < most; ++round) {
             KvCache cache(c, pool_);
             std::string road;
