@@ -13,8 +13,8 @@
 namespace kvplane::detail {
 
 /// Appends tokens to `state`: as provisional ones, or as settled ones, in which case all others are settled
-/// first. values: nullptr where they are in keys. queries: [token][query_heads * key dim] after RoPE, or none. Throws Error (shape, not_finite,
-/// beyond_fp16, out_of_memory) and then has changed nothing.
+/// first. values: nullptr where they are in keys. queries: [token][query_heads * key dim] after RoPE, or none.
+/// Throws Error (shape, not_finite, beyond_fp16, out_of_memory) and then has changed nothing.
 void append_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, const AnyRows& keys,
                    const AnyRows* values, const AnyRows* queries, bool provisional);
 
