@@ -64,9 +64,11 @@ const std::map<std::string, std::uint64_t>& golden() {
 
 std::vector<std::string> recipes_and_more() {
     std::vector<std::string> names = recipe_names();
-    for (const char* more : {"key_favored:8:8", "key_favored:16:4", "key_favored:4:16", "key_favored:5:7",
-                             "key_favored:6:3", "key_favored:1:1", "kivi:8", "latent:8:8+fit_tokens=256",
-                             "latent:3:3+heads_together=1+fit_tokens=256"})
+    for (const char* more :
+         {"key_favored:8:8", "key_favored:16:4", "key_favored:4:16", "key_favored:5:7", "key_favored:6:3",
+          "key_favored:1:1", "kivi:8", "latent:8:8+fit_tokens=256",
+          "latent:3:3+heads_together=1+fit_tokens=256", "key_favored:4:2+value_scheme=unbiased",
+          "key_favored:5:3+value_scheme=unbiased+value_group=16+rotate_keys=1"})
         names.push_back(more);
     return names;
 }

@@ -8,8 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "kvplane/simd/isa.hpp"
 #include "kvplane/matrix.hpp"
+#include "kvplane/quantize/grid.hpp"
+#include "kvplane/simd/isa.hpp"
 
 namespace kvplane_test {
 
@@ -29,6 +30,63 @@ inline kvplane::Matrix uniform_matrix(kvplane::Index tokens, kvplane::Index chan
 struct NamedMatrix {
     std::string name;
     kvplane::Matrix values;
+};
+
+/// A group of values in the scheme `unbiased` by its definition, in the library's order of sums.
+struct UnbiasedGroup {
+    template <class Derived>
+    UnbiasedGroup(const Eigen::DenseBase<Derived>& values, int bits) {
+        const auto sum = [&](const auto& term) {
+            double sums[16] = {};
+            for (kvplane::Index i = 0; i < values.size(); ++i) sums[i % 16] += term(i);
+            for (int width = 8; width > 0; width /= 2)
+                for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+            return sums[0];
+        };
+        const auto value = [&](kvplane::Index i) {
+            return static_cast<float>(
+                values.derived()(values.rows() == 1 ? 0 : i, values.rows() == 1 ? i : 0));
+        };
+        const double squared =
+            sum([&](kvplane::Index i) { return static_cast<double>(value(i)) * value(i); });
+        constexpr float widths[] = {1.596f, 0.9957f, 0.5860f, 0.3352f, 0.1881f, 0.1041f, 0.0568f, 0.0307f};
+        const float width =
+            widths[bits - 1] * static_cast<float>(std::sqrt(squared / static_cast<double>(values.size())));
+        cells.bits = bits;
+        if (width >= 0x1p-26f) {
+            cells.step = width;
+            cells.lower = -std::ldexp(width, bits - 1);
+        }
+        const double product = sum([&](kvplane::Index i) {
+            return static_cast<double>(value(i)) * (cells.encode(value(i)) + 0.5 - std::ldexp(0.5, bits));
+        });
+        if (product <= 0.0) return;
+        const double exact = squared / product;
+        // To 4 significant bits, ties away from zero, not below 2^-17.
+        const double wanted = static_cast<double>(
+            static_cast<float>(Eigen::half(std::min(static_cast<float>(exact), 61440.0f))));
+        int exponent = 0;
+        std::frexp(wanted, &exponent);
+        const double unit = std::ldexp(1.0, std::max(exponent - 4, -17));
+        step = static_cast<float>(std::floor(wanted / unit + 0.5) * unit);
+        // The cells for which this step has no bias.
+        constexpr double elasticities[] = {0.0, 0.5445, 0.7964, 0.9153, 0.9670, 0.9879, 0.9957, 0.9985};
+        if (bits == 1 || step == 0.0f || cells.step == 0.0f) return;
+        const double wider =
+            1.0 + std::max(-0.25, std::min(0.25, (step / exact - 1.0) / elasticities[bits - 1]));
+        lower = static_cast<float>(wider * static_cast<double>(cells.lower));
+        cells.lower = lower;
+        inverse = -std::ldexp(0.5f, bits) / lower;
+    }
+    /// The code of one of the values.
+    int encode(float x) const {
+        if (inverse == 0.0f) return cells.encode(x);
+        return static_cast<int>(
+            std::min(std::max((x - lower) * inverse, 0.0f), static_cast<float>(cells.codes() - 1)));
+    }
+    kvplane::Grid cells;  ///< by which codes are chosen at first
+    float lower = 0.0f, inverse = 0.0f;
+    float step = 0.0f;  ///< as stored
 };
 
 /// What quantizers get wrong: outliers, huge means, constants, signed zeros, subnormals of both formats.

@@ -455,9 +455,9 @@ int main(int count, char** arguments) {
     options.texts("--recipes A,B,C", s.recipes,
                   "see below; also allocated:norms|weights|measured:BITS, bits by layer; kept:RECIPE, with "
                   "the sinks and recent "
-                  "tokens of standard; global:RECIPE, fp16 in layers with a sliding window; and of recipes "
-                  "with latents "
-                  "svdq:1.25@keys=1/32, a share of the keys");
+                  "tokens of standard; global:RECIPE, fp16 in layers with a sliding window; only:0-4:RECIPE, "
+                  "fp16 in all other layers; and of recipes with latents svdq:1.25@keys=1/32, a share of "
+                  "the keys");
     options.number("--first-token N", s.first_token, {}, "of the text");
     options.number("--context N", s.context, {.least = first_compared + 2}, "tokens of a window");
     options.number("--windows N", s.windows, {.least = 1}, "consecutive windows");

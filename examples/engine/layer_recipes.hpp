@@ -1,11 +1,12 @@
 // examples/engine/layer_recipes.hpp: recipes from their names on a command line, those by layer included.
 //
-// Five things are added to the names that kvplane/recipe_names.hpp knows:
+// Six things are added to the names that kvplane/recipe_names.hpp knows:
 //   allocated:SOURCE:BITS   key and value bits by layer, BITS true bits on average. SOURCE is
 //                             norms      |K|_F and |V|_F of a calibration text's cache, and 4^-b (published rule)
 //                             weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)
 //                             measured   the error of every width on the calibration text's cache, values rotated
 //   global:RECIPE           the recipe in layers that see all tokens, fp16 in those with a sliding window
+//   only:LAYERS:RECIPE      the recipe in some layers, as 3 or 0-4, fp16 in all others
 //   kept:RECIPE             the recipe with the sinks and recent tokens of `standard`, for methods that keep none
 //                           (block32, kivi)
 //   RECIPE@POLICY           what a read takes (recipes::read_policy()), as in key_favored:8:8@4
@@ -80,12 +81,20 @@ class LayerRecipes {
   private:
     CachePlan stored(const std::string& text) {
         if (text.starts_with("global:")) {
-            CachePlan plan = stored(text.substr(7));
-            plan.recipes.resize(static_cast<std::size_t>(model_.config().layers), plan.recipes[0]);
-            for (std::size_t i = 0; i < plan.recipes.size(); ++i)
-                if (model_.config().is_windowed(static_cast<Index>(i)))
-                    plan.recipes[i] = kvplane::recipes::fp16();
-            return plan;
+            return in_layers(text.substr(7),
+                             [&](Index layer) { return !model_.config().is_windowed(layer); });
+        }
+        if (text.starts_with("only:")) {
+            const char* at = text.c_str() + 5;
+            char* end = nullptr;
+            const long first = std::strtol(at, &end, 10);
+            const long last = *end == '-' ? std::strtol(end + 1, &end, 10) : first;
+            kvplane::require(
+                end != at && *end == ':' && first >= 0 && first <= last && last < model_.config().layers,
+                ErrorCode::option, "recipe '", text,
+                "', expected only:LAYERS:RECIPE, as only:3:", "standard or only:0-4:standard, of ",
+                model_.config().layers, " layers");
+            return in_layers(end + 1, [&](Index layer) { return layer >= first && layer <= last; });
         }
         if (text.starts_with("kept:")) {
             CachePlan plan = stored(text.substr(5));
@@ -113,6 +122,16 @@ class LayerRecipes {
         kvplane::require(*end == '\0' && bits > 0.0, ErrorCode::option, "recipe '", text, "': '",
                          text.substr(colon + 1), "', expected a mean number of bits");
         return {kvplane::recipes::key_favored(allocate(text, source, bits))};
+    }
+
+    /// The recipe in the layers that `chosen` says, fp16 in all others.
+    template <class Chosen>
+    CachePlan in_layers(const std::string& recipe, const Chosen& chosen) {
+        CachePlan plan = stored(recipe);
+        plan.recipes.resize(static_cast<std::size_t>(model_.config().layers), plan.recipes[0]);
+        for (std::size_t i = 0; i < plan.recipes.size(); ++i)
+            if (!chosen(static_cast<Index>(i))) plan.recipes[i] = kvplane::recipes::fp16();
+        return plan;
     }
 
     static void read(const std::string& text, const std::string& policy, CachePlan& plan) {

@@ -38,9 +38,11 @@ inline CacheRecipe fp16() {
     return recipe;
 }
 
-/// Symmetric blocks of 32 channels along the head, every token at once, nothing in fp16.
+/// Blocks of 32 channels along the head, around zero, every token at once, nothing in fp16: ggml's Q8_0 and
+/// Q4_0, the latter with all of its 16 levels.
 inline CacheRecipe block32(int bits, bool rotated = false) {
-    const SideRecipe side{bits, {Granularity::per_token, 32, Scheme::symmetric, Clip::none}, rotated};
+    const Scheme scheme = bits == 8 ? Scheme::symmetric : Scheme::full_range;
+    const SideRecipe side{bits, {Granularity::per_token, 32, scheme, Clip::none}, rotated};
     return {.name = detail::named("block32", bits).append(rotated ? ":rotated" : ""),
             .keys = side,
             .values = side,

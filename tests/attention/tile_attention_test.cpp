@@ -34,6 +34,13 @@ struct Encoded {
 
 constexpr float offsets[row_block_rows] = {};
 
+/// The steps of all grids of a segment.
+std::vector<float> steps(const Tile& tile, const TileFormat::Placed& s) {
+    std::vector<Eigen::half> room(static_cast<std::size_t>(s.grids));
+    const Eigen::half* const step = steps_of(s, tile.data(), 0, s.grids, room.data());
+    return {step, step + s.grids};
+}
+
 /// T14 for keys: what rounding the folded factors adds to a score at most, over all segments.
 double score_bound(const Encoded& keys, const Eigen::RowVectorXf& query) {
     const Index group = keys.format.rule().group;
@@ -58,17 +65,17 @@ double score_bound(const Encoded& keys, const Eigen::RowVectorXf& query) {
 /// The same for values, over all groups of channels.
 double output_bound(const Encoded& values, const Eigen::RowVectorXf& weights) {
     const TileFormat::Placed& s = values.format.segments()[0];
-    const auto* step = reinterpret_cast<const Eigen::half*>(values.tile.data() + s.step_at);
+    const std::vector<float> step = steps(values.tile, s);
     double largest = 0.0;
     for (Index i = 0; i < s.grids; ++i)
-        largest =
-            std::max(largest, static_cast<double>(weights[i % tile_tokens]) * static_cast<double>(step[i]));
+        largest = std::max(largest, static_cast<double>(weights[i % tile_tokens]) *
+                                        std::abs(static_cast<double>(step[static_cast<std::size_t>(i)])));
     return theory::rounded_factors_error(s.bits, s.split.shift(0), tile_tokens, largest);
 }
 
 std::vector<TileFormat> key_formats() {
     std::vector<TileFormat> formats;
-    for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+    for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric, Scheme::full_range})
         for (int bits = scheme == Scheme::symmetric ? 2 : 1; bits <= 8; ++bits)
             for (const Index channels : {1, 40, 64, 80, 128})
                 for (const Index group : {32, 128})
@@ -173,7 +180,8 @@ TEST(TileScores, ReachTheBoundOfRounding) {
 TEST(TileValues, IsThatOfTheDecodedTile) {
     Random random(kvplane_test::seed());
     AttentionScratch scratch(256);
-    for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+    for (const Scheme scheme :
+         {Scheme::cell, Scheme::min_max, Scheme::symmetric, Scheme::full_range, Scheme::unbiased})
         for (int bits = scheme == Scheme::symmetric ? 2 : 1; bits <= 8; ++bits)
             for (const Index channels : {16, 40, 64, 80, 96, 256})
                 for (const Index group : {Index{16}, Index{32}, whole_head})
@@ -213,7 +221,7 @@ Matrix partly_read(const Encoded& encoded, const std::vector<std::uint8_t>& plan
     std::size_t unit = 0;
     for (const TileFormat::Placed& s : encoded.format.segments()) {
         if (s.bits == 0) continue;
-        const auto* step = reinterpret_cast<const Eigen::half*>(encoded.tile.data() + s.step_at);
+        const std::vector<float> step = steps(encoded.tile, s);
         const auto* lower = reinterpret_cast<const Eigen::half*>(encoded.tile.data() + s.lower_at);
         const Index depth = plane_group_size(s.split), size = keys ? s.channels : tile_tokens;
         for (Index first = 0; first < size; first += depth, ++unit) {
@@ -233,8 +241,9 @@ Matrix partly_read(const Encoded& encoded, const std::vector<std::uint8_t>& plan
                 for (Index other = 0; other < (keys ? tile_tokens : s.channels); ++other) {
                     const Index g = keys ? other / group * s.channels + first + i
                                          : other / std::min(group, s.channels) * tile_tokens + first + i;
-                    const auto width = static_cast<float>(step[g]);
-                    const float middle = s.scheme == Scheme::symmetric
+                    const float width = step[static_cast<std::size_t>(g)];
+                    const float middle = s.scheme == Scheme::unbiased ? 0.0f
+                                         : s.scheme == Scheme::symmetric || s.scheme == Scheme::full_range
                                              ? -0.5f * width
                                              : static_cast<float>(lower[g]) + std::ldexp(width, s.bits - 1);
                     (keys ? all(other, s.first_channel + first + i) : all(first + i, other)) = middle;
@@ -283,7 +292,7 @@ TEST(PartialReads, AreThoseOfThePrefix) {
                         << format.segments()[0].bits << " bits, " << format.channels() << " channels";
             });
         }
-    for (const Scheme scheme : {Scheme::cell, Scheme::symmetric})
+    for (const Scheme scheme : {Scheme::cell, Scheme::symmetric, Scheme::full_range, Scheme::unbiased})
         for (int bits = 2; bits <= 8; ++bits)
             for (const Index channels : {16, 40, 128})
                 for (const auto& [group, some] : {std::pair{Index{16}, 1.0},

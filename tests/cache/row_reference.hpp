@@ -203,13 +203,13 @@ class RowReference {
                 double largest = 0.0;
                 for (Index i = 0; i < s.channels; ++i) {
                     const Index channel = s.first_channel + i;
-                    const double width = static_cast<double>(step[i]),
+                    const double width = std::abs(static_cast<double>(step[i])),
                                  factor = std::abs(static_cast<double>(met.query(0, channel))) * width;
                     largest = std::max(largest, factor);
                     error += factor * unread;
                     const double reach =
                         std::ldexp(width, s.bits) +
-                        (s.scheme == Scheme::symmetric ? 0.0 : std::abs(static_cast<double>(lower[i])));
+                        (has_lower(s.scheme) ? std::abs(static_cast<double>(lower[i])) : 0.0);
                     magnitudes += met.magnitudes[channel] * reach;
                 }
                 if (decodes) error += factors_error(s, s.channels, largest);
@@ -237,12 +237,12 @@ class RowReference {
         for (Index r = 0; r < runs; ++r) {
             double sum = 0.0, most = 0.0, widest = 0.0;
             for (Index t = 0; t < sequence_.tiles; ++t) {
-                const auto* const step =
-                    reinterpret_cast<const Eigen::half*>(sequence_.values(t, kv_head) + s.step_at) +
-                    r * tile_tokens;
+                Eigen::half room[tile_tokens];
+                const Eigen::half* const step =
+                    steps_of(s, sequence_.values(t, kv_head), r * tile_tokens, tile_tokens, room);
                 double largest = 0.0;
                 for (Index i = 0; i < sequence_[t].tokens; ++i) {
-                    const auto width = static_cast<double>(step[i]);
+                    const double width = std::abs(static_cast<double>(step[i]));
                     widest = std::max(widest, width);
                     largest = std::max(largest, weights_[sequence_[t].first + i] * width);
                 }

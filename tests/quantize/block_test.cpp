@@ -60,9 +60,11 @@ std::vector<GridRule> all_rules() {
     std::vector<GridRule> rules;
     for (const Granularity granularity : {Granularity::per_channel, Granularity::per_token})
         for (const Index group : {5, 32, 128})
-            for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+            for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric, Scheme::full_range})
                 for (const Clip clip : {Clip::none, Clip::mse_optimal})
                     rules.push_back({granularity, group, scheme, clip});
+    for (const Index group : {5, 32, 128})
+        rules.push_back({Granularity::per_token, group, Scheme::unbiased, Clip::none});
     return rules;
 }
 

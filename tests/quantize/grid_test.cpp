@@ -113,6 +113,49 @@ TEST(Fit, SymmetricDecodesMultiplesOfAlpha) {
     }
 }
 
+/// ggml's Q4_0: the value of the largest magnitude has the code 0, whatever its sign, and the step has the
+/// opposite one.
+TEST(Fit, FullRangeUsesEveryCode) {
+    for (int bits = 1; bits <= 8; ++bits) {
+        const float half = std::ldexp(0.5f, bits);
+        for (const auto& [min, max] : {std::pair{-half, 0.7f * half}, std::pair{-0.7f * half, half}}) {
+            const Grid grid = fit_grid(Scheme::full_range, bits, min, max);
+            const float largest = -min > max ? min : max;
+            EXPECT_EQ(grid.step, largest < 0.0f ? 1.0f : -1.0f) << bits;
+            EXPECT_EQ(grid.encode(largest), 0);
+            EXPECT_EQ(grid.decode(0), largest);
+            for (int code = 0; code < grid.codes(); ++code) {
+                EXPECT_EQ(grid.decode(code), grid.step * (static_cast<float>(code) - half));
+                EXPECT_EQ(grid.encode(grid.decode(code)), code);
+            }
+            EXPECT_EQ(grid.encode(-largest), grid.codes() - 1) << "clipped";
+            EXPECT_GE(grid.error_bound(), 0.5f);
+        }
+        // Equal magnitudes: the upper one has it, as in ggml only if it comes first.
+        EXPECT_EQ(fit_grid(Scheme::full_range, bits, -half, half).step, -1.0f);
+        EXPECT_EQ(fit_grid(Scheme::full_range, bits, 0.0f, 0.0f).step, 0.0f);
+    }
+}
+
+/// All steps that a byte can hold come back, and what lies between goes to the nearest.
+TEST(StepByte, RoundsToNearest) {
+    for (int byte = 0; byte < 248; ++byte) {
+        const auto at = [](int b) {
+            return static_cast<float>(kvplane::half_of_step(static_cast<std::uint8_t>(b)));
+        };
+        const float here = at(byte);
+        EXPECT_EQ(kvplane::step_byte(here), byte);
+        if (byte == 247) break;
+        const float next = at(byte + 1);
+        EXPECT_GT(next, here);
+        EXPECT_EQ(kvplane::step_byte(here + 0.49f * (next - here)), byte);
+        EXPECT_EQ(kvplane::step_byte(here + 0.51f * (next - here)), byte + 1);
+    }
+    EXPECT_EQ(kvplane::step_byte(65504.0f), 247);
+    EXPECT_EQ(kvplane::step_byte(1e30f), 247);
+    EXPECT_EQ(static_cast<float>(kvplane::half_of_step(247)), 61440.0f);
+}
+
 struct Range {
     float min, max;
 };
@@ -284,6 +327,8 @@ TEST(Names, AreTheWordsOfTheDesign) {
     EXPECT_STREQ(name(Scheme::cell), "cell");
     EXPECT_STREQ(name(Scheme::min_max), "min_max");
     EXPECT_STREQ(name(Scheme::symmetric), "symmetric");
+    EXPECT_STREQ(name(Scheme::full_range), "full_range");
+    EXPECT_STREQ(name(Scheme::unbiased), "unbiased");
     EXPECT_STREQ(kvplane::name(static_cast<Scheme>(9)), "unknown");
 }
 

@@ -225,10 +225,10 @@ void expect_fits(const std::vector<float>& min, const std::vector<float>& max, S
             };
             ASSERT_EQ(bits_of(fitted.lower[g]), bits_of(grid.lower)) << where();
             ASSERT_EQ(bits_of(fitted.step[g]), bits_of(grid.step)) << where();
-            ASSERT_EQ(bits_of(fitted.inverse[g]), bits_of(grid.step > 0.0f ? 1.0f / grid.step : 0.0f))
+            ASSERT_EQ(bits_of(fitted.inverse[g]), bits_of(grid.step != 0.0f ? 1.0f / grid.step : 0.0f))
                 << where();
             ASSERT_EQ(fitted.stored_step[g].x, Eigen::half(grid.step).x) << where();
-            if (scheme == Scheme::symmetric) continue;  // its lower follows from step, and is no fp16 value
+            if (!has_lower(scheme)) continue;  // its lower follows from step, and is no fp16 value
             ASSERT_EQ(fitted.stored_lower[g].x, Eigen::half(grid.lower).x) << where();
         }
     });
@@ -253,7 +253,7 @@ TEST(Kernels, FitEveryKindOfRange) {
         min.push_back(std::min(a, b));
         max.push_back(std::max(a, b));
     }
-    for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+    for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric, Scheme::full_range})
         for (int bits = scheme == Scheme::symmetric ? 2 : 1; bits <= 8; ++bits)
             expect_fits(min, max, scheme, bits);
 }
@@ -305,7 +305,7 @@ struct GridPlan {
 std::vector<GridPlan> all_plans() {
     std::vector<GridPlan> plans;
     for (const bool by_channel : {true, false})
-        for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+        for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric, Scheme::full_range})
             for (int bits = scheme == Scheme::symmetric ? 2 : 1; bits <= 8; ++bits)
                 plans.push_back({by_channel, scheme, bits});
     return plans;

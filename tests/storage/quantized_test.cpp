@@ -72,7 +72,7 @@ const std::vector<Method> all_functions{
 std::vector<Method> all_methods(const std::vector<int>& widths = {1, 2, 3, 4, 5, 6, 7, 8}) {
     std::vector<Method> methods;
     for (const Method& method : all_functions)
-        for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+        for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric, Scheme::full_range})
             for (const int bits : widths)
                 if (bits > 1 || scheme != Scheme::symmetric) methods.push_back(method.with(scheme, bits));
     return kvplane_test::thinned(std::move(methods));
@@ -114,7 +114,7 @@ std::map<std::array<Index, 3>, Range> ranges_of_groups(const Groups& groups, con
 /// Bytes of packed rows and grids by the table of planes, written out.
 Index expected_bytes(const Method& method, Index tokens, Index channels, Index grids) {
     const std::vector<std::vector<int>> planes{{}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {4, 4}};
-    Index bytes = grids * (method.scheme == Scheme::symmetric ? 2 : 4);
+    Index bytes = grids * (method.scheme == Scheme::symmetric || method.scheme == Scheme::full_range ? 2 : 4);
     for (const int width : planes[static_cast<std::size_t>(method.bits)])
         bytes += tokens * ((channels * width + 7) / 8);
     return bytes;
@@ -170,6 +170,10 @@ void expect_definition(const Method& method, const Matrix& values, Index heads) 
         const auto p = static_cast<std::size_t>(depth);
         EXPECT_LE(worst[p], q.error_bound(depth)) << "depth " << depth;
         EXPECT_LE(std::sqrt(squares[p]), q.frobenius_error_bound(depth)) << "depth " << depth;
+        if (method.scheme == Scheme::full_range) {  // its bounds count how far it clips
+            EXPECT_GE(q.error_bound(depth), largest_bound[p]) << "depth " << depth;
+            continue;
+        }
         EXPECT_EQ(q.error_bound(depth), largest_bound[p]) << "depth " << depth;
         EXPECT_NEAR(q.frobenius_error_bound(depth), std::sqrt(bound_squares[p]),
                     1e-9 * std::sqrt(bound_squares[p]))
@@ -591,7 +595,8 @@ std::vector<Grid> candidate_grids(const Method& method, const Range& range) {
         const double offset = static_cast<double>(kept) * reach;
         const float symmetric[] = {kept * range.min, kept * range.max};
         const float shrunk[] = {static_cast<float>(middle - offset), static_cast<float>(middle + offset)};
-        const auto& ends = method.scheme == Scheme::symmetric ? symmetric : shrunk;
+        const bool around_zero = method.scheme == Scheme::symmetric || method.scheme == Scheme::full_range;
+        const auto& ends = around_zero ? symmetric : shrunk;
         grids.push_back(kvplane::fit_grid(method.scheme, method.bits, ends[0], ends[1]));
     }
     return grids;
@@ -601,7 +606,7 @@ TEST(Clipping, TakesTheCandidateOfLeastSquaredError) {
     Random random(kvplane_test::seed());
     for (const auto& [input_name, values] : difficult_matrices(40, 24, random))
         for (const Method& base : all_functions)
-            for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+            for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric, Scheme::full_range})
                 for (const int bits : {2, 4}) {
                     const Method method = base.with(scheme, bits, Clip::mse_optimal);
                     SCOPED_TRACE(input_name + ", " + method.text());

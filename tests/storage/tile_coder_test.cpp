@@ -107,9 +107,16 @@ TEST(TileEncode, PutsGridsAndCodesWhereTheLayoutSays) {
                     const Index size = std::min(c.rule.group, (by_channel ? 128 : segment.channels) - first);
                     const auto group =
                         by_channel ? part.block(first, k, size, 1) : part.block(t, first, 1, size);
+                    const Grid stored = documented.grid(tile, s, t, k);
+                    if (segment.scheme == Scheme::unbiased) {
+                        const kvplane_test::UnbiasedGroup expected(group, segment.bits);
+                        ASSERT_EQ(stored.step, expected.step) << "token " << t << ", channel " << k;
+                        ASSERT_EQ(documented.code(tile, s, t, k), expected.encode(part(t, k)))
+                            << "token " << t << ", channel " << k;
+                        continue;
+                    }
                     const Grid grid =
                         fit_grid(segment.scheme, segment.bits, group.minCoeff(), group.maxCoeff());
-                    const Grid stored = documented.grid(tile, s, t, k);
                     ASSERT_EQ(stored.lower, grid.lower) << "token " << t << ", channel " << k;
                     ASSERT_EQ(stored.step, grid.step) << "token " << t << ", channel " << k;
                     ASSERT_EQ(documented.code(tile, s, t, k), grid.encode(part(t, k)))
@@ -122,8 +129,8 @@ TEST(TileEncode, PutsGridsAndCodesWhereTheLayoutSays) {
                 std::fill_n(tile.begin() + at, count, std::byte{0});
             };
             if (segment.bits == 16 && c.side == TileSide::keys) clear(segment.exponent_at, segment.channels);
-            if (segment.grids > 0) clear(segment.step_at, 2 * segment.grids);
-            if (segment.grids > 0 && segment.scheme != Scheme::symmetric)
+            if (segment.grids > 0) clear(segment.step_at, documented.step_bytes(segment) * segment.grids);
+            if (segment.grids > 0 && documented.has_lower(segment))
                 clear(segment.lower_at, 2 * segment.grids);
             for (std::size_t p = 0; p < segment.planes.size(); ++p)
                 for (Index t = 0; t < 128; ++t)
@@ -360,7 +367,8 @@ TEST(TileAppend, LeavesOtherTokensAlone) {
     }
 }
 
-/// What is left of a tile whose later tokens were cleared is the tile of the others, where grids do not span tokens.
+/// What is left of a tile whose later tokens were cleared is the tile of the others, where grids do not span
+/// tokens.
 TEST(TileClear, LeavesTheTileOfTheFirstTokens) {
     Random random(kvplane_test::seed());
     for (const Case& c : all_cases({33, 64}, all_rules())) {
@@ -418,8 +426,8 @@ TEST(TileSegments, StandAlone) {
             const auto same = [&](Index at, Index other, Index size) {
                 return std::equal(tile.begin() + at, tile.begin() + at + size, alone.begin() + other);
             };
-            ASSERT_TRUE(same(here.step_at, there.step_at, 2 * here.grids)) << c.text();
-            if (here.scheme != Scheme::symmetric) {
+            ASSERT_TRUE(same(here.step_at, there.step_at, all.step_bytes(here) * here.grids)) << c.text();
+            if (all.has_lower(here)) {
                 ASSERT_TRUE(same(here.lower_at, there.lower_at, 2 * here.grids)) << c.text();
             }
             for (std::size_t p = 0; p < here.planes.size(); ++p)

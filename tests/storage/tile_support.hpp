@@ -59,8 +59,8 @@ struct DocumentedTile {
             if (bits >= 1 && bits <= 8) {
                 s.grids =
                     rule.granularity == Granularity::per_channel ? 128 / rule.group * size : runs(size) * 128;
-                s.step_at = take(2 * s.grids);
-                if (s.scheme != Scheme::symmetric) s.lower_at = take(2 * s.grids);
+                s.step_at = take(step_bytes(s) * s.grids);
+                if (has_lower(s)) s.lower_at = take(2 * s.grids);
             }
             if (bits == 16 && side == TileSide::keys) s.exponent_at = take((size + 1) / 2 * 2);
             channels += size;
@@ -71,6 +71,10 @@ struct DocumentedTile {
             for (const int width : s.planes) s.plane_at.push_back(take(plane_bytes(s.channels, width)));
     }
 
+    static Index step_bytes(const DocumentedSegment& s) { return s.scheme == Scheme::unbiased ? 1 : 2; }
+    static bool has_lower(const DocumentedSegment& s) {
+        return s.scheme == Scheme::cell || s.scheme == Scheme::min_max;
+    }
     Index runs(Index size) const { return (size + rule.group - 1) / rule.group; }
     Index take(Index size) {
         const Index at = bytes;
@@ -120,9 +124,17 @@ struct DocumentedTile {
             return static_cast<float>(
                 Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(high << 8 | low)));
         };
-        Grid stored{0.0f, half_at(s.step_at), s.bits};
-        stored.lower = s.scheme == Scheme::symmetric ? -stored.step * (std::ldexp(0.5f, s.bits) + 0.5f)
-                                                     : half_at(s.lower_at);
+        Grid stored{0.0f, 0.0f, s.bits};
+        if (s.scheme == Scheme::unbiased) {  // 5 bits of exponent, 3 of fraction
+            const int byte = std::to_integer<int>(tile[static_cast<std::size_t>(s.step_at + g)]);
+            const int exponent = byte >> 3, fraction = byte & 7;
+            stored.step = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -17)
+                                        : std::ldexp(static_cast<float>(8 + fraction), exponent - 18);
+            stored.lower = -stored.step * std::ldexp(0.5f, s.bits);
+            return stored;
+        }
+        stored.step = half_at(s.step_at);
+        stored.lower = has_lower(s) ? half_at(s.lower_at) : -stored.step * (std::ldexp(0.5f, s.bits) + 0.5f);
         return stored;
     }
 };
@@ -153,11 +165,14 @@ struct Case {
     }
 };
 
-inline std::vector<GridRule> all_rules(const std::vector<Scheme>& schemes = {Scheme::cell, Scheme::min_max,
-                                                                             Scheme::symmetric}) {
+inline std::vector<GridRule> all_rules(const std::vector<Scheme>& schemes = {
+                                           Scheme::cell, Scheme::min_max, Scheme::symmetric,
+                                           Scheme::full_range, Scheme::unbiased}) {
     std::vector<GridRule> rules;
     for (const Scheme scheme : schemes) {
-        for (const Index group : {32, 64, 128}) rules.push_back({Granularity::per_channel, group, scheme});
+        if (scheme != Scheme::unbiased)
+            for (const Index group : {32, 64, 128})
+                rules.push_back({Granularity::per_channel, group, scheme});
         for (const Index group : {5, 32, 64, 256}) rules.push_back({Granularity::per_token, group, scheme});
     }
     return rules;

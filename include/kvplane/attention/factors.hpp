@@ -34,7 +34,7 @@ constexpr Index padded_depth(Index count) noexcept {
 struct Factors {
     const float* x;  ///< [row][stride], of which `count` are used
     Index stride, count;
-    const Eigen::half *step, *lower;  ///< [count]; lower is nullptr on symmetric grids
+    const Eigen::half *step, *lower;  ///< [count]; lower is nullptr where grids have none
     float centre;                     ///< the middle of all codes, in steps above lower, or above 0
     float middle, middle_below;       ///< the middle code, of all planes and of those below the first
     Index depth;                      ///< `count` in whole units; factors beyond count are 0

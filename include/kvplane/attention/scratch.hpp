@@ -49,6 +49,7 @@ class AttentionScratch {
         sums_.resize(2 * size);
         scores_.resize(static_cast<std::size_t>(row_block_rows * tile_tokens));
         rows_.resize(static_cast<std::size_t>(token_block * depth));
+        steps_.resize(static_cast<std::size_t>(tile_tokens));
         unread_.resize(2 * groups);
         active_.resize(groups / unit_lanes + 1);
         prefix_planes_.resize(groups);
@@ -60,9 +61,10 @@ class AttentionScratch {
     Index depth() const noexcept { return depth_; }
     /// [2 row_block_rows][depth]: factors, or their high halves, then low halves
     std::int8_t* factors(Index row) noexcept { return factors_.data() + row * depth_; }
-    float* folded() noexcept { return folded_.data(); }     ///< [4][depth]
-    std::int32_t* sums() noexcept { return sums_.data(); }  ///< [blocks][2 row_block_rows][16]
-    float* scores() noexcept { return scores_.data(); }     ///< [row_block_rows][128]
+    float* folded() noexcept { return folded_.data(); }      ///< [4][depth]
+    std::int32_t* sums() noexcept { return sums_.data(); }   ///< [blocks][2 row_block_rows][16]
+    float* scores() noexcept { return scores_.data(); }      ///< [row_block_rows][128]
+    Eigen::half* steps() noexcept { return steps_.data(); }  ///< [128] of values
     RowView<float> rows() noexcept { return {rows_.data(), depth_, token_block}; }
 
     /// The groups of the tile that is read (which = 0) or of the one that is read next (1), by depth.
@@ -127,6 +129,7 @@ class AttentionScratch {
     std::vector<std::int8_t> factors_;
     std::vector<float> folded_, scores_, rows_;
     std::vector<std::int32_t> sums_;
+    std::vector<Eigen::half> steps_;
     // Of prefix reads.
     std::vector<float> unread_;                ///< [2][depth]
     std::vector<std::uint8_t> prefix_planes_;  ///< the planes that prefix_ was made for

@@ -77,8 +77,8 @@ class ValuesInKeys {
             pack_segment(*values_, 0, codes_, 0, tile_tokens, page_.data());
             widen_row(isa, reinterpret_cast<const Eigen::half*>(keys + segment.step_at), value_dim_,
                       step_.data());
-            if (segment.scheme == Scheme::symmetric) {
-                const float to_lower = -(0.5f * power_of_two(segment.bits) + 0.5f);
+            if (!has_lower(segment.scheme)) {
+                const float to_lower = lower_in_steps(segment.scheme, segment.bits);
                 Eigen::Map<Eigen::ArrayXf>(lower_.data(), value_dim_) =
                     to_lower * Eigen::Map<const Eigen::ArrayXf>(step_.data(), value_dim_);
             } else {

@@ -107,10 +107,11 @@ inline KeyFrame frame(std::string_view recipe, std::string_view text) {
 }
 
 inline Scheme scheme(std::string_view recipe, std::string_view text) {
-    for (const Scheme scheme : {Scheme::cell, Scheme::min_max, Scheme::symmetric})
+    for (const Scheme scheme :
+         {Scheme::cell, Scheme::min_max, Scheme::symmetric, Scheme::full_range, Scheme::unbiased})
         if (text == name(scheme)) return scheme;
     fail(ErrorCode::option, "recipe '", recipe, "': scheme '", text,
-         "', expected cell, min_max or symmetric");
+         "', expected cell, min_max, symmetric, full_range or unbiased");
 }
 
 /// The name of a recipe, while a setting of it is read.
@@ -134,9 +135,9 @@ inline constexpr std::array<NamedSetting, 18> settings{{
      [](CacheRecipe& r, const Setting& s) { r.recent_tokens = s.number(); }},
     {"recent_bits", "8|16", "of tokens until then", false,
      [](CacheRecipe& r, const Setting& s) { r.recent_bits = static_cast<int>(s.number()); }},
-    {"key_scheme", "cell|min_max|symmetric", "grids of keys", false,
+    {"key_scheme", "cell|min_max|symmetric|full_range", "grids of keys", false,
      [](CacheRecipe& r, const Setting& s) { r.keys.rule.scheme = s.as_scheme(); }},
-    {"value_scheme", "cell|min_max|symmetric", "grids of values", false,
+    {"value_scheme", "cell|min_max|...|unbiased", "grids of values", false,
      [](CacheRecipe& r, const Setting& s) { r.values.rule.scheme = s.as_scheme(); }},
     {"key_clip", "0|1", "intervals of least squared error", false,
      [](CacheRecipe& r, const Setting& s) { r.keys.rule.clip = s.as_clip(); }},

@@ -16,6 +16,7 @@
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/quantize/kernels.hpp"
 #include "kvplane/quantize/rule.hpp"
+#include "kvplane/quantize/unbiased.hpp"
 #include "kvplane/simd/isa.hpp"
 
 namespace kvplane::detail {
@@ -85,7 +86,8 @@ class BlockQuantizer {
 
   private:
     /// Rows in the form that kernels need: contiguous, with runs of `group` channels padded to a multiple of
-    /// 16 by repeating a value of the run. They are the input's own memory if it has that form already.
+    /// 16 by repeating a value of the run, or with zeros for unbiased grids. They are the input's own memory
+    /// if it has that form already.
     struct Prepared {
         SourceRows rows;
         Index channels;  ///< of the padded row
@@ -109,8 +111,11 @@ class BlockQuantizer {
             for (Index run = 0; run < runs; ++run)
                 for (Index i = 0; i < padded_group; ++i, ++to) {
                     const Index used = std::min(group, block.channels - run * group);
-                    *to = *rows.at(block.head, block.first + t,
-                                   block.first_channel + run * group + std::min(i, used - 1));
+                    if (i >= used && rule_.scheme == Scheme::unbiased)
+                        *to = Scalar(0.0f);
+                    else
+                        *to = *rows.at(block.head, block.first + t,
+                                       block.first_channel + run * group + std::min(i, used - 1));
                 }
         return {{source_.data(), scalar_type<Scalar>, padded}, padded, padded_group, true};
     }
@@ -124,11 +129,15 @@ class BlockQuantizer {
         if (!column_extremes(isa_, source.rows, count, source.channels, min_.data(), max_.data()))
             refuse_first_bad_value(rows, block.argument);
         fit(source.channels, channels, block);
-        if (rule_.clip == Clip::mse_optimal)
-            for (Index c = 0; c < channels; ++c)
-                shrink(c, count, [&](Index i) {
-                    return static_cast<float>(*rows.at(block.head, block.first + i, block.first_channel + c));
-                });
+        for (Index c = 0; c < channels; ++c) {
+            const auto value = [&](Index i) {
+                return static_cast<float>(*rows.at(block.head, block.first + i, block.first_channel + c));
+            };
+            if (rule_.clip == Clip::mse_optimal)
+                shrink(c, count, value);
+            else if (rule_.scheme == Scheme::full_range)
+                note_outside(c, count, value);
+        }
         std::copy_n(stored_lower_.begin(), channels, lower_.begin() + at);
         std::copy_n(stored_step_.begin(), channels, step_.begin() + at);
         std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : block.codes;
@@ -149,21 +158,41 @@ class BlockQuantizer {
         reserve(padded_channels(count * runs));
         if (!row_extremes(isa_, source.rows, count, source.channels, source.group, min_.data(), max_.data()))
             refuse_first_bad_value(rows, block.argument);
-        fit(padded_channels(count * runs), count * runs, block);
-        if (rule_.clip == Clip::mse_optimal)
+        const auto each_group = [&](const auto& body) {
             for (Index g = 0; g < count * runs; ++g) {
                 const Index start = g % runs * group;
-                shrink(g, std::min(group, channels - start), [&](Index i) {
+                body(g, std::min(group, channels - start), [&](Index i) {
                     return static_cast<float>(
                         *rows.at(block.head, block.first + g / runs, block.first_channel + start + i));
                 });
             }
-        std::copy_n(stored_lower_.begin(), count_, lower_.begin());
-        std::copy_n(stored_step_.begin(), count_, step_.begin());
+        };
         std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : block.codes;
         const Index stride = source.padded ? source.channels : block.code_stride;
-        encode_rows(isa_, source.rows, count, source.channels, source.group, bits_, fp_lower_.data(),
-                    inverse_.data(), to, stride);
+        const TokenRuns token_runs{source.rows, count, source.channels, source.group};
+        if (rule_.scheme == Scheme::unbiased) {
+            unbiased_cells(isa_, token_runs, {group, channels}, bits_, fp_lower_.data(), inverse_.data());
+        } else {
+            fit(padded_channels(count * runs), count * runs, block);
+            if (rule_.clip == Clip::mse_optimal)
+                each_group([&](Index g, Index size, const auto& value) { shrink(g, size, value); });
+            else if (rule_.scheme == Scheme::full_range)
+                each_group([&](Index g, Index size, const auto& value) { note_outside(g, size, value); });
+        }
+        const auto encode = [&] {
+            encode_rows(isa_, source.rows, count, source.channels, source.group, bits_, fp_lower_.data(),
+                        inverse_.data(), to, stride);
+        };
+        encode();
+        if (rule_.scheme == Scheme::unbiased) {
+            unbiased_steps(isa_, token_runs, to, stride, bits_,
+                           {fp_lower_.data(), inverse_.data(), stored_step_.data()});
+            encode();
+            excess_ = unbiased_excess(isa_, token_runs, to, stride, bits_, stored_step_.data());
+            std::fill_n(stored_lower_.begin(), count_, Eigen::half(0.0f));
+        }
+        std::copy_n(stored_lower_.begin(), count_, lower_.begin());
+        std::copy_n(stored_step_.begin(), count_, step_.begin());
         if (!source.padded) return;
         for (Index t = 0; t < count; ++t)
             for (Index run = 0; run < runs; ++run)
@@ -212,7 +241,7 @@ class BlockQuantizer {
             const float kept = static_cast<float>(percent) / 100.0f;
             const double offset = static_cast<double>(kept) * reach;
             float low = min_[at], high = max_[at];
-            if (rule_.scheme == Scheme::symmetric) {
+            if (!has_lower(rule_.scheme)) {
                 low *= kept;
                 high *= kept;
             } else if (percent < 100) {
@@ -230,13 +259,21 @@ class BlockQuantizer {
             best = grid;
         }
         fp_lower_[at] = best.lower;
-        inverse_[at] = best.step > 0.0f ? 1.0f / best.step : 0.0f;
+        fp_step_[at] = best.step;
+        inverse_[at] = best.step != 0.0f ? 1.0f / best.step : 0.0f;
         stored_lower_[at] = Eigen::half(best.lower);
         stored_step_[at] = Eigen::half(best.step);
-        if (best.step == 0.0f) return;
+        note_outside(g, size, value);
+    }
+    /// Adds how far values lie outside grid g to excess_.
+    template <class Value>
+    void note_outside(Index g, Index size, const Value& value) {
+        const auto at = static_cast<std::size_t>(g);
+        const Grid grid{fp_lower_[at], fp_step_[at], bits_};
+        if (grid.step == 0.0f) return;
+        const double low = std::min(grid.lower, grid.upper()), high = std::max(grid.lower, grid.upper());
         for (Index i = 0; i < size; ++i) {
-            const double x = value(i);
-            const double outside = std::max({0.0, best.lower - x, x - static_cast<double>(best.upper())});
+            const double x = value(i), outside = std::max({0.0, low - x, x - high});
             excess_.largest = std::max(excess_.largest, outside);
             excess_.energy += outside * outside;
         }

@@ -33,7 +33,7 @@ struct SourceRows {
 struct GridArrays {
     float* lower;
     float* step;
-    float* inverse;  ///< 1 / step, 0 where step is 0
+    float* inverse;  ///< 1 / step, or 0 where step is 0
     Eigen::half* stored_lower;
     Eigen::half* stored_step;
 };
@@ -81,9 +81,7 @@ struct Extremes {
     }
     /// Keeps all bits of a lane of `good` set if all values of the lane can be stored, and clears them
     /// otherwise.
-    KVPLANE_INLINE void good_lanes(Ints<Lanes>& good) const {
-        good &= inside;
-    }
+    KVPLANE_INLINE void good_lanes(Ints<Lanes>& good) const { good &= inside; }
 };
 
 template <int Lanes, int Strips, class Scalar>
@@ -148,7 +146,15 @@ KVPLANE_INLINE void fit_lanes(Scheme scheme, int bits, const Floats<Lanes>& min,
         const F low = (F)((Words<Lanes>)min & 0x7FFFFFFFu), high = (F)((Words<Lanes>)max & 0x7FFFFFFFu);
         step = (low < high ? high : low) / static_cast<float>((1 << (bits - 1)) - 1);
         simd::round_above<Lanes>(step);
-        lower = -step * (0.5f * codes + 0.5f);
+        lower = step * lower_in_steps(scheme, bits);
+        return;
+    }
+    if (scheme == Scheme::full_range) {
+        const F low = (F)((Words<Lanes>)min & 0x7FFFFFFFu), high = (F)((Words<Lanes>)max & 0x7FFFFFFFu);
+        step = (low <= high ? high : low) / (0.5f * codes);
+        simd::round_above<Lanes>(step);
+        step = low <= high ? F{} - step : step;
+        lower = step * lower_in_steps(scheme, bits);
         return;
     }
     F constant = min;
@@ -170,7 +176,7 @@ KVPLANE_INLINE void fit_grids(Scheme scheme, int bits, Index count, const float*
         load(low, min + i);
         load(high, max + i);
         fit_lanes<Lanes>(scheme, bits, low, high, lower, step);
-        const Floats<Lanes> inverse = step > 0.0f ? 1.0f / step : Floats<Lanes>{};
+        const Floats<Lanes> inverse = step != 0.0f ? 1.0f / step : Floats<Lanes>{};
         store(grids.lower + i, lower);
         store(grids.step + i, step);
         store(grids.inverse + i, inverse);

@@ -39,13 +39,29 @@ struct GridRule {
         return granularity == Granularity::per_channel ? groups_of(tokens, group) * channels
                                                        : tokens * groups_of(channels, group);
     }
-    /// Bytes that one grid takes in storage: an fp16 step, and an fp16 lower unless that follows from step.
-    Index bytes_per_grid() const noexcept { return scheme == Scheme::symmetric ? 2 : 4; }
+    /// Bytes that one grid takes in storage: a step, and an fp16 lower unless that follows from it.
+    Index bytes_per_grid() const noexcept { return step_bytes(scheme) + (has_lower(scheme) ? 2 : 0); }
 
     bool operator==(const GridRule&) const = default;
 };
 
-/// How far clipped values lie outside their grids' intervals: 0 without clipping.
+namespace detail {
+
+/// Throws Error (option) for what no grid can be: a width that the scheme has not, or unbiased grids per
+/// channel or with clipping.
+inline void require_grids(const GridRule& rule, Scheme scheme, int bits) {
+    require_width(bits, scheme);
+    require(scheme != Scheme::unbiased || rule.granularity == Granularity::per_token, ErrorCode::option,
+            "grids: scheme unbiased per channel, expected per token: what it keeps is the length of tokens");
+    require(scheme != Scheme::unbiased || rule.clip == Clip::none, ErrorCode::option,
+            "grids: scheme unbiased with clipping to the least squared error, expected none: its step is "
+            "another");
+}
+
+}  // namespace detail
+
+/// By how much errors exceed half a step: how far clipped values lie outside their grids' intervals, and what
+/// unbiased steps differ by from those that codes were chosen for. 0 without either.
 struct ClipExcess {
     double largest = 0.0;  ///< the furthest
     double energy = 0.0;   ///< sum of squares

@@ -6,7 +6,8 @@
 // narrow ones: no value is further from its cell's middle than half of it. In the frame of a rotation that is
 // as true as in any other.
 //
-// Symmetric grids have no such prefix: what is left would not be symmetric to 0. fp16 numbers have none that
+// Grids around a code of zero (symmetric, full_range) have no such prefix: what is left would not be
+// symmetric to 0. fp16 numbers have none that
 // is worth keeping: where other channels are narrowed, they stay.
 #pragma once
 

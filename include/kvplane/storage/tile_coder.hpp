@@ -93,6 +93,7 @@ class TileCoder {
     ClipExcess excess_;
     std::vector<TileCodes> codes_;                    ///< one a segment
     std::vector<float> lower_, step_;                 ///< all grids of a segment, as floats
+    std::vector<Eigen::half> half_steps_;             ///< the same steps where a byte each is stored
     std::vector<float> row_lower_, row_step_;         ///< [channel] those of one row
     std::vector<float> decoded_;                      ///< rows padded to what kernels take
     std::vector<std::uint16_t> half_bits_, largest_;  ///< [channel] of one token; over all tokens
@@ -184,10 +185,12 @@ inline void TileCoder::clear(std::byte* tile, Index first, Index last) {
             }
         if (!segment.has_grids() || format_.rule().granularity == Granularity::per_channel) continue;
         for (Index run = 0; run < segment.grids / tile_tokens; ++run) {
-            const auto bytes = static_cast<std::size_t>(last - first) * sizeof(Eigen::half);
-            const Index at = (run * tile_tokens + first) * static_cast<Index>(sizeof(Eigen::half));
-            std::memset(tile + segment.step_at + at, 0, bytes);
-            if (segment.scheme != Scheme::symmetric) std::memset(tile + segment.lower_at + at, 0, bytes);
+            const Index at = run * tile_tokens + first, count = last - first;
+            const auto zero = [&](Index from, Index bytes) {
+                std::memset(tile + from + at * bytes, 0, static_cast<std::size_t>(count * bytes));
+            };
+            zero(segment.step_at, step_bytes(segment.scheme));
+            if (has_lower(segment.scheme)) zero(segment.lower_at, sizeof(Eigen::half));
         }
     }
 }
@@ -245,7 +248,7 @@ void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view 
                                .code_stride = codes.stride()});
     excess_.largest = std::max(excess_.largest, quantizer_.excess().largest);
     excess_.energy += quantizer_.excess().energy;
-    const bool keep_lower = segment.scheme != Scheme::symmetric;
+    const bool keep_lower = has_lower(segment.scheme);
     auto* step = reinterpret_cast<Eigen::half*>(tile + segment.step_at);
     auto* lower = reinterpret_cast<Eigen::half*>(tile + segment.lower_at);
     if (format_.rule().granularity == Granularity::per_channel) {
@@ -259,7 +262,10 @@ void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view 
         for (Index run = 0; run < runs; ++run) {
             const auto from = static_cast<std::size_t>(t * runs + run);
             const Index at = run * tile_tokens + tokens.tile_token + t;
-            step[at] = quantizer_.step()[from];
+            if (step_bytes(segment.scheme) == 1)
+                tile[segment.step_at + at] = static_cast<std::byte>(step_byte(quantizer_.step()[from]));
+            else
+                step[at] = quantizer_.step()[from];
             if (keep_lower) lower[at] = quantizer_.lower()[from];
         }
 }
@@ -290,17 +296,17 @@ inline void TileCoder::decode_segment(const std::byte* tile, const Segment& segm
 
 /// All grids of a segment as floats, the step that of the depth.
 inline void TileCoder::read_grids(const std::byte* tile, const Segment& segment, int depth) {
-    const auto* step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
-    const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
     const auto grids = static_cast<std::size_t>(segment.grids);
+    half_steps_.resize(grids);
+    const auto* step = steps_of(segment, tile, 0, segment.grids, half_steps_.data());
+    const auto* lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
     lower_.resize(grids);
     step_.resize(grids);
-    const bool symmetric = segment.scheme == Scheme::symmetric;
-    const float to_lower = -(0.5f * power_of_two(segment.bits) + 0.5f);
+    const float to_lower = lower_in_steps(segment.scheme, segment.bits);
     const float widen = power_of_two(segment.bits - depth);
     for (std::size_t g = 0; g < grids; ++g) {
         const auto fine = static_cast<float>(step[g]);
-        lower_[g] = symmetric ? fine * to_lower : static_cast<float>(lower[g]);
+        lower_[g] = has_lower(segment.scheme) ? static_cast<float>(lower[g]) : fine * to_lower;
         step_[g] = fine * widen;
     }
     const auto padded = static_cast<std::size_t>(padded_channels(segment.channels));

@@ -5,7 +5,7 @@
 // grids of all, one after another, then their planes, each starting at a multiple of 64 bytes:
 //
 //   tile:     grids of segment 0 | grids of segment 1 | ... | planes of segment 0 | planes of segment 1 | ...
-//   grids     steps (fp16) | lowers (fp16; none for symmetric grids)
+//   grids     steps (fp16, or its upper byte) | lowers (fp16), each where the scheme has it (grid.hpp)
 //   steps     per_channel: [token group][channel]; per_token: [run of channels][token], for all 128 tokens
 //             (fp16 keys have no grids, but a byte for each channel: the exponent of its largest magnitude)
 //   plane     64-byte units of 16 lanes x 4 bytes; a byte of a w-bit plane holds 8 / w codes
@@ -121,6 +121,15 @@ class TileFormat {
     Index channels_ = 0, bytes_ = 0, grid_bytes_ = 0;
     std::vector<Placed> segments_;
 };
+
+/// `count` steps of a segment from grid `first` on, as fp16. Those stored in a byte are widened to `room`.
+inline const Eigen::half* steps_of(const TileFormat::Placed& segment, const std::byte* tile, Index first,
+                                   Index count, Eigen::half* room) noexcept {
+    const std::byte* const from = tile + segment.step_at + first * step_bytes(segment.scheme);
+    if (step_bytes(segment.scheme) == 2) return reinterpret_cast<const Eigen::half*>(from);
+    for (Index g = 0; g < count; ++g) room[g] = half_of_step(static_cast<std::uint8_t>(from[g]));
+    return room;
+}
 
 /// Of fp16 keys: the exponent field (5 bits) of the largest magnitude of every channel, over the tokens that
 /// the tile has ever held since its first was written.

@@ -13,17 +13,17 @@ namespace kvplane::detail {
 
 /// The grids of one group of tokens (keys) or of one run of channels (values).
 struct GridView {
-    const Eigen::half *step, *lower;  ///< lower is nullptr for symmetric grids
+    const Eigen::half *step, *lower;  ///< lower is nullptr where the scheme has none
+    float centre;                     ///< the middle of all codes in steps above lower; above 0 without it
 };
-inline GridView grids_of(const TileFormat::Placed& segment, const std::byte* tile, Index first) noexcept {
-    const auto* const step = reinterpret_cast<const Eigen::half*>(tile + segment.step_at);
+/// `count` grids from `first` on.
+inline GridView grids_of(const TileFormat::Placed& segment, const std::byte* tile, Index first, Index count,
+                         AttentionScratch& scratch) noexcept {
     const auto* const lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
-    return {step + first, segment.scheme == Scheme::symmetric ? nullptr : lower + first};
-}
-/// The middle of all codes in steps above lower; above 0 where there is none.
-inline float code_centre(int bits, bool has_lower) noexcept {
-    const float middle = 0.5f * (power_of_two(bits) - 1.0f);
-    return middle + (has_lower ? 0.5f : -0.5f * power_of_two(bits));
+    const bool lowers = has_lower(segment.scheme);
+    const float middle = 0.5f * power_of_two(segment.bits);
+    return {steps_of(segment, tile, first, count, scratch.steps()), lowers ? lower + first : nullptr,
+            lowers ? middle : middle + lower_in_steps(segment.scheme, segment.bits)};
 }
 
 /// The factors of several rows, and the sums of their products with the planes of one segment, in one run of
@@ -56,7 +56,7 @@ class PlaneSums {
                           .count = along_,
                           .step = grids.step,
                           .lower = grids.lower,
-                          .centre = code_centre(segment_.bits, grids.lower),
+                          .centre = grids.centre,
                           .middle = middle,
                           .middle_below = 0.5f * (power_of_two(segment_.split.shift(0)) - 1.0f),
                           .depth = padded_depth(along_),
@@ -111,11 +111,10 @@ class PlaneSums {
     /// to[r][c] += what values come to of which no plane is read: weights times the middles of their grids.
     void add_only_middles(const float* weights, const GridView& grids, Index blocks,
                           RowView<float> to) noexcept {
-        const float centre = code_centre(segment_.bits, grids.lower);
         run_on(isa_, [=, rows = rows_](auto lanes) KVPLANE_BODY {
             by_rows(rows, [=](auto together, Index first) KVPLANE_BODY {
-                add_middles<lanes, together>(weights + first * tile_tokens, grids.step, grids.lower, centre,
-                                             blocks * unit_lanes, to[first], to.stride);
+                add_middles<lanes, together>(weights + first * tile_tokens, grids.step, grids.lower,
+                                             grids.centre, blocks * unit_lanes, to[first], to.stride);
             });
         });
     }
@@ -267,7 +266,8 @@ KVPLANE_FUNCTION void tile_scores(Isa isa, const TileFormat& format, const TileR
         } else {
             PlaneSums sums(isa, segment, part, segment.channels, rows, scratch);
             for (Index g = 0; g * group < tile_tokens; ++g) {
-                sums.make_factors(x, grids_of(segment, read.tile, g * segment.channels));
+                sums.make_factors(
+                    x, grids_of(segment, read.tile, g * segment.channels, segment.channels, scratch));
                 sums.sum(g * blocks, blocks);
                 sums.add(blocks, fresh, more, {scores + g * group, tile_tokens, rows});
             }
@@ -294,7 +294,7 @@ KVPLANE_FUNCTION void add_tile_values(Isa isa, const TileFormat& format, const T
     PlaneSums sums(isa, segment, read, tile_tokens, output.rows, scratch);
     for (Index first = 0, g = 0; first < segment.channels; first += run, ++g) {
         const Index blocks = (std::min(run, segment.channels - first) + unit_lanes - 1) / unit_lanes;
-        const GridView grids = grids_of(segment, read.tile, g * tile_tokens);
+        const GridView grids = grids_of(segment, read.tile, g * tile_tokens, tile_tokens, scratch);
         const RowView<float> to{output.data + first, output.stride, output.rows};
         if (!sums.reads_any()) {
             sums.add_only_middles(weights, grids, blocks, to);

@@ -19,7 +19,7 @@ KVPLANE_FUNCTION CacheCapabilities capabilities(const CacheConfiguration& c) {
     const bool packed = reads_keys() && (c.values_in_keys || detail::reads_value_planes(c.value_format())),
                planes = packed && !c.values_in_keys;
     const auto widths_of = [](const SideRecipe& side) {
-        return side.is_half() || side.rule.scheme == Scheme::symmetric ? std::vector<int>{}
+        return side.is_half() || !prefixes_are_grids(side.rule.scheme) ? std::vector<int>{}
                                                                        : narrower_widths(side.bits);
     };
     CacheCapabilities can;

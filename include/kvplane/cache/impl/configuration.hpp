@@ -17,7 +17,7 @@ inline void require_side(const SideRecipe& side, const char* which, bool every_t
     if (!side.is_half()) {
         require(side.bits >= 1 && side.bits <= 8, ErrorCode::option, which, ": ", side.bits,
                 " bits, expected 1 to 8 or 16");
-        require_width(side.bits, side.rule.scheme);
+        require_grids(side.rule, side.rule.scheme, side.bits);
         require(
             !every_token || side.rule.granularity == Granularity::per_token, ErrorCode::option, which,
             ": grids per channel need whole tiles, so a recipe that quantizes every token cannot have them; "

@@ -28,6 +28,7 @@ KVPLANE_INLINE Index importance_by_channel(const float* x, Index stride, Index r
         }
         for (Index g = 0; g < groups; ++g) {
             widen<Lanes>(v, step + g * channels + c);
+            v = (Floats<Lanes>)((Words<Lanes>)v & 0x7FFFFFFFu);
             if (reach)
                 steps = steps < v ? v : steps;
             else
@@ -59,7 +60,7 @@ KVPLANE_FUNCTION void key_importance(Isa isa, const TileFormat& format, const st
                 factors = reach ? std::max(factors, q) : factors + q * q;
             }
             for (Index g = 0; g < groups; ++g) {
-                const auto width = static_cast<float>(step[g * s.channels + c]);
+                const float width = std::abs(static_cast<float>(step[g * s.channels + c]));
                 steps = reach ? std::max(steps, width) : steps + width * width / static_cast<float>(groups);
             }
             if (s.is_half()) {

@@ -45,25 +45,26 @@ KVPLANE_FUNCTION float value_steps(Isa isa, const TileFormat& format, const std:
         std::fill_n(squares, tile_tokens, reach ? step * std::sqrt(size) : step * step * size);
         return largest * std::sqrt(size);
     }
-    const auto* step = reinterpret_cast<const Eigen::half*>(tile + s.step_at);
     const auto* lower =
-        s.scheme == Scheme::symmetric ? nullptr : reinterpret_cast<const Eigen::half*>(tile + s.lower_at);
+        has_lower(s.scheme) ? reinterpret_cast<const Eigen::half*>(tile + s.lower_at) : nullptr;
+    const float to_lower = lower_in_steps(s.scheme, s.bits);
     const Index run = std::min(format.rule().group, s.channels), groups = (s.channels + run - 1) / run;
     const float cells = power_of_two(s.bits);
     float most = 0.0f;
     run_on(isa, [&](auto lanes) KVPLANE_BODY {
         Floats<lanes> top{};
+        Eigen::half room[lanes];
         for (Index t = 0; t < tile_tokens; t += lanes) {
             Floats<lanes> sum{}, norm{}, x, low;
             for (Index g = 0; g < groups; ++g) {
                 const auto size = static_cast<float>(std::min(run, s.channels - g * run));
-                widen<lanes>(x, step + g * tile_tokens + t);
+                widen<lanes>(x, steps_of(s, tile, g * tile_tokens + t, lanes, room));
                 sum += x * x * size;
                 if (!reach) continue;
                 if (lower)
                     widen<lanes>(low, lower + g * tile_tokens + t);
                 else
-                    low = x * (-0.5f * cells - 0.5f);
+                    low = x * to_lower;
                 const Floats<lanes> high = low + x * cells, a = low * low, b = high * high;
                 norm += (a < b ? b : a) * size;
             }

@@ -35,7 +35,7 @@ KVPLANE_FUNCTION int widest_codes(const TileFormat& format) noexcept {
 inline bool can_narrow(const TileFormat& format, int bits) noexcept {
     if (widest_codes(format) == 16) return bits >= 16;
     return std::all_of(format.segments().begin(), format.segments().end(), [&](const TileFormat::Placed& s) {
-        return s.is_half() || s.bits <= bits || (s.scheme != Scheme::symmetric && s.split[0] <= bits);
+        return s.is_half() || s.bits <= bits || (prefixes_are_grids(s.scheme) && s.split[0] <= bits);
     });
 }
 KVPLANE_FUNCTION bool can_narrow(const PageLayout& layout, int key_bits, int value_bits) noexcept {
@@ -52,9 +52,9 @@ KVPLANE_FUNCTION TileFormat narrowed(const TileFormat& format, int bits) {
     for (const TileFormat::Placed& segment : format.segments()) {
         int width = segment.bits;
         if (width > bits && !segment.is_half()) {
-            require(segment.scheme != Scheme::symmetric, ErrorCode::option, "narrow: ", side, " of ", width,
-                    " bits to ", bits,
-                    ", but their grids are symmetric, of which no prefix of the planes is one");
+            require(prefixes_are_grids(segment.scheme), ErrorCode::option, "narrow: ", side, " of ", width,
+                    " bits to ", bits, ", but their grids are ", name(segment.scheme),
+                    ", of which no prefix of the planes is one");
             const std::vector<int> widths = narrower_widths(width);
             const auto found = std::find_if(widths.begin(), widths.end(), [&](int w) { return w <= bits; });
             require(found != widths.end(), ErrorCode::option, "narrow: ", side, " of ", width, " bits to ",
@@ -83,11 +83,17 @@ inline void narrow_segment(const TileFormat::Placed& wide, const std::byte* from
                     static_cast<std::size_t>(wide.channels));
     // Exact: a step is at most a cell of fp16's range, and what is multiplied up loses no bit.
     const float by = power_of_two(wide.bits - narrow.bits);
-    const auto* const old_step = reinterpret_cast<const Eigen::half*>(from + wide.step_at);
-    auto* const step = reinterpret_cast<Eigen::half*>(to + narrow.step_at);
-    for (Index g = 0; g < wide.grids; ++g)
-        step[g] = static_cast<Eigen::half>(static_cast<float>(old_step[g]) * by);
-    if (wide.scheme != Scheme::symmetric)
+    Eigen::half room;
+    for (Index g = 0; g < wide.grids; ++g) {
+        const auto step =
+            static_cast<Eigen::half>(static_cast<float>(*steps_of(wide, from, g, 1, &room)) * by);
+        std::byte* const at = to + narrow.step_at + g * step_bytes(narrow.scheme);
+        if (step_bytes(narrow.scheme) == 1)
+            *at = static_cast<std::byte>(step_byte(static_cast<float>(step)));
+        else
+            std::memcpy(at, &step, sizeof step);
+    }
+    if (has_lower(wide.scheme))
         std::memcpy(to + narrow.lower_at, from + wide.lower_at, static_cast<std::size_t>(2 * wide.grids));
     for (int p = 0; p < narrow.split.count; ++p)
         std::memcpy(to + narrow.plane_at[static_cast<std::size_t>(p)],

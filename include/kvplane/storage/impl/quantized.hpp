@@ -78,8 +78,8 @@ KVPLANE_FUNCTION Index Quantized::group_size(Index g) const noexcept {
 KVPLANE_FUNCTION Grid Quantized::grid_at(Index g) const {
     const auto at = static_cast<std::size_t>(g);
     Grid grid{0.0f, static_cast<float>(step_[at]), bits_};
-    grid.lower = lower_.empty() ? -grid.step * (0.5f * static_cast<float>(grid.codes()) + 0.5f)
-                                : static_cast<float>(lower_[at]);
+    grid.lower =
+        lower_.empty() ? grid.step * lower_in_steps(rule_.scheme, bits_) : static_cast<float>(lower_[at]);
     return grid;
 }
 
@@ -134,7 +134,7 @@ KVPLANE_FUNCTION Index Quantized::read_rows(Index token, Index most, int depth, 
 template <CacheScalar Scalar>
 Quantized Quantized::of(const HeadRows<Scalar>& rows, const GridRule& rule, int bits,
                         std::string_view argument) {
-    detail::require_width(bits, rule.scheme);
+    detail::require_grids(rule, rule.scheme, bits);
     require(rule.group >= 1, ErrorCode::option, "group: ", rule.group, ", expected at least 1");
     Quantized out;
     out.tokens_ = rows.tokens();
@@ -149,7 +149,7 @@ Quantized Quantized::of(const HeadRows<Scalar>& rows, const GridRule& rule, int 
     if (tokens == 0 || channels == 0) return out;
 
     const bool by_channel = rule.granularity == Granularity::per_channel;
-    const bool keep_lower = rule.scheme != Scheme::symmetric;
+    const bool keep_lower = has_lower(rule.scheme);
     const Index grids_per_row = out.grids_per_row();
     const Index grids = (by_channel ? groups_of(tokens, rule.group) : tokens) * grids_per_row;
     out.step_.resize(static_cast<std::size_t>(grids));

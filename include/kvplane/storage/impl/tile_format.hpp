@@ -52,7 +52,7 @@ KVPLANE_FUNCTION void TileFormat::place(const ChannelSegment& segment) {
     require(segment.channels >= 1, ErrorCode::option, "tile: a segment of ", segment.channels,
             " channels, expected at least 1");
     const Scheme scheme = segment.scheme.value_or(rule_.scheme);
-    if (segment.bits != 0 && !segment.is_half()) detail::require_width(segment.bits, scheme);
+    if (segment.bits != 0 && !segment.is_half()) detail::require_grids(rule_, scheme, segment.bits);
     segments_.push_back({.first_channel = channels_,
                          .channels = segment.channels,
                          .bits = segment.bits,
@@ -69,8 +69,8 @@ KVPLANE_FUNCTION void TileFormat::place_grids(Placed& placed) {
     if (!placed.has_grids()) return;
     placed.grids = rule_.grids(tile_tokens, placed.channels);
     placed.step_at = bytes_;
-    bytes_ += 2 * placed.grids;
-    if (placed.scheme == Scheme::symmetric) return;
+    bytes_ += step_bytes(placed.scheme) * placed.grids;
+    if (!has_lower(placed.scheme)) return;
     placed.lower_at = bytes_;
     bytes_ += 2 * placed.grids;
 }
