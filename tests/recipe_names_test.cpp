@@ -91,11 +91,12 @@ TEST(Recipes, TrueBitsAtLongContexts) {
                static_cast<double>(tokens * c.elements_per_token());
     };
     EXPECT_NEAR(bits("block32:4"), 4.5, 0.02);
-    EXPECT_NEAR(bits("key_favored:4:4"), (4.25 + 4.5) / 2, 0.02);
+    EXPECT_NEAR(bits("key_favored:4:4"), (4.25 + 4.125) / 2, 0.02);
+    EXPECT_NEAR(bits("key_favored:4:4+value_scheme=min_max"), (4.25 + 4.5) / 2, 0.02);
     EXPECT_NEAR(bits("kivi:4:32"), 5.0, 0.02);
     EXPECT_NEAR(bits("fp16"), 16.0 + 0.5 * 8.0 / 128.0, 0.02);
-    EXPECT_NEAR(bits("standard"), 4.5, 0.3);
-    EXPECT_NEAR(bits("compact"), 3.5, 0.3);
+    EXPECT_NEAR(bits("standard"), (5.25 + 3.125) / 2, 0.02);
+    EXPECT_NEAR(bits("compact"), (4.25 + 2.125) / 2, 0.02);
 }
 
 TEST(Recipes, AnAllocationBecomesOneRecipeALayer) {
@@ -106,7 +107,7 @@ TEST(Recipes, AnAllocationBecomesOneRecipeALayer) {
     EXPECT_EQ(layers[0].keys.bits, 5);
     EXPECT_EQ(layers[0].keys.rule.group, 64);
     EXPECT_EQ(layers[1].values.bits, 1);
-    EXPECT_EQ(layers[1].values.rule.scheme, Scheme::cell);
+    EXPECT_EQ(layers[1].values.rule.scheme, Scheme::unbiased);
     allocation.layers[0].value_bits = 1.58;
     kvplane_test::refusal(ErrorCode::option, [&] { recipes::key_favored(allocation); });
 }

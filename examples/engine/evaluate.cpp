@@ -41,25 +41,32 @@ constexpr const char* summary =
   same top    how often both think the same token likeliest
 With --recall it asks for codes of five digits that stand in the text, and the answers are forced:
   right, 1st  the share of all digits, and of first digits, that the model thinks likeliest
-  NLL         negative log-likelihood of a digit, in nats)";
+  NLL         negative log-likelihood of a digit, in nats
+Divergences have a long tail: --worst 5 shows where it is.)";
 
 struct Settings {
     std::string model, text, basis, calibration, csv, plot;
     std::vector<std::string> recipes, results;
-    Index first_token = 0, context = 2048, windows = 1, chunk = 32, threads = 0;
+    Index first_token = 0, context = 2048, windows = 1, chunk = 32, threads = 0, worst = 0;
     Index seed = 1;
     bool json = false, recall = false;
 };
 
 constexpr Index first_compared = 256;
 
+/// What a recipe did to the prediction of the token after one place of the text.
+struct Prediction {
+    double divergence;
+    Index place;                  ///< of the token before it, counted from the text's first
+    Index exact_top, recipe_top;  ///< the tokens that are thought likeliest
+};
+
 /// Sums over the compared predictions of one recipe.
 struct Result {
     explicit Result(std::string name) : recipe(std::move(name)) {}
 
     std::string recipe;
-    std::vector<double> divergences;
-    Index same_top = 0;
+    std::vector<Prediction> predictions;
     double negative_log_likelihood = 0.0;
     Index targets = 0;
     Index digits_right = 0, first_digits_right = 0;  // with --recall, whose digits are the targets
@@ -69,15 +76,22 @@ struct Result {
 
     double mean_divergence() const {
         double sum = 0.0;
-        for (const double kl : divergences) sum += kl;
-        return divergences.empty() ? 0.0 : sum / static_cast<double>(divergences.size());
+        for (const Prediction& each : predictions) sum += each.divergence;
+        return predictions.empty() ? 0.0 : sum / static_cast<double>(predictions.size());
     }
     double percentile(double share) const {
-        if (divergences.empty()) return 0.0;
-        std::vector<double> sorted = divergences;
-        const auto at = static_cast<std::size_t>(share * static_cast<double>(sorted.size() - 1));
-        std::nth_element(sorted.begin(), sorted.begin() + static_cast<std::ptrdiff_t>(at), sorted.end());
-        return sorted[at];
+        if (predictions.empty()) return 0.0;
+        const std::vector<Prediction> descending = worst(predictions.size());
+        return descending[descending.size() - 1 -
+                          static_cast<std::size_t>(share * static_cast<double>(descending.size() - 1))]
+            .divergence;
+    }
+    /// The `count` predictions of the largest divergence, in descending order.
+    std::vector<Prediction> worst(std::size_t count) const {
+        std::vector<Prediction> sorted = predictions;
+        std::ranges::stable_sort(sorted, std::greater<>(), &Prediction::divergence);
+        sorted.resize(std::min(count, sorted.size()));
+        return sorted;
     }
     double mean_loss() const {
         return targets == 0 ? 0.0 : negative_log_likelihood / static_cast<double>(targets);
@@ -89,8 +103,10 @@ struct Result {
     double digits() const { return share_of_digits(digits_right, 1); }
     double first_digits() const { return share_of_digits(first_digits_right, RecallDocument::digits); }
     double same_top_rate() const {
-        return divergences.empty() ? 0.0
-                                   : static_cast<double>(same_top) / static_cast<double>(divergences.size());
+        const auto same = std::ranges::count_if(
+            predictions, [](const Prediction& each) { return each.exact_top == each.recipe_top; });
+        return predictions.empty() ? 0.0
+                                   : static_cast<double>(same) / static_cast<double>(predictions.size());
     }
     double tokens_per_second() const { return seconds > 0.0 ? static_cast<double>(tokens) / seconds : 0.0; }
 };
@@ -123,20 +139,19 @@ void add_likelihoods(std::span<const TokenId> targets, const Matrix& log_probabi
             log_probabilities(i, static_cast<Index>(targets[static_cast<std::size_t>(i)]));
 }
 
-/// KL(exact || recipe) and whether the likeliest token is the same, row by row from row `first` on.
-void compare(const Model& model, const Matrix& exact, const Matrix& close, Index first, Result& result) {
-    std::vector<double> divergences(static_cast<std::size_t>(close.rows() - first));
-    std::vector<char> same(divergences.size());
+/// KL(exact || recipe) and the likeliest tokens, row by row from row `first` on. place: of row 0 in the text.
+void compare(const Model& model, const Matrix& exact, const Matrix& close, Index first, Index place,
+             Result& result) {
+    const std::size_t before = result.predictions.size();
+    result.predictions.resize(before + static_cast<std::size_t>(close.rows() - first));
     parallel_for(model.threads(), close.rows() - first, [&](Index i) {
         const auto p = exact.row(first + i).array(), q = close.row(first + i).array();
-        divergences[static_cast<std::size_t>(i)] = std::max(0.0, (p.exp() * (p - q)).cast<double>().sum());
-        Index top_exact = 0, top_close = 0;
-        p.maxCoeff(&top_exact);
-        q.maxCoeff(&top_close);
-        same[static_cast<std::size_t>(i)] = top_exact == top_close;
+        Prediction& prediction = result.predictions[before + static_cast<std::size_t>(i)];
+        prediction.divergence = std::max(0.0, (p.exp() * (p - q)).cast<double>().sum());
+        prediction.place = place + first + i;
+        p.maxCoeff(&prediction.exact_top);
+        q.maxCoeff(&prediction.recipe_top);
     });
-    result.divergences.insert(result.divergences.end(), divergences.begin(), divergences.end());
-    result.same_top += std::count(same.begin(), same.end(), char{1});
 }
 
 struct Evaluation {
@@ -144,7 +159,8 @@ struct Evaluation {
     std::vector<Result> recipes;
 };
 
-void run_window(const Model& model, std::span<const TokenId> tokens, std::size_t chunk,
+/// place: of the window's first token in the text.
+void run_window(const Model& model, std::span<const TokenId> tokens, Index place, std::size_t chunk,
                 std::vector<LayerCaches>& caches, LayerCaches& plain, Evaluation& all) {
     for (std::size_t first = 0; first < tokens.size(); first += chunk) {
         const std::size_t count = std::min<std::size_t>(chunk, tokens.size() - first);
@@ -159,7 +175,7 @@ void run_window(const Model& model, std::span<const TokenId> tokens, std::size_t
             const Matrix close = run_chunk(model, now, caches[r], all.recipes[r]);
             if (!compared) continue;
             add_likelihoods(targets, close, row, all.recipes[r]);
-            compare(model, exact, close, row, all.recipes[r]);
+            compare(model, exact, close, row, place + static_cast<Index>(first), all.recipes[r]);
         }
         std::fprintf(stderr, "\r  token %zu of %zu", first + count, tokens.size());
     }
@@ -224,7 +240,10 @@ Evaluation evaluate(const Model& model, const Tokenizer& tokenizer, const std::v
         }
         std::vector<LayerCaches> caches;
         for (const CachePlan& plan : plans) caches.push_back(caches_of(plan));
-        run_window(model, context_from(tokenizer, text, first, settings.context), chunk, caches, plain, all);
+        // context_from() puts a token before the text's where the model wants one.
+        const Index place = tokenizer.begin_of_text() < 0 ? first : first - 1;
+        run_window(model, context_from(tokenizer, text, first, settings.context), place, chunk, caches, plain,
+                   all);
     }
     return all;
 }
@@ -243,7 +262,7 @@ nlohmann::json to_json(const Evaluation& all, bool recall) {
                         {"first_digits_right", result.first_digits()},
                         {"digit_nll", result.mean_loss()}});
         else
-            row.update({{"compared", result.divergences.size()},
+            row.update({{"compared", result.predictions.size()},
                         {"kl_mean", result.mean_divergence()},
                         {"kl_p99", result.percentile(0.99)},
                         {"kl_p999", result.percentile(0.999)},
@@ -268,10 +287,33 @@ void print_table(const Evaluation& all) {
                     r.tokens_per_second());
     };
     Result exact = all.exact;
-    exact.divergences = {0.0};
-    exact.same_top = 1;
+    exact.predictions = {{}};
     line(exact);
     for (const Result& result : all.recipes) line(result);
+}
+
+/// Where each recipe diverges most: the text before the prediction, and what is thought to come.
+void print_worst(const Evaluation& all, const Tokenizer& tokenizer, const std::vector<TokenId>& text,
+                 std::size_t count) {
+    constexpr Index words_before = 12;
+    const auto quoted = [&](std::span<const TokenId> tokens) {
+        return nlohmann::json(tokenizer.decode(tokens))
+            .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+    };
+    for (const Result& result : all.recipes) {
+        std::printf("\n%s\n", result.recipe.c_str());
+        for (const Prediction& each : result.worst(count)) {
+            if (each.place < 0) continue;
+            const Index first = std::max<Index>(0, each.place + 1 - words_before);
+            const TokenId exact = static_cast<TokenId>(each.exact_top),
+                          close = static_cast<TokenId>(each.recipe_top);
+            std::printf(
+                "  token %6ld  KL %8.4f  ...%s -> %s, with the recipe %s\n", static_cast<long>(each.place),
+                each.divergence,
+                quoted({text.data() + first, static_cast<std::size_t>(each.place + 1 - first)}).c_str(),
+                quoted({&exact, 1}).c_str(), quoted({&close, 1}).c_str());
+        }
+    }
 }
 
 void print_recall(const Evaluation& all) {
@@ -414,8 +456,8 @@ void run(const Settings& settings) {
     kvplane::require(settings.windows <= (static_cast<Index>(text.size()) - first) / context,
                      ErrorCode::index, settings.windows, " windows of ", context, " tokens from ", first,
                      " on, the text has ", text.size());
-    kvplane::require(!settings.recall || settings.plot.empty(), ErrorCode::option,
-                     "--plot draws divergences, which --recall does not measure");
+    kvplane::require(!settings.recall || (settings.plot.empty() && settings.worst == 0), ErrorCode::option,
+                     "--plot and --worst show divergences, which --recall does not measure");
     std::vector<TokenId> calibration;
     if (!settings.calibration.empty()) {
         calibration = read_tokens(tokenizer, settings.calibration);
@@ -440,6 +482,8 @@ void run(const Settings& settings) {
         print_recall(all);
     else
         print_table(all);
+    if (!settings.json && settings.worst > 0)
+        print_worst(all, tokenizer, text, static_cast<std::size_t>(settings.worst));
     std::fflush(stdout);
     if (!settings.csv.empty()) write_csv(settings.csv, all, settings.recall);
     if (!settings.plot.empty()) kvplane_examples::write_plot(settings.plot, to_plot(all));
@@ -463,6 +507,7 @@ int main(int count, char** arguments) {
     options.number("--windows N", s.windows, {.least = 1}, "consecutive windows");
     options.number("--chunk N", s.chunk, {.least = 1},
                    "tokens that the model runs over at a time; up to 8 attend on packed bits");
+    options.number("--worst N", s.worst, {}, "also show the N predictions that diverge most of each recipe");
     options.flag("--recall", s.recall, "ask for codes that stand in the text instead");
     options.number("--seed N", s.seed, {}, "of the codes and their order; one more for each further window");
     options.text("--basis FILE", s.basis,

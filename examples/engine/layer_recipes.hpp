@@ -104,6 +104,7 @@ class LayerRecipes {
                 recipe.sink_tokens = ours.sink_tokens;
                 recipe.recent_tokens = ours.recent_tokens;
                 recipe.recent_bits = ours.recent_bits;
+                recipe.recent_key_bits = ours.recent_key_bits;
             }
             return plan;
         }

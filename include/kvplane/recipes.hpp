@@ -25,9 +25,10 @@ inline std::string named(const char* method, int bits) {
 inline SideRecipe by_channel(int bits, Index group_tokens = 128) {
     return {bits, {Granularity::per_channel, group_tokens, scheme_for(bits), Clip::none}, false};
 }
-/// Values: one grid for each head of each token.
+/// Values: one grid for each head of each token. Rotated ones of up to 4 bits have grids without bias.
 inline SideRecipe by_token(int bits, bool rotate) {
-    return {bits, {Granularity::per_token, whole_head, scheme_for(bits), Clip::none}, rotate};
+    const Scheme scheme = rotate && bits <= 4 ? Scheme::unbiased : scheme_for(bits);
+    return {bits, {Granularity::per_token, whole_head, scheme, Clip::none}, rotate};
 }
 
 inline CacheRecipe fp16() {
@@ -131,24 +132,25 @@ inline CacheRecipe weighted(double key_bits, int value_bits) {
     return recipe;
 }
 
-/// Keys and values both rotated, recent tokens in 8 bits: what the two defaults share. Chosen on
+/// Keys as they are, values rotated, recent values in 8 bits: what the two defaults share. Keys are not rotated
+/// and wait in fp16, so that models with normalised keys or with biases of keys are safe. Chosen on
 /// examples/data/jargon_file.txt with examples/engine/evaluate; examples/README.md says how.
-inline CacheRecipe rotated(int key_bits, int value_bits, std::string name) {
+inline CacheRecipe safe_default(int key_bits, int value_bits, std::string name) {
     CacheRecipe recipe = key_favored(key_bits, value_bits);
     recipe.name = std::move(name);
-    recipe.keys.rotate = true;
     recipe.recent_bits = 8;
+    recipe.recent_key_bits = 16;
     return recipe;
 }
 
-/// The default: about 4.5 true bits at long contexts, calibration-free.
+/// The default: about 4.2 true bits at long contexts, calibration-free.
 inline CacheRecipe standard() {
-    return rotated(5, 3, "standard");
+    return safe_default(5, 3, "standard");
 }
 
-/// Smaller: about 3.5 true bits at long contexts, calibration-free.
+/// Smaller: about 3.2 true bits at long contexts, calibration-free.
 inline CacheRecipe compact() {
-    return rotated(4, 2, "compact");
+    return safe_default(4, 2, "compact");
 }
 
 }  // namespace kvplane::recipes

@@ -56,23 +56,24 @@ void append_provisional(KvCache& cache, const K& keys, const V& values) {
 
 /// Every way of storing that the cache has: the named recipes and what changes the path through the code.
 inline const std::vector<std::string>& recipe_names() {
-    static const std::vector<std::string> names{"fp16",
-                                                "block32:4",
-                                                "block32:8:rotated",
-                                                "kivi:2",
-                                                "kivi:4:32",
-                                                "key_favored:4:2",
-                                                "key_favored:8:1+sinks=0+recent=0",
-                                                "key_favored:3:5+rotate_keys=1+recent=100+key_group=64",
-                                                "key_favored:7:6+recent_bits=8+sinks=17+value_group=16",
-                                                "key_favored:4:4+key_clip=1+value_clip=1",
-                                                "standard",
-                                                "compact",
-                                                "svdq:2+fit_tokens=140",
-                                                "svdq:8-4-2-0:3+rotate_keys=1+recent_bits=8+fit_tokens=128",
-                                                "latent:3:3+fit_tokens=130+context=100000",
-                                                "latent:2:4+frame=after_rope+heads_together=1+fit_tokens=200",
-                                                "weighted:3:16+fit_tokens=150+recent=0"};
+    static const std::vector<std::string> names{
+        "fp16",
+        "block32:4",
+        "block32:8:rotated",
+        "kivi:2",
+        "kivi:4:32",
+        "key_favored:4:2",
+        "key_favored:8:1+sinks=0+recent=0",
+        "key_favored:3:5+rotate_keys=1+recent=100+key_group=64",
+        "key_favored:7:6+recent_bits=8+recent_key_bits=16+sinks=17+value_group=16",
+        "key_favored:4:4+key_clip=1+value_clip=1",
+        "standard",
+        "compact",
+        "svdq:2+fit_tokens=140",
+        "svdq:8-4-2-0:3+rotate_keys=1+recent_bits=8+fit_tokens=128",
+        "latent:3:3+fit_tokens=130+context=100000",
+        "latent:2:4+frame=after_rope+heads_together=1+fit_tokens=200",
+        "weighted:3:16+fit_tokens=150+recent=0"};
     return names;
 }
 

@@ -74,6 +74,7 @@ TEST(Restore, AnotherConfigurationIsAMismatch) {
         {"other sinks", [](CacheConfiguration& c) { c.recipe.sink_tokens += 1; }},
         {"other recent tokens", [](CacheConfiguration& c) { c.recipe.recent_tokens += 1; }},
         {"recent tokens of 8 bits", [](CacheConfiguration& c) { c.recipe.recent_bits = 8; }},
+        {"recent keys of 8 bits", [](CacheConfiguration& c) { c.recipe.recent_key_bits = 8; }},
     };
     TilePool pool;
     for (const char* recipe : {"key_favored:5:3", "key_favored:3:5+rotate_keys=1"})

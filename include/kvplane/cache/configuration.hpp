@@ -33,6 +33,8 @@ struct SideRecipe {
 /// The first `sink_tokens` stay fp16 for ever, outside every grid: models attend to them from everywhere, and
 /// their keys and values look like no other token's. Of the rest, 128 tokens at a time make a tile, which is
 /// quantized when its last token is `recent_tokens` old; until then they are kept in `recent_bits`.
+/// Recent keys may have more: where a model adds large biases to some channels of them, a grid over all
+/// channels of a token rounds the others away.
 struct CacheRecipe {
     std::string name = "fp16";
     SideRecipe keys, values;
@@ -40,13 +42,19 @@ struct CacheRecipe {
     std::optional<LatentRecipe> latents = std::nullopt;
     Index sink_tokens = 4;
     Index recent_tokens = 32;
-    int recent_bits = 16;  ///< 16: fp16; 8: symmetric grids, one a head and token
+    int recent_bits = 16;     ///< 16: fp16; 8: symmetric grids, one a head and token
+    int recent_key_bits = 0;  ///< of keys; 0: recent_bits
     /// Where values are in keys (CacheConfiguration::values_in_keys): the bits of the channels behind them, which
     /// carry RoPE, 1 to 8 or 16; 0: those of the keys.
     int rotary_bits = 0;
     /// Quantize every token when it comes: what block formats of common engines do. No sinks, no recent
     /// tokens, and grids per token on both sides.
     bool every_token = false;
+
+    /// Bits of recent tokens of one side.
+    int recent_bits_of(TileSide side) const noexcept {
+        return side == TileSide::keys && recent_key_bits != 0 ? recent_key_bits : recent_bits;
+    }
 
     bool operator==(const CacheRecipe&) const = default;
 };

@@ -48,14 +48,19 @@ struct CacheShape {
     }
     /// Whether a side's tokens are stored rotated (of latents: those outside tiles).
     bool rotates(TileSide side) const noexcept { return configuration.rotates(side); }
-    TokenRows sink_rows() const { return {configuration, recipe().sink_tokens, 16}; }
-    TokenRows recent_rows() const { return {configuration, recent_page_tokens, recipe().recent_bits}; }
+    TokenRows sink_rows() const { return {configuration, recipe().sink_tokens, {16, 16}}; }
+    TokenRows recent_rows() const {
+        return {configuration,
+                recent_page_tokens,
+                {recipe().recent_bits_of(TileSide::keys), recipe().recent_bits_of(TileSide::values)}};
+    }
     /// The largest magnitude that is taken: half of fp16's range where anything is quantized, so that no grid
     /// can leave fp16 later, when its tile is made and an append could no longer be refused.
     float largest_magnitude() const noexcept {
         const bool half_values = configuration.values_in_keys || recipe().values.is_half();
         const bool exact = recipe().keys.is_half() && half_values && recipe().recent_bits == 16 &&
-                           recipe().rotary_bits % 16 == 0 && !recipe().latents;
+                           recipe().recent_bits_of(TileSide::keys) == 16 && recipe().rotary_bits % 16 == 0 &&
+                           !recipe().latents;
         return exact ? fp16_max : 32000.0f;
     }
 
@@ -73,10 +78,12 @@ struct CacheShape {
         return std::sqrt(rotates(TileSide::keys) ? static_cast<double>(dim(TileSide::keys)) : 2.0);
     }
 
-    /// How far an element is off at most while it is a sink or recent, if no magnitude is above `largest`.
-    double rounding_bound(double largest) const noexcept {
+    /// How far an element of a side is off at most while it is a sink or recent, if no magnitude is above
+    /// `largest`.
+    double rounding_bound(TileSide side, double largest) const noexcept {
         const double half = largest * 0x1p-11 + 0x1p-25;
-        return recipe().recent_bits == 8 ? std::max(half, largest / 127.0 * (0.5 + 0x1p-9) + 0x1p-24) : half;
+        return recipe().recent_bits_of(side) == 8 ? std::max(half, largest / 127.0 * (0.5 + 0x1p-9) + 0x1p-24)
+                                                  : half;
     }
 
     /// No tokens.

@@ -2,7 +2,7 @@
 //
 // A page holds `capacity` tokens of all heads: for each head the rows of its keys, then for each head those
 // of its values. fp16: 2 bytes a channel. 8 bits: a byte a channel on a symmetric grid of the head's row, and
-// after all rows the fp16 steps, in the same order.
+// after all rows the fp16 steps, in the same order. Keys and values may differ in that.
 #pragma once
 
 #include <cstddef>
@@ -18,24 +18,26 @@ namespace kvplane::detail {
 
 class TokenRows {
   public:
-    TokenRows(const CacheConfiguration& configuration, Index capacity, int bits)
+    TokenRows(const CacheConfiguration& configuration, Index capacity, PerSide<int> bits)
         : kv_heads_(configuration.kv_heads),
           dim_{configuration.key_head_dim, configuration.value_head_dim},
           values_in_keys_(configuration.values_in_keys),
           capacity_(capacity),
-          bits_(bits) {}
-
-    Index capacity() const noexcept { return capacity_; }
-    int bits() const noexcept { return bits_; }
-    Index bytes() const noexcept {
-        const Index sides = values_in_keys_ ? 1 : 2, rows = capacity_ * kv_heads_ * stored_dims();
-        return bits_ == 16 ? 2 * rows : rows + 2 * sides * capacity_ * kv_heads_;
+          bits_(bits) {
+        if (values_in_keys_) bits_.values = bits_.keys;
     }
 
-    bool half() const noexcept { return bits_ == 16; }
+    Index capacity() const noexcept { return capacity_; }
+    Index bytes() const noexcept {
+        return row_bytes() + step_bytes(TileSide::keys) +
+               (values_in_keys_ ? 0 : step_bytes(TileSide::values));
+    }
+
+    /// Whether the rows of a side are fp16.
+    bool half(TileSide side) const noexcept { return bits_[side] == 16; }
     /// The rows of one head and side, where they are fp16: capacity x dim. Not of values in keys.
     const Eigen::half* half_rows(const std::byte* page, TileSide side, Index head) const noexcept {
-        return reinterpret_cast<const Eigen::half*>(page) + row(side, head, 0);
+        return reinterpret_cast<const Eigen::half*>(page + row(side, head, 0));
     }
 
     /// Stores tokens [first, first + count) of both matrices, tokens x (kv_heads * dim), from row `at` on.
@@ -47,8 +49,8 @@ class TokenRows {
     /// Those of one side.
     void write(TileSide side, const Matrix& rows, Index first, Index count, Index at, std::byte* page) {
         for (Index head = 0; head < kv_heads_; ++head)
-            bits_ == 16 ? write_half(rows, side, head, first, count, at, page)
-                        : write_bytes(rows, side, head, first, count, at, page);
+            half(side) ? write_half(rows, side, head, first, count, at, page)
+                       : write_bytes(rows, side, head, first, count, at, page);
     }
 
     /// Rows [at, at + count) of one head and side as floats, `stride` apart.
@@ -56,14 +58,14 @@ class TokenRows {
               Index stride) const {
         const Index channels = dim(side);
         const TileSide from_side = stored(side);
-        if (bits_ == 16) {
-            const auto* from = reinterpret_cast<const Eigen::half*>(page) + row(from_side, head, at);
+        if (half(from_side)) {
+            const auto* from = reinterpret_cast<const Eigen::half*>(page + row(from_side, head, at));
             const Isa isa = current_isa();
             for (Index t = 0; t < count; ++t)
                 widen_row(isa, from + t * dim(from_side), channels, out + t * stride);
             return;
         }
-        const auto* codes = reinterpret_cast<const std::uint8_t*>(page) + row(from_side, head, at);
+        const auto* codes = reinterpret_cast<const std::uint8_t*>(page + row(from_side, head, at));
         for (Index t = 0; t < count; ++t, codes += dim(from_side)) {
             const auto step = static_cast<float>(
                 *reinterpret_cast<const Eigen::half*>(page + step_at(from_side, head, at + t)));
@@ -75,10 +77,9 @@ class TokenRows {
     /// Copies a token of all heads, bit by bit, to row `to` of another page.
     void copy(const std::byte* from_page, Index from, std::byte* to_page, Index to) const noexcept {
         each_row([&](TileSide side, Index head) {
-            const Index size = bits_ / 8;
-            std::memcpy(to_page + row(side, head, to) * size, from_page + row(side, head, from) * size,
-                        static_cast<std::size_t>(dim(side) * size));
-            if (bits_ == 8)
+            std::memcpy(to_page + row(side, head, to), from_page + row(side, head, from),
+                        static_cast<std::size_t>(dim(side) * element_bytes(side)));
+            if (!half(side))
                 std::memcpy(to_page + step_at(side, head, to), from_page + step_at(side, head, from),
                             sizeof(Eigen::half));
         });
@@ -87,17 +88,18 @@ class TokenRows {
     void clear(std::byte* page, Index first) const noexcept {
         each_row([&](TileSide side, Index head) {
             for (Index at = first; at < capacity_; ++at) {
-                const Index size = bits_ / 8;
-                std::memset(page + row(side, head, at) * size, 0, static_cast<std::size_t>(dim(side) * size));
-                if (bits_ == 8) std::memset(page + step_at(side, head, at), 0, sizeof(Eigen::half));
+                std::memset(page + row(side, head, at), 0,
+                            static_cast<std::size_t>(dim(side) * element_bytes(side)));
+                if (!half(side)) std::memset(page + step_at(side, head, at), 0, sizeof(Eigen::half));
             }
         });
     }
 
     /// Asks for the rows that read() will be given next.
     void prefetch(const std::byte* page, TileSide side, Index head, Index at, Index count) const noexcept {
-        const Index size = bits_ / 8, first = row(stored(side), head, at) * size;
-        for (Index byte = 0; byte < count * dim(stored(side)) * size; byte += 64)
+        const TileSide from = stored(side);
+        const Index first = row(from, head, at);
+        for (Index byte = 0; byte < count * dim(from) * element_bytes(from); byte += 64)
             __builtin_prefetch(page + first + byte, 0, 3);
     }
 
@@ -105,27 +107,35 @@ class TokenRows {
     Index dim(TileSide side) const noexcept { return dim_[side]; }
     /// The side whose rows hold those of `side`.
     TileSide stored(TileSide side) const noexcept { return values_in_keys_ ? TileSide::keys : side; }
-    Index stored_dims() const noexcept { return dim_.keys + (values_in_keys_ ? 0 : dim_.values); }
+    Index element_bytes(TileSide side) const noexcept { return bits_[side] / 8; }
+    /// Bytes of all rows of a side, and of the steps behind all rows.
+    Index side_bytes(TileSide side) const noexcept {
+        return capacity_ * kv_heads_ * dim(side) * element_bytes(side);
+    }
+    Index row_bytes() const noexcept {
+        return side_bytes(TileSide::keys) + (values_in_keys_ ? 0 : side_bytes(TileSide::values));
+    }
+    Index step_bytes(TileSide side) const noexcept { return half(side) ? 0 : 2 * capacity_ * kv_heads_; }
     /// body(side, head) for all that is stored.
     template <class Body>
     void each_row(const Body& body) const noexcept {
         for (const TileSide side : {TileSide::keys, TileSide::values})
             for (Index head = 0; head < kv_heads_ && stored(side) == side; ++head) body(side, head);
     }
-    /// Elements before a row.
+    /// Bytes before a row.
     Index row(TileSide side, Index head, Index at) const noexcept {
-        const Index keys = side == TileSide::keys ? 0 : capacity_ * kv_heads_ * dim_.keys;
-        return keys + (head * capacity_ + at) * dim(side);
+        const Index keys = side == TileSide::keys ? 0 : side_bytes(TileSide::keys);
+        return keys + (head * capacity_ + at) * dim(side) * element_bytes(side);
     }
     /// Bytes before the fp16 step of a row.
     Index step_at(TileSide side, Index head, Index at) const noexcept {
-        const Index rows = capacity_ * kv_heads_ * stored_dims();
-        return rows + 2 * ((static_cast<Index>(side) * kv_heads_ + head) * capacity_ + at);
+        const Index keys = side == TileSide::keys ? 0 : step_bytes(TileSide::keys);
+        return row_bytes() + keys + 2 * (head * capacity_ + at);
     }
 
     void write_half(const Matrix& rows, TileSide side, Index head, Index first, Index count, Index at,
                     std::byte* page) {
-        auto* to = reinterpret_cast<Eigen::half*>(page) + row(side, head, at);
+        auto* to = reinterpret_cast<Eigen::half*>(page + row(side, head, at));
         const Isa isa = current_isa();
         for (Index t = 0; t < count; ++t)
             narrow_row(isa, rows.data() + (first + t) * rows.cols() + head * dim(side), dim(side),
@@ -141,7 +151,7 @@ class TokenRows {
                              .channels = dim(side),
                              .rule = {Granularity::per_token, dim(side), Scheme::symmetric, Clip::none},
                              .bits = 8,
-                             .codes = reinterpret_cast<std::uint8_t*>(page) + row(side, head, at),
+                             .codes = reinterpret_cast<std::uint8_t*>(page + row(side, head, at)),
                              .code_stride = dim(side)});
         std::copy(quantizer_.step().begin(), quantizer_.step().end(),
                   reinterpret_cast<Eigen::half*>(page + step_at(side, head, at)));
@@ -151,7 +161,7 @@ class TokenRows {
     PerSide<Index> dim_;
     bool values_in_keys_;
     Index capacity_;
-    int bits_;
+    PerSide<int> bits_;
     BlockQuantizer quantizer_;
 };
 

@@ -58,9 +58,9 @@ inline constexpr std::array<NamedRecipe, 9> rows{{
     {"key_favored:KEY:VALUE",
      "more bits for keys (arXiv 2502.15075), values rotated, sinks and recents apart",
      [](const NameWords& words) { return key_favored(words.number(1), words.number(2)); }},
-    {"standard", "the default without calibration, 4.5 true bits at long contexts",
+    {"standard", "the default without calibration, 4.2 true bits at long contexts",
      [](const NameWords&) { return standard(); }},
-    {"compact", "smaller without calibration, 3.5 true bits at long contexts",
+    {"compact", "smaller without calibration, 3.2 true bits at long contexts",
      [](const NameWords&) { return compact(); }},
     {"svdq:SCHEDULE[:VALUE]",
      "keys before RoPE in their SVD basis (arXiv 2502.15304); values fp16 or VALUE bits",
@@ -128,13 +128,18 @@ struct NamedSetting {
     bool of_latents;
     void (*set)(CacheRecipe& recipe, const Setting& setting);
 };
-inline constexpr std::array<NamedSetting, 18> settings{{
+inline constexpr std::array<NamedSetting, 19> settings{{
     {"sinks", "N", "first tokens that stay fp16", false,
      [](CacheRecipe& r, const Setting& s) { r.sink_tokens = s.number(); }},
     {"recent", "N", "age at which a tile is quantized", false,
      [](CacheRecipe& r, const Setting& s) { r.recent_tokens = s.number(); }},
     {"recent_bits", "8|16", "of tokens until then", false,
-     [](CacheRecipe& r, const Setting& s) { r.recent_bits = static_cast<int>(s.number()); }},
+     [](CacheRecipe& r, const Setting& s) {
+         r.recent_bits = static_cast<int>(s.number());
+         r.recent_key_bits = 0;
+     }},
+    {"recent_key_bits", "8|16", "of their keys, after recent_bits", false,
+     [](CacheRecipe& r, const Setting& s) { r.recent_key_bits = static_cast<int>(s.number()); }},
     {"key_scheme", "cell|min_max|symmetric|full_range", "grids of keys", false,
      [](CacheRecipe& r, const Setting& s) { r.keys.rule.scheme = s.as_scheme(); }},
     {"value_scheme", "cell|min_max|...|unbiased", "grids of values", false,

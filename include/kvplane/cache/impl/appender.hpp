@@ -305,9 +305,9 @@ class Appender {
             // fp16 comes out of a tile as it went in.
             const TileFormat& format =
                 side == TileSide::keys ? run.tile->layout->key_format(0) : run.tile->layout->values;
-            if (!as_input && recent_rows_.half() && format.segments()[0].is_half()) continue;
+            if (!as_input && recent_rows_.half(side) && format.segments()[0].is_half()) continue;
             double& carried = settled_extremes_.carried[side];
-            carried += cache_.rounding_bound(settled_extremes_.largest[side]) +
+            carried += cache_.rounding_bound(side, settled_extremes_.largest[side]) +
                        reader.tile_error_bound(side, run) + settled_extremes_.excess[side];
             if (as_input) carried *= cache_.turn_growth();
         }
@@ -373,7 +373,7 @@ class Appender {
         const auto encode = [&](const auto& rows) {
             coder(side).encode(head_rows(rows), name_of(side), {}, tile);
         };
-        if (recent_rows_.half()) {
+        if (recent_rows_.half(side)) {
             halves_.resize(tile_tokens, dim);
             for (Index p = 0; p < tile_tokens / recent_page_tokens; ++p)
                 std::copy_n(recent_rows_.half_rows(recent_[static_cast<std::size_t>(p)].data(), side, head),

@@ -27,8 +27,10 @@ KVPLANE_FUNCTION CacheCapabilities capabilities(const CacheConfiguration& c) {
     can.reads_by_bits = can.reads_by_tolerance = planes;
     can.reads_by_exponents = planes && (half_keys || half_values);
     can.selects_keys = recipe.latents.has_value();
+    const bool half_recents = recipe.recent_bits_of(TileSide::keys) == 16 &&
+                              (c.values_in_keys || recipe.recent_bits_of(TileSide::values) == 16);
     can.truncates_exactly = recipe.every_token || (half_keys && (half_values || c.values_in_keys) &&
-                                                   recipe.recent_bits == 16 && recipe.rotary_bits % 16 == 0);
+                                                   half_recents && recipe.rotary_bits % 16 == 0);
     can.removes = c.rope || recipe.latents;
     can.narrower_keys = recipe.latents ? narrower_widths(8) : widths_of(recipe.keys);
     if (!c.values_in_keys) can.narrower_values = widths_of(recipe.values);

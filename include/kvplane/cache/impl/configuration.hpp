@@ -98,8 +98,11 @@ KVPLANE_FUNCTION void require_configuration(const CacheConfiguration& c) {
     require(recipe.sink_tokens >= 0 && recipe.recent_tokens >= 0, ErrorCode::option,
             "cache: ", recipe.sink_tokens, " sink tokens and ", recipe.recent_tokens,
             " recent tokens, expected neither below 0");
-    require(recipe.recent_bits == 16 || recipe.recent_bits == 8, ErrorCode::option,
-            "cache: recent tokens of ", recipe.recent_bits, " bits, expected 16 or 8");
+    for (const TileSide side : {TileSide::keys, TileSide::values}) {
+        const int bits = recipe.recent_bits_of(side);
+        require(bits == 16 || bits == 8, ErrorCode::option, "cache: recent tokens of ", bits,
+                " bits, expected 16 or 8");
+    }
     require(!recipe.every_token || (recipe.sink_tokens == 0 && recipe.recent_tokens == 0), ErrorCode::option,
             "cache: a recipe that quantizes every token keeps no sinks and no recent tokens; it asks for ",
             recipe.sink_tokens, " and ", recipe.recent_tokens);

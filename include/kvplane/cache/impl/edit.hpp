@@ -57,7 +57,8 @@ class RecentTokens {
             rows_.write(TileSide::keys, keys, t, 1, (at + t) % recent_page_tokens, page(next, at + t));
         StoredExtremes& extremes = next.settled_extremes;
         extremes.carried.keys =
-            cache_.turn_growth() * (extremes.carried.keys + cache_.rounding_bound(extremes.largest.keys));
+            cache_.turn_growth() *
+            (extremes.carried.keys + cache_.rounding_bound(TileSide::keys, extremes.largest.keys));
         extremes.largest.keys = std::max<double>(extremes.largest.keys, keys.cwiseAbs().maxCoeff());
     }
     static std::byte* page(const CacheState& state, Index token) noexcept {

@@ -137,7 +137,7 @@ KVPLANE_FUNCTION CacheErrorBound KvCache::error_bound() const {
     detail::Reader reader(*shape_, state_);
     const detail::StoredExtremes extremes = state_.extremes();
     const auto bound = [&](TileSide side) {
-        return shape_->rounding_bound(extremes.largest[side]) + reader.tile_error_bound(side) +
+        return shape_->rounding_bound(side, extremes.largest[side]) + reader.tile_error_bound(side) +
                extremes.excess[side] + extremes.carried[side];
     };
     const double keys = bound(TileSide::keys);

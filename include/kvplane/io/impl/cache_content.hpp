@@ -131,6 +131,8 @@ inline std::string configuration_json(const CacheConfiguration& c, bool moved) {
         .add_text("latents", latents_json(c));
     // What older files do not have is left out where it does not count.
     if (c.values_in_keys) json.add("rotary_bits", c.recipe.rotary_bits);
+    if (const int bits = c.recipe.recent_bits_of(TileSide::keys); bits != c.recipe.recent_bits)
+        json.add("recent_key_bits", bits);
     if (moved && !c.recipe.latents) json.add_text("rope", rope_json(c.rope));
     return json.text();
 }
