@@ -1,0 +1,379 @@
+// kvplane/quantize/shaped_kernels.hpp: the loops of the shaped encoding, one source for every instruction set.
+//
+// Channels stand at places, the order in which they are coded. Everything that decides a code is an integer:
+//
+//   positions  int32, in cells, with 21 - bits fractional bits, the last of them 1: the middle of what is cut
+//              off. So a cell is exactly that of Grid::encode, and errors have no common sign.
+//   errors     int16, decoded minus true in steps, with 15 - bits fractional bits. Two places share a 32-bit
+//              word, for the instruction that adds two products of 16 bits.
+//   weights    int16, with fractional bits that each row chooses, so that the magnitudes of a row sum to less
+//              than 2^15. A sum of products therefore stays below 2^30, whatever the errors are.
+//
+// Integer sums are exact, so their order does not matter. What goes before is floating-point arithmetic in
+// which no inexact product feeds a sum: the factorization multiplies numbers of 24 bits in double. Contraction
+// to fused multiply-add and the number of lanes therefore cannot change a bit.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "kvplane/quantize/grid.hpp"
+#include "kvplane/quantize/rule.hpp"
+#include "kvplane/simd/isa.hpp"
+#include "kvplane/simd/vector.hpp"
+
+namespace kvplane::detail::shaped {
+
+using simd::Floats;
+using simd::Ints;
+using simd::load;
+using simd::store;
+using simd::Vector;
+using simd::Words;
+
+/// Tokens that are coded together, and places likewise.
+inline constexpr Index tile = 128, block = 4;
+/// Sums of magnitudes of a row's weights before they are rounded stay in int32 up to here.
+inline constexpr Index max_channels = 1024;
+/// By how many bits positions are finer than errors.
+inline constexpr int finer_bits = 6;
+constexpr int error_bits(int bits) noexcept {
+    return 15 - bits;
+}
+constexpr int position_bits(int bits) noexcept {
+    return error_bits(bits) + finer_bits;
+}
+/// Rows of matrices are padded to whole vectors.
+constexpr Index padded(Index places) noexcept {
+    return (places + 15) / 16 * 16;
+}
+
+/// By how many bits a sum of products is finer than a position, or a position than it: one of both is 0.
+struct Shifts {
+    std::int32_t sum = 0, position = 0;
+};
+
+/// What the errors of other places add to the target of each: weights [place][stride], shifts [place].
+struct Feedback {
+    std::int16_t* weights;
+    Shifts* shifts;
+    Index stride;
+};
+
+/// The tile that is coded, by places, padded to a multiple of `block`.
+struct Tile {
+    Index places;
+    int bits;
+    std::int32_t* positions;  ///< [place][tile]
+    std::int32_t* errors;     ///< [pair of places][tile]
+    std::uint8_t* codes;      ///< [place][tile]
+};
+
+/// sum += the products of both 16-bit halves of each lane.
+template <int Lanes>
+KVPLANE_INLINE void add_products(Ints<Lanes>& sum, const Ints<Lanes>& a, const Ints<Lanes>& b) {
+#if defined(KVPLANE_X86) && !defined(__clang__)
+    // g++ does not see one instruction in the expression below, and intrinsics cannot be inlined into a
+    // function that takes its target from its caller.
+    if constexpr (Lanes == 16) {
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    } else if constexpr (Lanes == 8) {
+        Ints<Lanes> products;
+        asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b));
+        sum += products;
+    } else {
+        using Shorts = Vector<short, 2 * Lanes>;
+        sum += (Ints<Lanes>)__builtin_ia32_pmaddwd128((Shorts)a, (Shorts)b);
+    }
+#else
+    sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// -- Codes ------------------------------------------------------------------------------------------------
+
+/// The positions of a tile's values at one place, and whether all values can be stored.
+template <int Lanes>
+KVPLANE_INLINE bool find_positions(const float* values, float lower, float inverse, int bits,
+                                   std::int32_t* positions) {
+    const Floats<Lanes> lowest = Floats<Lanes>{} - power_of_two(bits),
+                        highest = Floats<Lanes>{} + power_of_two(bits + 1);
+    const float fine = power_of_two(position_bits(bits) - 1);
+    Ints<Lanes> good = Ints<Lanes>{} - 1;
+    for (Index t = 0; t < tile; t += Lanes) {
+        Floats<Lanes> x;
+        load(x, values + t);
+        good &= (Floats<Lanes>)((Words<Lanes>)x & 0x7FFFFFFFu) <= fp16_max;
+        Floats<Lanes> position = (x - lower) * inverse;
+        // Values may have been clipped, by any number of cells.
+        position = position > lowest ? position : lowest;
+        position = position < highest ? position : highest;
+        const Ints<Lanes> whole = __builtin_convertvector(position * fine, Ints<Lanes>);
+        store(positions + t, whole * 2 + 1);
+    }
+    return simd::all_set<Lanes>(good);
+}
+
+/// Codes the places first .. first + block - 1 of Strip vectors of tokens from `token` on. The targets of a
+/// place take in the errors of the places before it (Before) or of all others as they stand.
+template <int Lanes, int Strip, bool Before>
+KVPLANE_INLINE void code_block(const Tile& to, const Feedback& feedback, Index first, Index token) {
+    Ints<Lanes> sums[block][Strip];
+    const std::int16_t* rows[block];
+#pragma GCC unroll 4
+    for (int r = 0; r < block; ++r) {
+        rows[r] = feedback.weights + (first + r) * feedback.stride;
+#pragma GCC unroll 4
+        for (int s = 0; s < Strip; ++s) sums[r][s] = Ints<Lanes>{};
+    }
+    const auto add_pair = [&](Index pair) KVPLANE_BODY {
+        Ints<Lanes> errors[Strip];
+#pragma GCC unroll 4
+        for (int s = 0; s < Strip; ++s) load(errors[s], to.errors + pair * tile + token + s * Lanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < block; ++r) {
+            std::int32_t two;
+            std::memcpy(&two, rows[r] + 2 * pair, 4);
+            const Ints<Lanes> weights = Ints<Lanes>{} + two;
+#pragma GCC unroll 4
+            for (int s = 0; s < Strip; ++s) add_products<Lanes>(sums[r][s], errors[s], weights);
+        }
+    };
+    const Index own = first / 2;
+    for (Index pair = 0; pair < own; ++pair) add_pair(pair);
+    if constexpr (!Before)
+        for (Index pair = own + block / 2; pair < to.places / 2; ++pair) add_pair(pair);
+
+    const int fine = position_bits(to.bits);
+    const int top = (1 << to.bits) - 1;
+    const Ints<Lanes> zero{}, last = zero + top, most = zero + 32767, least = -most;
+    const std::int32_t middle = (1 << (fine - 1)) + (1 << (finer_bits - 1));
+#pragma GCC unroll 4
+    for (int s = 0; s < Strip; ++s) {
+        const Index at = token + s * Lanes;
+        Ints<Lanes> errors[block / 2];
+        for (int p = 0; p < block / 2; ++p) {
+            if constexpr (Before)
+                errors[p] = Ints<Lanes>{};
+            else
+                load(errors[p], to.errors + (own + p) * tile + at);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < block; ++r) {
+            Ints<Lanes> sum = sums[r][s];
+#pragma GCC unroll 2
+            for (int p = 0; p < block / 2; ++p) {
+                std::int32_t two;
+                std::memcpy(&two, rows[r] + first + 2 * p, 4);
+                const Ints<Lanes> weights = Ints<Lanes>{} + two;
+                add_products<Lanes>(sum, errors[p], weights);
+            }
+            Ints<Lanes> position;
+            load(position, to.positions + (first + r) * tile + at);
+            const Shifts shifts = feedback.shifts[first + r];
+            Ints<Lanes> code =
+                ((position >> shifts.position) - (sum >> shifts.sum)) >> (fine - shifts.position);
+            code = code > zero ? code : zero;
+            code = code < last ? code : last;
+            simd::store_low_bytes<Lanes>(to.codes + (first + r) * tile + at, code);
+            Ints<Lanes> error = ((code << fine) + middle - position) >> finer_bits;
+            error = error > least ? error : least;
+            error = error < most ? error : most;
+            Ints<Lanes>& two = errors[r / 2];
+            two = r % 2 ? (two & 0xFFFF) | (error << 16) : (two & -65536) | (error & 0xFFFF);
+        }
+        for (int p = 0; p < block / 2; ++p) store(to.errors + (own + p) * tile + at, errors[p]);
+    }
+}
+
+/// One pass over all places: error feedback (Before) or coordinate descent.
+template <int Lanes, bool Before>
+KVPLANE_INLINE void code_places(const Tile& to, const Feedback& feedback, Index tokens) {
+    // As many accumulators as registers leave room for.
+    constexpr int strip = Lanes == 16 ? 4 : 2;
+    for (Index token = 0; token < tokens; token += strip * Lanes)
+        for (Index first = 0; first < to.places; first += block)
+            code_block<Lanes, strip, Before>(to, feedback, first, token);
+}
+
+// -- Weights ----------------------------------------------------------------------------------------------
+
+/// One row of weights: ratios[i] steps[i] scale for all i below `places` but `self`. It has as many fractional
+/// bits as keep its sum of magnitudes below 2^15, and whole cells at least: a row that is larger still is
+/// shrunk, but its step is so small that its code will be the first or the last anyway.
+template <int Lanes>
+KVPLANE_INLINE Shifts round_row(const float* ratios, const float* steps, float scale, Index places,
+                                Index self, float* room, std::int16_t* row) {
+    const Index end = (places + Lanes - 1) / Lanes * Lanes;
+    for (Index i = 0; i < end; i += Lanes) {
+        Floats<Lanes> ratio, step;
+        load(ratio, ratios + i);
+        load(step, steps + i);
+        store(room + i, ratio * step * scale);
+    }
+    if (self < end) room[self] = 0.0f;
+    for (Index i = places; i < end; ++i) room[i] = 0.0f;
+    Floats<Lanes> largest{};
+    for (Index i = 0; i < end; i += Lanes) {
+        Floats<Lanes> x;
+        load(x, room + i);
+        x = (Floats<Lanes>)((Words<Lanes>)x & 0x7FFFFFFFu);
+        largest = x > largest ? x : largest;
+    }
+    float most = 0.0f;
+    for (int lane = 0; lane < Lanes; ++lane) most = std::max(most, largest[lane]);
+    // The exponent of the largest, so that its magnitude becomes 2^19 to 2^20.
+    std::int32_t pattern;
+    std::memcpy(&pattern, &most, 4);
+    const int exponent = (pattern >> 23) - 126, fraction = std::clamp(20 - exponent, -100, 25);
+    const float fine = power_of_two(fraction);
+    Ints<Lanes> magnitudes{};
+    for (Index i = 0; i < end; i += Lanes) {
+        Floats<Lanes> x;
+        load(x, room + i);
+        const Ints<Lanes> whole = __builtin_convertvector(x * fine, Ints<Lanes>);
+        magnitudes += whole < 0 ? -whole : whole;
+        store(room + i, whole);
+    }
+    std::int32_t sum = 0;
+    for (int lane = 0; lane < Lanes; ++lane) sum += magnitudes[lane];
+    int drop = 0;
+    // Rounding adds half a unit to each magnitude at most.
+    while (sum >> drop >= 32767 - max_channels / 2) ++drop;
+    for (Index i = 0; i < end; i += Lanes) {
+        Ints<Lanes> whole;
+        load(whole, room + i);
+        whole = (whole + ((1 << drop) >> 1)) >> drop;
+        store(row + i, __builtin_convertvector(whole, Vector<std::int16_t, Lanes>));
+    }
+    const int finer = fraction - drop - finer_bits;
+    return {std::max(finer, 0), std::min(std::max(-finer, 0), position_bits(8))};
+}
+
+// -- Factorization ----------------------------------------------------------------------------------------
+
+/// C = L D L^T with L unit lower in reversed order, by places: the last place is eliminated first.
+struct Factorization {
+    const float* weight;   ///< C [place][stride]
+    double* rest;          ///< [place][stride]: what is left of C
+    double* pivots;        ///< D
+    double *left, *right;  ///< [block][stride]: rows of L, and what they were divided from
+    float* ratios;         ///< [stride]: a row of L
+    Index places, stride;
+};
+
+/// rest -= left^T right in the rows `first` to first + rows - 1, for the last `count` pivots.
+template <int Lanes, int Rows, int Count>
+KVPLANE_INLINE void eliminate(const Factorization& f, Index first) {
+    constexpr int lanes = Lanes / 2;
+    using Doubles = Vector<double, lanes>;
+    double* const rest = f.rest + first * f.stride;
+    double left[Rows][Count];
+    for (int r = 0; r < Rows; ++r)
+        for (int p = 0; p < Count; ++p) left[r][p] = f.left[p * f.stride + first + r];
+    for (Index i = 0; i < first + Rows; i += lanes) {
+        Doubles x[Rows];
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) load(x[r], rest + r * f.stride + i);
+#pragma GCC unroll 8
+        for (int p = 0; p < Count; ++p) {
+            Doubles right;
+            load(right, f.right + p * f.stride + i);
+            // Both are floats, so that the product is exact.
+#pragma GCC unroll 4
+            for (int r = 0; r < Rows; ++r) x[r] -= left[r][p] * right;
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) store(rest + r * f.stride + i, x[r]);
+    }
+}
+
+/// Calls with_row(place, its row of L) from the last place to the first. Returns false, and stops, where what
+/// is left of C is not positive definite, or too nearly singular for 24 bits.
+template <int Lanes, class WithRow>
+KVPLANE_INLINE bool factorize(const Factorization& f, const WithRow& with_row) {
+    constexpr int lanes = Lanes / 2;
+    using Doubles = Vector<double, lanes>;
+    using Narrow = Vector<float, lanes>;
+    const double least = 1e-18;  // of the largest entry, which is 1/2 to 1
+    for (Index i = 0; i < f.places * f.stride; i += lanes) {
+        Narrow x;
+        load(x, f.weight + i);
+        store(f.rest + i, __builtin_convertvector(x, Doubles));
+    }
+    for (Index end = f.places; end > 0;) {
+        const Index count = end >= block ? block : 1;
+        for (Index p = 0; p < count; ++p) {
+            const Index j = end - 1 - p;
+            if (p == 1) eliminate<Lanes, 1, 1>(f, j);
+            if (p == 2) eliminate<Lanes, 1, 2>(f, j);
+            if (p == 3) eliminate<Lanes, 1, 3>(f, j);
+            const double* const row = f.rest + j * f.stride;
+            const double pivot = row[j], whole = static_cast<double>(f.weight[j * f.stride + j]);
+            if (!(pivot > least && pivot > whole * 0x1p-20)) return false;
+            f.pivots[j] = pivot;
+            const double inverse = 1.0 / pivot;
+            for (Index i = 0; i < j; i += lanes) {
+                Doubles x;
+                load(x, row + i);
+                const Narrow right = __builtin_convertvector(x, Narrow),
+                             left = __builtin_convertvector(x * inverse, Narrow);
+                store(f.right + p * f.stride + i, __builtin_convertvector(right, Doubles));
+                store(f.left + p * f.stride + i, __builtin_convertvector(left, Doubles));
+                store(f.ratios + i, left);
+            }
+            with_row(j);
+        }
+        end -= count;
+        Index k = 0;
+        if (count == block) {
+            for (; k + 4 <= end; k += 4) eliminate<Lanes, 4, block>(f, k);
+            for (; k < end; ++k) eliminate<Lanes, 1, block>(f, k);
+        } else {
+            for (; k < end; ++k) eliminate<Lanes, 1, 1>(f, k);
+        }
+        // A matrix that is not positive definite would grow beyond floats.
+        for (k = 0; k < end; ++k)
+            if (!(f.rest[k * f.stride + k] > 0.0)) return false;
+    }
+    return true;
+}
+
+// -- Excess -----------------------------------------------------------------------------------------------
+
+/// How far the errors of a tile exceed half a step, over the tokens of one place. Always in 8 lanes, because
+/// the order of sums must not depend on the instruction set.
+KVPLANE_INLINE void add_excess(const float* values, const std::uint8_t* codes, Index tokens, double lower,
+                               double step, ClipExcess& excess) {
+    constexpr int lanes = 8;
+    using Doubles = Vector<double, lanes>;
+    using Narrow = Floats<lanes>;
+    Doubles largest{}, energy{};
+    const double half = 0.5 * step;
+    for (Index t = 0; t < tokens; t += lanes) {
+        Vector<std::uint8_t, lanes> code;
+        Narrow value;
+        load(code, codes + t);
+        load(value, values + t);
+        const auto cell = __builtin_convertvector(__builtin_convertvector(code, Ints<lanes>), Doubles);
+        // The product is exact, and so are squares of floats.
+        Doubles error = __builtin_convertvector(value, Doubles) - (lower + step * (cell + 0.5));
+        error = error < 0.0 ? -error : error;
+        error -= half;
+        error = error > 0.0 ? error : Doubles{};
+        if (t + lanes > tokens)
+            for (Index i = tokens - t; i < lanes; ++i) error[i] = 0.0;
+        largest = error > largest ? error : largest;
+        const auto narrow = __builtin_convertvector(__builtin_convertvector(error, Narrow), Doubles);
+        energy += narrow * narrow;
+    }
+    for (int lane = 0; lane < lanes; ++lane) {
+        excess.largest = std::max(excess.largest, largest[lane]);
+        excess.energy += energy[lane];
+    }
+}
+
+}  // namespace kvplane::detail::shaped
