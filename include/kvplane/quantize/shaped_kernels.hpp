@@ -201,6 +201,43 @@ KVPLANE_INLINE void code_places(const Tile& to, const Feedback& feedback, Index 
 
 // -- Weights ----------------------------------------------------------------------------------------------
 
+/// The largest magnitude of a row, or what is no number if one of them is none.
+template <int Lanes>
+KVPLANE_INLINE double largest_magnitude(const double* row, Index count) {
+    // Compared as integers, because infinity is then above all numbers, and NaN above infinity.
+    constexpr int lanes = Lanes / 2;
+    constexpr std::int64_t magnitude = std::numeric_limits<std::int64_t>::max();
+    Vector<std::int64_t, lanes> largest{}, bits;
+    Index i = 0;
+    for (; i + lanes <= count; i += lanes) {
+        load(bits, row + i);
+        bits &= magnitude;
+        largest = largest < bits ? bits : largest;
+    }
+    std::int64_t all = 0, one;
+    for (int lane = 0; lane < lanes; ++lane) all = std::max<std::int64_t>(all, largest[lane]);
+    for (; i < count; ++i) {
+        std::memcpy(&one, row + i, 8);
+        all = std::max(all, one & magnitude);
+    }
+    double result;
+    std::memcpy(&result, &all, 8);
+    return result;
+}
+
+/// to = row times two powers of two, of which the second brings what is too small for a double to 0.
+template <int Lanes>
+KVPLANE_INLINE void narrow_row(const double* row, Index count, double first, double second, float* to) {
+    constexpr int lanes = Lanes / 2;
+    Vector<double, lanes> x;
+    Index i = 0;
+    for (; i + lanes <= count; i += lanes) {
+        load(x, row + i);
+        store(to + i, __builtin_convertvector(x * first * second, Floats<lanes>));
+    }
+    for (; i < count; ++i) to[i] = static_cast<float>(row[i] * first * second);
+}
+
 /// One row of weights: ratios[i] steps[i] scale for all i below `places` but `self`. It has as many fractional
 /// bits as keep its sum of magnitudes below 2^15, and whole cells at least: a row that is larger still is
 /// shrunk, but its step is so small that its code will be the first or the last anyway.
@@ -344,36 +381,42 @@ KVPLANE_INLINE bool factorize(const Factorization& f, const WithRow& with_row) {
 
 // -- Excess -----------------------------------------------------------------------------------------------
 
-/// How far the errors of a tile exceed half a step, over the tokens of one place. Always in 8 lanes, because
-/// the order of sums must not depend on the instruction set.
+/// How far the errors of a tile exceed half a step, over the tokens of one place. In 8 lanes, however many a
+/// vector has, because the order of sums must not depend on the instruction set.
+template <int Lanes>
 KVPLANE_INLINE void add_excess(const float* values, const std::uint8_t* codes, Index tokens, double lower,
                                double step, ClipExcess& excess) {
-    constexpr int lanes = 8;
+    constexpr int lanes = Lanes / 2, parts = 8 / lanes;
     using Doubles = Vector<double, lanes>;
     using Narrow = Floats<lanes>;
-    Doubles largest{}, energy{};
+    Doubles largest[parts] = {}, energy[parts] = {};
     const double half = 0.5 * step;
-    for (Index t = 0; t < tokens; t += lanes) {
-        Vector<std::uint8_t, lanes> code;
-        Narrow value;
-        load(code, codes + t);
-        load(value, values + t);
-        const auto cell = __builtin_convertvector(__builtin_convertvector(code, Ints<lanes>), Doubles);
-        // The product is exact, and so are squares of floats.
-        Doubles error = __builtin_convertvector(value, Doubles) - (lower + step * (cell + 0.5));
-        error = error < 0.0 ? -error : error;
-        error -= half;
-        error = error > 0.0 ? error : Doubles{};
-        if (t + lanes > tokens)
-            for (Index i = tokens - t; i < lanes; ++i) error[i] = 0.0;
-        largest = error > largest ? error : largest;
-        const auto narrow = __builtin_convertvector(__builtin_convertvector(error, Narrow), Doubles);
-        energy += narrow * narrow;
+    for (Index t = 0; t < tokens; t += 8) {
+#pragma GCC unroll 4
+        for (int p = 0; p < parts; ++p) {
+            const Index first = t + p * lanes;
+            Vector<std::uint8_t, lanes> code;
+            Narrow value;
+            load(code, codes + first);
+            load(value, values + first);
+            const auto cell = __builtin_convertvector(__builtin_convertvector(code, Ints<lanes>), Doubles);
+            // The product is exact, and so are squares of floats.
+            Doubles error = __builtin_convertvector(value, Doubles) - (lower + step * (cell + 0.5));
+            error = error < 0.0 ? -error : error;
+            error -= half;
+            error = error > 0.0 ? error : Doubles{};
+            if (t + 8 > tokens)
+                for (int i = 0; i < lanes; ++i) error[i] = first + i < tokens ? error[i] : 0.0;
+            largest[p] = error > largest[p] ? error : largest[p];
+            const auto narrow = __builtin_convertvector(__builtin_convertvector(error, Narrow), Doubles);
+            energy[p] += narrow * narrow;
+        }
     }
-    for (int lane = 0; lane < lanes; ++lane) {
-        excess.largest = std::max(excess.largest, largest[lane]);
-        excess.energy += energy[lane];
-    }
+    for (int p = 0; p < parts; ++p)
+        for (int lane = 0; lane < lanes; ++lane) {
+            excess.largest = std::max(excess.largest, largest[p][lane]);
+            excess.energy += energy[p][lane];
+        }
 }
 
 }  // namespace kvplane::detail::shaped

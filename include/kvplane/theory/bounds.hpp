@@ -268,6 +268,44 @@ double output_error_bound(double score_error, double radius, double value_error)
 /// that the sum is off by itself: count largest codes. What fp32 sums round is not in it.
 double rounded_factors_error(int bits, int bits_below, Index count, double largest);
 
+/// T15, plain codes: a key whose channels are rounded to grids of these steps has, at high rate, errors e that
+/// are uniform in their cells and independent, so that
+///
+///     E[e^T C e] = sum_j C_jj steps_j^2 / 12.
+///
+/// With C = E[u u^T] that is the expected squared error of a score u.k. weight = C, symmetric; steps >= 0, one
+/// for each channel. Throws Error (shape, not_finite, option) otherwise.
+double plain_score_error(const Eigen::Ref<const MatrixD>& weight,
+                         const Eigen::Ref<const Eigen::VectorXd>& steps);
+
+/// T15, the order of the shaped encoding: channels by falling C_jj steps_j^2, equal ones by number. Throws as
+/// plain_score_error.
+std::vector<Index> shaping_order(const Eigen::Ref<const MatrixD>& weight,
+                                 const Eigen::Ref<const Eigen::VectorXd>& steps);
+
+/// T15: the pivots d_j [channel] of C = L D L^T, where L is unit triangular such that the error of a channel
+/// takes up those of the channels before it in `order`. d_j is what is left of C_jj if the channels after j
+/// make up for an error of j as well as they can. So d_j <= C_jj, and the product of all is det C whatever the
+/// order. weight positive definite, order a permutation of its channels; throws Error (shape, not_finite,
+/// option) otherwise.
+Eigen::VectorXd shaping_pivots(const Eigen::Ref<const MatrixD>& weight, std::span<const Index> order);
+
+/// T15, shaped codes: channels are coded in shaping_order, and each has the target x_j - sum_i L_ij e_i over
+/// the channels i before it, with L from C + ridge tr(C) / channels I. Then e = L^-T r with r uniform in its
+/// cells, so that at high rate and without clipping
+///
+///     E[e^T C e] = sum_j (L^-1 C L^-T)_jj steps_j^2 / 12,
+///
+/// which is sum_j d_j steps_j^2 / 12 without a ridge: never more than plain_score_error. With equal steps the
+/// ratio of both is no less than shaping_limit. ridge >= 0; throws as plain_score_error and shaping_pivots.
+double shaped_score_error(const Eigen::Ref<const MatrixD>& weight,
+                          const Eigen::Ref<const Eigen::VectorXd>& steps, double ridge = 0);
+
+/// T15, the least that any order can leave of plain_score_error if all steps are equal: the geometric mean of
+/// C's eigenvalues over their arithmetic mean, (det C)^(1/n) / (tr C / n). It is reached where all d_j are
+/// equal. Throws as shaping_pivots.
+double shaping_limit(const Eigen::Ref<const MatrixD>& weight);
+
 }  // namespace kvplane::theory
 
 #if !defined(KVPLANE_COMPILED)

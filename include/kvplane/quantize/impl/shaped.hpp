@@ -25,32 +25,41 @@ KVPLANE_FUNCTION void ShapedQuantizer::set_weight(const Eigen::Ref<const MatrixD
     require(weight.cols() == channels && channels >= 1 && channels <= detail::shaped::max_channels,
             ErrorCode::shape, "weight: ", channels, " x ", weight.cols(),
             ", expected a square matrix of 1 to ", detail::shaped::max_channels, " channels");
-    double largest = 0.0;
-    for (Index i = 0; i < channels; ++i)
-        for (Index j = 0; j <= i; ++j) {
-            const double x = weight(i, j);
-            require(std::isfinite(x), ErrorCode::not_finite, "weight: the entry at ", i, ", ", j, " is ", x,
-                    ", expected finite numbers");
-            largest = std::max(largest, std::abs(x));
+    const double* const entries = weight.data();
+    const Index stride = weight.outerStride();
+    const double largest = detail::run_on(isa_, [=](auto lanes) KVPLANE_BODY {
+        double of_all = 0.0;
+        for (Index i = 0; i < channels; ++i) {
+            const double of_row = detail::shaped::largest_magnitude<lanes>(entries + i * stride, channels);
+            if (!(of_row <= of_all)) of_all = of_row;
+            if (!(of_all <= std::numeric_limits<double>::max())) break;
         }
-    // By a power of two, in two steps that doubles can hold: nothing is rounded but to float.
-    int exponent = 0;
-    std::frexp(largest, &exponent);
+        return of_all;
+    });
+    if (!std::isfinite(largest))
+        for (Index i = 0; i < channels; ++i)
+            for (Index j = 0; j < channels; ++j)
+                require(std::isfinite(weight(i, j)), ErrorCode::not_finite, "weight: the entry at ", i, ", ",
+                        j, " is ", weight(i, j), ", expected finite numbers");
+    // By a power of two, so that nothing is rounded but to float; by two of them, which doubles can hold.
+    std::frexp(largest, &exponent_);
+    const double first = std::ldexp(1.0, -exponent_ / 2),
+                 second = std::ldexp(1.0, -exponent_ - -exponent_ / 2);
     double mean = 0.0;
-    const double first = std::ldexp(1.0, -exponent / 2), second = std::ldexp(1.0, -exponent - -exponent / 2);
     for (Index i = 0; i < channels; ++i) mean += weight(i, i) * first * second;
     mean /= static_cast<double>(channels);
     const double ridge = shaping_.ridge * mean;
 
     channels_ = channels;
-    exponent_ = exponent;
     weight_.resize(at(channels * channels));
+    float* const to = weight_.data();
+    detail::run_on(isa_, [=](auto lanes) KVPLANE_BODY {
+        for (Index i = 0; i < channels; ++i)
+            detail::shaped::narrow_row<lanes>(entries + i * stride, channels, first, second,
+                                              to + i * channels);
+    });
     for (Index i = 0; i < channels; ++i)
-        for (Index j = 0; j <= i; ++j) {
-            double x = weight(i, j) * first * second;
-            if (i == j) x += ridge;
-            weight_[at(i * channels + j)] = weight_[at(j * channels + i)] = static_cast<float>(x);
-        }
+        to[i * channels + i] = static_cast<float>(weight(i, i) * first * second + ridge);
 }
 
 /// Places by falling C_cc step_c^2, which for equal ones is by channel.
@@ -162,10 +171,10 @@ KVPLANE_FUNCTION bool ShapedQuantizer::code_tile(const ShapedBlock& block, const
     const float* const step = step_.data();
     const std::uint8_t* const codes = codes_.data();
     ClipExcess& sum = excess;
-    detail::run_on(isa_, [=, &sum](auto) KVPLANE_BODY {
+    detail::run_on(isa_, [=, &sum](auto lanes) KVPLANE_BODY {
         for (Index j = 0; j < channels; ++j)
-            shaped::add_excess(values + j * shaped::tile, codes + j * shaped::tile, tokens, lower[j], step[j],
-                               sum);
+            shaped::add_excess<lanes>(values + j * shaped::tile, codes + j * shaped::tile, tokens, lower[j],
+                                      step[j], sum);
     });
     return true;
 }

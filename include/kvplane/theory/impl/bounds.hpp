@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -56,6 +58,49 @@ inline void require_curves(const Eigen::Ref<const MatrixD>& errors, const Eigen:
             "errors: no options, expected at least one");
     require(errors.allFinite() && costs.allFinite(), ErrorCode::not_finite,
             "errors or costs hold NaN or infinity, expected finite numbers");
+}
+
+inline void require_weight(const Eigen::Ref<const MatrixD>& weight) {
+    require(weight.rows() == weight.cols() && weight.rows() >= 1, ErrorCode::shape, "weight: ", weight.rows(),
+            " x ", weight.cols(), ", expected a square matrix");
+    require(weight.allFinite(), ErrorCode::not_finite,
+            "weight: holds NaN or infinity, expected finite numbers");
+}
+
+inline void require_weight(const Eigen::Ref<const MatrixD>& weight,
+                           const Eigen::Ref<const Eigen::VectorXd>& steps) {
+    require_weight(weight);
+    require(steps.size() == weight.rows(), ErrorCode::shape, "steps: ", steps.size(), " entries for ",
+            weight.rows(), " channels, expected one for each");
+    require_not_negative(steps, "steps");
+}
+
+/// C by places, its factors in place: D on the diagonal, L_ij below, in the row of the later channel j. The
+/// last channel is eliminated first.
+inline MatrixD factorized(const Eigen::Ref<const MatrixD>& weight, std::span<const Index> order) {
+    const Index channels = weight.rows();
+    std::vector<bool> seen(order.size(), false);
+    for (const Index channel : order) {
+        const bool fits = static_cast<Index>(order.size()) == channels && channel >= 0 &&
+                          channel < channels && !seen[static_cast<std::size_t>(channel)];
+        require(fits, ErrorCode::shape, "order: no permutation of ", channels, " channels, expected one");
+        seen[static_cast<std::size_t>(channel)] = true;
+    }
+    require(static_cast<Index>(order.size()) == channels, ErrorCode::shape, "order: ", order.size(),
+            " channels, expected ", channels);
+    MatrixD rest(channels, channels);
+    for (Index i = 0; i < channels; ++i)
+        for (Index j = 0; j < channels; ++j)
+            rest(i, j) = weight(order[static_cast<std::size_t>(i)], order[static_cast<std::size_t>(j)]);
+    for (Index j = channels - 1; j >= 0; --j) {
+        const double pivot = rest(j, j);
+        require(pivot > 0, ErrorCode::option, "weight: not positive definite (pivot ", pivot,
+                "), expected a positive definite matrix");
+        const Eigen::RowVectorXd row = rest.row(j).head(j);
+        rest.row(j).head(j) /= pivot;
+        rest.topLeftCorner(j, j) -= row.transpose() * (row / pivot);
+    }
+    return rest;
 }
 
 }  // namespace detail
@@ -346,6 +391,63 @@ KVPLANE_FUNCTION double rounded_factors_error(int bits, int bits_below, Index co
                        : bits <= 4                  ? codes / 254
                                                     : codes / 65024 + below / 254;
     return static_cast<double>(count) * largest * off;
+}
+
+KVPLANE_FUNCTION double plain_score_error(const Eigen::Ref<const MatrixD>& weight,
+                                          const Eigen::Ref<const Eigen::VectorXd>& steps) {
+    detail::require_weight(weight, steps);
+    return weight.diagonal().dot(steps.cwiseAbs2()) / 12;
+}
+
+KVPLANE_FUNCTION std::vector<Index> shaping_order(const Eigen::Ref<const MatrixD>& weight,
+                                                  const Eigen::Ref<const Eigen::VectorXd>& steps) {
+    detail::require_weight(weight, steps);
+    std::vector<Index> order(static_cast<std::size_t>(weight.rows()));
+    std::iota(order.begin(), order.end(), Index{0});
+    const Eigen::VectorXd cost = weight.diagonal().cwiseProduct(steps.cwiseAbs2());
+    std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) { return cost[a] > cost[b]; });
+    return order;
+}
+
+KVPLANE_FUNCTION Eigen::VectorXd shaping_pivots(const Eigen::Ref<const MatrixD>& weight,
+                                                std::span<const Index> order) {
+    detail::require_weight(weight);
+    const MatrixD factors = detail::factorized(weight, order);
+    Eigen::VectorXd pivots(weight.rows());
+    for (Index j = 0; j < weight.rows(); ++j) pivots[order[static_cast<std::size_t>(j)]] = factors(j, j);
+    return pivots;
+}
+
+KVPLANE_FUNCTION double shaped_score_error(const Eigen::Ref<const MatrixD>& weight,
+                                           const Eigen::Ref<const Eigen::VectorXd>& steps, double ridge) {
+    detail::require_not_negative(ridge, "ridge");
+    const std::vector<Index> order = shaping_order(weight, steps);
+    const Index channels = weight.rows();
+    MatrixD ridged = weight;
+    ridged.diagonal().array() += ridge * weight.trace() / static_cast<double>(channels);
+    const MatrixD factors = detail::factorized(ridged, order);
+    double error = 0;
+    // The errors that follow from an error of 1 at place j: e_k = -sum_(i < k) L_ik e_i.
+    Eigen::VectorXd follows(channels);
+    for (Index j = 0; j < channels; ++j) {
+        follows.setZero();
+        follows[order[static_cast<std::size_t>(j)]] = 1;
+        for (Index k = j + 1; k < channels; ++k) {
+            double sum = 0;
+            for (Index i = j; i < k; ++i) sum += factors(k, i) * follows[order[static_cast<std::size_t>(i)]];
+            follows[order[static_cast<std::size_t>(k)]] = -sum;
+        }
+        const double step = steps[order[static_cast<std::size_t>(j)]];
+        error += follows.dot(weight * follows) * step * step / 12;
+    }
+    return error;
+}
+
+KVPLANE_FUNCTION double shaping_limit(const Eigen::Ref<const MatrixD>& weight) {
+    detail::require_weight(weight);
+    std::vector<Index> order(static_cast<std::size_t>(weight.rows()));
+    std::iota(order.begin(), order.end(), Index{0});
+    return std::exp(shaping_pivots(weight, order).array().log().mean()) / weight.diagonal().mean();
 }
 
 }  // namespace kvplane::theory
