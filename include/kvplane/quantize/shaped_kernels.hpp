@@ -15,10 +15,13 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/quantize/rule.hpp"
@@ -95,23 +98,31 @@ KVPLANE_INLINE void add_products(Ints<Lanes>& sum, const Ints<Lanes>& a, const I
 
 // -- Codes ------------------------------------------------------------------------------------------------
 
+/// What all positions of a width share: their unit, and the cells beyond which values count as there. Values
+/// may have been clipped, by any number of cells.
+struct PositionRange {
+    float fine, lowest, highest;
+
+    explicit PositionRange(int bits)
+        : fine(power_of_two(position_bits(bits) - 1)),
+          lowest(-power_of_two(bits)),
+          highest(power_of_two(bits + 1)) {}
+};
+
 /// The positions of a tile's values at one place, and whether all values can be stored.
 template <int Lanes>
-KVPLANE_INLINE bool find_positions(const float* values, float lower, float inverse, int bits,
-                                   std::int32_t* positions) {
-    const Floats<Lanes> lowest = Floats<Lanes>{} - power_of_two(bits),
-                        highest = Floats<Lanes>{} + power_of_two(bits + 1);
-    const float fine = power_of_two(position_bits(bits) - 1);
+KVPLANE_INLINE bool find_positions(const float* values, float lower, float inverse,
+                                   const PositionRange& range, std::int32_t* positions) {
+    const Floats<Lanes> lowest = Floats<Lanes>{} + range.lowest, highest = Floats<Lanes>{} + range.highest;
     Ints<Lanes> good = Ints<Lanes>{} - 1;
     for (Index t = 0; t < tile; t += Lanes) {
         Floats<Lanes> x;
         load(x, values + t);
         good &= (Floats<Lanes>)((Words<Lanes>)x & 0x7FFFFFFFu) <= fp16_max;
         Floats<Lanes> position = (x - lower) * inverse;
-        // Values may have been clipped, by any number of cells.
         position = position > lowest ? position : lowest;
         position = position < highest ? position : highest;
-        const Ints<Lanes> whole = __builtin_convertvector(position * fine, Ints<Lanes>);
+        const Ints<Lanes> whole = __builtin_convertvector(position * range.fine, Ints<Lanes>);
         store(positions + t, whole * 2 + 1);
     }
     return simd::all_set<Lanes>(good);
@@ -147,46 +158,52 @@ KVPLANE_INLINE void code_block(const Tile& to, const Feedback& feedback, Index f
     if constexpr (!Before)
         for (Index pair = own + block / 2; pair < to.places / 2; ++pair) add_pair(pair);
 
-    const int fine = position_bits(to.bits);
-    const int top = (1 << to.bits) - 1;
+    // Place after place, all vectors of tokens of each: what one vector waits for, another does not.
+    const int fine = position_bits(to.bits), top = (1 << to.bits) - 1;
     const Ints<Lanes> zero{}, last = zero + top, most = zero + 32767, least = -most;
     const std::int32_t middle = (1 << (fine - 1)) + (1 << (finer_bits - 1));
+    Ints<Lanes> errors[block / 2][Strip];
+#pragma GCC unroll 2
+    for (int p = 0; p < block / 2; ++p)
 #pragma GCC unroll 4
-    for (int s = 0; s < Strip; ++s) {
-        const Index at = token + s * Lanes;
-        Ints<Lanes> errors[block / 2];
-        for (int p = 0; p < block / 2; ++p) {
+        for (int s = 0; s < Strip; ++s) {
             if constexpr (Before)
-                errors[p] = Ints<Lanes>{};
+                errors[p][s] = Ints<Lanes>{};
             else
-                load(errors[p], to.errors + (own + p) * tile + at);
+                load(errors[p][s], to.errors + (own + p) * tile + token + s * Lanes);
         }
 #pragma GCC unroll 4
-        for (int r = 0; r < block; ++r) {
-            Ints<Lanes> sum = sums[r][s];
+    for (int r = 0; r < block; ++r) {
+        const Shifts shifts = feedback.shifts[first + r];
+        const Index place = (first + r) * tile + token;
 #pragma GCC unroll 2
-            for (int p = 0; p < block / 2; ++p) {
-                std::int32_t two;
-                std::memcpy(&two, rows[r] + first + 2 * p, 4);
-                const Ints<Lanes> weights = Ints<Lanes>{} + two;
-                add_products<Lanes>(sum, errors[p], weights);
-            }
+        for (int p = 0; p < (Before ? (r + 1) / 2 : block / 2); ++p) {
+            std::int32_t two;
+            std::memcpy(&two, rows[r] + first + 2 * p, 4);
+            const Ints<Lanes> weights = Ints<Lanes>{} + two;
+#pragma GCC unroll 4
+            for (int s = 0; s < Strip; ++s) add_products<Lanes>(sums[r][s], errors[p][s], weights);
+        }
+#pragma GCC unroll 4
+        for (int s = 0; s < Strip; ++s) {
             Ints<Lanes> position;
-            load(position, to.positions + (first + r) * tile + at);
-            const Shifts shifts = feedback.shifts[first + r];
+            load(position, to.positions + place + s * Lanes);
             Ints<Lanes> code =
-                ((position >> shifts.position) - (sum >> shifts.sum)) >> (fine - shifts.position);
+                ((position >> shifts.position) - (sums[r][s] >> shifts.sum)) >> (fine - shifts.position);
             code = code > zero ? code : zero;
             code = code < last ? code : last;
-            simd::store_low_bytes<Lanes>(to.codes + (first + r) * tile + at, code);
+            simd::store_low_bytes<Lanes>(to.codes + place + s * Lanes, code);
             Ints<Lanes> error = ((code << fine) + middle - position) >> finer_bits;
             error = error > least ? error : least;
             error = error < most ? error : most;
-            Ints<Lanes>& two = errors[r / 2];
+            Ints<Lanes>& two = errors[r / 2][s];
             two = r % 2 ? (two & 0xFFFF) | (error << 16) : (two & -65536) | (error & 0xFFFF);
         }
-        for (int p = 0; p < block / 2; ++p) store(to.errors + (own + p) * tile + at, errors[p]);
     }
+#pragma GCC unroll 2
+    for (int p = 0; p < block / 2; ++p)
+#pragma GCC unroll 4
+        for (int s = 0; s < Strip; ++s) store(to.errors + (own + p) * tile + token + s * Lanes, errors[p][s]);
 }
 
 /// One pass over all places: error feedback (Before) or coordinate descent.
@@ -238,12 +255,22 @@ KVPLANE_INLINE void narrow_row(const double* row, Index count, double first, dou
     for (; i < count; ++i) to[i] = static_cast<float>(row[i] * first * second);
 }
 
+/// All lanes of x added up, width lanes at a time by halving.
+template <int Lanes, int width, std::size_t... Place>
+KVPLANE_INLINE void add_lanes(Ints<Lanes>& x, std::index_sequence<Place...> places) {
+    if constexpr (width > 1) {
+        x += __builtin_shufflevector(x, x, (Place ^ (width / 2))...);
+        add_lanes<Lanes, width / 2>(x, places);
+    }
+}
+
 /// One row of weights: ratios[i] steps[i] scale for all i below `places` but `self`. It has as many fractional
 /// bits as keep its sum of magnitudes below 2^15, and whole cells at least: a row that is larger still is
 /// shrunk, but its step is so small that its code will be the first or the last anyway.
 template <int Lanes>
 KVPLANE_INLINE Shifts round_row(const float* ratios, const float* steps, float scale, Index places,
                                 Index self, float* room, std::int16_t* row) {
+    constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(Lanes)>{};
     const Index end = (places + Lanes - 1) / Lanes * Lanes;
     for (Index i = 0; i < end; i += Lanes) {
         Floats<Lanes> ratio, step;
@@ -260,30 +287,30 @@ KVPLANE_INLINE Shifts round_row(const float* ratios, const float* steps, float s
         x = (Floats<Lanes>)((Words<Lanes>)x & 0x7FFFFFFFu);
         largest = x > largest ? x : largest;
     }
-    float most = 0.0f;
-    for (int lane = 0; lane < Lanes; ++lane) most = std::max(most, largest[lane]);
-    // The exponent of the largest, so that its magnitude becomes 2^19 to 2^20.
-    std::int32_t pattern;
-    std::memcpy(&pattern, &most, 4);
-    const int exponent = (pattern >> 23) - 126, fraction = std::clamp(20 - exponent, -100, 25);
-    const float fine = power_of_two(fraction);
-    Ints<Lanes> magnitudes{};
+    simd::fold_lanes<Lanes, Lanes>(largest, simd::larger, lanes);
+    // By the exponent of the largest, whose magnitude becomes 2^19 to 2^20.
+    const int exponent = (((Ints<Lanes>)largest)[0] >> 23) - 126,
+              fraction = std::min(std::max(20 - exponent, -100), 25);
+    const Ints<Lanes> pattern = Ints<Lanes>{} + ((fraction + 127) << 23);
+    Ints<Lanes> sums{};
     for (Index i = 0; i < end; i += Lanes) {
         Floats<Lanes> x;
         load(x, room + i);
-        const Ints<Lanes> whole = __builtin_convertvector(x * fine, Ints<Lanes>);
-        magnitudes += whole < 0 ? -whole : whole;
+        const Ints<Lanes> whole = __builtin_convertvector(x * (Floats<Lanes>)pattern, Ints<Lanes>);
+        sums += whole < 0 ? -whole : whole;
         store(room + i, whole);
     }
-    std::int32_t sum = 0;
-    for (int lane = 0; lane < Lanes; ++lane) sum += magnitudes[lane];
-    int drop = 0;
+    add_lanes<Lanes, Lanes>(sums, lanes);
     // Rounding adds half a unit to each magnitude at most.
-    while (sum >> drop >= 32767 - max_channels / 2) ++drop;
+    constexpr int limit = 32767 - max_channels / 2;
+    const int sum = sums[0];
+    int drop = std::max(static_cast<int>(std::bit_width(static_cast<unsigned>(sum))) - 15, 0);
+    if (sum >> drop >= limit) ++drop;
+    const std::int32_t half = (1 << drop) >> 1;
     for (Index i = 0; i < end; i += Lanes) {
         Ints<Lanes> whole;
         load(whole, room + i);
-        whole = (whole + ((1 << drop) >> 1)) >> drop;
+        whole = (whole + half) >> drop;
         store(row + i, __builtin_convertvector(whole, Vector<std::int16_t, Lanes>));
     }
     const int finer = fraction - drop - finer_bits;
@@ -381,41 +408,45 @@ KVPLANE_INLINE bool factorize(const Factorization& f, const WithRow& with_row) {
 
 // -- Excess -----------------------------------------------------------------------------------------------
 
-/// How far the errors of a tile exceed half a step, over the tokens of one place. In 8 lanes, however many a
+/// How far the errors of a tile exceed half a step, over the tokens of one place. In 16 lanes, however many a
 /// vector has, because the order of sums must not depend on the instruction set.
 template <int Lanes>
-KVPLANE_INLINE void add_excess(const float* values, const std::uint8_t* codes, Index tokens, double lower,
-                               double step, ClipExcess& excess) {
-    constexpr int lanes = Lanes / 2, parts = 8 / lanes;
-    using Doubles = Vector<double, lanes>;
-    using Narrow = Floats<lanes>;
-    Doubles largest[parts] = {}, energy[parts] = {};
-    const double half = 0.5 * step;
-    for (Index t = 0; t < tokens; t += 8) {
+KVPLANE_INLINE void add_excess(const float* values, const std::uint8_t* codes, Index tokens, float lower,
+                               float step, ClipExcess& excess) {
+    constexpr int lanes = 16, parts = lanes / Lanes, half_lanes = Lanes / 2;
+    using Doubles = Vector<double, half_lanes>;
+    Floats<Lanes> largest[parts] = {};
+    Doubles energy[2 * parts] = {};
+    for (Index t = 0; t < tokens; t += lanes) {
 #pragma GCC unroll 4
         for (int p = 0; p < parts; ++p) {
-            const Index first = t + p * lanes;
-            Vector<std::uint8_t, lanes> code;
-            Narrow value;
-            load(code, codes + first);
+            const Index first = t + p * Lanes;
+            Vector<std::uint8_t, Lanes> narrow;
+            Floats<Lanes> value;
+            load(narrow, codes + first);
             load(value, values + first);
-            const auto cell = __builtin_convertvector(__builtin_convertvector(code, Ints<lanes>), Doubles);
-            // The product is exact, and so are squares of floats.
-            Doubles error = __builtin_convertvector(value, Doubles) - (lower + step * (cell + 0.5));
-            error = error < 0.0 ? -error : error;
-            error -= half;
-            error = error > 0.0 ? error : Doubles{};
-            if (t + 8 > tokens)
-                for (int i = 0; i < lanes; ++i) error[i] = first + i < tokens ? error[i] : 0.0;
+            const auto code =
+                __builtin_convertvector(__builtin_convertvector(narrow, Ints<Lanes>), Floats<Lanes>);
+            // fp16's step has 11 bits and the code 9, so that the product is exact, as are squares in double.
+            Floats<Lanes> error = value - (lower + step * (code + 0.5f));
+            error = (Floats<Lanes>)((Words<Lanes>)error & 0x7FFFFFFFu) - 0.5f * step;
+            error = error > 0.0f ? error : Floats<Lanes>{};
+            if (t + lanes > tokens)
+                for (int i = 0; i < Lanes; ++i) error[i] = first + i < tokens ? error[i] : 0.0f;
             largest[p] = error > largest[p] ? error : largest[p];
-            const auto narrow = __builtin_convertvector(__builtin_convertvector(error, Narrow), Doubles);
-            energy[p] += narrow * narrow;
+            Floats<half_lanes> halves[2];
+            std::memcpy(halves, &error, sizeof error);
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; ++h) {
+                const Doubles wide = __builtin_convertvector(halves[h], Doubles);
+                energy[2 * p + h] += wide * wide;
+            }
         }
     }
     for (int p = 0; p < parts; ++p)
-        for (int lane = 0; lane < lanes; ++lane) {
-            excess.largest = std::max(excess.largest, largest[p][lane]);
-            excess.energy += energy[p][lane];
+        for (int lane = 0; lane < Lanes; ++lane) {
+            excess.largest = std::max(excess.largest, static_cast<double>(largest[p][lane]));
+            excess.energy += energy[2 * p + lane / half_lanes][lane % half_lanes];
         }
 }
 

@@ -150,10 +150,11 @@ KVPLANE_FUNCTION bool ShapedQuantizer::code_tile(const ShapedBlock& block, const
     const Index channels = channels_, tokens = run.count;
     const float *const values = values_.data(), *const lower = lower_.data(),
                        *const inverse = inverse_.data();
+    const shaped::PositionRange range(block.bits);
     const bool good = detail::run_on(isa_, [=](auto lanes) KVPLANE_BODY {
         bool all = true;
         for (Index j = 0; j < channels; ++j)
-            all &= shaped::find_positions<lanes>(values + j * shaped::tile, lower[j], inverse[j], tile.bits,
+            all &= shaped::find_positions<lanes>(values + j * shaped::tile, lower[j], inverse[j], range,
                                                  tile.positions + j * shaped::tile);
         if (!all) return false;
         shaped::code_places<lanes, true>(tile, feedback, tokens);
