@@ -319,6 +319,9 @@ KVPLANE_INLINE Shifts round_row(const float* ratios, const float* steps, float s
 
 // -- Factorization ----------------------------------------------------------------------------------------
 
+/// Pivots whose rows go through memory together.
+inline constexpr int panel = 8;
+
 /// C = L D L^T with L unit lower in reversed order, by places: the last place is eliminated first.
 struct Factorization {
     const float* weight;   ///< C [place][stride]
@@ -329,29 +332,44 @@ struct Factorization {
     Index places, stride;
 };
 
-/// rest -= left^T right in the rows `first` to first + rows - 1, for the last `count` pivots.
-template <int Lanes, int Rows, int Count>
-KVPLANE_INLINE void eliminate(const Factorization& f, Index first) {
-    constexpr int lanes = Lanes / 2;
-    using Doubles = Vector<double, lanes>;
+/// rest -= left^T right in `Rows` rows from `first` on, for the `panel` pivots of left and right.
+template <int Lanes, int Rows>
+KVPLANE_INLINE void eliminate_panel(const Factorization& f, Index first) {
+    using Doubles = Vector<double, Lanes / 2>;
     double* const rest = f.rest + first * f.stride;
-    double left[Rows][Count];
+    double left[Rows][panel];
     for (int r = 0; r < Rows; ++r)
-        for (int p = 0; p < Count; ++p) left[r][p] = f.left[p * f.stride + first + r];
-    for (Index i = 0; i < first + Rows; i += lanes) {
+        for (int p = 0; p < panel; ++p) left[r][p] = f.left[p * f.stride + first + r];
+    for (Index i = 0; i < first + Rows; i += Lanes / 2) {
         Doubles x[Rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int r = 0; r < Rows; ++r) load(x[r], rest + r * f.stride + i);
 #pragma GCC unroll 8
-        for (int p = 0; p < Count; ++p) {
+        for (int p = 0; p < panel; ++p) {
             Doubles right;
             load(right, f.right + p * f.stride + i);
             // Both are floats, so that the product is exact.
-#pragma GCC unroll 4
+#pragma GCC unroll 2
             for (int r = 0; r < Rows; ++r) x[r] -= left[r][p] * right;
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int r = 0; r < Rows; ++r) store(rest + r * f.stride + i, x[r]);
+    }
+}
+
+/// The same in one row for the first `count` pivots.
+template <int Lanes>
+KVPLANE_INLINE void eliminate_row(const Factorization& f, Index row, Index count) {
+    using Doubles = Vector<double, Lanes / 2>;
+    double* const rest = f.rest + row * f.stride;
+    for (Index i = 0; i <= row; i += Lanes / 2) {
+        Doubles x, right;
+        load(x, rest + i);
+        for (Index p = 0; p < count; ++p) {
+            load(right, f.right + p * f.stride + i);
+            x -= f.left[p * f.stride + row] * right;
+        }
+        store(rest + i, x);
     }
 }
 
@@ -369,12 +387,10 @@ KVPLANE_INLINE bool factorize(const Factorization& f, const WithRow& with_row) {
         store(f.rest + i, __builtin_convertvector(x, Doubles));
     }
     for (Index end = f.places; end > 0;) {
-        const Index count = end >= block ? block : 1;
+        const Index count = end >= panel ? panel : 1;
         for (Index p = 0; p < count; ++p) {
             const Index j = end - 1 - p;
-            if (p == 1) eliminate<Lanes, 1, 1>(f, j);
-            if (p == 2) eliminate<Lanes, 1, 2>(f, j);
-            if (p == 3) eliminate<Lanes, 1, 3>(f, j);
+            if (p > 0) eliminate_row<Lanes>(f, j, p);
             const double* const row = f.rest + j * f.stride;
             const double pivot = row[j], whole = static_cast<double>(f.weight[j * f.stride + j]);
             if (!(pivot > least && pivot > whole * 0x1p-20)) return false;
@@ -392,13 +408,11 @@ KVPLANE_INLINE bool factorize(const Factorization& f, const WithRow& with_row) {
             with_row(j);
         }
         end -= count;
+        constexpr int rows = Lanes == 16 ? 2 : 1;  // as registers leave room for
         Index k = 0;
-        if (count == block) {
-            for (; k + 4 <= end; k += 4) eliminate<Lanes, 4, block>(f, k);
-            for (; k < end; ++k) eliminate<Lanes, 1, block>(f, k);
-        } else {
-            for (; k < end; ++k) eliminate<Lanes, 1, 1>(f, k);
-        }
+        if (count == panel)
+            for (; k + rows <= end; k += rows) eliminate_panel<Lanes, rows>(f, k);
+        for (; k < end; ++k) eliminate_row<Lanes>(f, k, count);
         // A matrix that is not positive definite would grow beyond floats.
         for (k = 0; k < end; ++k)
             if (!(f.rest[k * f.stride + k] > 0.0)) return false;
@@ -408,46 +422,60 @@ KVPLANE_INLINE bool factorize(const Factorization& f, const WithRow& with_row) {
 
 // -- Excess -----------------------------------------------------------------------------------------------
 
-/// How far the errors of a tile exceed half a step, over the tokens of one place. In 16 lanes, however many a
-/// vector has, because the order of sums must not depend on the instruction set.
+/// What a tile was coded from, and its codes, by places.
+struct TileGrids {
+    const float* values;  ///< [place][tile]
+    const float *lower, *step;
+    const std::uint8_t* codes;  ///< [place][tile]
+};
+
+/// How far the errors of a tile exceed half a step, over `tokens` tokens of the first `places` places. In 16
+/// lanes, however many a vector has, because the order of sums must not depend on the instruction set.
 template <int Lanes>
-KVPLANE_INLINE void add_excess(const float* values, const std::uint8_t* codes, Index tokens, float lower,
-                               float step, ClipExcess& excess) {
+KVPLANE_INLINE ClipExcess excess_of(const TileGrids& grids, Index places, Index tokens) {
     constexpr int lanes = 16, parts = lanes / Lanes, half_lanes = Lanes / 2;
     using Doubles = Vector<double, half_lanes>;
     Floats<Lanes> largest[parts] = {};
     Doubles energy[2 * parts] = {};
-    for (Index t = 0; t < tokens; t += lanes) {
+    for (Index j = 0; j < places; ++j) {
+        const float lower = grids.lower[j], step = grids.step[j];
+        for (Index t = 0; t < tokens; t += lanes) {
 #pragma GCC unroll 4
-        for (int p = 0; p < parts; ++p) {
-            const Index first = t + p * Lanes;
-            Vector<std::uint8_t, Lanes> narrow;
-            Floats<Lanes> value;
-            load(narrow, codes + first);
-            load(value, values + first);
-            const auto code =
-                __builtin_convertvector(__builtin_convertvector(narrow, Ints<Lanes>), Floats<Lanes>);
-            // fp16's step has 11 bits and the code 9, so that the product is exact, as are squares in double.
-            Floats<Lanes> error = value - (lower + step * (code + 0.5f));
-            error = (Floats<Lanes>)((Words<Lanes>)error & 0x7FFFFFFFu) - 0.5f * step;
-            error = error > 0.0f ? error : Floats<Lanes>{};
-            if (t + lanes > tokens)
-                for (int i = 0; i < Lanes; ++i) error[i] = first + i < tokens ? error[i] : 0.0f;
-            largest[p] = error > largest[p] ? error : largest[p];
-            Floats<half_lanes> halves[2];
-            std::memcpy(halves, &error, sizeof error);
+            for (int p = 0; p < parts; ++p) {
+                const Index first = t + p * Lanes;
+                Vector<std::uint8_t, Lanes> narrow;
+                Floats<Lanes> value;
+                load(narrow, grids.codes + j * tile + first);
+                load(value, grids.values + j * tile + first);
+                const auto code =
+                    __builtin_convertvector(__builtin_convertvector(narrow, Ints<Lanes>), Floats<Lanes>);
+                // fp16's step has 11 bits and the code 9, so that the product is exact, as are squares in double.
+                Floats<Lanes> error = value - (lower + step * (code + 0.5f));
+                error = (Floats<Lanes>)((Words<Lanes>)error & 0x7FFFFFFFu) - 0.5f * step;
+                error = error > 0.0f ? error : Floats<Lanes>{};
+                if (t + lanes > tokens) {
+                    Ints<Lanes> used{};
+                    for (int i = 0; i < Lanes; ++i) used[i] = first + i < tokens ? -1 : 0;
+                    error = (Floats<Lanes>)((Ints<Lanes>)error & used);
+                }
+                largest[p] = error > largest[p] ? error : largest[p];
+                Floats<half_lanes> halves[2];
+                std::memcpy(halves, &error, sizeof error);
 #pragma GCC unroll 2
-            for (int h = 0; h < 2; ++h) {
-                const Doubles wide = __builtin_convertvector(halves[h], Doubles);
-                energy[2 * p + h] += wide * wide;
+                for (int h = 0; h < 2; ++h) {
+                    const Doubles wide = __builtin_convertvector(halves[h], Doubles);
+                    energy[2 * p + h] += wide * wide;
+                }
             }
         }
     }
+    ClipExcess excess;
     for (int p = 0; p < parts; ++p)
         for (int lane = 0; lane < Lanes; ++lane) {
             excess.largest = std::max(excess.largest, static_cast<double>(largest[p][lane]));
             excess.energy += energy[2 * p + lane / half_lanes][lane % half_lanes];
         }
+    return excess;
 }
 
 }  // namespace kvplane::detail::shaped

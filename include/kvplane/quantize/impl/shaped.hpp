@@ -98,8 +98,8 @@ KVPLANE_FUNCTION bool ShapedQuantizer::prepare(const float* step, bool with_weig
     }
     rest_.resize(size);
     pivots_.assign(row, 0.0);
-    left_.assign(at(shaped::block) * row, 0.0);
-    right_.assign(at(shaped::block) * row, 0.0);
+    left_.assign(shaped::panel * row, 0.0);
+    right_.assign(shaped::panel * row, 0.0);
     ratios_.assign(row, 0.0f);
     room_.assign(row, 0.0f);
     feedback_.assign(size, 0);
@@ -169,14 +169,11 @@ KVPLANE_FUNCTION bool ShapedQuantizer::code_tile(const ShapedBlock& block, const
             std::uint8_t* const to = block.codes + (run.first + t) * block.code_stride + order_[at(j)];
             for (Index i = 0; i < end; ++i) to[i * block.code_stride] = from[i];
         }
-    const float* const step = step_.data();
-    const std::uint8_t* const codes = codes_.data();
-    ClipExcess& sum = excess;
-    detail::run_on(isa_, [=, &sum](auto lanes) KVPLANE_BODY {
-        for (Index j = 0; j < channels; ++j)
-            shaped::add_excess<lanes>(values + j * shaped::tile, codes + j * shaped::tile, tokens, lower[j],
-                                      step[j], sum);
-    });
+    const shaped::TileGrids grids{values, lower, step_.data(), codes_.data()};
+    const ClipExcess of_tile = detail::run_on(
+        isa_, [=](auto lanes) KVPLANE_BODY { return shaped::excess_of<lanes>(grids, channels, tokens); });
+    excess.largest = std::max(excess.largest, of_tile.largest);
+    excess.energy += of_tile.energy;
     return true;
 }
 
