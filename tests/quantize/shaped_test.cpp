@@ -405,6 +405,22 @@ TEST(Shaped, ClippedValuesGetTheNearestEndOrMakeUpForOthers) {
     }
 }
 
+/// Beyond what its error can be counted as: others make up for what is counted, and in the right direction.
+TEST(Shaped, OneChannelFarOutsideIsMadeUpFor) {
+    Random random(kvplane_test::seed());
+    const Index channels = 12;
+    for (const int bits : {1, 2, 4, 8})
+        for (const float ranges : {-1.0f, 0.0f, 1.0f, 40.0f, -40.0f}) {
+            Head head(normal_matrix(128, channels, random), bits, kvplane::scheme_for(bits));
+            head.lower[3] += ranges * std::ldexp(head.step[3], bits);
+            const MatrixD weight =
+                MatrixD::Ones(channels, channels) + 0.1 * MatrixD::Identity(channels, channels);
+            EXPECT_LT(head.cost(encode(head, weight).codes, weight),
+                      (std::abs(ranges) > 1.0f ? 1.0 : 0.7) * head.cost(head.nearest(), weight))
+                << bits << " bits, outside by " << ranges;
+        }
+}
+
 // -- What is reported -------------------------------------------------------------------------------------
 
 TEST(Shaped, ExcessIsThatOfTheCodes) {

@@ -30,7 +30,6 @@
 #include "kvplane/compiled.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/rule.hpp"
-#include "kvplane/quantize/shaped_kernels.hpp"
 #include "kvplane/simd/isa.hpp"
 
 namespace kvplane {
@@ -103,9 +102,9 @@ class ShapedQuantizer {
     std::vector<float> step_;      ///< [place]
     std::vector<double> rest_, pivots_, left_, right_;
     std::vector<float> ratios_, room_, importance_, lower_, inverse_;
-    std::vector<std::int16_t> feedback_, descent_;  ///< [place][stride]
-    std::vector<detail::shaped::Shifts> feedback_shifts_, descent_shifts_;
-    std::vector<float> values_;  ///< [place][tile]
+    std::vector<std::int16_t> feedback_, descent_;                ///< [place][stride]
+    std::vector<std::int32_t> feedback_shifts_, descent_shifts_;  ///< [place][2]
+    std::vector<float> values_;                                   ///< [place][tile]
     std::vector<std::int32_t> positions_, errors_;
     std::vector<std::uint8_t> codes_;
 };

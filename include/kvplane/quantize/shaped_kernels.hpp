@@ -59,11 +59,17 @@ struct Shifts {
     std::int32_t sum = 0, position = 0;
 };
 
-/// What the errors of other places add to the target of each: weights [place][stride], shifts [place].
+/// What the errors of other places add to the target of each.
 struct Feedback {
-    std::int16_t* weights;
-    Shifts* shifts;
+    std::int16_t* weights;  ///< [place][stride]
+    std::int32_t* shifts;   ///< [place][2]: Shifts
     Index stride;
+
+    KVPLANE_INLINE Shifts at(Index place) const { return {shifts[2 * place], shifts[2 * place + 1]}; }
+    KVPLANE_INLINE void set(Index place, Shifts to) const {
+        shifts[2 * place] = to.sum;
+        shifts[2 * place + 1] = to.position;
+    }
 };
 
 /// The tile that is coded, by places, padded to a multiple of `block`.
@@ -174,7 +180,7 @@ KVPLANE_INLINE void code_block(const Tile& to, const Feedback& feedback, Index f
         }
 #pragma GCC unroll 4
     for (int r = 0; r < block; ++r) {
-        const Shifts shifts = feedback.shifts[first + r];
+        const Shifts shifts = feedback.at(first + r);
         const Index place = (first + r) * tile + token;
 #pragma GCC unroll 2
         for (int p = 0; p < (Before ? (r + 1) / 2 : block / 2); ++p) {

@@ -104,8 +104,8 @@ KVPLANE_FUNCTION bool ShapedQuantizer::prepare(const float* step, bool with_weig
     room_.assign(row, 0.0f);
     feedback_.assign(size, 0);
     descent_.assign(size, 0);
-    feedback_shifts_.assign(at(places_), {});
-    descent_shifts_.assign(at(places_), {});
+    feedback_shifts_.assign(at(2 * places_), 0);
+    descent_shifts_.assign(at(2 * places_), 0);
 
     const shaped::Factorization factorization{by_place_.data(), rest_.data(),   pivots_.data(), left_.data(),
                                               right_.data(),    ratios_.data(), channels_,      stride_};
@@ -116,12 +116,12 @@ KVPLANE_FUNCTION bool ShapedQuantizer::prepare(const float* step, bool with_weig
     const bool done = detail::run_on(isa_, [&](auto lanes) KVPLANE_BODY {
         return shaped::factorize<lanes>(factorization, [&](Index j) KVPLANE_BODY {
             if (!with_weights || steps[j] == 0.0f) return;
-            feedback.shifts[j] = shaped::round_row<lanes>(factorization.ratios, steps, 1.0f / steps[j], j, j,
-                                                          room, feedback.weights + j * feedback.stride);
+            feedback.set(j, shaped::round_row<lanes>(factorization.ratios, steps, 1.0f / steps[j], j, j, room,
+                                                     feedback.weights + j * feedback.stride));
             const float* const ratios = factorization.weight + j * factorization.stride;
-            descent.shifts[j] =
-                shaped::round_row<lanes>(ratios, steps, 1.0f / (ratios[j] * steps[j]), factorization.places,
-                                         j, room, descent.weights + j * descent.stride);
+            descent.set(j, shaped::round_row<lanes>(ratios, steps, 1.0f / (ratios[j] * steps[j]),
+                                                    factorization.places, j, room,
+                                                    descent.weights + j * descent.stride));
         });
     });
     if (!done) {
