@@ -326,7 +326,7 @@ KVPLANE_INLINE Shifts round_row(const float* ratios, const float* steps, float s
 // -- Factorization ----------------------------------------------------------------------------------------
 
 /// Pivots whose rows go through memory together.
-inline constexpr int panel = 8;
+inline constexpr int panel = 4;
 
 /// C = L D L^T with L unit lower in reversed order, by places: the last place is eliminated first.
 struct Factorization {
@@ -348,17 +348,17 @@ KVPLANE_INLINE void eliminate_panel(const Factorization& f, Index first) {
         for (int p = 0; p < panel; ++p) left[r][p] = f.left[p * f.stride + first + r];
     for (Index i = 0; i < first + Rows; i += Lanes / 2) {
         Doubles x[Rows];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) load(x[r], rest + r * f.stride + i);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int p = 0; p < panel; ++p) {
             Doubles right;
             load(right, f.right + p * f.stride + i);
             // Both are floats, so that the product is exact.
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) x[r] -= left[r][p] * right;
         }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) store(rest + r * f.stride + i, x[r]);
     }
 }
@@ -414,7 +414,7 @@ KVPLANE_INLINE bool factorize(const Factorization& f, const WithRow& with_row) {
             with_row(j);
         }
         end -= count;
-        constexpr int rows = Lanes == 16 ? 2 : 1;  // as registers leave room for
+        constexpr int rows = Lanes == 16 ? 4 : 2;  // as registers leave room for
         Index k = 0;
         if (count == panel)
             for (; k + rows <= end; k += rows) eliminate_panel<Lanes, rows>(f, k);
