@@ -428,6 +428,19 @@ KVPLANE_INLINE bool factorize(const Factorization& f, const WithRow& with_row) {
 
 // -- Excess -----------------------------------------------------------------------------------------------
 
+/// sums += the squares of both halves of x, exact in double.
+template <int Lanes, std::size_t... Place>
+KVPLANE_INLINE void add_squares(Vector<double, Lanes / 2>* sums, const Floats<Lanes>& x,
+                                std::index_sequence<Place...>) {
+    using Doubles = Vector<double, Lanes / 2>;
+    const Floats<Lanes / 2> low = __builtin_shufflevector(x, x, Place...),
+                            high = __builtin_shufflevector(x, x, (Place + Lanes / 2)...);
+    const Doubles first = __builtin_convertvector(low, Doubles),
+                  second = __builtin_convertvector(high, Doubles);
+    sums[0] += first * first;
+    sums[1] += second * second;
+}
+
 /// What a tile was coded from, and its codes, by places.
 struct TileGrids {
     const float* values;  ///< [place][tile]
@@ -455,7 +468,7 @@ KVPLANE_INLINE ClipExcess excess_of(const TileGrids& grids, Index places, Index 
                 load(value, grids.values + j * tile + first);
                 const auto code =
                     __builtin_convertvector(__builtin_convertvector(narrow, Ints<Lanes>), Floats<Lanes>);
-                // fp16's step has 11 bits and the code 9, so that the product is exact, as are squares in double.
+                // fp16's step has 11 bits and the code 9, so that the product is exact.
                 Floats<Lanes> error = value - (lower + step * (code + 0.5f));
                 error = (Floats<Lanes>)((Words<Lanes>)error & 0x7FFFFFFFu) - 0.5f * step;
                 error = error > 0.0f ? error : Floats<Lanes>{};
@@ -465,13 +478,7 @@ KVPLANE_INLINE ClipExcess excess_of(const TileGrids& grids, Index places, Index 
                     error = (Floats<Lanes>)((Ints<Lanes>)error & used);
                 }
                 largest[p] = error > largest[p] ? error : largest[p];
-                Floats<half_lanes> halves[2];
-                std::memcpy(halves, &error, sizeof error);
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; ++h) {
-                    const Doubles wide = __builtin_convertvector(halves[h], Doubles);
-                    energy[2 * p + h] += wide * wide;
-                }
+                add_squares<Lanes>(energy + 2 * p, error, std::make_index_sequence<half_lanes>{});
             }
         }
     }
