@@ -210,7 +210,8 @@ TEST(T15, IsTightAtHighRate) {
             const double shaped = theory::shaped_score_error(weight, keys.steps(), ridge),
                          plain = theory::plain_score_error(weight, keys.steps());
             SCOPED_TRACE(testing::Message() << "condition " << condition << ", bits " << bits);
-            EXPECT_NEAR(measured.shaped, shaped, 0.01 * shaped);
+            // With a ridge L is not the best for C itself, so that the rounding of weights to 16 bits shows.
+            EXPECT_NEAR(measured.shaped, shaped, (ridge > 0 ? 0.02 : 0.01) * shaped);
             EXPECT_NEAR(measured.plain, plain, 0.01 * plain);
             // Descent lowers the cost with the ridge, of which this is the part without it.
             const Measured descended = keys.measure(weight, {.ridge = ridge, .passes = 2});
