@@ -1,6 +1,6 @@
 // The shaped encoding against a plain one in double: as good within a percent, the same codes on every
-// instruction set and with every compiler, the codes of Grid::encode where nothing is to be shaped, errors that
-// keep to what is reported, and values, steps and weights of all sizes.
+// instruction set and with every compiler, the codes of Grid::encode where nothing is to be shaped, errors
+// that keep to what is reported, and values, steps and weights of all sizes.
 #include "kvplane/quantize/shaped.hpp"
 
 #include <algorithm>

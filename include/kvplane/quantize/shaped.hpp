@@ -9,8 +9,8 @@
 //
 //          x_j - sum over channels i before j of L_ij e_i,
 //
-//      so that its code makes up for errors already made, as far as queries see both alike. This is the greedy
-//      minimum of e^T C e. At high rate the expectation is sum_j D_j step_j^2 / 12 instead of
+//      so that its code makes up for errors already made, as far as queries see both alike. This is the
+//      greedy minimum of e^T C e. At high rate the expectation is sum_j D_j step_j^2 / 12 instead of
 //      sum_j C_jj step_j^2 / 12 (theorem T15).
 //   2. Coordinate descent. Each code in turn becomes the best one for the others as they stand, which never
 //      raises e^T C e.
@@ -19,8 +19,8 @@
 // (arXiv 2210.17323), applied to a cache instead of weights. Decoding does not change, nor do grids, planes
 // and bytes. Single errors may exceed half a step; how far is reported, for bounds of errors.
 //
-// The same input gives the same codes on every machine (see shaped_kernels.hpp). Rejected: coding tokens along
-// the sequence, whose weights hardly correlate; refitting grids afterwards, which shrinks keys.
+// The same input gives the same codes on every machine (see shaped_kernels.hpp). Rejected: coding tokens
+// along the sequence, whose weights hardly correlate; refitting grids afterwards, which shrinks keys.
 #pragma once
 
 #include <cstddef>
@@ -84,14 +84,14 @@ class ShapedQuantizer {
   public:
     explicit ShapedQuantizer(const Shaping& shaping = {});
 
-    /// Sets C = E[u u^T] [channel][channel], symmetric, on any scale. Where C
-    /// with its ridge is not positive definite (zero, for instance), or so nearly singular that a pivot is
-    /// below 2^-20 of its diagonal, codes are those of Grid::encode. Throws Error (shape, not_finite).
+    /// Sets C = E[u u^T] [channel][channel], symmetric, on any scale. Where C with its ridge is not positive
+    /// definite (zero, for instance), or so nearly singular that a pivot is below 2^-20 of its diagonal, codes
+    /// are those of Grid::encode. Throws Error (shape, not_finite).
     void set_weight(const Eigen::Ref<const MatrixD>& weight);
 
     /// Writes the codes of a block. Returns how far errors exceed half a step, apart from what fp32 rounds:
-    /// |x - x'| <= step / 2 + largest. Throws Error (shape) if the block's channels are not those of C, (option)
-    /// for bits outside 1 to 8, (not_finite, beyond_fp16) for values or grids that cannot be.
+    /// |x - x'| <= step / 2 + largest. Throws Error (shape) if the block's channels are not those of C,
+    /// (option) for bits outside 1 to 8, (not_finite, beyond_fp16) for values or grids that cannot be.
     ClipExcess encode(const ShapedBlock& block);
 
     /// What encode() is expected to reach with these steps [channel] if there are many cells and none of them

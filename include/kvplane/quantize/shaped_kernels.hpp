@@ -1,4 +1,5 @@
-// kvplane/quantize/shaped_kernels.hpp: the loops of the shaped encoding, one source for every instruction set.
+// kvplane/quantize/shaped_kernels.hpp: the loops of the shaped encoding, one source for every instruction
+// set.
 //
 // Channels stand at places, the order in which they are coded. Everything that decides a code is an integer:
 //
@@ -10,8 +11,8 @@
 //              than 2^15. A sum of products therefore stays below 2^30, whatever the errors are.
 //
 // Integer sums are exact, so their order does not matter. What goes before is floating-point arithmetic in
-// which no inexact product feeds a sum: the factorization multiplies numbers of 24 bits in double. Contraction
-// to fused multiply-add and the number of lanes therefore cannot change a bit.
+// which no inexact product feeds a sum: the factorization multiplies numbers of 24 bits in double.
+// Contraction to fused multiply-add and the number of lanes therefore cannot change a bit.
 #pragma once
 
 #include <algorithm>
@@ -270,9 +271,9 @@ KVPLANE_INLINE void add_lanes(Ints<Lanes>& x, std::index_sequence<Place...> plac
     }
 }
 
-/// One row of weights: ratios[i] steps[i] scale for all i below `places` but `self`. It has as many fractional
-/// bits as keep its sum of magnitudes below 2^15, and whole cells at least: a row that is larger still is
-/// shrunk, but its step is so small that its code will be the first or the last anyway.
+/// One row of weights: ratios[i] steps[i] scale for all i below `places` but `self`. It has as many
+/// fractional bits as keep its sum of magnitudes below 2^15, and whole cells at least: a row that is
+/// larger still is shrunk, but its step is so small that its code will be the first or the last anyway.
 template <int Lanes>
 KVPLANE_INLINE Shifts round_row(const float* ratios, const float* steps, float scale, Index places,
                                 Index self, float* room, std::int16_t* row) {

@@ -268,13 +268,13 @@ double output_error_bound(double score_error, double radius, double value_error)
 /// that the sum is off by itself: count largest codes. What fp32 sums round is not in it.
 double rounded_factors_error(int bits, int bits_below, Index count, double largest);
 
-/// T15, plain codes: a key whose channels are rounded to grids of these steps has, at high rate, errors e that
-/// are uniform in their cells and independent, so that
+/// T15, plain codes: a key whose channels are rounded to grids of these steps has, at high rate, errors e
+/// that are uniform in their cells and independent, so that
 ///
 ///     E[e^T C e] = sum_j C_jj steps_j^2 / 12.
 ///
-/// With C = E[u u^T] that is the expected squared error of a score u.k. weight = C, symmetric; steps >= 0, one
-/// for each channel. Throws Error (shape, not_finite, option) otherwise.
+/// With C = E[u u^T] that is the expected squared error of a score u.k. weight = C, symmetric; steps >= 0,
+/// one for each channel. Throws Error (shape, not_finite, option) otherwise.
 double plain_score_error(const Eigen::Ref<const MatrixD>& weight,
                          const Eigen::Ref<const Eigen::VectorXd>& steps);
 
@@ -285,8 +285,8 @@ std::vector<Index> shaping_order(const Eigen::Ref<const MatrixD>& weight,
 
 /// T15: the pivots d_j [channel] of C = L D L^T, where L is unit triangular such that the error of a channel
 /// takes up those of the channels before it in `order`. d_j is what is left of C_jj if the channels after j
-/// make up for an error of j as well as they can. So d_j <= C_jj, and the product of all is det C whatever the
-/// order. weight positive definite, order a permutation of its channels; throws Error (shape, not_finite,
+/// make up for an error of j as well as they can. So d_j <= C_jj, and the product of all is det C whatever
+/// the order. weight positive definite, order a permutation of its channels; throws Error (shape, not_finite,
 /// option) otherwise.
 Eigen::VectorXd shaping_pivots(const Eigen::Ref<const MatrixD>& weight, std::span<const Index> order);
 

@@ -78,8 +78,8 @@ KVPLANE_FUNCTION void ShapedQuantizer::order_places(const float* step) {
     });
 }
 
-/// Factorizes C in the order of these steps, and makes the weights of both kinds of passes if they are wanted.
-/// Returns false where codes cannot be shaped; all weights are then 0.
+/// Factorizes C in the order of these steps, and makes the weights of both kinds of passes if they are
+/// wanted. Returns false where codes cannot be shaped; all weights are then 0.
 KVPLANE_FUNCTION bool ShapedQuantizer::prepare(const float* step, bool with_weights) {
     namespace shaped = detail::shaped;
     order_places(step);
