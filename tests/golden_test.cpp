@@ -83,7 +83,7 @@ bool pinned(const CacheRecipe& recipe) {
 #if defined(__x86_64__) && !defined(__FMA__)
     return recipe.name != "";
 #else
-    return !recipe.latents;
+    return !recipe.latents && !recipe.shaped_keys;
 #endif
 }
 

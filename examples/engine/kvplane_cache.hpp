@@ -85,6 +85,8 @@ struct CachePlan {
     std::vector<kvplane::CacheRecipe> recipes;  ///< one for all layers, or one for each
     /// Bases of latents by layer. Where it is empty, caches with latents fit their own.
     std::vector<std::shared_ptr<const kvplane::LatentKeys>> latents = {};
+    /// Moments of queries by layer, for recipes that shape keys. Where it is empty, caches gather their own.
+    std::vector<std::shared_ptr<const std::vector<kvplane::SecondMoments>>> query_moments = {};
     kvplane::AttentionParameters read = {};
 };
 
@@ -108,6 +110,9 @@ inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& pla
         configuration.rope = model.rope(layer);
         if (!plan.latents.empty() && configuration.recipe.latents)
             configuration.latent_keys = plan.latents[at];
+        if (!plan.query_moments.empty() && configuration.recipe.shaped_keys)
+            configuration.query_moments = plan.query_moments[at];
+        if (const Index window = model.window(layer); window > 0) configuration.context = window;
         kvplane::AttentionParameters parameters = plan.read;
         parameters.sliding_window = model.window(layer);
         caches.push_back(std::make_unique<KvplaneCache>(configuration, pool, shared, parameters));

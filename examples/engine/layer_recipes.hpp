@@ -112,6 +112,7 @@ class LayerRecipes {
             CachePlan plan{{kvplane::recipes::parse(text)}};
             if (plan.recipes[0].latents && basis_)
                 plan.latents = fit_latent_keys(model_.config(), basis_->layers, *plan.recipes[0].latents);
+            if (plan.recipes[0].shaped_keys && basis_) plan.query_moments = query_moments();
             return plan;
         }
         const std::size_t colon = text.find(':', 10);
@@ -125,6 +126,16 @@ class LayerRecipes {
         return {kvplane::recipes::key_favored(allocate(text, source, bits))};
     }
 
+    /// Moments of queries from the basis file.
+    std::vector<std::shared_ptr<const std::vector<kvplane::SecondMoments>>> query_moments() const {
+        std::vector<std::shared_ptr<const std::vector<kvplane::SecondMoments>>> layers;
+        for (const kvplane::LatentStatistics& layer : basis_->layers) {
+            std::vector<kvplane::SecondMoments> heads;
+            for (Index head = 0; head < layer.kv_heads(); ++head) heads.push_back(layer.queries(head));
+            layers.push_back(std::make_shared<const std::vector<kvplane::SecondMoments>>(std::move(heads)));
+        }
+        return layers;
+    }
     /// The recipe in the layers that `chosen` says, fp16 in all others.
     template <class Chosen>
     CachePlan in_layers(const std::string& recipe, const Chosen& chosen) {

@@ -26,6 +26,7 @@
 #include "kvplane/metrics.hpp"
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/quantize/rule.hpp"
+#include "kvplane/quantize/shaped.hpp"
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/recipes.hpp"
 #include "kvplane/simd/isa.hpp"

@@ -132,8 +132,8 @@ inline CacheRecipe weighted(double key_bits, int value_bits) {
     return recipe;
 }
 
-/// Keys as they are, values rotated, recent values in 8 bits: what the two defaults share. Keys are not rotated
-/// and wait in fp16, so that models with normalised keys or with biases of keys are safe. Chosen on
+/// Keys as they are, values rotated, recent values in 8 bits: what the two defaults share. Keys are not
+/// rotated and wait in fp16, so that models with normalised keys or with biases of keys are safe. Chosen on
 /// examples/data/jargon_file.txt with examples/engine/evaluate; examples/README.md says how.
 inline CacheRecipe safe_default(int key_bits, int value_bits, std::string name) {
     CacheRecipe recipe = key_favored(key_bits, value_bits);

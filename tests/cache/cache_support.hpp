@@ -67,6 +67,7 @@ inline const std::vector<std::string>& recipe_names() {
         "key_favored:3:5+rotate_keys=1+recent=100+key_group=64",
         "key_favored:7:6+recent_bits=8+recent_key_bits=16+sinks=17+value_group=16",
         "key_favored:4:4+key_clip=1+value_clip=1",
+        "key_favored:3:4+rotate_keys=1+shaped_keys=1",
         "standard",
         "compact",
         "svdq:2+fit_tokens=140",

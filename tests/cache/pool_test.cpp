@@ -64,7 +64,7 @@ CacheConfiguration whole_numbers(const std::string& recipe) {
 /// of any head.
 void write_token(std::uint32_t id, Index position, float least, float* key, float* value) {
     std::uint32_t state = id * 2654435761U + 12345U;
-    const float most = least < 0.0f ? -least : 15.0f;
+    const float most = least + 15.0f;
     const auto draw = [&](Index c) {
         state = state * 1664525U + 1013904223U;
         return c % dim == 0   ? least
@@ -104,7 +104,7 @@ class Rotation {
         : memory_(bytes),
           pool_(&memory_),
           c_(whole_numbers(recipe)),
-          least_(c_.recipe.values.rule.scheme == Scheme::symmetric ? -7.0f : 0.0f) {
+          least_(c_.recipe.values.rule.scheme == Scheme::full_range ? -8.0f : 0.0f) {
         for (int i = 0; i < 4; ++i) all_.push_back({KvCache(c_, pool_), KvCache(c_, fresh_), {}});
     }
 
@@ -293,7 +293,7 @@ class Rotation {
     PoisonedMemory memory_;
     TilePool pool_, fresh_;
     CacheConfiguration c_;
-    float least_;  ///< of all numbers: -7 to 7, or 0 to 15
+    float least_;  ///< of all numbers: -8 to 7, or 0 to 15
     std::vector<Sequence> all_;
     std::vector<std::byte*> poisoned_;  ///< unused pages, in ascending order
     std::uint32_t next_id_ = 1;
@@ -319,7 +319,8 @@ Index page_bytes(const std::string& recipe) {
     return KvCache(whole_numbers(recipe), pool).state().layout->bytes;
 }
 
-const std::string four_bits = "key_favored:4:4+sinks=3+recent=5+rotate_values=0+key_group=32";
+const std::string four_bits =
+    "key_favored:4:4+sinks=3+recent=5+rotate_values=0+key_group=32+value_scheme=min_max";
 
 TEST(PageReuse, OfHalfTilesThatFillAsTheyCome) {
     rotate("fp16", 7 * page_bytes("fp16"));

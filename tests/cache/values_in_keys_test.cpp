@@ -89,6 +89,8 @@ TEST_P(RowsOfRecipe, TakeLittleMoreThanHalf) {
     twice.values_in_keys = false;
     // Most bits of the two sides are as many.
     twice.recipe.values.bits = twice.recipe.keys.bits;
+    twice.recipe.values.rule.scheme = scheme_for(twice.recipe.keys.bits);
+    twice.recipe.recent_bits = once.recipe.recent_bits_of(TileSide::keys);
     const double share = static_cast<double>(KvCache::predicted_bytes(once, 4096)) /
                          static_cast<double>(KvCache::predicted_bytes(twice, 4096));
     const double bits = once.recipe.keys.bits,
@@ -146,7 +148,7 @@ TEST(ValuesInKeys, RefuseWhatDoesNotFit) {
     refusal(ErrorCode::option, [&] { KvCache(rows_of("standard+rotary_bits=9", 1, 4, 80, 64), pool); });
     // 96 = 64 + 32: 48 channels are no part of that.
     const std::string sentence =
-        refusal(ErrorCode::option, [&] { KvCache(rows_of("standard", 1, 4, 96, 48), pool); });
+        refusal(ErrorCode::option, [&] { KvCache(rows_of("standard+rotate_keys=1", 1, 4, 96, 48), pool); });
     EXPECT_NE(sentence.find("rotate"), std::string::npos);
     KvCache(rows_of("key_favored:4:4", 1, 4, 96, 48), pool);
     cache.append(keys);

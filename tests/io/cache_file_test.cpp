@@ -232,7 +232,7 @@ CacheConfiguration layer_of_old_files() {
     c.query_heads = 2;
     c.key_head_dim = 16;
     c.value_head_dim = 8;
-    c.recipe = recipes::parse("standard");
+    c.recipe = recipes::parse("key_favored:5:3+rotate_keys=1+recent_bits=8+value_scheme=min_max");
     return c;
 }
 /// That attention is what it was when the file was written.

@@ -53,7 +53,7 @@ TEST(JsonText, ConfigurationsAreWrittenAsEver) {
             "]"
             R"(,"layout":"interleaved"}},"query_heads":4,"recent_bits":16,"recent_tokens":32,"rotat)"
             R"(ion_seed":0,"sink_tokens":4,"value_head_dim":48,"values":{"bits":4,"clip":false,"gra)"
-            R"(nularity":"per_token","group":1073741824,"rotate":true,"scheme":"min_max"}})");
+            R"(nularity":"per_token","group":1073741824,"rotate":true,"scheme":"unbiased"}})");
 }
 
 }  // namespace

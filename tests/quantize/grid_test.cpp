@@ -134,6 +134,7 @@ TEST(Fit, FullRangeUsesEveryCode) {
         // Equal magnitudes: the upper one has it, as in ggml only if it comes first.
         EXPECT_EQ(fit_grid(Scheme::full_range, bits, -half, half).step, -1.0f);
         EXPECT_EQ(fit_grid(Scheme::full_range, bits, 0.0f, 0.0f).step, 0.0f);
+        EXPECT_EQ(fit_grid(Scheme::full_range, bits, -half, -half).step, 1.0f) << "all values alike";
     }
 }
 

@@ -27,7 +27,7 @@ struct CacheCapabilities {
     /// latents those of the widest latents. None where they cannot be narrowed.
     std::vector<int> narrower_keys, narrower_values;
     bool fits_basis = false;      ///< the cache fits a basis of its own to the first tokens
-    bool wants_queries = false;   ///< append() takes queries until that basis is fitted
+    bool wants_queries = false;   ///< append() takes queries until KvCache::needs_queries() says no
     bool predicts_bytes = false;  ///< KvCache::predicted_bytes
 };
 

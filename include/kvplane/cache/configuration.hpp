@@ -50,6 +50,10 @@ struct CacheRecipe {
     /// Quantize every token when it comes: what block formats of common engines do. No sinks, no recent
     /// tokens, and grids per token on both sides.
     bool every_token = false;
+    /// Codes of keys in channels are chosen so that scores err least (quantize/shaped.hpp), for what queries
+    /// look along: CacheConfiguration::query_moments, or the queries of the sequence's first tokens, which
+    /// append() then takes. Decoding and sizes stay what they are.
+    bool shaped_keys = false;
 
     /// Bits of recent tokens of one side.
     int recent_bits_of(TileSide side) const noexcept {
@@ -77,6 +81,12 @@ struct CacheConfiguration {
     std::optional<RopeSettings> rope = std::nullopt;
     /// For a recipe with latents, the basis and widths of this layer; nullptr: the cache fits its own.
     std::shared_ptr<const LatentKeys> latent_keys = nullptr;
+    /// For a recipe with shaped keys, moments of this layer's queries before RoPE, one set a key head (of a
+    /// Calibration: LatentStatistics::queries()); nullptr: the cache gathers its own.
+    std::shared_ptr<const std::vector<SecondMoments>> query_moments = nullptr;
+    /// Over how many positions queries look back: the sliding window, if there is one. Shaped keys are shaped
+    /// for these distances.
+    Index context = 4096;
 
     /// Whether the cache fits its own basis.
     bool fits_basis() const noexcept { return recipe.latents && !latent_keys; }

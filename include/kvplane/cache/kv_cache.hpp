@@ -184,7 +184,8 @@ class KvCache {
     /// Accepts all of them.
     void accept() { accept(provisional_tokens()); }
 
-    /// Whether append() needs queries: while the cache has yet to fit a query-weighted basis of its own.
+    /// Whether append() needs queries: while the cache has yet to fit a query-weighted basis of its own, or
+    /// to learn from 512 tokens how to shape keys.
     bool needs_queries() const noexcept;
     /// Fits the cache's own basis now, to all tokens that wait and are not provisional, as SVDq does at the
     /// end of a prompt; and makes the tiles that are then due. Throws Error: option (the recipe fits no

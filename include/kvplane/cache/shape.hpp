@@ -35,6 +35,7 @@ struct CacheShape {
           key_rotation(given.key_head_dim, given.rotation_seed),
           value_rotation(given.value_head_dim, given.rotation_seed + (given.values_in_keys ? 0 : 1)) {
         if (given.rope) rope.emplace(given.key_head_dim, *given.rope);
+        if (given.query_moments) shaping = std::make_shared<const KeyShaping>(given, *given.query_moments);
         if (!given.fits_basis())
             layout = std::make_shared<const PageLayout>(page_layout(given, given.latent_keys.get()));
     }
@@ -91,6 +92,7 @@ struct CacheShape {
         CacheState state;
         state.layout = layout;
         state.latent = configuration.latent_keys;
+        state.shaping = shaping;
         state.kept_sinks = recipe().sink_tokens;
         return state;
     }
@@ -100,6 +102,7 @@ struct CacheShape {
     std::optional<RotaryEmbedding> rope;  ///< the configuration's
     std::shared_ptr<const PageLayout>
         layout;  ///< of tiles; nullptr: it follows from a basis of the cache's own
+    std::shared_ptr<const KeyShaping> shaping;  ///< by moments that are given
 };
 
 }  // namespace kvplane::detail

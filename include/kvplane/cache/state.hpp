@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kvplane/cache/configuration.hpp"
+#include "kvplane/cache/key_shaping.hpp"
 #include "kvplane/cache/pages.hpp"
 #include "kvplane/latent/keys.hpp"
 #include "kvplane/latent/statistics.hpp"
@@ -62,8 +63,9 @@ struct CacheState {
     std::shared_ptr<const PageLayout> layout;  ///< of new tiles; nullptr until the cache has fitted its basis
     std::vector<NarrowedLayout> narrowed;      ///< those of others
     std::shared_ptr<const LatentKeys> latent;  ///< what tiles hold keys in; nullptr: channels
-    std::shared_ptr<const QueryMoments>
-        queries;  ///< before RoPE, while a basis is still to be fitted to them
+    /// Before RoPE, while a basis is still to be fitted to them, or while shaping learns from them.
+    std::shared_ptr<const QueryMoments> queries;
+    std::shared_ptr<const KeyShaping> shaping;  ///< of shaped keys, once it is known for good
     Index tokens = 0;
     Index dropped = 0;       ///< tokens in [kept_sinks, dropped) are not seen
     Index kept_sinks = 0;    ///< how many of the first tokens stay visible

@@ -47,7 +47,7 @@ inline std::vector<int> groups(const NameWords& words, std::size_t i) {
 
 inline constexpr std::array<NamedRecipe, 9> rows{{
     {"fp16", "two bytes a number", [](const NameWords&) { return fp16(); }},
-    {"block32:BITS[:rotated]", "symmetric blocks of 32 channels (4 or 8 bits): common engines' formats",
+    {"block32:BITS[:rotated]", "blocks of 32 channels around zero (4 or 8 bits): common engines' formats",
      [](const NameWords& words) {
          require(words.size() < 3 || words[2] == "rotated", ErrorCode::option, "recipe '", words.recipe(),
                  "': '", words[words.size() - 1], "', expected rotated or nothing");
@@ -128,7 +128,7 @@ struct NamedSetting {
     bool of_latents;
     void (*set)(CacheRecipe& recipe, const Setting& setting);
 };
-inline constexpr std::array<NamedSetting, 19> settings{{
+inline constexpr std::array<NamedSetting, 20> settings{{
     {"sinks", "N", "first tokens that stay fp16", false,
      [](CacheRecipe& r, const Setting& s) { r.sink_tokens = s.number(); }},
     {"recent", "N", "age at which a tile is quantized", false,
@@ -144,10 +144,17 @@ inline constexpr std::array<NamedSetting, 19> settings{{
      [](CacheRecipe& r, const Setting& s) { r.keys.rule.scheme = s.as_scheme(); }},
     {"value_scheme", "cell|min_max|...|unbiased", "grids of values", false,
      [](CacheRecipe& r, const Setting& s) { r.values.rule.scheme = s.as_scheme(); }},
+    {"shaped_keys", "0|1", "codes of keys by what queries look along", false,
+     [](CacheRecipe& r, const Setting& s) { r.shaped_keys = s.flag(); }},
     {"key_clip", "0|1", "intervals of least squared error", false,
      [](CacheRecipe& r, const Setting& s) { r.keys.rule.clip = s.as_clip(); }},
     {"value_clip", "0|1", "the same of values", false,
-     [](CacheRecipe& r, const Setting& s) { r.values.rule.clip = s.as_clip(); }},
+     [](CacheRecipe& r, const Setting& s) {
+         r.values.rule.clip = s.as_clip();
+         // Unbiased grids clip already.
+         if (s.flag() && r.values.rule.scheme == Scheme::unbiased)
+             r.values.rule.scheme = scheme_for(r.values.bits);
+     }},
     {"rotate_keys", "0|1", "by a randomized Hadamard transform of each head", false,
      [](CacheRecipe& r, const Setting& s) { r.keys.rotate = s.flag(); }},
     {"rotate_values", "0|1", "the same of values", false,

@@ -66,8 +66,9 @@ struct CacheContent {
     std::vector<std::int64_t> tile_bits;
     std::vector<double> extremes;
     std::string basis_sum;  ///< checksum of the basis below, or of the one that a range needs
-    std::shared_ptr<const LatentKeys> basis;  ///< the cache's own
-    std::vector<SecondMoments> queries;       ///< while it has none
+    std::shared_ptr<const LatentKeys> basis;    ///< the cache's own
+    std::vector<SecondMoments> queries;         ///< while it has none, or while shaping learns from them
+    std::shared_ptr<const KeyShaping> shaping;  ///< of shaped keys, afterwards
 
     /// visit(key, number) for the numbers of tokens in the metadata. What is saved, loaded and hashed follows
     /// this list, in its order.

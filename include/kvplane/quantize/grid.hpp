@@ -167,10 +167,9 @@ inline Grid fit_grid(Scheme scheme, int bits, float min, float max) {
         grid.lower = grid.step * lower_in_steps(scheme, bits);
     } else if (scheme == Scheme::full_range) {
         // The end of the larger magnitude, the upper one if both are equal.
-        const bool above = std::abs(max) >= std::abs(min);
-        const float largest = above ? std::abs(max) : std::abs(min);
-        const auto size = static_cast<float>(half_above(largest / (0.5f * codes)));
-        grid.step = above ? 0.0f - size : size;
+        const float largest = std::abs(max) >= std::abs(min) ? max : min;
+        const auto size = static_cast<float>(half_above(std::abs(largest) / (0.5f * codes)));
+        grid.step = largest > 0.0f ? -size : size;
         grid.lower = grid.step * lower_in_steps(scheme, bits);
     } else if (min == max) {
         grid.lower = static_cast<float>(Eigen::half(min)) + 0.0f;

@@ -153,7 +153,7 @@ KVPLANE_INLINE void fit_lanes(Scheme scheme, int bits, const Floats<Lanes>& min,
         const F low = (F)((Words<Lanes>)min & 0x7FFFFFFFu), high = (F)((Words<Lanes>)max & 0x7FFFFFFFu);
         step = (low <= high ? high : low) / (0.5f * codes);
         simd::round_above<Lanes>(step);
-        step = low <= high ? F{} - step : step;
+        step = (low <= high ? max : min) > 0.0f ? -step : step;
         lower = step * lower_in_steps(scheme, bits);
         return;
     }

@@ -85,8 +85,8 @@ class ShapedQuantizer {
     explicit ShapedQuantizer(const Shaping& shaping = {});
 
     /// Sets C = E[u u^T] [channel][channel], symmetric, on any scale. Where C with its ridge is not positive
-    /// definite (zero, for instance), or so nearly singular that a pivot is below 2^-20 of its diagonal, codes
-    /// are those of Grid::encode. Throws Error (shape, not_finite).
+    /// definite (zero, for instance), or so nearly singular that a pivot is below 2^-20 of its diagonal,
+    /// codes are those of Grid::encode. Throws Error (shape, not_finite).
     void set_weight(const Eigen::Ref<const MatrixD>& weight);
 
     /// Writes the codes of a block. Returns how far errors exceed half a step, apart from what fp32 rounds:

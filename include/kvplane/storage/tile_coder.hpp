@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -15,6 +16,7 @@
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/quantize/kernels.hpp"
 #include "kvplane/quantize/rule.hpp"
+#include "kvplane/quantize/shaped.hpp"
 #include "kvplane/simd/isa.hpp"
 #include "kvplane/storage/tile_format.hpp"
 #include "kvplane/storage/tile_planes.hpp"
@@ -45,6 +47,10 @@ class TileCoder {
     template <CacheScalar Scalar>
     void encode(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
                 std::byte* tile);
+
+    /// Tokens encoded from now on have shaped codes, for queries u with E[u u^T] = weight [channel][channel].
+    /// Formats of one segment with grids per channel alone. Throws Error (option, shape, not_finite).
+    void shape(const Eigen::Ref<const MatrixD>& weight);
 
     /// The first `tokens` tokens of a tile as floats, [token][channel], rows `stride` apart, read at `depth`
     /// bits: every segment at the lesser of depth and its width; fp16 at 8, 12 or 16 bits. Throws Error
@@ -80,6 +86,9 @@ class TileCoder {
                     const Segment& segment, TileCodes& codes, std::byte* tile);
     static void join_half(const Segment& segment, int depth, Index tokens, TileCodes& codes, float* values,
                           Index stride);
+    template <CacheScalar Scalar>
+    void shape_codes(const HeadRows<Scalar>& rows, const TileTokens& tokens, const Segment& segment,
+                     TileCodes& codes);
     void decode_segment(const std::byte* tile, const Segment& segment, int depth, Index tokens,
                         const TileCodes& codes, float* values, Index stride);
     void read_grids(const std::byte* tile, const Segment& segment, int depth);
@@ -90,6 +99,7 @@ class TileCoder {
 
     TileFormat format_;
     BlockQuantizer quantizer_;
+    std::optional<ShapedQuantizer> shaped_;
     ClipExcess excess_;
     std::vector<TileCodes> codes_;                    ///< one a segment
     std::vector<float> lower_, step_;                 ///< all grids of a segment, as floats
@@ -246,8 +256,12 @@ void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view 
                                .bits = segment.bits,
                                .codes = codes.byte(0) + tokens.tile_token * codes.stride(),
                                .code_stride = codes.stride()});
-    excess_.largest = std::max(excess_.largest, quantizer_.excess().largest);
-    excess_.energy += quantizer_.excess().energy;
+    if (shaped_) {
+        shape_codes(rows, tokens, segment, codes);
+    } else {
+        excess_.largest = std::max(excess_.largest, quantizer_.excess().largest);
+        excess_.energy += quantizer_.excess().energy;
+    }
     const bool keep_lower = has_lower(segment.scheme);
     auto* step = reinterpret_cast<Eigen::half*>(tile + segment.step_at);
     auto* lower = reinterpret_cast<Eigen::half*>(tile + segment.lower_at);
@@ -268,6 +282,50 @@ void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view 
                 step[at] = quantizer_.step()[from];
             if (keep_lower) lower[at] = quantizer_.lower()[from];
         }
+}
+
+inline void TileCoder::shape(const Eigen::Ref<const MatrixD>& weight) {
+    require(format_.segments().size() == 1 && format_.segments()[0].has_grids() &&
+                format_.rule().granularity == Granularity::per_channel,
+            ErrorCode::option, "tile: shaped codes take one segment with grids per channel");
+    if (!shaped_) shaped_.emplace();
+    shaped_->set_weight(weight);
+}
+
+/// Codes of the grids that were just made, group of tokens by group.
+template <CacheScalar Scalar>
+void TileCoder::shape_codes(const HeadRows<Scalar>& rows, const TileTokens& tokens, const Segment& segment,
+                            TileCodes& codes) {
+    const Index channels = segment.channels, group = format_.rule().group;
+    const auto size = static_cast<std::size_t>(channels);
+    decoded_.resize(static_cast<std::size_t>(tokens.count) * size);
+    for (Index t = 0; t < tokens.count; ++t)
+        for (Index c = 0; c < channels; ++c)
+            decoded_[static_cast<std::size_t>(t * channels + c)] =
+                static_cast<float>(*rows.at(tokens.head, tokens.first + t, segment.first_channel + c));
+    row_lower_.resize(std::max(row_lower_.size(), size));
+    row_step_.resize(std::max(row_step_.size(), size));
+    for (Index first = 0, g = 0; first < tokens.count; first += group, g += channels) {
+        for (std::size_t c = 0; c < size; ++c) {
+            const std::size_t at = static_cast<std::size_t>(g) + c;
+            row_lower_[c] = static_cast<float>(quantizer_.lower()[at]);
+            row_step_[c] = static_cast<float>(quantizer_.step()[at]);
+            if (!has_lower(segment.scheme))
+                row_lower_[c] = row_step_[c] * lower_in_steps(segment.scheme, segment.bits);
+        }
+        const ClipExcess excess =
+            shaped_->encode({.values = decoded_.data() + first * channels,
+                             .value_stride = channels,
+                             .tokens = std::min(group, tokens.count - first),
+                             .channels = channels,
+                             .bits = segment.bits,
+                             .lower = row_lower_.data(),
+                             .step = row_step_.data(),
+                             .codes = codes.byte(0) + (tokens.tile_token + first) * codes.stride(),
+                             .code_stride = codes.stride()});
+        excess_.largest = std::max(excess_.largest, excess.largest);
+        excess_.energy += excess.energy;
+    }
 }
 
 inline void TileCoder::decode_segment(const std::byte* tile, const Segment& segment, int depth, Index tokens,

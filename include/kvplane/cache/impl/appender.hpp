@@ -95,6 +95,7 @@ class Appender {
           layout_(state.layout),
           latent_(state.latent),
           queries_(state.queries),
+          shaping_(state.shaping),
           tokens_(state.tokens),
           settled_(state.settled()),
           recent_first_(state.recent_first),
@@ -132,7 +133,7 @@ class Appender {
         StoredExtremes extremes{.largest = piece.largest, .excess = {}, .carried = {}};
         fill(piece, 0, 1, extremes);
         provisional_.push_back(extremes);
-        if (layout_ || piece.queries.rows() == 0) return;
+        if (!learns() || piece.queries.rows() == 0) return;
         provisional_queries_.conservativeResize(provisional_queries_.rows() + 1, piece.queries.cols());
         provisional_queries_.bottomRows(1) = piece.queries;
     }
@@ -147,7 +148,7 @@ class Appender {
             make_what_is_due();
         }
         provisional_.erase(provisional_.begin(), provisional_.begin() + count);
-        const Index left = layout_ ? 0 : std::max<Index>(0, provisional_queries_.rows() - count);
+        const Index left = !learns() ? 0 : std::max<Index>(0, provisional_queries_.rows() - count);
         provisional_queries_ = provisional_queries_.bottomRows(left).eval();
     }
 
@@ -194,6 +195,7 @@ class Appender {
         state.layout = std::move(layout_);
         state.latent = std::move(latent_);
         state.queries = std::move(queries_);
+        state.shaping = std::move(shaping_);
         state.tokens = tokens_;
         state.recent_first = recent_first_;
         state.sinks = std::move(sinks_);
@@ -270,11 +272,13 @@ class Appender {
         return count;
     }
 
-    /// What a basis that is still to be fitted learns of the queries of a token, where it needs them. Token by
-    /// token, because sums in another order would give other bytes.
+    /// Whether queries are still looked at.
+    bool learns() const noexcept { return cache_.recipe().shaped_keys ? !shaping_ : !layout_; }
+    /// What a basis that is still to be fitted, or shaping, learns of the queries of a token, where it needs
+    /// them. Token by token, because sums in another order would give other bytes.
     void note_query(const Matrix& queries, Index token) {
         const CacheConfiguration& c = cache_.configuration;
-        if (layout_ || queries.rows() == 0 || settled_ <= c.recipe.sink_tokens) return;
+        if (!learns() || queries.rows() == 0 || settled_ <= c.recipe.sink_tokens) return;
         if (!own_queries_) {
             own_queries_ = queries_
                                ? std::make_shared<CacheState::QueryMoments>(*queries_)
@@ -285,6 +289,12 @@ class Appender {
         for (Index head = 0; head < c.query_heads; ++head)
             (*own_queries_)[static_cast<std::size_t>(head / c.group())].add(
                 queries.block(token, head * c.key_head_dim, 1, c.key_head_dim));
+        if (!c.recipe.shaped_keys ||
+            queries_->front().count() < static_cast<double>(shaping_tokens * c.group()))
+            return;
+        shaping_ = std::make_shared<const KeyShaping>(c, *queries_);
+        queries_.reset();
+        own_queries_.reset();
     }
 
     /// A tile that was cut becomes recent tokens again, so that the sequence goes on as if it had never been
@@ -356,9 +366,17 @@ class Appender {
             const double off = latents_->encode({recent_keys(tile_tokens), recent_first_}, tiles);
             settled_extremes_.excess.keys = std::max(settled_extremes_.excess.keys, off);
         } else {
-            for (Index head = 0; head < heads; ++head)
+            const auto shaping = shaping_ || !queries_
+                                     ? shaping_
+                                     : std::make_shared<const KeyShaping>(cache_.configuration, *queries_);
+            for (Index head = 0; head < heads; ++head) {
+                if (shaping)
+                    coder(TileSide::keys)
+                        .shape(
+                            shaping->weight(cache_.configuration, cache_.key_rotation, head, recent_first_));
                 encode_recent(TileSide::keys, head,
                               page.data() + layout_->key_at[static_cast<std::size_t>(head)]);
+            }
         }
         for (Index head = 0; head < heads && !layout_->values_in_keys; ++head)
             encode_recent(TileSide::values, head,
@@ -430,6 +448,7 @@ class Appender {
     std::shared_ptr<const PageLayout> layout_;
     std::shared_ptr<const LatentKeys> latent_;
     std::shared_ptr<const CacheState::QueryMoments> queries_;
+    std::shared_ptr<const KeyShaping> shaping_;
     Index tokens_, settled_, recent_first_;
     PageReference sinks_;
     std::vector<PageReference> recent_;

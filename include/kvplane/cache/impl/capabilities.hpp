@@ -35,7 +35,8 @@ KVPLANE_FUNCTION CacheCapabilities capabilities(const CacheConfiguration& c) {
     can.narrower_keys = recipe.latents ? narrower_widths(8) : widths_of(recipe.keys);
     if (!c.values_in_keys) can.narrower_values = widths_of(recipe.values);
     can.fits_basis = c.fits_basis();
-    can.wants_queries = c.fits_basis() && recipe.latents->basis.query_weighted;
+    can.wants_queries =
+        (c.fits_basis() && recipe.latents->basis.query_weighted) || (recipe.shaped_keys && !c.query_moments);
     can.predicts_bytes = !c.fits_basis();
     return can;
 }

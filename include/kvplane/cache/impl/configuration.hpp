@@ -25,6 +25,30 @@ inline void require_side(const SideRecipe& side, const char* which, bool every_t
     }
 }
 
+/// Throws Error (option) for keys that cannot be shaped, and (mismatch) for moments of other heads.
+inline void require_shaping(const CacheConfiguration& c) {
+    const CacheRecipe& recipe = c.recipe;
+    require(c.context >= 1, ErrorCode::option, "cache: a context of ", c.context, ", expected at least 1");
+    if (c.query_moments) {
+        require(recipe.shaped_keys, ErrorCode::mismatch, "cache: moments of queries are given, but recipe '",
+                recipe.name, "' does not shape keys");
+        const auto& heads = *c.query_moments;
+        require(static_cast<Index>(heads.size()) == c.kv_heads &&
+                    std::all_of(heads.begin(), heads.end(),
+                                [&](const SecondMoments& head) { return head.channels() == c.key_head_dim; }),
+                ErrorCode::mismatch, "cache: moments of the queries of ", heads.size(), " key heads of ",
+                heads.empty() ? 0 : heads[0].channels(), " channels, expected ", c.kv_heads, " of ",
+                c.key_head_dim);
+    }
+    if (!recipe.shaped_keys) return;
+    require(!recipe.latents && !c.values_in_keys, ErrorCode::option, "cache: recipe '", recipe.name,
+            "' shapes keys that are in latents, or that values are in; expected keys in channels alone");
+    require(!recipe.keys.is_half() && recipe.keys.rule.granularity == Granularity::per_channel &&
+                recipe.keys.rule.clip == Clip::none,
+            ErrorCode::option, "cache: recipe '", recipe.name,
+            "' shapes keys, which takes 1 to 8 bits on grids per channel, without clipping");
+}
+
 /// Throws Error (mismatch) for latents of another model, layer or recipe.
 inline void require_latents(const CacheConfiguration& c) {
     const std::optional<LatentRecipe>& recipe = c.recipe.latents;
@@ -119,6 +143,7 @@ KVPLANE_FUNCTION void require_configuration(const CacheConfiguration& c) {
     require_latent_recipe(c);
     if (c.rope) RotaryEmbedding(c.key_head_dim, *c.rope);  // throws where there is none
     require_latents(c);
+    require_shaping(c);
 }
 
 }  // namespace detail

@@ -98,12 +98,14 @@ KVPLANE_FUNCTION Index KvCache::tokens_before_tile() const noexcept {
 }
 KVPLANE_FUNCTION bool KvCache::needs_queries() const noexcept {
     const CacheRecipe& recipe = shape_->recipe();
-    return !state_.layout && recipe.latents && recipe.latents->basis.query_weighted;
+    return recipe.shaped_keys ? !state_.shaping
+                              : !state_.layout && recipe.latents && recipe.latents->basis.query_weighted;
 }
 
 KVPLANE_FUNCTION Index KvCache::bytes() const noexcept {
     Index sum = state_.page_bytes();
     if (configuration().fits_basis() && state_.latent) sum += state_.latent->bytes();
+    if (state_.shaping && !configuration().query_moments) sum += state_.shaping->bytes();
     if (state_.queries)
         for (const SecondMoments& head : *state_.queries) sum += head.bytes();
     sum += state_.provisional_queries.size() * static_cast<Index>(sizeof(float));
@@ -121,6 +123,9 @@ KVPLANE_FUNCTION Index KvCache::predicted_bytes(const CacheConfiguration& c, Ind
             "' fits its own basis, from which the widths of its latents follow; expected one that is given");
     const detail::CacheShape shape(c);
     const Index tile = detail::counted_bytes(shape.layout->bytes);
+    const Index learned = recipe.shaped_keys && !c.query_moments
+                              ? detail::learned_bytes(c, tokens - std::min(tokens, recipe.sink_tokens))
+                              : 0;
     if (recipe.every_token) return (tokens + tile_tokens - 1) / tile_tokens * tile;
     if (tokens == 0) return 0;
     const Index sinks = recipe.sink_tokens > 0 ? detail::counted_bytes(shape.sink_rows().bytes()) : 0;
@@ -128,7 +133,7 @@ KVPLANE_FUNCTION Index KvCache::predicted_bytes(const CacheConfiguration& c, Ind
     const Index tiles = std::max<Index>(0, rest - recipe.recent_tokens) / tile_tokens;
     const Index recent =
         (rest - tiles * tile_tokens + detail::recent_page_tokens - 1) / detail::recent_page_tokens;
-    return sinks + tiles * tile + recent * detail::counted_bytes(shape.recent_rows().bytes());
+    return sinks + tiles * tile + recent * detail::counted_bytes(shape.recent_rows().bytes()) + learned;
 }
 
 /// Rounding of a token while it is recent (or a sink), then the grids of its tile, then what was clipped; and
@@ -153,8 +158,8 @@ KVPLANE_FUNCTION void KvCache::append_rows(const detail::AnyRows& keys, const de
                    : "append: keys alone, but the configuration does not have values in keys; expected "
                      "append(keys, values)");
     require(queries || !needs_queries(), ErrorCode::option, "append: recipe '", shape_->recipe().name,
-            "' fits its basis to the sequence's own queries; expected append(keys, values, queries), or a "
-            "basis in the configuration");
+            "' learns from the sequence's own queries; expected append(keys, values, queries), or ",
+            shape_->recipe().shaped_keys ? "moments of queries" : "a basis", " in the configuration");
     detail::append_tokens(*shape_, state_, *pool_, keys, values, queries, provisional);
 }
 

@@ -83,6 +83,7 @@ KVPLANE_FUNCTION std::string CacheContent::checksum() const {
         add_array("mean", std::span(head.mean().data(), static_cast<std::size_t>(head.mean().size())));
         add_array("scatter", std::span(scatter.data(), static_cast<std::size_t>(scatter.size())));
     }
+    if (shaping) add_array("shaping", std::span(shaping->triangles()));
     return sum.text();
 }
 
@@ -133,6 +134,7 @@ inline std::string configuration_json(const CacheConfiguration& c, bool moved) {
     if (c.values_in_keys) json.add("rotary_bits", c.recipe.rotary_bits);
     if (const int bits = c.recipe.recent_bits_of(TileSide::keys); bits != c.recipe.recent_bits)
         json.add("recent_key_bits", bits);
+    if (c.recipe.shaped_keys) json.add("shaped_keys", true).add("context", c.context);
     if (moved && !c.recipe.latents) json.add_text("rope", rope_json(c.rope));
     return json.text();
 }
@@ -213,6 +215,7 @@ KVPLANE_FUNCTION CacheContent CacheContent::of(const KvCache& cache) {
     content.basis_sum = own_basis_checksum(cache);
     if (!content.basis_sum.empty()) content.basis = state.latent;
     if (state.queries) content.queries = *state.queries;
+    content.shaping = state.shaping;
     return content;
 }
 
@@ -245,6 +248,11 @@ KVPLANE_FUNCTION void CacheContent::add_to(SafetensorsWriter& writer, const std:
     });
     if (basis) add_latent_keys(writer, prefix + "latent.", *basis);
     if (!queries.empty()) add_queries(writer, prefix + "queries.", queries);
+    if (shaping) {
+        const std::vector<Eigen::half>& numbers = shaping->triangles();
+        writer.add(prefix + "shaping", {static_cast<Index>(numbers.size())}, DType::float16,
+                   std::as_bytes(std::span(numbers)));
+    }
     writer.metadata(prefix + "kvplane.configuration", configuration);
     each_number(
         *this, [&](const char* key, Index number) { writer.metadata(prefix + key, std::to_string(number)); });
@@ -277,6 +285,22 @@ class ContentReader {
         to.resize(from.size() / sizeof(Number));
         if (!from.empty()) std::memcpy(to.data(), from.data(), from.size());
     }
+    /// What shapes keys, and what it has yet to learn from.
+    void read_shaping(const CacheConfiguration& c, CacheContent& content) const {
+        if (!c.recipe.shaped_keys) return;
+        if (file_.contains(prefix_ + "queries.count"))
+            content.queries =
+                read_queries(LatentFile(file_, source_), prefix_ + "queries.", c.kv_heads, c.key_head_dim);
+        if (!file_.contains(prefix_ + "shaping")) return;
+        std::vector<Eigen::half> numbers;
+        read("shaping", numbers);
+        const Index size = c.kv_heads * KeyShaping::triangle_size(c.key_head_dim);
+        require(static_cast<Index>(numbers.size()) == size, ErrorCode::format, source_, ": shaping of ",
+                numbers.size(), " numbers, expected ", size);
+        for (const Eigen::half number : numbers)
+            require((Eigen::numext::isfinite)(number), ErrorCode::format, source_, ": shaping is not finite");
+        content.shaping = std::make_shared<const KeyShaping>(c.kv_heads, c.key_head_dim, std::move(numbers));
+    }
     /// Moments and bases refuse numbers that cannot be theirs; where a file brings them, it is malformed.
     void read_latents(const CacheConfiguration& c, CacheContent& content) const {
 #if defined(__cpp_exceptions)
@@ -297,6 +321,7 @@ class ContentReader {
 
   private:
     void read_own_latents(const CacheConfiguration& c, CacheContent& content) const {
+        read_shaping(c, content);
         if (!c.fits_basis()) return;
         const LatentFile file(file_, source_);
         LatentRecipe recipe = *c.recipe.latents;
@@ -469,7 +494,9 @@ KVPLANE_FUNCTION void CacheContent::require_consistent(const CacheShape& shape, 
         require(holds, ErrorCode::format, source, ": ", what...);
     };
     const CacheRecipe& recipe = shape.recipe();
-    const bool needs_queries = !state.layout && recipe.latents && recipe.latents->basis.query_weighted;
+    const bool needs_queries = recipe.shaped_keys
+                                   ? !shaping
+                                   : !state.layout && recipe.latents && recipe.latents->basis.query_weighted;
     expect(queries.empty() || needs_queries, "moments of queries in a cache that needs none");
     constexpr Index most = Index{1} << 40;
     expect(tokens >= 0 && tokens < most && dropped >= 0 && dropped <= tokens && window_first >= 0 &&
@@ -514,7 +541,11 @@ KVPLANE_FUNCTION KvCache CacheContent::restore(const CacheConfiguration& configu
     CacheState state = empty_state(shape);
     const std::vector<TilePlace> places = this->places(state, source);
     require_consistent(shape, state, places, source);
-    if (!queries.empty()) state.queries = std::make_shared<const CacheState::QueryMoments>(queries);
+    if (shaping) state.shaping = shaping;
+    if (!queries.empty()) {
+        state.queries = std::make_shared<const CacheState::QueryMoments>(queries);
+        state.shaping = nullptr;
+    }
     state.tokens = tokens;
     state.dropped = dropped;
     state.recent_first = window_first;

@@ -86,6 +86,8 @@ inline void narrow(CacheContent& content, const CacheState& state, Index first, 
     content.window_first = std::min(last, state.recent_first);
     content.dropped = content.kept_sinks = 0;
     content.basis = nullptr;
+    content.queries.clear();
+    content.shaping = nullptr;
 }
 
 /// That a file's range is one: whole tiles side by side, then recent tokens. Throws Error (format).
