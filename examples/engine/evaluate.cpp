@@ -347,6 +347,9 @@ void write_csv(const std::string& path, const Evaluation& all, bool recall) {
     kvplane::require(file.good(), ErrorCode::io, path, ": cannot be written");
 }
 
+/// Recipes of more bits would press all others together in a plot.
+constexpr double most_plotted_bits = 10.0;
+
 /// A point for every recipe; those of one method, a recipe's name before its numbers and settings, make a
 /// series.
 kvplane_examples::Plot to_plot(const Evaluation& all) {
@@ -356,6 +359,7 @@ kvplane_examples::Plot to_plot(const Evaluation& all) {
                                 "mean KL divergence (nats)",
                                 {}};
     for (const Result& r : all.recipes) {
+        if (r.size.bits_per_element > most_plotted_bits) continue;
         const std::string method = r.recipe.substr(0, r.recipe.find_first_of(":+@"));
         auto series = std::find_if(plot.series.begin(), plot.series.end(),
                                    [&](const auto& other) { return other.name == method; });
@@ -400,7 +404,7 @@ std::vector<std::pair<Result, double>> read_csv(const std::string& path) {
 }
 
 /// Recipes of several models. Those of kvplane's own that no other of them beats in both bits and divergence are
-/// joined: its frontier. Recipes of more than 10 bits would press all others together and are left out.
+/// joined: its frontier.
 kvplane_examples::Plot models_plot(const std::vector<std::string>& paths) {
     kvplane_examples::Plot plot{"models",
                                 "Divergence of predictions from those of an exact cache",
@@ -421,7 +425,7 @@ kvplane_examples::Plot models_plot(const std::vector<std::string>& paths) {
         for (const auto& each : results) {
             const Result& result = each.first;
             const double bits = result.size.bits_per_element;
-            if (bits > 10.0) continue;
+            if (bits > most_plotted_bits) continue;
             const bool beaten = std::ranges::any_of(results, [&](const auto& other) {
                 return is_ours(other.first.recipe) && other.second < each.second &&
                        other.first.size.bits_per_element <= bits;
