@@ -8,8 +8,11 @@
 // worst is the one that makes a tile.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <chrono>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "bandwidth.hpp"
 #include "cases.hpp"
@@ -23,7 +26,12 @@ using namespace kvplane;
 template <class Scalar>
 void append(benchmark::State& state, const std::string& recipe, Index count) {
     constexpr Index most = 8192, channels = 8 * 128, input_tokens = 16384;
-    const CacheConfiguration c = kvplane_bench::configuration(recipe, {most, 32, 8, 128});
+    CacheConfiguration c = kvplane_bench::configuration(recipe, {most, 32, 8, 128});
+    if (c.recipe.shaped_keys) {
+        SecondMoments queries(128);
+        queries.add(kvplane_bench::random_rows(512, 128, 3));
+        c.query_moments = std::make_shared<const std::vector<SecondMoments>>(8, queries);
+    }
     // 64 MiB at least, so that the input comes from memory.
     const RowMajorMatrix<Scalar> keys = kvplane_bench::random_rows(2048, channels, 1)
                                             .template cast<Scalar>()
@@ -63,8 +71,10 @@ void append(benchmark::State& state, const std::string& recipe, Index count) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    for (const char* recipe : {"fp16", "key_favored:8:8", "key_favored:4:4", "key_favored:4:2",
-                               "key_favored:2:2", "standard", "latent:3:3+heads_together=0"})
+    for (const char* recipe :
+         {"fp16", "key_favored:8:8", "key_favored:4:4", "key_favored:4:4+value_scheme=min_max",
+          "key_favored:4:4+shaped_keys=1", "key_favored:4:2", "key_favored:2:2", "standard",
+          "latent:3:3+heads_together=0"})
         for (const bool half : {true, false})
             for (const Index tokens : {1, 512}) {
                 const std::string name =

@@ -157,8 +157,8 @@ TEST(KeyShaping, RefusesWhatCannotBeShaped) {
         return refusal(code, [&] { KvCache(c, pool); });
     };
     const auto shaped = [](CacheConfiguration& c) { c.recipe.shaped_keys = true; };
-    for (const char* recipe :
-         {"fp16", "block32:4", "latent:3:3", "key_favored:4:4+key_clip=1", "key_favored:16:4"})
+    for (const char* recipe : {"fp16", "block32:4", "latent:3:3", "key_favored:4:4+key_clip=1",
+                               "key_favored:16:4", "key_favored:4:4+key_scheme=full_range"})
         EXPECT_NE(refused(ErrorCode::option, recipe, shaped).find("shapes keys"), std::string::npos)
             << recipe;
     const auto moments = [](Index heads, Index channels) {

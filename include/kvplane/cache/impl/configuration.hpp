@@ -44,9 +44,9 @@ inline void require_shaping(const CacheConfiguration& c) {
     require(!recipe.latents && !c.values_in_keys, ErrorCode::option, "cache: recipe '", recipe.name,
             "' shapes keys that are in latents, or that values are in; expected keys in channels alone");
     require(!recipe.keys.is_half() && recipe.keys.rule.granularity == Granularity::per_channel &&
-                recipe.keys.rule.clip == Clip::none,
+                recipe.keys.rule.clip == Clip::none && recipe.keys.rule.scheme != Scheme::full_range,
             ErrorCode::option, "cache: recipe '", recipe.name,
-            "' shapes keys, which takes 1 to 8 bits on grids per channel, without clipping");
+            "' shapes keys, which takes 1 to 8 bits on grids per channel that clip nothing");
 }
 
 /// Throws Error (mismatch) for latents of another model, layer or recipe.
