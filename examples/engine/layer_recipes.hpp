@@ -92,7 +92,7 @@ class LayerRecipes {
             kvplane::require(
                 end != at && *end == ':' && first >= 0 && first <= last && last < model_.config().layers,
                 ErrorCode::option, "recipe '", text,
-                "', expected only:LAYERS:RECIPE, as only:3:", "standard or only:0-4:standard, of ",
+                "', expected only:LAYERS:RECIPE, as only:3:standard or only:0-4:standard, of ",
                 model_.config().layers, " layers");
             return in_layers(end + 1, [&](Index layer) { return layer >= first && layer <= last; });
         }

@@ -171,7 +171,7 @@ class BlockQuantizer {
         const Index stride = source.padded ? source.channels : block.code_stride;
         const TokenRuns token_runs{source.rows, count, source.channels, source.group};
         if (rule_.scheme == Scheme::unbiased) {
-            unbiased_cells(isa_, token_runs, {group, channels}, bits_, fp_lower_.data(), inverse_.data());
+            unbiased_cells(isa_, token_runs, {group, channels}, bits_, unbiased_grids());
         } else {
             fit(padded_channels(count * runs), count * runs, block);
             if (rule_.clip == Clip::mse_optimal)
@@ -185,9 +185,8 @@ class BlockQuantizer {
         };
         encode();
         if (rule_.scheme == Scheme::unbiased) {
-            unbiased_steps(isa_, token_runs, to, stride, bits_,
-                           {fp_lower_.data(), inverse_.data(), stored_step_.data()});
-            encode();
+            unbiased_steps(isa_, token_runs, to, stride, bits_, unbiased_grids());
+            if (bits_ > 1) encode();  // codes of 1 bit are signs, whatever the cells
             excess_ = unbiased_excess(isa_, token_runs, to, stride, bits_, stored_step_.data());
             std::fill_n(stored_lower_.begin(), count_, Eigen::half(0.0f));
         }
@@ -204,8 +203,12 @@ class BlockQuantizer {
         const auto size = static_cast<std::size_t>(grids);
         if (min_.size() >= size) return;
         for (auto* floats : {&min_, &max_, &fp_lower_, &fp_step_, &inverse_}) floats->resize(size);
+        squared_.resize(size);
         stored_lower_.resize(size);
         stored_step_.resize(size);
+    }
+    UnbiasedGrids unbiased_grids() noexcept {
+        return {squared_.data(), fp_lower_.data(), inverse_.data(), stored_step_.data()};
     }
 
     std::uint8_t* padded_codes(Index tokens, Index channels) {
@@ -286,6 +289,7 @@ class BlockQuantizer {
     ClipExcess excess_;
     std::vector<Eigen::half> lower_, step_, stored_lower_, stored_step_;
     std::vector<float> min_, max_, fp_lower_, fp_step_, inverse_;
+    std::vector<double> squared_;  ///< norms of runs, for unbiased grids
     std::vector<std::uint8_t> codes_;
     std::vector<std::byte> source_;
 };

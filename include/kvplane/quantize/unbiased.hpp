@@ -141,32 +141,33 @@ struct RunSizes {
     Index of(Index run) const noexcept { return std::min(group, channels - run * group); }
 };
 
-/// The cells that codes are chosen by: lower and inverse [token][run]. A run that fp16 cannot tell from zeros
-/// gets 0 for both.
-inline void unbiased_cells(Isa isa, const TokenRuns& tokens, RunSizes sizes, int bits, float* lower,
-                           float* inverse) {
+/// The grids of runs while they are chosen, all [token][run].
+struct UnbiasedGrids {
+    double* squared;  ///< norms
+    float *lower, *inverse;
+    Eigen::half* step;
+};
+
+/// The cells that codes are chosen by, and the norms that they follow from. A run that fp16 cannot tell from
+/// zeros gets 0 for lower and inverse.
+inline void unbiased_cells(Isa isa, const TokenRuns& tokens, RunSizes sizes, int bits, UnbiasedGrids grids) {
     with_scalar(tokens.rows, [&](const auto* data) {
         run_on(isa, [&](auto lanes) KVPLANE_BODY {
             const float cell = gaussian_cell(bits), below = 0.5f * power_of_two(bits);
-            for (Index t = 0; t < tokens.tokens; ++t)
-                for (Index run = 0; run < tokens.runs(); ++run, ++lower, ++inverse) {
+            for (Index t = 0, g = 0; t < tokens.tokens; ++t)
+                for (Index run = 0; run < tokens.runs(); ++run, ++g) {
                     const double squared = grid_kernels::squared_norm<lanes>(
                         data + t * tokens.rows.stride + run * tokens.group, tokens.group);
                     const float width =
                         cell * static_cast<float>(std::sqrt(squared / static_cast<double>(sizes.of(run))));
                     const bool zero = width < 0x1p-26f;
-                    *lower = zero ? 0.0f : -below * width;
-                    *inverse = zero ? 0.0f : 1.0f / width;
+                    grids.squared[g] = squared;
+                    grids.lower[g] = zero ? 0.0f : -below * width;
+                    grids.inverse[g] = zero ? 0.0f : 1.0f / width;
                 }
         });
     });
 }
-
-/// The grids of runs while they are chosen, all [token][run].
-struct UnbiasedGrids {
-    float *lower, *inverse;
-    Eigen::half* step;
-};
 
 /// The steps of these codes, as stored, and the cells that go with them. A stored step is up to 1/16 off, all
 /// tokens of one norm alike, so cells are made so much wider or narrower that the codes in them have no bias
@@ -176,19 +177,16 @@ inline void unbiased_steps(Isa isa, const TokenRuns& tokens, const std::uint8_t*
     with_scalar(tokens.rows, [&](const auto* data) {
         run_on(isa, [&](auto lanes) KVPLANE_BODY {
             const double elasticity = step_elasticity(bits);
-            for (Index t = 0; t < tokens.tokens; ++t)
-                for (Index run = 0; run < tokens.runs(); ++run) {
-                    const auto* const x = data + t * tokens.rows.stride + run * tokens.group;
-                    const std::uint8_t* const q = codes + t * code_stride + run * tokens.group;
-                    const double product = grid_kernels::product_with_codes<lanes>(x, q, tokens.group, bits),
-                                 squared = grid_kernels::squared_norm<lanes>(x, tokens.group);
-                    const std::uint8_t byte =
-                        product > 0.0 ? step_byte(static_cast<float>(squared / product)) : std::uint8_t{0};
-                    const Index g = t * tokens.runs() + run;
+            for (Index t = 0, g = 0; t < tokens.tokens; ++t)
+                for (Index run = 0; run < tokens.runs(); ++run, ++g) {
+                    const double product = grid_kernels::product_with_codes<lanes>(
+                                     data + t * tokens.rows.stride + run * tokens.group,
+                                     codes + t * code_stride + run * tokens.group, tokens.group, bits),
+                                 exact = product > 0.0 ? grids.squared[g] / product : 0.0;
+                    const std::uint8_t byte = step_byte(static_cast<float>(exact));
                     grids.step[g] = half_of_step(byte);
                     if (elasticity == 0.0 || byte == 0 || grids.inverse[g] == 0.0f) continue;
-                    const double off = static_cast<double>(static_cast<float>(grids.step[g])) /
-                                       (squared / product),
+                    const double off = static_cast<double>(static_cast<float>(grids.step[g])) / exact,
                                  wider = std::clamp((off - 1.0) / elasticity, -0.25, 0.25) + 1.0;
                     grids.lower[g] = static_cast<float>(wider * static_cast<double>(grids.lower[g]));
                     grids.inverse[g] = -0.5f * power_of_two(bits) / grids.lower[g];

@@ -285,6 +285,29 @@ class ContentReader {
         to.resize(from.size() / sizeof(Number));
         if (!from.empty()) std::memcpy(to.data(), from.data(), from.size());
     }
+    /// Moments and bases refuse numbers that cannot be theirs; where a file brings them, it is malformed.
+    void read_latents(const CacheConfiguration& c, CacheContent& content) const {
+#if defined(__cpp_exceptions)
+        try {
+            read_learned(c, content);
+        } catch (const Error& error) {
+            const ErrorCode code = error.code();
+            if (code != ErrorCode::shape && code != ErrorCode::option && code != ErrorCode::not_finite) throw;
+            std::string_view sentence = error.what();
+            constexpr std::string_view name = "kvplane: ";
+            if (sentence.starts_with(name)) sentence.remove_prefix(name.size());
+            fail(ErrorCode::format, source_, ": ", sentence);
+        }
+#else
+        read_learned(c, content);
+#endif
+    }
+
+  private:
+    void read_learned(const CacheConfiguration& c, CacheContent& content) const {
+        read_shaping(c, content);
+        read_own_latents(c, content);
+    }
     /// What shapes keys, and what it has yet to learn from.
     void read_shaping(const CacheConfiguration& c, CacheContent& content) const {
         if (!c.recipe.shaped_keys) return;
@@ -301,27 +324,7 @@ class ContentReader {
             require((Eigen::numext::isfinite)(number), ErrorCode::format, source_, ": shaping is not finite");
         content.shaping = std::make_shared<const KeyShaping>(c.kv_heads, c.key_head_dim, std::move(numbers));
     }
-    /// Moments and bases refuse numbers that cannot be theirs; where a file brings them, it is malformed.
-    void read_latents(const CacheConfiguration& c, CacheContent& content) const {
-#if defined(__cpp_exceptions)
-        try {
-            read_own_latents(c, content);
-        } catch (const Error& error) {
-            const ErrorCode code = error.code();
-            if (code != ErrorCode::shape && code != ErrorCode::option && code != ErrorCode::not_finite) throw;
-            std::string_view sentence = error.what();
-            constexpr std::string_view name = "kvplane: ";
-            if (sentence.starts_with(name)) sentence.remove_prefix(name.size());
-            fail(ErrorCode::format, source_, ": ", sentence);
-        }
-#else
-        read_own_latents(c, content);
-#endif
-    }
-
-  private:
     void read_own_latents(const CacheConfiguration& c, CacheContent& content) const {
-        read_shaping(c, content);
         if (!c.fits_basis()) return;
         const LatentFile file(file_, source_);
         LatentRecipe recipe = *c.recipe.latents;
