@@ -39,11 +39,20 @@ void append(benchmark::State& state, const std::string& recipe, Index count) {
     const RowMajorMatrix<Scalar> values = kvplane_bench::random_rows(2048, channels, 2)
                                               .template cast<Scalar>()
                                               .replicate(input_tokens / 2048, 1);
+    // Recipes that weigh tokens by queries get some.
+    const RowMajorMatrix<Scalar> queries =
+        kvplane_bench::random_rows(c.widths_by_token() ? 2048 : 0, 32 * 128, 4)
+            .template cast<Scalar>()
+            .replicate(input_tokens / 2048, 1);
     HugePageResource memory;
     TilePool pool(&memory);
     KvCache cache(c, pool);
     const auto fill = [&](Index from) {
-        cache.append(keys.middleRows(from, count), values.middleRows(from, count));
+        if (queries.rows() > 0)
+            cache.append(keys.middleRows(from, count), values.middleRows(from, count),
+                         queries.middleRows(from, count));
+        else
+            cache.append(keys.middleRows(from, count), values.middleRows(from, count));
     };
     while (cache.tokens() < most) fill(cache.tokens());  // the pool has its pages
     std::vector<double> microseconds;
@@ -73,8 +82,8 @@ void append(benchmark::State& state, const std::string& recipe, Index count) {
 int main(int count, char** arguments) {
     for (const char* recipe :
          {"fp16", "key_favored:8:8", "key_favored:4:4", "key_favored:4:4+value_scheme=min_max",
-          "key_favored:4:4+shaped_keys=1", "key_favored:4:2", "key_favored:2:2", "standard",
-          "latent:3:3+heads_together=0"})
+          "key_favored:4:4+shaped_keys=1", "key_favored:4:2", "key_favored:4:2+value_widths=32x4/32x2/64x1",
+          "key_favored:2:2", "standard", "latent:3:3+heads_together=0"})
         for (const bool half : {true, false})
             for (const Index tokens : {1, 512}) {
                 const std::string name =

@@ -1,4 +1,6 @@
 // examples/engine/calibrate.cpp: statistics of a model's keys and queries, for bases of latents.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -34,6 +36,38 @@ struct Settings {
 
 constexpr Index sinks = 4;  // no recipe puts the first tokens into tiles
 
+/// [token][query head] the squared softmax weights of the tokens that are packed when a query comes, summed up:
+/// how much errors of packed keys count for its output.
+///   keys    after RoPE, of all tokens up to the last of the queries
+Matrix weights_of_packed(const Matrix& keys, const LayerActivations& a, const ModelConfig& config,
+                         Executor& threads) {
+    constexpr Index recent = 32;  // as recipes have it, unless they say otherwise
+    const Index dim = config.head_dim, group = config.query_heads / config.kv_heads,
+                window = config.window(a.layer), tile = kvplane::tile_tokens;
+    Matrix weights(a.queries.rows(), config.query_heads);
+    kvplane::detail::run_items(threads, config.query_heads, [&](Index head, Index) {
+        for (Index first = 0; first < a.queries.rows(); first += tile) {
+            const Index rows = std::min(tile, a.queries.rows() - first), at = a.first_position + first;
+            const Matrix scores = a.queries.block(first, head * dim, rows, dim) *
+                                  keys.block(0, head / group * dim, at + rows, dim).transpose() /
+                                  std::sqrt(static_cast<float>(dim));
+            for (Index i = 0; i < rows; ++i) {
+                const Index seen = at + i + 1, from = window > 0 ? std::max<Index>(0, seen - window) : 0,
+                            packed_from = std::max(sinks, from),
+                            packed_to = sinks + std::max<Index>(0, seen - recent - sinks) / tile * tile;
+                const auto row = scores.row(i).segment(from, seen - from).array();
+                const Eigen::ArrayXf weight = (row - row.maxCoeff()).exp().transpose();
+                const Index packed = std::max<Index>(0, packed_to - packed_from);
+                weights(first + i, head) =
+                    (weight.segment(packed > 0 ? packed_from - from : 0, packed) / weight.sum())
+                        .square()
+                        .sum();
+            }
+        }
+    });
+    return weights;
+}
+
 kvplane::Calibration from_text(const Settings& settings) {
     kvplane::require(!settings.model.empty() && !settings.text.empty(), ErrorCode::option,
                      "expected --model and --text, or --dump, or --merge; --help explains them");
@@ -49,12 +83,18 @@ kvplane::Calibration from_text(const Settings& settings) {
                               {config.kv_heads, config.query_heads, config.head_dim});
     for (Index done = 0; done < count; done += context) {
         LayerCaches caches = model.exact_caches();
+        std::vector<Matrix> keys(
+            static_cast<std::size_t>(config.layers));  // of the window so far, after RoPE
         const auto window = context_from(tokenizer, text, start + done, std::min(context, count - done));
         model.forward(window, caches, Logits::none, [&](const LayerActivations& a) {
             const Index rows = std::max<Index>(0, a.keys.rows() - (a.first_position == 0 ? sinks : 0));
+            Matrix& seen = keys[static_cast<std::size_t>(a.layer)];
+            seen.conservativeResize(a.first_position + a.keys.rows(), a.keys.cols());
+            seen.bottomRows(a.keys.rows()) = a.keys;
             kvplane::LatentStatistics& layer = calibration.layers[static_cast<std::size_t>(a.layer)];
             layer.add_keys({a.keys_before_rope.bottomRows(rows), 0});
-            layer.add_queries(a.queries_before_rope.bottomRows(rows));
+            layer.add_queries(a.queries_before_rope.bottomRows(rows),
+                              weights_of_packed(seen, a, config, threads).bottomRows(rows));
         });
         std::fprintf(stderr, "\r  token %ld of %ld",
                      static_cast<long>(done + static_cast<Index>(window.size())), static_cast<long>(count));

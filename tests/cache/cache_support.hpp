@@ -42,15 +42,20 @@ inline Matrix queries_of(const CacheConfiguration& c, const Matrix& keys) {
     return queries;
 }
 
-/// Appends as the recipe wants it: with queries where the cache fits its own basis to them.
+/// Whether the cache looks at queries.
+inline bool looks_at_queries(const KvCache& cache) {
+    return cache.needs_queries() || cache.configuration().widths_by_token();
+}
+
+/// Appends as the recipe wants it: with queries where the cache learns from them.
 template <class K, class V>
 void append(KvCache& cache, const K& keys, const V& values) {
-    if (!cache.needs_queries()) return cache.append(keys, values);
+    if (!looks_at_queries(cache)) return cache.append(keys, values);
     cache.append(keys, values, queries_of(cache.configuration(), to_matrix<float>(keys)));
 }
 template <class K, class V>
 void append_provisional(KvCache& cache, const K& keys, const V& values) {
-    if (!cache.needs_queries()) return cache.append_provisional(keys, values);
+    if (!looks_at_queries(cache)) return cache.append_provisional(keys, values);
     cache.append_provisional(keys, values, queries_of(cache.configuration(), to_matrix<float>(keys)));
 }
 
@@ -68,6 +73,8 @@ inline const std::vector<std::string>& recipe_names() {
         "key_favored:7:6+recent_bits=8+recent_key_bits=16+sinks=17+value_group=16",
         "key_favored:4:4+key_clip=1+value_clip=1",
         "key_favored:3:4+rotate_keys=1+shaped_keys=1",
+        "key_favored:4:2+value_widths=32x4/32x2/64x1",
+        "latent:3:2+fit_tokens=130+value_widths=16x4/112x2+recent_bits=8",
         "standard",
         "compact",
         "svdq:2+fit_tokens=140",

@@ -13,12 +13,13 @@ namespace {
 CacheConfiguration configuration(int kind) {
     static const char* const recipes[] = {"block32:4", "key_favored:2:1+sinks=2+recent=0",
                                           "latent:2:1+sinks=2+recent=0+fit_tokens=64+context=100000",
-                                          "weighted:2:1+sinks=2+recent=0+fit_tokens=300"};
+                                          "weighted:2:1+sinks=2+recent=0+fit_tokens=300",
+                                          "key_favored:2:1+sinks=2+recent=9+value_widths=32x4/96x1"};
     CacheConfiguration c;
     c.kv_heads = 1;
     c.query_heads = 2;
     c.key_head_dim = c.value_head_dim = 16;
-    c.recipe = recipes::parse(recipes[kind % 4]);
+    c.recipe = recipes::parse(recipes[kind % 5]);
     c.rope = RopeSettings{};
     return c;
 }
@@ -56,6 +57,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     for (auto& number : content.tile_first) next(number);
     for (auto* list : {&content.tile_tokens, &content.tile_row, &content.tile_shift, &content.tile_bits})
         for (auto& number : *list) next(number);
+    for (auto& number : content.attention) next(number);
     try {
         SafetensorsWriter writer;
         content.add_to(writer);

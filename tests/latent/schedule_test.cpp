@@ -57,7 +57,7 @@ Index tile_plane_bytes(const std::vector<ChannelSegment>& segments) {
     Index bytes = 0;
     for (const TileFormat::Placed& segment : format.segments())
         for (int p = 0; p < segment.split.count; ++p)
-            bytes += format.plane_bytes(segment.channels, segment.split[p]);
+            bytes += format.plane_bytes(segment, segment.split[p]);
     return bytes;
 }
 

@@ -24,7 +24,7 @@ constexpr Index plane_groups(const PlaneSplit& split, Index count) noexcept {
 }
 /// The channels of keys, or tokens of values, that a segment's groups share out.
 inline Index grouped_elements(const TileFormat& format, const TileFormat::Placed& segment) noexcept {
-    return format.side() == TileSide::keys ? segment.channels : tile_tokens;
+    return format.side() == TileSide::keys ? segment.channels : segment.rows;
 }
 /// The groups of a tile, those of all segments that have bits one after another.
 inline Index plane_groups(const TileFormat& format) noexcept {

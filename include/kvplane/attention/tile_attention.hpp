@@ -24,8 +24,8 @@ namespace kvplane::detail {
 
 /// Whether tile_scores() reads tiles of keys of this format: fp16, or grids per channel.
 bool reads_key_planes(const TileFormat& format) noexcept;
-/// Whether add_tile_values() reads tiles of values of this format: one segment, of fp16, or of 1 to 8 bits
-/// with grids per token over the head or over multiples of 16 channels.
+/// Whether add_tile_values() reads tiles of values of this format: one segment of channels, of fp16, or of 1
+/// to 8 bits with grids per token over the head or over multiples of 16 channels, or such runs of tokens.
 bool reads_value_planes(const TileFormat& format) noexcept;
 
 /// scores[r * 128 + t] = offsets[r] + queries[r] . k'_t for all 128 tokens of a tile of keys.
@@ -36,6 +36,7 @@ void tile_scores(Isa isa, const TileFormat& format, const TileRead& read, RowVie
                  const float* offsets, AttentionScratch& scratch, float* scores) noexcept;
 
 /// output[r][c] += sum over t of weights[r * 128 + t] v'_tc of a tile of values.
+/// Where tokens have different widths, all of their planes are read.
 ///   weights  [row][128], not negative, 0 where there is no token
 ///   output   [row][channels], padded to whole 16s
 void add_tile_values(Isa isa, const TileFormat& format, const TileRead& read, const float* weights,

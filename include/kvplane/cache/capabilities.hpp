@@ -26,8 +26,10 @@ struct CacheCapabilities {
     /// The widths that KvCache::narrow leaves keys and values of the recipe's width, largest first; of keys in
     /// latents those of the widest latents. None where they cannot be narrowed.
     std::vector<int> narrower_keys, narrower_values;
-    bool fits_basis = false;      ///< the cache fits a basis of its own to the first tokens
-    bool wants_queries = false;   ///< append() takes queries until KvCache::needs_queries() says no
+    bool fits_basis = false;     ///< the cache fits a basis of its own to the first tokens
+    bool wants_queries = false;  ///< append() takes queries until KvCache::needs_queries() says no
+    /// append() chooses which tokens of values get more bits by queries, where these are given.
+    bool weighs_tokens = false;
     bool predicts_bytes = false;  ///< KvCache::predicted_bytes
 };
 

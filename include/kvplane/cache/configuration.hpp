@@ -23,6 +23,10 @@ struct SideRecipe {
     int bits = 16;  ///< 1 to 8 on grids, or 16: fp16
     GridRule rule;
     bool rotate = false;  ///< by a randomized Hadamard transform of each head
+    /// Of values: how many tokens of a tile have which width, the widest first, where they differ; `bits` is
+    /// then the widest. Which tokens get it depends on the queries that append() takes, or without queries on
+    /// the norms of values.
+    std::vector<TokenRun> widths = {};
 
     bool is_half() const noexcept { return bits == 16; }
     bool operator==(const SideRecipe&) const = default;
@@ -91,6 +95,8 @@ struct CacheConfiguration {
     /// Whether the cache fits its own basis.
     bool fits_basis() const noexcept { return recipe.latents && !latent_keys; }
     Index group() const noexcept { return query_heads / kv_heads; }
+    /// Whether tokens of values have different widths.
+    bool widths_by_token() const noexcept { return !values_in_keys && !recipe.values.widths.empty(); }
     /// Numbers that one token adds to the layer.
     Index elements_per_token() const noexcept {
         return kv_heads * (key_head_dim + (values_in_keys ? 0 : value_head_dim));
@@ -107,6 +113,7 @@ struct CacheConfiguration {
     }
     /// Where values are not in keys.
     TileFormat value_format() const {
+        if (!recipe.values.widths.empty()) return {value_head_dim, recipe.values.widths, recipe.values.rule};
         return {TileSide::values, value_head_dim, recipe.values.bits, recipe.values.rule};
     }
     /// Whether a side is stored rotated (of latents: tokens outside tiles).

@@ -318,7 +318,8 @@ class DecodePass {
         const TilePlace& tile = tiles_[t];
         for (Index r = 0; r < block.rows && tile.row > 0; ++r)
             std::fill_n(scores + r * tile_tokens, tile.row, nothing_seen);
-        work_.queries.apply(block, tile.first, tile.tokens, tile_tokens - tile.row, tiles_, scores + tile.row);
+        work_.queries.apply(block, tile.first, tile.tokens, tile_tokens - tile.row, tiles_,
+                            scores + tile.row);
         if (values_wait_)
             keep_weights(place, chunk, scores);
         else

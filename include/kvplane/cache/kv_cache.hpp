@@ -139,7 +139,8 @@ class KvCache {
     /// beyond_fp16 with the position; out_of_memory) and then has changed nothing.
     ///
     /// queries: those of the same tokens, tokens x (query_heads * key_head_dim), after RoPE. They are looked
-    /// at only while needs_queries(); without them append() then throws Error (option).
+    /// at only while needs_queries(); without them append() then throws Error (option). Where tokens of values
+    /// have different widths, they are looked at for good, but need not be given.
     ///
     /// All provisional tokens are accepted first.
     template <class K, class V>
@@ -327,7 +328,8 @@ class KvCache {
     void append_with(const K& keys, const V& values, const Q& queries, bool provisional) {
         const auto value_heads = heads_of_kv(values);
         const detail::AnyRows value_rows(value_heads);
-        if (!needs_queries()) return append_rows(heads_of_kv(keys), &value_rows, nullptr, provisional);
+        if (!needs_queries() && !configuration().widths_by_token())
+            return append_rows(heads_of_kv(keys), &value_rows, nullptr, provisional);
         const auto query_heads = input_heads(queries, configuration().query_heads);
         const detail::AnyRows query_rows(query_heads);
         append_rows(heads_of_kv(keys), &value_rows, &query_rows, provisional);

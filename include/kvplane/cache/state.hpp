@@ -8,6 +8,7 @@
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/cache/key_shaping.hpp"
 #include "kvplane/cache/pages.hpp"
+#include "kvplane/cache/token_attention.hpp"
 #include "kvplane/latent/keys.hpp"
 #include "kvplane/latent/statistics.hpp"
 #include "kvplane/storage/tile_sequence.hpp"
@@ -77,7 +78,10 @@ struct CacheState {
     bool stale = false;                       ///< whether the last tile holds traces of tokens taken back
     StoredExtremes settled_extremes;          ///< of all tokens but the provisional ones
     std::vector<StoredExtremes> provisional;  ///< [provisional token]
-    Matrix provisional_queries;  ///< [provisional token][query_heads * key dim] like `queries`, or empty
+    Matrix provisional_queries;  ///< [provisional token][query_heads * key dim] after RoPE, or empty
+    /// Of the next tile's tokens by the queries behind them, where values have different widths; else empty, and
+    /// before the first token.
+    TokenAttention attention;
 
     void add_tile(PageReference page, TilePlace place) {
         place.page = page.data();
@@ -149,6 +153,8 @@ struct CacheState {
             stale = true;
         }
         recent_first = std::min(recent_first, count);
+        // The queries behind the tile come again.
+        if (count <= recent_first + tile_tokens) std::fill(attention.begin(), attention.end(), 0);
         recent.resize(
             static_cast<std::size_t>((count - recent_first + recent_page_tokens - 1) / recent_page_tokens));
     }

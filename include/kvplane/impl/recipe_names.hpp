@@ -123,12 +123,25 @@ struct Setting {
     Scheme as_scheme() const { return scheme(recipe, value); }
     Clip as_clip() const { return flag() ? Clip::mse_optimal : Clip::none; }
 };
+/// Widths of tokens: 32x4/32x2/64x1.
+inline std::vector<TokenRun> widths(const Setting& setting) {
+    std::vector<TokenRun> runs;
+    for (const std::string_view part : split(setting.value, '/')) {
+        const auto words = split(part, 'x');
+        require(words.size() == 2, ErrorCode::option, "recipe '", setting.recipe, "': ", setting.key, " '",
+                part, "', expected a number of tokens and their bits, such as 32x4");
+        runs.push_back(
+            {number_of<Index>(setting.recipe, words[0]), number_of<int>(setting.recipe, words[1])});
+    }
+    return runs;
+}
+
 struct NamedSetting {
     std::string_view name, values, summary;
     bool of_latents;
     void (*set)(CacheRecipe& recipe, const Setting& setting);
 };
-inline constexpr std::array<NamedSetting, 20> settings{{
+inline constexpr std::array<NamedSetting, 21> settings{{
     {"sinks", "N", "first tokens that stay fp16", false,
      [](CacheRecipe& r, const Setting& s) { r.sink_tokens = s.number(); }},
     {"recent", "N", "age at which a tile is quantized", false,
@@ -144,6 +157,11 @@ inline constexpr std::array<NamedSetting, 20> settings{{
      [](CacheRecipe& r, const Setting& s) { r.keys.rule.scheme = s.as_scheme(); }},
     {"value_scheme", "cell|min_max|...|unbiased", "grids of values", false,
      [](CacheRecipe& r, const Setting& s) { r.values.rule.scheme = s.as_scheme(); }},
+    {"value_widths", "32x4/32x2/64x1", "so many tokens of a tile in so many bits", false,
+     [](CacheRecipe& r, const Setting& s) {
+         r.values.widths = widths(s);
+         r.values.bits = r.values.widths[0].bits;
+     }},
     {"shaped_keys", "0|1", "codes of keys by what queries look along", false,
      [](CacheRecipe& r, const Setting& s) { r.shaped_keys = s.flag(); }},
     {"key_clip", "0|1", "intervals of least squared error", false,

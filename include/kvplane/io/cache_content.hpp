@@ -69,6 +69,7 @@ struct CacheContent {
     std::shared_ptr<const LatentKeys> basis;    ///< the cache's own
     std::vector<SecondMoments> queries;         ///< while it has none, or while shaping learns from them
     std::shared_ptr<const KeyShaping> shaping;  ///< of shaped keys, afterwards
+    TokenAttention attention;  ///< of the next tile's tokens, where they get different widths
 
     /// visit(key, number) for the numbers of tokens in the metadata. What is saved, loaded and hashed follows
     /// this list, in its order.
@@ -117,8 +118,10 @@ struct CacheContent {
     /// Throws Error (format) for lists of other lengths, tokens beyond a tile, and widths that the recipe
     /// cannot be narrowed to.
     std::vector<TilePlace> places(CacheState& state, const std::string& source) const;
-    /// A page for each of these places, one after another. Throws Error (out_of_memory).
-    std::vector<PageReference> pages(const std::vector<TilePlace>& places, TilePool& pool) const;
+    /// A page for each of these places, one after another. Throws Error: out_of_memory; format where tokens do
+    /// not have the recipe's widths.
+    std::vector<PageReference> pages(const std::vector<TilePlace>& places, TilePool& pool,
+                                     const std::string& source) const;
     /// Whether keys have moved since they were stored, so that they go by the configuration's RoPE.
     bool moved() const noexcept;
 

@@ -6,7 +6,8 @@
 //
 //   statistics  layers.L.keys.count [1], .mean [d], .scatter [d, d];
 //               layers.L.queries.count [heads], .mean [heads, head_dim], .scatter [heads, head_dim, head_dim];
-//               F64, before RoPE, d = heads * head_dim
+//               layers.L.weighted_queries.* likewise, where queries have weights; F64, before RoPE,
+//               d = heads * head_dim
 //   bases       layers.L.parts.P, P the number of the subspace:
 //               .segments [runs, 2] I64 (latents, bits), .mean, .encode_scale, .decode_scale F32,
 //               .decode (D), .encode (E) F16 or .channels I64

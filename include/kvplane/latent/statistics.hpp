@@ -69,21 +69,37 @@ class LatentStatistics {
     /// key head.
     const SecondMoments& queries(Index kv_head) const { return queries_[static_cast<std::size_t>(kv_head)]; }
 
+    /// The same of queries that were added with weights, each times the root of its weight; empty without any.
+    const std::vector<SecondMoments>& weighted_queries() const noexcept { return weighted_; }
+    /// Those that a basis is fitted to: the weighted ones, where there are any.
+    const SecondMoments& basis_queries(Index kv_head) const {
+        return weighted_.empty() ? queries(kv_head) : weighted_[static_cast<std::size_t>(kv_head)];
+    }
+
     /// Throws Error (shape, not_finite).
     void add_keys(const FramedKeys<KeyFrame::before_rope>& keys) { keys_.add(keys.rows, "keys"); }
     /// Queries before RoPE [tokens, query_heads * head_dim]. If it throws Error (shape, not_finite), it has
     /// changed nothing.
     void add_queries(const Matrix& queries_before_rope);
-    /// Throws Error (mismatch) for other heads or another head_dim.
+    /// The same with weights [tokens, query_heads] from 0 on: how much the errors of packed keys count for the
+    /// output of a query, the sum of its squared softmax weights over the tokens that are packed when it comes.
+    /// A basis then spares what sharp queries look along, in the layers that have them. All queries have
+    /// weights, or none. Throws as above, and Error (option).
+    void add_queries(const Matrix& queries_before_rope, const Matrix& weights);
+    /// Restores what weighted_queries() gave. Throws Error (shape, option).
+    void set_weighted_queries(std::vector<SecondMoments> queries);
+    /// Throws Error (mismatch) for other heads or another head_dim, and where one has weights and the other not.
     void merge(const LatentStatistics& other);
 
     /// Bytes of memory that all moments take.
-    Index bytes() const noexcept { return keys_.bytes() + kv_heads() * queries_[0].bytes(); }
+    Index bytes() const noexcept {
+        return keys_.bytes() + (kv_heads() + static_cast<Index>(weighted_.size())) * queries_[0].bytes();
+    }
 
   private:
     Index query_heads_;
     SecondMoments keys_;
-    std::vector<SecondMoments> queries_;
+    std::vector<SecondMoments> queries_, weighted_;
 };
 
 }  // namespace kvplane

@@ -130,7 +130,7 @@ class GainHistogram {
 /// Codes of a full tile: elements of segments that have bits.
 inline Index stored_elements(const TileFormat& format) noexcept {
     Index sum = 0;
-    for (const TileFormat::Placed& s : format.segments()) sum += s.bits > 0 ? s.channels * tile_tokens : 0;
+    for (const TileFormat::Placed& s : format.segments()) sum += s.bits > 0 ? s.channels * s.rows : 0;
     return sum;
 }
 /// Bits of the codes of a tile of which planes [groups] are read; nullptr: all.
@@ -138,7 +138,7 @@ inline Index bits_read(const TileFormat& format, const std::uint8_t* planes) noe
     Index sum = 0;
     for (const TileFormat::Placed& s : format.segments()) {
         if (s.bits == 0) continue;
-        const Index size = grouped_elements(format, s), other = s.channels * tile_tokens / size;
+        const Index size = grouped_elements(format, s), other = s.channels * s.rows / size;
         if (!planes) {
             sum += size * other * s.bits;
             continue;

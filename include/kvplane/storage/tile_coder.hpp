@@ -2,11 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <optional>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -42,7 +45,8 @@ class TileCoder {
 
     /// Quantizes and packs tokens into `tile`; its other tokens stay as they are. Grids per channel need
     /// whole groups: tile_token and count must be multiples of the group (count may stop short at the end of
-    /// a sequence). `argument` names the rows in errors. Throws Error (shape, index; not_finite and
+    /// a sequence). Formats whose tokens have different widths take all 128 at once. `argument` names the rows
+    /// in errors. Throws Error (shape, index; not_finite and
     /// beyond_fp16 with the position) and may then have written part of the tile.
     template <CacheScalar Scalar>
     void encode(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
@@ -51,6 +55,10 @@ class TileCoder {
     /// Tokens encoded from now on have shaped codes, for queries u with E[u u^T] = weight [channel][channel].
     /// Formats of one segment with grids per channel alone. Throws Error (option, shape, not_finite).
     void shape(const Eigen::Ref<const MatrixD>& weight);
+
+    /// Tokens encoded from now on count so much each: of formats whose tokens have different widths, those with
+    /// the largest weight times squared norm become the widest. Without weights [128] all count alike.
+    void weigh(std::span<const double> weights) { weights_.assign(weights.begin(), weights.end()); }
 
     /// The first `tokens` tokens of a tile as floats, [token][channel], rows `stride` apart, read at `depth`
     /// bits: every segment at the lesser of depth and its width; fp16 at 8, 12 or 16 bits. Throws Error
@@ -79,6 +87,10 @@ class TileCoder {
     using Segment = TileFormat::Placed;
 
     template <CacheScalar Scalar>
+    void encode_by_token(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
+                         std::byte* tile);
+    TokenOfRow rank_tokens(const float* values, Index stride) const;
+    template <CacheScalar Scalar>
     void quantize_segment(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
                           const Segment& segment, TileCodes& codes, std::byte* tile);
     template <CacheScalar Scalar>
@@ -89,18 +101,26 @@ class TileCoder {
     template <CacheScalar Scalar>
     void shape_codes(const HeadRows<Scalar>& rows, const TileTokens& tokens, const Segment& segment,
                      TileCodes& codes);
-    void decode_segment(const std::byte* tile, const Segment& segment, int depth, Index tokens,
+    /// The first tokens, or those of them that are in a segment's rows.
+    struct DecodedTokens {
+        Index count;
+        const std::optional<TokenOfRow>& of_row;
+    };
+    void decode_segment(const std::byte* tile, const Segment& segment, int depth, const DecodedTokens& tokens,
                         const TileCodes& codes, float* values, Index stride);
     void read_grids(const std::byte* tile, const Segment& segment, int depth);
     void spread_columns(Index group, Index channels);
-    void spread_row(Index token, const Segment& segment);
+    void spread_row(Index row, const Segment& segment);
     bool grid_in_use(Index g, const Segment& segment, Index first, Index last) const noexcept;
+    void clear_rows(std::byte* tile, const Segment& segment, TileCodes& codes, Index first, Index count);
     static void require_depth(const Segment& segment, int depth);
 
     TileFormat format_;
     BlockQuantizer quantizer_;
     std::optional<ShapedQuantizer> shaped_;
     ClipExcess excess_;
+    std::vector<double> weights_;                     ///< [token], or none
+    std::vector<float> gathered_;                     ///< [token or row][channel]
     std::vector<TileCodes> codes_;                    ///< one a segment
     std::vector<float> lower_, step_;                 ///< all grids of a segment, as floats
     std::vector<Eigen::half> half_steps_;             ///< the same steps where a byte each is stored
@@ -141,7 +161,10 @@ void TileCoder::encode(const HeadRows<Scalar>& rows, std::string_view argument, 
     require(!format_.grids_span_tokens() || tile_token % format_.rule().group == 0, ErrorCode::index,
             argument, ": a tile with grids over ", format_.rule().group,
             " tokens takes tokens from a multiple of that on, not from ", tile_token);
+    require(!format_.by_token() || count == tile_tokens, ErrorCode::index, argument, ": ", count,
+            " tokens of a tile whose tokens have different widths, expected all ", tile_tokens, " at once");
     excess_ = {};
+    if (format_.by_token()) return encode_by_token(rows, argument, tokens, tile);
     for (std::size_t s = 0; s < format_.segments().size(); ++s) {
         const Segment& segment = format_.segments()[s];
         if (segment.bits == 0) continue;
@@ -154,11 +177,60 @@ void TileCoder::encode(const HeadRows<Scalar>& rows, std::string_view argument, 
     }
 }
 
+/// Tokens in the order of their runs, then run by run.
+template <CacheScalar Scalar>
+void TileCoder::encode_by_token(const HeadRows<Scalar>& rows, std::string_view argument,
+                                const TileTokens& tokens, std::byte* tile) {
+    const Index channels = format_.channels(), stride = padded_channels(channels);
+    const auto all = static_cast<std::size_t>(tile_tokens * stride);
+    gathered_.assign(2 * all, 0.0f);
+    for (Index t = 0; t < tile_tokens; ++t)
+        for (Index c = 0; c < channels; ++c) {
+            const auto x = static_cast<float>(*rows.at(tokens.head, tokens.first + t, c));
+            if (!(std::abs(x) <= fp16_max)) refuse_value(rows, argument, tokens.head, tokens.first + t, c);
+            gathered_[static_cast<std::size_t>(t * stride + c)] = x;
+        }
+    const TokenOfRow token_of_row = rank_tokens(gathered_.data(), stride);
+    write_runs(format_, token_of_row, tile);
+    float* const sorted = gathered_.data() + all;
+    for (Index row = 0; row < tile_tokens; ++row)
+        std::copy_n(gathered_.data() + token_of_row[static_cast<std::size_t>(row)] * stride, channels,
+                    sorted + row * stride);
+    const HeadRows<float> in_runs(sorted, 1, tile_tokens, channels, 0, stride, 1);
+    for (std::size_t s = 0; s < format_.segments().size(); ++s) {
+        const Segment& segment = format_.segments()[s];
+        codes_[s].clear_padding(0, segment.rows);
+        quantize_segment(in_runs, argument, {.first = segment.first_row, .count = segment.rows}, segment,
+                         codes_[s], tile);
+        pack_segment(format_, s, codes_[s], 0, segment.rows, tile);
+    }
+}
+
+/// The token of each row, by weights and norms of tokens [token][channel, padded with zeros].
+inline TokenOfRow TileCoder::rank_tokens(const float* values, Index stride) const {
+    std::array<double, tile_tokens> worth;
+    run_on(current_isa(), [&](auto lanes) KVPLANE_BODY {
+        for (Index t = 0; t < tile_tokens; ++t)
+            worth[static_cast<std::size_t>(t)] =
+                grid_kernels::squared_norm<lanes>(values + t * stride, stride);
+    });
+    for (std::size_t t = 0; t < weights_.size(); ++t) worth[t] *= weights_[t];
+    TokenOfRow tokens;
+    std::iota(tokens.begin(), tokens.end(), std::uint8_t{0});
+    std::stable_sort(tokens.begin(), tokens.end(),
+                     [&](std::uint8_t a, std::uint8_t b) { return worth[a] > worth[b]; });
+    for (const Segment& segment : format_.segments())
+        std::sort(tokens.begin() + segment.first_row, tokens.begin() + segment.first_row + segment.rows);
+    return tokens;
+}
+
 inline void TileCoder::decode(const std::byte* tile, Index tokens, int depth, float* values, Index stride) {
     require(tokens >= 0 && tokens <= tile_tokens, ErrorCode::index, "tile: ", tokens,
             " tokens, expected 0 to ", tile_tokens);
     for (const auto& segment : format_.segments()) require_depth(segment, depth);
     if (tokens == 0) return;  // `values` may be null
+    std::optional<TokenOfRow> token_of_row;
+    if (format_.by_token()) token_of_row = read_runs(format_, tile);
     for (std::size_t s = 0; s < format_.segments().size(); ++s) {
         const Segment& segment = format_.segments()[s];
         float* to = values + segment.first_channel;
@@ -171,43 +243,65 @@ inline void TileCoder::decode(const std::byte* tile, Index tokens, int depth, fl
         if (segment.is_half())
             join_half(segment, segment_depth, tokens, codes_[s], to, stride);
         else
-            decode_segment(tile, segment, segment_depth, tokens, codes_[s], to, stride);
+            decode_segment(tile, segment, segment_depth, {tokens, token_of_row}, codes_[s], to, stride);
     }
 }
 
 inline void TileCoder::clear(std::byte* tile, Index first, Index last) {
     if (first == last) return;
+    std::optional<TokenOfRow> token_of_row;
+    if (format_.by_token()) token_of_row = read_runs(format_, tile);
     for (std::size_t s = 0; s < format_.segments().size(); ++s) {
         const Segment& segment = format_.segments()[s];
         if (segment.bits == 0) continue;
         TileCodes& codes = codes_[s];
         unpack_segment(format_, s, segment.bits, tile, codes);
-        for (const int which : {0, 1})
-            std::fill(codes.byte(which) + first * codes.stride(), codes.byte(which) + last * codes.stride(),
-                      std::uint8_t{0});
-        pack_segment(format_, s, codes, first, last - first, tile);
-        if (segment.is_half() && format_.side() == TileSide::keys)
-            for (Index c = 0; c < segment.channels; ++c) {
-                int largest = 0;
-                for (Index t = 0; t < tile_tokens; ++t)
-                    largest = std::max(largest, (codes.at(t, c, 0) << 8 | codes.at(t, c, 1)) & 0x7FFF);
-                tile[segment.exponent_at + c] = static_cast<std::byte>(largest >> 10);
-            }
-        if (!segment.has_grids() || format_.rule().granularity == Granularity::per_channel) continue;
-        for (Index run = 0; run < segment.grids / tile_tokens; ++run) {
-            const Index at = run * tile_tokens + first, count = last - first;
-            const auto zero = [&](Index from, Index bytes) {
-                std::memset(tile + from + at * bytes, 0, static_cast<std::size_t>(count * bytes));
-            };
-            zero(segment.step_at, step_bytes(segment.scheme));
-            if (has_lower(segment.scheme)) zero(segment.lower_at, sizeof(Eigen::half));
+        if (!token_of_row) {
+            clear_rows(tile, segment, codes, first, last - first);
+            pack_segment(format_, s, codes, first, last - first, tile);
+            continue;
         }
+        for (Index row = 0; row < segment.rows; ++row)
+            if (const Index t = (*token_of_row)[static_cast<std::size_t>(segment.first_row + row)];
+                first <= t && t < last)
+                clear_rows(tile, segment, codes, row, 1);
+        pack_segment(format_, s, codes, 0, segment.rows, tile);
+    }
+}
+
+/// Zeros for the codes of some rows, their grids, and what is known of fp16.
+inline void TileCoder::clear_rows(std::byte* tile, const Segment& segment, TileCodes& codes, Index first,
+                                  Index count) {
+    for (const int which : {0, 1})
+        std::fill_n(codes.byte(which) + first * codes.stride(), count * codes.stride(), std::uint8_t{0});
+    if (segment.is_half() && format_.side() == TileSide::keys)
+        for (Index c = 0; c < segment.channels; ++c) {
+            int largest = 0;
+            for (Index t = 0; t < tile_tokens; ++t)
+                largest = std::max(largest, (codes.at(t, c, 0) << 8 | codes.at(t, c, 1)) & 0x7FFF);
+            tile[segment.exponent_at + c] = static_cast<std::byte>(largest >> 10);
+        }
+    if (!segment.has_grids() || format_.rule().granularity == Granularity::per_channel) return;
+    for (Index run = 0; run < segment.grids / segment.rows; ++run) {
+        const Index at = run * segment.rows + first;
+        const auto zero = [&](Index from, Index bytes) {
+            std::memset(tile + from + at * bytes, 0, static_cast<std::size_t>(count * bytes));
+        };
+        zero(segment.step_at, step_bytes(segment.scheme));
+        if (has_lower(segment.scheme)) zero(segment.lower_at, sizeof(Eigen::half));
     }
 }
 
 inline double TileCoder::error_bound(const std::byte* tile, Index first, Index last) {
     const auto rounding = [](float x) { return std::ldexp(std::abs(static_cast<double>(x)), -11) + 0x1p-25; };
     double bound = 0.0;
+    std::optional<TokenOfRow> token_of_row;
+    if (format_.by_token()) token_of_row = read_runs(format_, tile);
+    const auto in_use = [&](Index g, const Segment& segment) {
+        if (!token_of_row) return grid_in_use(g, segment, first, last);
+        const Index t = (*token_of_row)[static_cast<std::size_t>(segment.first_row + g % segment.rows)];
+        return first <= t && t < last;
+    };
     for (std::size_t s = 0; s < format_.segments().size(); ++s) {
         const Segment& segment = format_.segments()[s];
         if (segment.is_half()) {
@@ -220,7 +314,7 @@ inline double TileCoder::error_bound(const std::byte* tile, Index first, Index l
         }
         read_grids(tile, segment, segment.bits);
         for (std::size_t g = 0; g < lower_.size(); ++g)
-            if (grid_in_use(static_cast<Index>(g), segment, first, last))
+            if (in_use(static_cast<Index>(g), segment))
                 bound = std::max<double>(bound, Grid{lower_[g], step_[g], segment.bits}.error_bound());
     }
     return bound;
@@ -271,11 +365,11 @@ void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view 
         if (keep_lower) std::copy(quantizer_.lower().begin(), quantizer_.lower().end(), lower + at);
         return;
     }
-    const Index runs = segment.grids / tile_tokens;
+    const Index runs = segment.grids / segment.rows;
     for (Index t = 0; t < tokens.count; ++t)
         for (Index run = 0; run < runs; ++run) {
             const auto from = static_cast<std::size_t>(t * runs + run);
-            const Index at = run * tile_tokens + tokens.tile_token + t;
+            const Index at = run * segment.rows + tokens.tile_token + t;
             if (step_bytes(segment.scheme) == 1)
                 tile[segment.step_at + at] = static_cast<std::byte>(step_byte(quantizer_.step()[from]));
             else
@@ -328,8 +422,9 @@ void TileCoder::shape_codes(const HeadRows<Scalar>& rows, const TileTokens& toke
     }
 }
 
-inline void TileCoder::decode_segment(const std::byte* tile, const Segment& segment, int depth, Index tokens,
-                                      const TileCodes& codes, float* values, Index stride) {
+inline void TileCoder::decode_segment(const std::byte* tile, const Segment& segment, int depth,
+                                      const DecodedTokens& tokens, const TileCodes& codes, float* values,
+                                      Index stride) {
     read_grids(tile, segment, depth);
     const Isa isa = current_isa();
     const Index channels = segment.channels, padded = padded_channels(channels);
@@ -337,18 +432,22 @@ inline void TileCoder::decode_segment(const std::byte* tile, const Segment& segm
     const Index group = by_channel ? format_.rule().group : 1;
     const bool direct = channels == padded;
     if (!direct) decoded_.resize(static_cast<std::size_t>(group * padded));
-    for (Index t = 0; t < tokens; t += group) {
-        const Index count = std::min(group, tokens - t);
+    const Index rows = tokens.of_row ? segment.rows : tokens.count;
+    for (Index t = 0; t < rows; t += group) {
+        const Index count = std::min(group, rows - t),
+                    token =
+                        tokens.of_row ? (*tokens.of_row)[static_cast<std::size_t>(segment.first_row + t)] : t;
+        if (token >= tokens.count) continue;
         if (by_channel)
             spread_columns(t / group, channels);
         else
             spread_row(t, segment);
-        float* to = direct ? values + t * stride : decoded_.data();
+        float* to = direct ? values + token * stride : decoded_.data();
         decode_columns(isa, codes.byte(0) + t * codes.stride(), codes.stride(), count, padded,
                        row_lower_.data(), row_step_.data(), to, direct ? stride : padded);
         if (!direct)
             for (Index i = 0; i < count; ++i)
-                std::copy_n(to + i * padded, channels, values + (t + i) * stride);
+                std::copy_n(to + i * padded, channels, values + (token + i) * stride);
     }
 }
 
@@ -377,10 +476,10 @@ inline void TileCoder::spread_columns(Index group, Index channels) {
     std::copy_n(step_.begin() + group * channels, channels, row_step_.begin());
 }
 
-inline void TileCoder::spread_row(Index token, const Segment& segment) {
+inline void TileCoder::spread_row(Index row, const Segment& segment) {
     const Index run = format_.rule().group;
     for (Index c = 0, r = 0; c < segment.channels; c += run, ++r) {
-        const auto g = static_cast<std::size_t>(r * tile_tokens + token);
+        const auto g = static_cast<std::size_t>(r * segment.rows + row);
         const Index size = std::min(run, segment.channels - c);
         std::fill_n(row_lower_.begin() + c, size, lower_[g]);
         std::fill_n(row_step_.begin() + c, size, step_[g]);

@@ -18,6 +18,16 @@
 //             4 i + j. Units in the order [16 channels][tokens].
 //
 // Channels that do not fill a unit (keys) or 16 lanes (values) leave it zero; bytes() counts that.
+//
+// Tokens of values may have different widths (TokenRun). A segment then is not a run of channels but a run of
+// rows, those of the tokens of one width, and the tile begins with which run each token is in:
+//
+//   tile:     runs of tokens | grids of run 0 | grids of run 1 | ... | planes of run 0 | planes of run 1 | ...
+//   runs      one or two planes of 16 bytes, most significant first: bit t % 8 of byte t / 8 is of token t
+//   steps     [run of channels][row]; the rows of a run are its tokens in ascending order
+//
+// Rejected: an order of the tokens in full (7 bits a token instead of 1 or 2); the same order for keys and
+// all heads of a page (a truncated or edited page would hold holes in place of a range).
 // Rejected: rows of codes one after another (every dot product would end in a horizontal sum); planes of
 // all segments interleaved (an unread plane's cache lines would be loaded); 3-bit fields (see planes.hpp);
 // interleaving in the width of the vector registers (a stored cache would decode on one machine only).
@@ -58,16 +68,25 @@ struct ChannelSegment {
     bool operator==(const ChannelSegment&) const = default;
 };
 
+/// So many of a tile's 128 tokens of values have codes of that width.
+struct TokenRun {
+    Index tokens = 0;
+    int bits = 0;
+
+    bool operator==(const TokenRun&) const = default;
+};
+
 /// What a tile holds and where. Made once for a cache; tiles themselves carry no description.
 class TileFormat {
   public:
     /// A segment's place in the tile; offsets in bytes from the tile's start.
     struct Placed {
         Index first_channel = 0, channels = 0;
+        Index first_row = 0, rows = tile_tokens;  ///< fewer where tokens have different widths
         int bits = 0;
         Scheme scheme = Scheme::min_max;
         PlaneSplit split = {};  ///< no planes for width 0
-        Index grids = 0;        ///< for 128 tokens; 0 for widths 0 and 16
+        Index grids = 0;        ///< for all rows; 0 for widths 0 and 16
         Index step_at = 0, lower_at = 0;
         std::array<Index, PlaneSplit::max_planes> plane_at{};
         Index exponent_at = 0;  ///< of fp16 keys, a byte a channel; see largest_exponents()
@@ -86,6 +105,10 @@ class TileFormat {
     /// One width for all channels.
     TileFormat(TileSide side, Index channels, int bits, const GridRule& rule)
         : TileFormat(side, std::vector<ChannelSegment>{{channels, bits}}, rule) {}
+    /// Values whose tokens have different widths, the widest first. Throws Error (option) unless there are 2 to
+    /// 4 runs of falling widths from 1 to 8 that sum to 128 tokens, each of whole units of its planes (32 tokens
+    /// where one has a bit, else 16), and grids are per token.
+    TileFormat(Index channels, const std::vector<TokenRun>& runs, const GridRule& rule);
 
     TileSide side() const noexcept { return side_; }
     const GridRule& rule() const noexcept { return rule_; }
@@ -93,6 +116,10 @@ class TileFormat {
     const std::vector<Placed>& segments() const noexcept { return segments_; }
     /// Size of a tile, a multiple of 64; every tile takes it whole, however many tokens it holds.
     Index bytes() const noexcept { return bytes_; }
+    /// Whether segments are runs of tokens.
+    bool by_token() const noexcept { return run_planes_ > 0; }
+    /// Planes that say which run tokens are in, 16 bytes each at the tile's begin.
+    int run_planes() const noexcept { return run_planes_; }
     /// Bytes before the first plane: the grids of all segments.
     Index grid_bytes() const noexcept { return grid_bytes_; }
     /// Whether several tokens share a grid, so that they must be encoded together.
@@ -110,14 +137,16 @@ class TileFormat {
     bool operator==(const TileFormat&) const = default;
 
     /// Bytes of one plane of a segment.
-    Index plane_bytes(Index channels, int width) const noexcept;
+    Index plane_bytes(const Placed& segment, int width) const noexcept;
 
   private:
     void place(const ChannelSegment& segment);
     void place_grids(Placed& placed);
+    void place_all();
 
     TileSide side_;
     GridRule rule_;
+    int run_planes_ = 0;
     Index channels_ = 0, bytes_ = 0, grid_bytes_ = 0;
     std::vector<Placed> segments_;
 };
@@ -130,6 +159,24 @@ inline const Eigen::half* steps_of(const TileFormat::Placed& segment, const std:
     for (Index g = 0; g < count; ++g) room[g] = half_of_step(static_cast<std::uint8_t>(from[g]));
     return room;
 }
+
+/// Which token each row of a tile by_token() holds.
+using TokenOfRow = std::array<std::uint8_t, tile_tokens>;
+inline constexpr Index run_plane_bytes = tile_tokens / 8;
+
+/// The run of token t.
+inline int run_of_token(const TileFormat& format, const std::byte* tile, Index t) noexcept {
+    int run = 0;
+    for (int p = 0; p < format.run_planes(); ++p)
+        run = 2 * run + (std::to_integer<int>(tile[p * run_plane_bytes + t / 8]) >> (t % 8) & 1);
+    return run;
+}
+/// Whether as many tokens are in each run as it has rows. What is read of another tile is no token's.
+bool runs_are_whole(const TileFormat& format, const std::byte* tile) noexcept;
+/// Writes which run tokens are in.
+void write_runs(const TileFormat& format, const TokenOfRow& token_of_row, std::byte* tile) noexcept;
+/// The tokens of all rows; of a tile whose runs are not whole, some tokens twice and others not.
+TokenOfRow read_runs(const TileFormat& format, const std::byte* tile) noexcept;
 
 /// Of fp16 keys: the exponent field (5 bits) of the largest magnitude of every channel, over the tokens that
 /// the tile has ever held since its first was written.

@@ -151,13 +151,13 @@ inline void separate_rows(const std::byte* unit, Bytes16 (&row)[4]) noexcept {
 #undef KVPLANE_ODD
 }
 
-/// One plane of a segment, values, all 128 tokens: four tokens of a channel make one 32-bit lane.
+/// One plane of a segment, values, all of its rows: four tokens of a channel make one 32-bit lane.
 template <int width>
-void pack_value_plane(CodeRows from, Index channels, int shift, std::byte* plane) noexcept {
+void pack_value_plane(CodeRows from, Index rows, Index channels, int shift, std::byte* plane) noexcept {
     constexpr Index depth = TileFormat::unit_depth(width);
     constexpr auto mask = static_cast<std::uint8_t>((1u << width) - 1);
     for (Index c = 0; c < channels; c += unit_lanes)
-        for (Index t = 0; t < tile_tokens; t += depth, plane += unit_bytes) {
+        for (Index t = 0; t < rows; t += depth, plane += unit_bytes) {
             Bytes16 row[4]{};
             for (Index i = 0; i < depth; ++i) {
                 Bytes16 codes;
@@ -171,12 +171,12 @@ void pack_value_plane(CodeRows from, Index channels, int shift, std::byte* plane
 
 /// The inverse: code = code << width | plane.
 template <int width>
-void unpack_value_plane(const std::byte* plane, Index channels, bool first, std::uint8_t* codes,
+void unpack_value_plane(const std::byte* plane, Index rows, Index channels, bool first, std::uint8_t* codes,
                         Index stride) noexcept {
     constexpr Index depth = TileFormat::unit_depth(width);
     constexpr auto mask = static_cast<std::uint8_t>((1u << width) - 1);
     for (Index c = 0; c < channels; c += unit_lanes)
-        for (Index t = 0; t < tile_tokens; t += depth, plane += unit_bytes) {
+        for (Index t = 0; t < rows; t += depth, plane += unit_bytes) {
             Bytes16 row[4];
             separate_rows(plane, row);
             for (Index i = 0; i < depth; ++i) {
@@ -192,15 +192,15 @@ void unpack_value_plane(const std::byte* plane, Index channels, bool first, std:
 }
 
 /// Some tokens of a value plane whose other tokens stay as they are.
-inline void merge_value_plane(CodeRows from, Index first_token, Index tokens, Index channels, int width,
-                              int shift, std::byte* plane) noexcept {
+inline void merge_value_plane(CodeRows from, const TileFormat::Placed& segment, Index first_token,
+                              Index tokens, int width, int shift, std::byte* plane) noexcept {
     const Index depth = TileFormat::unit_depth(width);
     const unsigned mask = (1u << width) - 1;
     for (Index t = first_token; t < first_token + tokens; ++t) {
         const Index i = t % depth;
         const auto up = static_cast<unsigned>(i / 4 * width);
-        for (Index c = 0; c < channels; ++c) {
-            std::byte& byte = plane[(c / unit_lanes * (tile_tokens / depth) + t / depth) * unit_bytes +
+        for (Index c = 0; c < segment.channels; ++c) {
+            std::byte& byte = plane[(c / unit_lanes * (segment.rows / depth) + t / depth) * unit_bytes +
                                     c % unit_lanes * 4 + i % 4];
             const unsigned code = static_cast<unsigned>(from.codes[t * from.stride + c]) >> shift & mask;
             byte = static_cast<std::byte>((static_cast<unsigned>(byte) & ~(mask << up)) | code << up);
@@ -223,41 +223,41 @@ void with_width(int width, const Body& body) {
     }
 }
 
-inline void pack_plane(const TileFormat& format, CodeRows from, Index first_token, Index tokens,
-                       Index channels, int width, int shift, std::byte* plane) {
+inline void pack_plane(TileSide side, CodeRows from, const TileFormat::Placed& segment, Index first_token,
+                       Index tokens, int width, int shift, std::byte* plane) {
     with_width(width, [&](auto w) {
-        if (format.side() == TileSide::keys)
-            pack_key_plane<w>(from, first_token, tokens, channels, shift, plane);
-        else if (tokens == tile_tokens)
-            pack_value_plane<w>(from, channels, shift, plane);
+        if (side == TileSide::keys)
+            pack_key_plane<w>(from, first_token, tokens, segment.channels, shift, plane);
+        else if (tokens == segment.rows)
+            pack_value_plane<w>(from, segment.rows, segment.channels, shift, plane);
         else
-            merge_value_plane(from, first_token, tokens, channels, width, shift, plane);
+            merge_value_plane(from, segment, first_token, tokens, width, shift, plane);
     });
 }
 
-inline void unpack_plane(const TileFormat& format, const std::byte* plane, Index channels, int width,
+inline void unpack_plane(TileSide side, const std::byte* plane, const TileFormat::Placed& segment, int width,
                          bool first, std::uint8_t* codes, Index stride) {
     with_width(width, [&](auto w) {
-        if (format.side() == TileSide::keys)
-            unpack_key_plane<w>(plane, channels, first, codes, stride);
+        if (side == TileSide::keys)
+            unpack_key_plane<w>(plane, segment.channels, first, codes, stride);
         else
-            unpack_value_plane<w>(plane, channels, first, codes, stride);
+            unpack_value_plane<w>(plane, segment.rows, segment.channels, first, codes, stride);
     });
 }
 
-/// Packs the codes of the tokens [first_token, first_token + tokens) into the planes of segment `s`; other
-/// tokens of the tile stay as they are.
+/// Packs the codes of the rows [first_token, first_token + tokens) of segment `s`, which are tokens unless the
+/// format is by_token(), into its planes; others stay as they are.
 inline void pack_segment(const TileFormat& format, std::size_t s, const TileCodes& codes, Index first_token,
                          Index tokens, std::byte* tile) {
     const TileFormat::Placed& segment = format.segments()[s];
     for (int p = 0; p < segment.split.count; ++p) {
         const PlaneSource source = plane_source(segment.split, p);
-        pack_plane(format, {codes.byte(source.byte), codes.stride()}, first_token, tokens, segment.channels,
+        pack_plane(format.side(), {codes.byte(source.byte), codes.stride()}, segment, first_token, tokens,
                    source.width, source.shift, tile + segment.plane_at[static_cast<std::size_t>(p)]);
     }
 }
 
-/// Reads the planes of segment `s` that hold the first `depth` bits, all 128 tokens, and leaves exactly those
+/// Reads the planes of segment `s` that hold the first `depth` bits, all of its rows, and leaves exactly those
 /// bits: codes of `depth` bits; for fp16 (depth 8, 12 or 16) the bytes with unread bits zero.
 inline void unpack_segment(const TileFormat& format, std::size_t s, int depth, const std::byte* tile,
                            TileCodes& codes) {
@@ -265,7 +265,7 @@ inline void unpack_segment(const TileFormat& format, std::size_t s, int depth, c
     int read = 0, last_byte = -1;
     for (int p = 0; p < segment.split.count && read < depth; ++p) {
         const PlaneSource source = plane_source(segment.split, p);
-        unpack_plane(format, tile + segment.plane_at[static_cast<std::size_t>(p)], segment.channels,
+        unpack_plane(format.side(), tile + segment.plane_at[static_cast<std::size_t>(p)], segment,
                      source.width, source.byte != last_byte, codes.byte(source.byte), codes.stride());
         read += source.width;
         last_byte = source.byte;

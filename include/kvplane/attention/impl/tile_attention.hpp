@@ -242,7 +242,8 @@ KVPLANE_FUNCTION bool reads_key_planes(const TileFormat& format) noexcept {
            });
 }
 KVPLANE_FUNCTION bool reads_value_planes(const TileFormat& format) noexcept {
-    if (format.side() != TileSide::values || format.segments().size() != 1) return false;
+    if (format.side() != TileSide::values || (format.segments().size() != 1 && !format.by_token()))
+        return false;
     if (format.segments()[0].is_half()) return true;
     return format.rule().granularity == Granularity::per_token && format.segments()[0].bits >= 1 &&
            format.segments()[0].bits <= 8 &&
@@ -281,29 +282,44 @@ KVPLANE_FUNCTION void tile_scores(Isa isa, const TileFormat& format, const TileR
     for (Index r = 0; r < rows; ++r) std::fill_n(scores + r * tile_tokens, tile_tokens, offsets[r]);
 }
 
+/// The weights in the order of a tile's rows.
+inline const float* weights_of_rows(const TileFormat& format, const std::byte* tile, const float* weights,
+                                    Index rows, AttentionScratch& scratch) noexcept {
+    const TokenOfRow token_of_row = read_runs(format, tile);
+    float* const to = scratch.row_weights();
+    for (Index r = 0; r < rows; ++r)
+        for (Index row = 0; row < tile_tokens; ++row)
+            to[r * tile_tokens + row] =
+                weights[r * tile_tokens + token_of_row[static_cast<std::size_t>(row)]];
+    return to;
+}
+
 KVPLANE_FUNCTION void add_tile_values(Isa isa, const TileFormat& format, const TileRead& read,
                                       const float* weights, AttentionScratch& scratch,
                                       RowView<float> output) noexcept {
-    const TileFormat::Placed& segment = format.segments()[0];
-    const RowView<const float> x{weights, tile_tokens, output.rows};
     prefetch_grids(format, read.next);
-    if (segment.is_half())
-        return half_sums(isa, format, segment, read, {.x = x, .fresh = false, .more = nullptr, .to = output},
-                         scratch);
-    const Index run = std::min(format.rule().group, segment.channels);
-    PlaneSums sums(isa, segment, read, tile_tokens, output.rows, scratch);
-    for (Index first = 0, g = 0; first < segment.channels; first += run, ++g) {
-        const Index blocks = (std::min(run, segment.channels - first) + unit_lanes - 1) / unit_lanes;
-        const GridView grids = grids_of(segment, read.tile, g * tile_tokens, tile_tokens, scratch);
-        const RowView<float> to{output.data + first, output.stride, output.rows};
-        if (!sums.reads_any()) {
-            sums.add_only_middles(weights, grids, blocks, to);
-            sums.fetch_next(first / unit_lanes, blocks);
-            continue;
+    if (format.by_token()) weights = weights_of_rows(format, read.tile, weights, output.rows, scratch);
+    for (const TileFormat::Placed& segment : format.segments()) {
+        const Index rows = segment.rows;
+        const RowView<const float> x{weights + segment.first_row, tile_tokens, output.rows};
+        if (segment.is_half())
+            return half_sums(isa, format, segment, read,
+                             {.x = x, .fresh = false, .more = nullptr, .to = output}, scratch);
+        const Index run = std::min(format.rule().group, segment.channels);
+        PlaneSums sums(isa, segment, read, rows, output.rows, scratch);
+        for (Index first = 0, g = 0; first < segment.channels; first += run, ++g) {
+            const Index blocks = (std::min(run, segment.channels - first) + unit_lanes - 1) / unit_lanes;
+            const GridView grids = grids_of(segment, read.tile, g * rows, rows, scratch);
+            const RowView<float> to{output.data + first, output.stride, output.rows};
+            if (!sums.reads_any()) {
+                sums.add_only_middles(weights, grids, blocks, to);
+                sums.fetch_next(first / unit_lanes, blocks);
+                continue;
+            }
+            sums.make_factors(x, grids);
+            sums.sum(first / unit_lanes, blocks);
+            sums.add(blocks, false, nullptr, to);
         }
-        sums.make_factors(x, grids);
-        sums.sum(first / unit_lanes, blocks);
-        sums.add(blocks, false, nullptr, to);
     }
 }
 

@@ -104,27 +104,32 @@ class Appender {
           settled_extremes_(state.settled_extremes),
           provisional_(state.provisional),
           provisional_queries_(state.provisional_queries),
+          attention_(state.attention),
           sink_rows_(cache.sink_rows()),
           recent_rows_(cache.recent_rows()) {
         if (!state.tiles.empty()) last_tokens_ = state.tiles.back().tokens;
+        const CacheConfiguration& c = cache.configuration;
+        if (c.widths_by_token()) attention_.resize(static_cast<std::size_t>(c.kv_heads * tile_tokens));
     }
 
     /// Tokens of one piece in the stored frame.
     struct Piece {
         Matrix keys, values;      ///< [token][kv_heads * dim]; no values where they are in keys
-        Matrix queries;           ///< [token][query_heads * key dim] before RoPE, where they are needed
+        Matrix queries;           ///< [token][query_heads * key dim] after RoPE, where they are looked at
         PerSide<double> largest;  ///< magnitudes
     };
     /// Adds tokens to settled ones; none may be provisional.
     void add(const Piece& piece) {
         open_cut_tile();
         settled_extremes_.include({.largest = piece.largest, .excess = {}, .carried = {}});
+        const Matrix learned_from = before_rope(piece.queries, tokens_);
         for (Index done = 0, count; done < piece.keys.rows(); done += count) {
             // Not beyond the token at which the oldest tile is due, so that what is stored does not depend on
             // how the tokens came.
             count = fill(piece, done, std::min(piece.keys.rows() - done, due() - tokens_), settled_extremes_);
             settled_ = tokens_;
-            for (Index t = done; t < done + count; ++t) note_query(piece.queries, t);
+            for (Index t = done; t < done + count; ++t) note_query(learned_from, t);
+            note_attention(piece.queries, done, count);
             make_what_is_due();
         }
     }
@@ -133,7 +138,7 @@ class Appender {
         StoredExtremes extremes{.largest = piece.largest, .excess = {}, .carried = {}};
         fill(piece, 0, 1, extremes);
         provisional_.push_back(extremes);
-        if (!learns() || piece.queries.rows() == 0) return;
+        if (!looks() || piece.queries.rows() == 0) return;
         provisional_queries_.conservativeResize(provisional_queries_.rows() + 1, piece.queries.cols());
         provisional_queries_.bottomRows(1) = piece.queries;
     }
@@ -141,14 +146,16 @@ class Appender {
     void settle(Index count) {
         if (count == 0) return;
         open_cut_tile();
+        const Matrix learned_from = before_rope(provisional_queries_, settled_);
         for (Index t = 0; t < count; ++t) {
             settled_extremes_.include(provisional_[static_cast<std::size_t>(t)]);
             ++settled_;
-            note_query(provisional_queries_, t);
+            note_query(learned_from, t);
+            note_attention(provisional_queries_, t, 1);
             make_what_is_due();
         }
         provisional_.erase(provisional_.begin(), provisional_.begin() + count);
-        const Index left = !learns() ? 0 : std::max<Index>(0, provisional_queries_.rows() - count);
+        const Index left = !looks() ? 0 : std::max<Index>(0, provisional_queries_.rows() - count);
         provisional_queries_ = provisional_queries_.bottomRows(left).eval();
     }
 
@@ -168,7 +175,7 @@ class Appender {
         latent_ = fit_latent_keys(statistics, c.rope, recipe, recipe.basis.context, cut);
         layout_ = std::make_shared<const PageLayout>(page_layout(c, latent_.get()));
         queries_.reset();
-        provisional_queries_ = {};
+        if (!looks()) provisional_queries_ = {};
         make_what_is_due();
     }
 
@@ -203,6 +210,7 @@ class Appender {
         state.settled_extremes = settled_extremes_;
         state.provisional = std::move(provisional_);
         state.provisional_queries = std::move(provisional_queries_);
+        state.attention = std::move(attention_);
     }
 
   private:
@@ -272,8 +280,40 @@ class Appender {
         return count;
     }
 
-    /// Whether queries are still looked at.
+    /// Whether something is still to be learned from queries.
     bool learns() const noexcept { return cache_.recipe().shaped_keys ? !shaping_ : !layout_; }
+    /// Whether queries are looked at, for that or for what they see.
+    bool looks() const noexcept { return learns() || !attention_.empty(); }
+    /// Queries of consecutive tokens from `position` on before RoPE; empty where nothing is to be learned.
+    Matrix before_rope(const Matrix& queries, Index position) const {
+        if (!learns() || queries.rows() == 0) return {};
+        Matrix turned = queries;
+        if (cache_.rope) cache_.rope->rotate_back(turned, position);
+        return turned;
+    }
+    /// What the queries of the last `count` settled tokens, rows [first, first + count), see of the next tile.
+    void note_attention(const Matrix& queries, Index first, Index count) {
+        if (attention_.empty() || queries.rows() == 0 || !layout_) return;
+        const Index position = std::max(settled_ - count, recent_first_ + tile_tokens);
+        if (position >= settled_) return;
+        const CacheConfiguration& c = cache_.configuration;
+        const Index dim = c.key_head_dim, sinks = std::min(c.recipe.sink_tokens, settled_),
+                    recent = settled_ - recent_first_;
+        Matrix seen = queries.middleRows(first + position - (settled_ - count), settled_ - position);
+        if (cache_.rotates(TileSide::keys)) cache_.key_rotation.rotate(seen);
+        for (Index head = 0; head < c.kv_heads; ++head) {
+            const RowView<float> keys = meter_.keys(sinks + recent, dim);
+            if (sinks > 0)
+                sink_rows_.read(sinks_.data(), TileSide::keys, head, 0, sinks, keys.data, keys.stride);
+            read_recent(TileSide::keys, head, recent, keys[sinks], keys.stride);
+            meter_.take_keys(sinks + tile_tokens);
+            for (Index row = 0; row < seen.rows(); ++row)
+                for (Index query = head * c.group(); query < (head + 1) * c.group(); ++query)
+                    meter_.measure(seen.row(row).data() + query * dim,
+                                   sinks + position + row + 1 - recent_first_, sinks,
+                                   attention_.data() + head * tile_tokens);
+        }
+    }
     /// What a basis that is still to be fitted, or shaping, learns of the queries of a token, where it needs
     /// them. Token by token, because sums in another order would give other bytes.
     void note_query(const Matrix& queries, Index token) {
@@ -337,6 +377,7 @@ class Appender {
                               t % recent_page_tokens, page_of(run.count + t),
                               (run.count + t) % recent_page_tokens);
         recent_first_ = run.first;
+        std::fill(attention_.begin(), attention_.end(), 0);
         opened_ = true;
     }
 
@@ -378,9 +419,12 @@ class Appender {
                               page.data() + layout_->key_at[static_cast<std::size_t>(head)]);
             }
         }
-        for (Index head = 0; head < heads && !layout_->values_in_keys; ++head)
+        for (Index head = 0; head < heads && !layout_->values_in_keys; ++head) {
+            if (!attention_.empty()) coder(TileSide::values).weigh(attention_by_token(attention_, head));
             encode_recent(TileSide::values, head,
                           page.data() + layout_->value_at[static_cast<std::size_t>(head)]);
+        }
+        std::fill(attention_.begin(), attention_.end(), 0);
         add_tile(std::move(page), recent_first_, tile_tokens);
         recent_.erase(recent_.begin(), recent_.begin() + tile_tokens / recent_page_tokens);
         recent_first_ += tile_tokens;
@@ -455,6 +499,7 @@ class Appender {
     StoredExtremes settled_extremes_;
     std::vector<StoredExtremes> provisional_;
     Matrix provisional_queries_;
+    TokenAttention attention_;
     // New tiles, and how the last old one goes on.
     std::vector<PageReference> tile_pages_;
     std::vector<TilePlace> tiles_;
@@ -466,6 +511,7 @@ class Appender {
     PerSide<std::optional<TileCoder>> coders_;               ///< made when a tile is
     std::optional<LatentCoder> latents_;
     TokenRows sink_rows_, recent_rows_;
+    AttentionMeter meter_;
     Matrix gathered_;
     RowMajorMatrix<Eigen::half> halves_;
 };
@@ -492,7 +538,6 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
     const StandardFloatingPoint standard;
     require_magnitudes(cache, keys, TileSide::keys);
     if (values) require_magnitudes(cache, *values, TileSide::values);
-    if (seen.rows() > 0 && c.rope) RotaryEmbedding(c.key_head_dim, *c.rope).rotate_back(seen, state.tokens);
     Appender appender(cache, state, pool);
     const Isa isa = current_isa();
     if (!provisional) appender.settle(state.tokens - state.settled());

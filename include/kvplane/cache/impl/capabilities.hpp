@@ -17,7 +17,7 @@ KVPLANE_FUNCTION CacheCapabilities capabilities(const CacheConfiguration& c) {
         return detail::reads_key_planes(c.key_format());
     };
     const bool packed = reads_keys() && (c.values_in_keys || detail::reads_value_planes(c.value_format())),
-               planes = packed && !c.values_in_keys;
+               planes = packed && !c.values_in_keys && !c.widths_by_token();
     const auto widths_of = [](const SideRecipe& side) {
         return side.is_half() || !prefixes_are_grids(side.rule.scheme) ? std::vector<int>{}
                                                                        : narrower_widths(side.bits);
@@ -33,10 +33,11 @@ KVPLANE_FUNCTION CacheCapabilities capabilities(const CacheConfiguration& c) {
                                                    half_recents && recipe.rotary_bits % 16 == 0);
     can.removes = c.rope || recipe.latents;
     can.narrower_keys = recipe.latents ? narrower_widths(8) : widths_of(recipe.keys);
-    if (!c.values_in_keys) can.narrower_values = widths_of(recipe.values);
+    if (!c.values_in_keys && !c.widths_by_token()) can.narrower_values = widths_of(recipe.values);
     can.fits_basis = c.fits_basis();
     can.wants_queries =
         (c.fits_basis() && recipe.latents->basis.query_weighted) || (recipe.shaped_keys && !c.query_moments);
+    can.weighs_tokens = c.widths_by_token();
     can.predicts_bytes = !c.fits_basis();
     return can;
 }

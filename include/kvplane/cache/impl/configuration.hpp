@@ -112,6 +112,21 @@ inline void require_values_in_keys(const CacheConfiguration& c) {
         "the largest powers of two that make up the channels, such as 512 of 576");
 }
 
+/// Throws Error (option) for widths by token that cannot be.
+inline void require_widths_by_token(const CacheConfiguration& c) {
+    const CacheRecipe& recipe = c.recipe;
+    require(recipe.keys.widths.empty(), ErrorCode::option, "cache: recipe '", recipe.name,
+            "' gives tokens of keys different widths, which values alone have");
+    if (!c.widths_by_token()) return;
+    require(!recipe.every_token, ErrorCode::option, "cache: recipe '", recipe.name,
+            "' quantizes every token when it comes; tokens of different widths are chosen in whole tiles");
+    const int widest = recipe.values.widths[0].bits;
+    require(recipe.values.bits == widest, ErrorCode::option, "cache: values of ", recipe.values.bits,
+            " bits whose widest tokens have ", widest, ", expected the same");
+    for (const TokenRun& run : recipe.values.widths)
+        require_grids(recipe.values.rule, recipe.values.rule.scheme, run.bits);
+}
+
 KVPLANE_FUNCTION void require_configuration(const CacheConfiguration& c) {
     require(c.kv_heads >= 1 && c.query_heads >= c.kv_heads && c.query_heads % c.kv_heads == 0,
             ErrorCode::option, "cache: ", c.query_heads, " query heads over ", c.kv_heads,
@@ -137,6 +152,7 @@ KVPLANE_FUNCTION void require_configuration(const CacheConfiguration& c) {
     require_side(recipe.keys, "cache keys", recipe.every_token);
     require_side(recipe.values, "cache values", recipe.every_token);
     require_values_in_keys(c);
+    require_widths_by_token(c);
     // Throws where the grids are impossible; keys in latents bring a format of their own.
     if (!recipe.latents) (void)c.key_format();
     (void)c.value_format();

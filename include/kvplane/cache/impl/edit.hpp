@@ -82,6 +82,8 @@ KVPLANE_FUNCTION void remove_tokens(const CacheShape& cache, CacheState& state, 
     next.dropped = moved(state.dropped);
     next.kept_sinks = moved(state.kept_sinks);
     next.recent_first = moved(state.recent_first);
+    // Where tokens that are not packed yet have moved, it is no longer theirs.
+    if (last > state.recent_first) std::fill(next.attention.begin(), next.attention.end(), 0);
     state = std::move(next);
 }
 

@@ -109,6 +109,7 @@ KVPLANE_FUNCTION Index KvCache::bytes() const noexcept {
     if (state_.queries)
         for (const SecondMoments& head : *state_.queries) sum += head.bytes();
     sum += state_.provisional_queries.size() * static_cast<Index>(sizeof(float));
+    sum += static_cast<Index>(state_.attention.size() * sizeof(state_.attention[0]));
     return sum;
 }
 KVPLANE_FUNCTION double KvCache::bits_per_element() const noexcept {
@@ -123,9 +124,11 @@ KVPLANE_FUNCTION Index KvCache::predicted_bytes(const CacheConfiguration& c, Ind
             "' fits its own basis, from which the widths of its latents follow; expected one that is given");
     const detail::CacheShape shape(c);
     const Index tile = detail::counted_bytes(shape.layout->bytes);
-    const Index learned = recipe.shaped_keys && !c.query_moments
-                              ? detail::learned_bytes(c, tokens - std::min(tokens, recipe.sink_tokens))
-                              : 0;
+    Index learned = recipe.shaped_keys && !c.query_moments
+                        ? detail::learned_bytes(c, tokens - std::min(tokens, recipe.sink_tokens))
+                        : 0;
+    if (c.widths_by_token())
+        learned += c.kv_heads * tile_tokens * static_cast<Index>(sizeof(detail::TokenAttention::value_type));
     if (recipe.every_token) return (tokens + tile_tokens - 1) / tile_tokens * tile;
     if (tokens == 0) return 0;
     const Index sinks = recipe.sink_tokens > 0 ? detail::counted_bytes(shape.sink_rows().bytes()) : 0;
@@ -280,6 +283,8 @@ KVPLANE_FUNCTION void KvCache::require_policy(const AttentionParameters& paramet
             "attend: tiles were narrowed, which are read in full; expected ReadPolicy::all()");
     require(read.kind == Kind::all || !configuration().values_in_keys, ErrorCode::option,
             "attend: values in keys are read in full; expected ReadPolicy::all()");
+    require(read.kind == Kind::all || !configuration().widths_by_token(), ErrorCode::option,
+            "attend: values whose tokens have different widths are read in full; expected ReadPolicy::all()");
     const bool half_keys = !recipe.latents && recipe.keys.is_half(), half_values = recipe.values.is_half();
     const bool by_bits = read.kind == Kind::fixed || read.kind == Kind::aligned;
     require(!by_bits || ((!half_keys || read.key_bits >= 8.0) && (!half_values || read.value_bits >= 8.0)),

@@ -84,6 +84,7 @@ KVPLANE_FUNCTION std::string CacheContent::checksum() const {
         add_array("scatter", std::span(scatter.data(), static_cast<std::size_t>(scatter.size())));
     }
     if (shaping) add_array("shaping", std::span(shaping->triangles()));
+    if (!attention.empty()) add_array("attention", std::span(attention));
     return sum.text();
 }
 
@@ -104,14 +105,20 @@ inline std::string latents_json(const CacheConfiguration& c) {
 }
 
 inline std::string side_json(const SideRecipe& side) {
-    return JsonObject()
-        .add("bits", side.bits)
+    JsonObject json;
+    json.add("bits", side.bits)
         .add("granularity", name(side.rule.granularity))
         .add("group", side.rule.group)
         .add("scheme", name(side.rule.scheme))
         .add("clip", side.rule.clip == Clip::mse_optimal)
-        .add("rotate", side.rotate)
-        .text();
+        .add("rotate", side.rotate);
+    if (!side.widths.empty()) {
+        std::vector<int> widths;
+        for (const TokenRun& run : side.widths)
+            widths.insert(widths.end(), {static_cast<int>(run.tokens), run.bits});
+        json.add("widths", widths);
+    }
+    return json.text();
 }
 
 /// Everything that what is stored depends on. The recipe's name is not part of it. moved: whether keys in
@@ -216,6 +223,7 @@ KVPLANE_FUNCTION CacheContent CacheContent::of(const KvCache& cache) {
     if (!content.basis_sum.empty()) content.basis = state.latent;
     if (state.queries) content.queries = *state.queries;
     content.shaping = state.shaping;
+    content.attention = state.attention;
     return content;
 }
 
@@ -253,6 +261,9 @@ KVPLANE_FUNCTION void CacheContent::add_to(SafetensorsWriter& writer, const std:
         writer.add(prefix + "shaping", {static_cast<Index>(numbers.size())}, DType::float16,
                    std::as_bytes(std::span(numbers)));
     }
+    if (!attention.empty())
+        writer.add(prefix + "attention", {static_cast<Index>(attention.size())}, dtype_of_array(attention),
+                   std::as_bytes(std::span(attention)));
     writer.metadata(prefix + "kvplane.configuration", configuration);
     each_number(
         *this, [&](const char* key, Index number) { writer.metadata(prefix + key, std::to_string(number)); });
@@ -307,6 +318,19 @@ class ContentReader {
     void read_learned(const CacheConfiguration& c, CacheContent& content) const {
         read_shaping(c, content);
         read_own_latents(c, content);
+        read_attention(c, content);
+    }
+    /// What queries have seen of the tokens that become the next tile.
+    void read_attention(const CacheConfiguration& c, CacheContent& content) const {
+        if (!c.widths_by_token()) return;
+        read("attention", content.attention);
+        const Index size = c.kv_heads * kvplane::tile_tokens;
+        require(content.attention.empty() || static_cast<Index>(content.attention.size()) == size,
+                ErrorCode::format, source_, ": attention of ", content.attention.size(),
+                " numbers, expected ", size);
+        require(std::all_of(content.attention.begin(), content.attention.end(),
+                            [](auto sum) { return sum >= 0; }),
+                ErrorCode::format, source_, ": attention of less than 0");
     }
     /// What shapes keys, and what it has yet to learn from.
     void read_shaping(const CacheConfiguration& c, CacheContent& content) const {
@@ -480,12 +504,18 @@ KVPLANE_FUNCTION std::vector<TilePlace> CacheContent::places(CacheState& state,
 }
 
 KVPLANE_FUNCTION std::vector<PageReference> CacheContent::pages(const std::vector<TilePlace>& places,
-                                                                TilePool& pool) const {
+                                                                TilePool& pool,
+                                                                const std::string& source) const {
     std::vector<PageReference> pages;
     Index at = 0;
     for (const TilePlace& place : places) {
         pages.push_back(tiles.page(pool, at, place.layout->bytes));
         at += place.layout->bytes;
+        const TileFormat& values = place.layout->values;
+        for (const Index value_at : place.layout->value_at)
+            require(!values.by_token() || runs_are_whole(values, pages.back().data() + value_at),
+                    ErrorCode::format, source, ": tile ", pages.size() - 1,
+                    ": its tokens do not have the widths of the recipe");
     }
     return pages;
 }
@@ -554,8 +584,9 @@ KVPLANE_FUNCTION KvCache CacheContent::restore(const CacheConfiguration& configu
     state.recent_first = window_first;
     if (format >= 4) state.kept_sinks = kept_sinks;
     state.settled_extremes = stored_extremes();
+    if (!attention.empty()) state.attention = attention;
     if (sinks.size() > 0) state.sinks = sinks.page(pool, 0, static_cast<Index>(sinks.size()));
-    std::vector<PageReference> pages = this->pages(places, pool);
+    std::vector<PageReference> pages = this->pages(places, pool, source);
     for (std::size_t i = 0; i < places.size(); ++i) state.add_tile(std::move(pages[i]), places[i]);
     state.stale = !state.tiles.empty() && state.tiles.back().tokens < kvplane::tile_tokens;  // of format 3
     const Index page_bytes = shape.recent_rows().bytes();

@@ -69,7 +69,8 @@ inline void require_loadable(const Calibration& calibration) {
                 " channels, expected those of layer 0: ", first.query_heads(), ", ", first.kv_heads(), ", ",
                 first.head_dim());
         bool finite = is_finite(layer.keys());
-        for (Index h = 0; h < layer.kv_heads(); ++h) finite = finite && is_finite(layer.queries(h));
+        for (Index h = 0; h < layer.kv_heads(); ++h)
+            finite = finite && is_finite(layer.queries(h)) && is_finite(layer.basis_queries(h));
         require(finite, ErrorCode::not_finite, "save_calibration: the moments of layer ", i,
                 " are not finite");
     }
@@ -108,6 +109,8 @@ KVPLANE_FUNCTION void save_calibration(const Calibration& calibration, const std
         std::vector<SecondMoments> queries;
         for (Index h = 0; h < layer.kv_heads(); ++h) queries.push_back(layer.queries(h));
         detail::add_queries(writer, prefix + "queries.", queries);
+        if (!layer.weighted_queries().empty())
+            detail::add_queries(writer, prefix + "weighted_queries.", layer.weighted_queries());
     }
     writer.write(path);
 }
@@ -129,6 +132,9 @@ KVPLANE_FUNCTION Calibration load_calibration(const std::filesystem::path& path,
         calibration.layers.emplace_back(
             heads.query_heads, std::move(keys),
             detail::read_queries(file, prefix + "queries.", heads.kv_heads, heads.head_dim));
+        if (const std::string weighted = prefix + "weighted_queries."; file.contains(weighted + "count"))
+            calibration.layers.back().set_weighted_queries(
+                detail::read_queries(file, weighted, heads.kv_heads, heads.head_dim));
     }
     return calibration;
 }

@@ -88,6 +88,7 @@ inline void narrow(CacheContent& content, const CacheState& state, Index first, 
     content.basis = nullptr;
     content.queries.clear();
     content.shaping = nullptr;
+    content.attention.clear();
 }
 
 /// That a file's range is one: whole tiles side by side, then recent tokens. Throws Error (format).
@@ -191,7 +192,7 @@ KVPLANE_FUNCTION void load_range(const std::filesystem::path& path, KvCache& cac
         at = missing.tile;
     }
 
-    const std::vector<PageReference> pages = content.pages(tiles, cache.pool());
+    const std::vector<PageReference> pages = content.pages(tiles, cache.pool(), source);
     for (std::size_t i = 0; i < tiles.size(); ++i) tiles[i].page = pages[i].data();
     state.tile_pages.insert(state.tile_pages.begin() + static_cast<std::ptrdiff_t>(at), pages.begin(),
                             pages.end());
@@ -203,6 +204,7 @@ KVPLANE_FUNCTION void load_range(const std::filesystem::path& path, KvCache& cac
             state.recent.push_back(content.recent.page(cache.pool(), at, page_bytes));
         state.tokens = last;
         state.recent_first = content.window_first;
+        std::fill(state.attention.begin(), state.attention.end(), 0);
     } else if (first > missing.first) {
         state.dropped = first;
     } else {  // nothing is missing any more

@@ -129,7 +129,7 @@ KVPLANE_FUNCTION LatentBasis fit_latent_basis(const LatentStatistics& statistics
         if (!settings.query_weighted) {
             weights.push_back({MatrixD::Identity(dim, dim), MatrixD::Identity(dim, dim), 1.0});
         } else {
-            const SecondMoments& queries = statistics.queries(h);
+            const SecondMoments& queries = statistics.basis_queries(h);
             weights.push_back(detail::query_weight(
                 group * turned_queries.second_moment(queries.covariance() +
                                                      queries.mean() * queries.mean().transpose()),

@@ -74,13 +74,57 @@ KVPLANE_FUNCTION LatentStatistics::LatentStatistics(Index query_heads, SecondMom
                 head.channels(), " channels, expected ", head_dim());
 }
 
+namespace detail {
+
+/// Throws Error (shape, not_finite).
+inline void require_statistics_of(const LatentStatistics& statistics, const Matrix& queries) {
+    const Index channels = statistics.query_heads() * statistics.head_dim();
+    require(queries.cols() == channels, ErrorCode::shape, "queries: ", queries.cols(), " channels, expected ",
+            channels);
+    require(queries.allFinite(), ErrorCode::not_finite, "queries: not all values are finite");
+}
+
+inline void add_heads(const Matrix& queries, Index group, std::vector<SecondMoments>& heads) {
+    const Index dim = heads[0].channels();
+    for (Index h = 0; h < queries.cols() / dim; ++h)
+        heads[static_cast<std::size_t>(h / group)].add(queries.middleCols(h * dim, dim));
+}
+
+}  // namespace detail
+
 KVPLANE_FUNCTION void LatentStatistics::add_queries(const Matrix& queries_before_rope) {
-    require(queries_before_rope.cols() == query_heads_ * head_dim(), ErrorCode::shape,
-            "queries: ", queries_before_rope.cols(), " channels, expected ", query_heads_ * head_dim());
-    require(queries_before_rope.allFinite(), ErrorCode::not_finite, "queries: not all values are finite");
-    const Index group = query_heads_ / kv_heads(), dim = head_dim();
+    detail::require_statistics_of(*this, queries_before_rope);
+    require(weighted_.empty(), ErrorCode::option,
+            "latent statistics: queries without weights after others with weights, expected weights");
+    detail::add_heads(queries_before_rope, query_heads_ / kv_heads(), queries_);
+}
+
+KVPLANE_FUNCTION void LatentStatistics::add_queries(const Matrix& queries_before_rope,
+                                                    const Matrix& weights) {
+    detail::require_statistics_of(*this, queries_before_rope);
+    require(weights.rows() == queries_before_rope.rows() && weights.cols() == query_heads_, ErrorCode::shape,
+            "queries: weights ", weights.rows(), " x ", weights.cols(), ", expected ",
+            queries_before_rope.rows(), " x ", query_heads_);
+    require(weights.allFinite() && (weights.size() == 0 || weights.minCoeff() >= 0.0f), ErrorCode::option,
+            "queries: weights that are not finite or below 0");
+    require(!weighted_.empty() || queries_[0].count() == 0.0, ErrorCode::option,
+            "latent statistics: queries with weights after others without, expected none");
+    Matrix weighted = queries_before_rope;
     for (Index h = 0; h < query_heads_; ++h)
-        queries_[static_cast<std::size_t>(h / group)].add(queries_before_rope.middleCols(h * dim, dim));
+        weighted.middleCols(h * head_dim(), head_dim()).array().colwise() *= weights.col(h).array().sqrt();
+    if (weighted_.empty()) weighted_.assign(queries_.size(), SecondMoments(head_dim()));
+    detail::add_heads(queries_before_rope, query_heads_ / kv_heads(), queries_);
+    detail::add_heads(weighted, query_heads_ / kv_heads(), weighted_);
+}
+
+KVPLANE_FUNCTION void LatentStatistics::set_weighted_queries(std::vector<SecondMoments> queries) {
+    require(queries.size() == queries_.size(), ErrorCode::shape, "latent statistics: weighted queries of ",
+            queries.size(), " key heads, expected ", queries_.size());
+    for (std::size_t h = 0; h < queries.size(); ++h)
+        require(queries[h].channels() == head_dim() && queries[h].count() == queries_[h].count(),
+                ErrorCode::option, "latent statistics: ", queries[h].count(), " weighted queries of ",
+                queries[h].channels(), " channels, expected ", queries_[h].count(), " of ", head_dim());
+    weighted_ = std::move(queries);
 }
 
 KVPLANE_FUNCTION void LatentStatistics::merge(const LatentStatistics& other) {
@@ -89,8 +133,16 @@ KVPLANE_FUNCTION void LatentStatistics::merge(const LatentStatistics& other) {
             ErrorCode::mismatch, "latent statistics of ", other.query_heads(), " query heads over ",
             other.kv_heads(), " key heads of ", other.head_dim(), " channels do not merge with those of ",
             query_heads_, ", ", kv_heads(), ", ", head_dim());
+    const auto empty = [](const LatentStatistics& one) { return one.queries_[0].count() == 0.0; };
+    require(weighted_.empty() == other.weighted_.empty() || empty(*this) || empty(other), ErrorCode::mismatch,
+            "latent statistics of queries with weights do not merge with those of queries without");
+    if (weighted_.empty() && !other.weighted_.empty())
+        weighted_.assign(queries_.size(), SecondMoments(head_dim()));
     keys_.merge(other.keys_);
-    for (std::size_t h = 0; h < queries_.size(); ++h) queries_[h].merge(other.queries_[h]);
+    for (std::size_t h = 0; h < queries_.size(); ++h) {
+        queries_[h].merge(other.queries_[h]);
+        if (!other.weighted_.empty()) weighted_[h].merge(other.weighted_[h]);
+    }
 }
 
 }  // namespace kvplane

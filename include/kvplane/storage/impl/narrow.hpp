@@ -33,6 +33,7 @@ KVPLANE_FUNCTION int widest_codes(const TileFormat& format) noexcept {
 }
 
 inline bool can_narrow(const TileFormat& format, int bits) noexcept {
+    if (format.by_token()) return bits >= widest_codes(format);
     if (widest_codes(format) == 16) return bits >= 16;
     return std::all_of(format.segments().begin(), format.segments().end(), [&](const TileFormat::Placed& s) {
         return s.is_half() || s.bits <= bits || (prefixes_are_grids(s.scheme) && s.split[0] <= bits);
@@ -48,6 +49,11 @@ KVPLANE_FUNCTION TileFormat narrowed(const TileFormat& format, int bits) {
     const char* const side = format.side() == TileSide::keys ? "keys" : "values";
     require(widest_codes(format) < 16 || bits >= 16, ErrorCode::option, "narrow: ", side, " in fp16 to ",
             bits, " bits, expected 16: they have no grid that could be coarser");
+    if (format.by_token()) {
+        require(bits >= widest_codes(format), ErrorCode::option, "narrow: ", side, " of different widths to ",
+                bits, " bits, expected ", widest_codes(format), " or more, which leaves them as they are");
+        return format;
+    }
     std::vector<ChannelSegment> segments;
     for (const TileFormat::Placed& segment : format.segments()) {
         int width = segment.bits;
@@ -98,10 +104,14 @@ inline void narrow_segment(const TileFormat::Placed& wide, const std::byte* from
     for (int p = 0; p < narrow.split.count; ++p)
         std::memcpy(to + narrow.plane_at[static_cast<std::size_t>(p)],
                     from + wide.plane_at[static_cast<std::size_t>(p)],
-                    static_cast<std::size_t>(format.plane_bytes(narrow.channels, narrow.split[p])));
+                    static_cast<std::size_t>(format.plane_bytes(narrow, narrow.split[p])));
 }
 inline void narrow_tile(const TileFormat& wide, const std::byte* from, const TileFormat& narrow,
                         std::byte* to) noexcept {
+    if (wide.by_token()) {
+        std::memcpy(to, from, static_cast<std::size_t>(wide.bytes()));
+        return;
+    }
     for (std::size_t s = 0; s < wide.segments().size(); ++s)
         narrow_segment(wide.segments()[s], from, narrow.segments()[s], to, narrow);
 }
