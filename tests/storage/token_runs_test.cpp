@@ -139,19 +139,20 @@ TEST(TokenRuns, AreSummedOnPackedBits) {
             add_tile_values(isa, format, {.tile = encoded.tile.data(), .next = encoded.tile.data()},
                             weights.data(), scratch, {output.data(), stride, rows});
             for (Index r = 0; r < rows; ++r) {
-                double bound = 0.0;
+                // Runs may share the scale of the largest product.
+                const TokenOfRow tokens = read_runs(format, encoded.tile.data());
+                double largest = 0.0, bound = 0.0;
                 for (const TileFormat::Placed& s : format.segments()) {
                     std::vector<Eigen::half> room(static_cast<std::size_t>(s.grids));
                     const Eigen::half* const step = steps_of(s, encoded.tile.data(), 0, s.grids, room.data());
-                    const TokenOfRow tokens = read_runs(format, encoded.tile.data());
-                    double largest = 0.0;
                     for (Index g = 0; g < s.grids; ++g)
                         largest = std::max(
                             largest, static_cast<double>(static_cast<float>(step[g])) *
                                          static_cast<double>(weights(
                                              r, tokens[static_cast<std::size_t>(s.first_row + g % s.rows)])));
-                    bound += theory::rounded_factors_error(s.bits, s.split.shift(0), s.rows, largest);
                 }
+                for (const TileFormat::Placed& s : format.segments())
+                    bound += theory::rounded_factors_error(s.bits, s.split.shift(0), s.rows, largest);
                 const double scale =
                     (weights.row(r).cast<double>() * decoded.cwiseAbs().cast<double>()).maxCoeff();
                 ASSERT_LE((output.row(r).head(channels).cast<double>() - exact.row(r)).cwiseAbs().maxCoeff(),

@@ -48,7 +48,8 @@ class AttentionScratch {
         folded_.resize(4 * static_cast<std::size_t>(depth));
         sums_.resize(2 * size);
         scores_.resize(static_cast<std::size_t>(row_block_rows * tile_tokens));
-        row_weights_.resize(scores_.size());
+        row_weights_.resize(scores_.size() + unit_lanes);
+        below_middles_.resize(static_cast<std::size_t>(tile_tokens));
         rows_.resize(static_cast<std::size_t>(token_block * depth));
         steps_.resize(static_cast<std::size_t>(tile_tokens));
         unread_.resize(2 * groups);
@@ -65,9 +66,11 @@ class AttentionScratch {
     float* folded() noexcept { return folded_.data(); }     ///< [4][depth]
     std::int32_t* sums() noexcept { return sums_.data(); }  ///< [blocks][2 row_block_rows][16]
     float* scores() noexcept { return scores_.data(); }     ///< [row_block_rows][128]
-    /// [row_block_rows][128] weights in the order of a tile's rows, where tokens have different widths
+    // Where tokens have different widths:
+    /// [row_block_rows][128] weights in the order of a tile's rows, and room for a vector behind them
     float* row_weights() noexcept { return row_weights_.data(); }
-    Eigen::half* steps() noexcept { return steps_.data(); }  ///< [128] of values
+    float* below_middles() noexcept { return below_middles_.data(); }  ///< [128] of the codes of rows
+    Eigen::half* steps() noexcept { return steps_.data(); }            ///< [128] of values
     RowView<float> rows() noexcept { return {rows_.data(), depth_, token_block}; }
 
     /// The groups of the tile that is read (which = 0) or of the one that is read next (1), by depth.
@@ -130,7 +133,7 @@ class AttentionScratch {
 
     Index depth_ = 0;
     std::vector<std::int8_t> factors_;
-    std::vector<float> folded_, scores_, row_weights_, rows_;
+    std::vector<float> folded_, scores_, row_weights_, below_middles_, rows_;
     std::vector<std::int32_t> sums_;
     std::vector<Eigen::half> steps_;
     // Of prefix reads.

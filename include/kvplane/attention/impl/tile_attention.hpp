@@ -26,6 +26,21 @@ inline GridView grids_of(const TileFormat::Placed& segment, const std::byte* til
             lowers ? middle : middle + lower_in_steps(segment.scheme, segment.bits)};
 }
 
+/// Makes the factors of `rows` rows.
+inline void round_factors(Isa isa, const Factors& all, Index rows) noexcept {
+    run_on(isa, [&](auto lanes) KVPLANE_BODY {
+        by_rows(rows, [&](auto together, Index first) KVPLANE_BODY {
+            Factors some = all;
+            some.x += first * all.stride;
+            some.high += first * all.factor_stride;
+            if (some.low) some.low += first * all.factor_stride;
+            some.worth += first;
+            some.base += first;
+            factor_rows<lanes, together>(some);
+        });
+    });
+}
+
 /// The factors of several rows, and the sums of their products with the planes of one segment, in one run of
 /// its blocks at a time. The low halves of wide factors are rows of their own, after all high halves.
 class PlaneSums {
@@ -70,17 +85,7 @@ class PlaneSums {
                           .factor_stride = scratch_.depth(),
                           .worth = worth_.data(),
                           .base = base_.data()};
-        run_on(isa_, [&](auto lanes) KVPLANE_BODY {
-            by_rows(rows_, [&](auto together, Index first) KVPLANE_BODY {
-                Factors some = all;
-                some.x += first * all.stride;
-                some.high += first * all.factor_stride;
-                if (some.low) some.low += first * all.factor_stride;
-                some.worth += first;
-                some.base += first;
-                factor_rows<lanes, together>(some);
-            });
-        });
+        round_factors(isa_, all, rows_);
     }
 
     /// Sums `blocks` blocks from `first` on.
@@ -283,10 +288,20 @@ KVPLANE_FUNCTION void tile_scores(Isa isa, const TileFormat& format, const TileR
 }
 
 /// The weights in the order of a tile's rows.
-inline const float* weights_of_rows(const TileFormat& format, const std::byte* tile, const float* weights,
-                                    Index rows, AttentionScratch& scratch) noexcept {
-    const TokenOfRow token_of_row = read_runs(format, tile);
+inline const float* weights_of_rows(Isa isa, const TileFormat& format, const std::byte* tile,
+                                    const float* weights, Index rows, AttentionScratch& scratch) noexcept {
     float* const to = scratch.row_weights();
+    const PlaneDot& kernels = plane_dot_of(isa);
+    if (kernels.order) {
+        kernels.order({.run_planes = tile,
+                       .plane_count = format.run_planes(),
+                       .runs = static_cast<int>(format.segments().size()),
+                       .weights = weights,
+                       .rows = rows,
+                       .to = to});
+        return to;
+    }
+    const TokenOfRow token_of_row = read_runs(format, tile);
     for (Index r = 0; r < rows; ++r)
         for (Index row = 0; row < tile_tokens; ++row)
             to[r * tile_tokens + row] =
@@ -294,11 +309,79 @@ inline const float* weights_of_rows(const TileFormat& format, const std::byte* t
     return to;
 }
 
+/// Whether one set of narrow factors serves all runs of tokens: the steps of all rows stand side by side, and
+/// grids have no lowers.
+inline bool shares_factors(const TileFormat& format) noexcept {
+    const TileFormat::Placed& widest = format.segments()[0];
+    return format.by_token() && widest.bits <= 4 && widest.scheme == Scheme::unbiased &&
+           format.rule().group >= format.channels();
+}
+
+/// The sums of all runs together, which differ in the middle of their codes alone.
+///   weights  [row][128] in the order of the tile's rows
+inline void add_runs(Isa isa, const TileFormat& format, const TileRead& read, const float* weights,
+                     AttentionScratch& scratch, RowView<float> output) noexcept {
+    const Index rows = output.rows, blocks = (format.channels() + unit_lanes - 1) / unit_lanes;
+    float* const below = scratch.below_middles();
+    for (const TileFormat::Placed& run : format.segments())
+        std::fill_n(below + run.first_row, run.rows, -0.5f * (power_of_two(run.bits) - 1.0f));
+    std::array<float, row_block_rows> worth{}, base{};
+    round_factors(isa,
+                  {.x = weights,
+                   .stride = tile_tokens,
+                   .count = tile_tokens,
+                   .step = steps_of(format.segments()[0], read.tile, 0, tile_tokens, scratch.steps()),
+                   .lower = nullptr,
+                   .centre = 0.0f,
+                   .middle = 0.0f,
+                   .middle_below = 0.0f,
+                   .depth = tile_tokens,
+                   .folded = scratch.folded(),
+                   .unread = below,
+                   .unread_low = nullptr,
+                   .active = nullptr,
+                   .active_count = 0,
+                   .high = scratch.factors(0),
+                   .low = nullptr,
+                   .factor_stride = scratch.depth(),
+                   .worth = worth.data(),
+                   .base = base.data()},
+                  rows);
+    const PlaneDot& dot = plane_dot_of(isa);
+    bool add = false;
+    for (const TileFormat::Placed& run : format.segments())
+        for (int p = 0; p < run.split.count; ++p) {
+            const int width = run.split[p];
+            const Index at = run.plane_at[static_cast<std::size_t>(p)],
+                        units = run.rows / TileFormat::unit_depth(width);
+            dot(width, {.plane = read.tile + at,
+                        .next = read.next + at,
+                        .blocks = blocks,
+                        .block_units = units,
+                        .units = units,
+                        .factors = scratch.factors(0) + run.first_row,
+                        .factor_stride = scratch.depth(),
+                        .rows = rows,
+                        .shift = run.split.shift(p),
+                        .sums = scratch.sums(),
+                        .sum_rows = rows,
+                        .add = add});
+            add = true;
+        }
+    run_on(isa, [&](auto lanes) KVPLANE_BODY {
+        for (Index r = 0; r < rows; ++r)
+            add_sums<lanes, false>(scratch.sums() + r * unit_lanes, nullptr, rows * unit_lanes, blocks,
+                                   worth[static_cast<std::size_t>(r)], base[static_cast<std::size_t>(r)],
+                                   output[r]);
+    });
+}
+
 KVPLANE_FUNCTION void add_tile_values(Isa isa, const TileFormat& format, const TileRead& read,
                                       const float* weights, AttentionScratch& scratch,
                                       RowView<float> output) noexcept {
     prefetch_grids(format, read.next);
-    if (format.by_token()) weights = weights_of_rows(format, read.tile, weights, output.rows, scratch);
+    if (format.by_token()) weights = weights_of_rows(isa, format, read.tile, weights, output.rows, scratch);
+    if (shares_factors(format)) return add_runs(isa, format, read, weights, scratch, output);
     for (const TileFormat::Placed& segment : format.segments()) {
         const Index rows = segment.rows;
         const RowView<const float> x{weights + segment.first_row, tile_tokens, output.rows};

@@ -99,5 +99,30 @@ KVPLANE_TARGET_AVX512 inline void plane_dot(const PlaneDotCall& call) noexcept {
     }
 }
 
+/// The tokens of each run, pressed together 16 at a time. What a vector writes beyond them is written again.
+KVPLANE_TARGET_AVX512 inline void order_weights(const RunOrderCall& call) noexcept {
+    constexpr int blocks = 8;  // of 16 tokens
+    std::uint16_t planes[2][blocks], members[4][blocks];
+    std::memcpy(planes, call.run_planes, static_cast<std::size_t>(call.plane_count) * sizeof planes[0]);
+    for (int run = 0; run < call.runs; ++run)
+        for (int b = 0; b < blocks; ++b) {
+            unsigned in = 0xFFFF;
+            for (int p = 0; p < call.plane_count; ++p)
+                in &= run >> (call.plane_count - 1 - p) & 1 ? planes[p][b] : ~unsigned{planes[p][b]};
+            members[run][b] = static_cast<std::uint16_t>(in);
+        }
+    for (Index r = 0; r < call.rows; ++r) {
+        const float* const from = call.weights + r * 128;
+        float* to = call.to + r * 128;
+        for (int run = 0; run < call.runs; ++run)
+#pragma GCC unroll 8
+            for (int b = 0; b < blocks; ++b) {
+                const std::uint16_t in = members[run][b];
+                _mm512_storeu_ps(to, _mm512_maskz_compress_ps(in, _mm512_loadu_ps(from + b * 16)));
+                to += __builtin_popcount(in);
+            }
+    }
+}
+
 }  // namespace kvplane::detail::avx512
 #endif

@@ -227,7 +227,8 @@ inline constexpr PlaneDot plane_dots{.name = "avx512",
                                                 {.bits = 5, .dot = two_planes_dot<1>},
                                                 {.bits = 6, .dot = two_planes_dot<2>},
                                                 {.bits = 8, .dot = two_planes_dot<4>}}},
-                                     .some = some_dot};
+                                     .some = some_dot,
+                                     .order = order_weights};
 
 }  // namespace kvplane::detail::avx512
 #endif

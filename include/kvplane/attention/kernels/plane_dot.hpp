@@ -92,6 +92,15 @@ struct PlaneSomeCall {
     Index sum_rows;
 };
 
+/// Weights of tokens in the order of a tile's rows, where these are runs of tokens (storage/tile_format.hpp).
+struct RunOrderCall {
+    const std::byte* run_planes;  ///< [plane_count][16 bytes]
+    int plane_count, runs;
+    const float* weights;  ///< [row][128]
+    Index rows;
+    float* to;  ///< [row][128], with room for 16 more behind the last
+};
+
 /// The kernels of an instruction set.
 struct PlaneDot {
     using Pair = void (*)(const PlanePairCall&) noexcept;
@@ -108,6 +117,8 @@ struct PlaneDot {
     std::array<PairOfBits, 4> pairs{};
     /// Codes of 8 bits of which some groups are read in part; nullptr where plane by plane is as fast.
     void (*some)(const PlaneSomeCall&) noexcept = nullptr;
+    /// nullptr where a list of the tokens is as fast.
+    void (*order)(const RunOrderCall&) noexcept = nullptr;
 
     void operator()(int width, const PlaneDotCall& call) const noexcept {
         of_width[width == 4 ? 2 : width - 1](call);
