@@ -38,7 +38,7 @@ TEST(TokenAttention, IsTheSumOfSquaredWeights) {
         Eigen::ArrayXd expected = Eigen::ArrayXd::Zero(tile_tokens);
         for (Index q = 0; q < 20; ++q) {
             const Index seen = sinks + tile_tokens + q + 1;
-            meter.measure(queries.row(q).data(), seen, sinks, found.data());
+            meter.measure({queries.row(q).data(), dim, 1}, seen, sinks, found.data());
             Eigen::ArrayXd weights =
                 (queries.row(q).cast<double>() * keys.topRows(seen).cast<double>().transpose() /
                  std::sqrt(static_cast<double>(dim)))
@@ -68,7 +68,7 @@ TEST(TokenAttention, IsTheSameOnEveryInstructionSet) {
         meter.take_keys(tile_tokens);
         TokenAttention found(tile_tokens);
         for (Index q = 0; q < 30; ++q)
-            meter.measure(queries.row(q).data(), tile_tokens + q + 1, 0, found.data());
+            meter.measure({queries.row(q).data(), dim, 1}, tile_tokens + q + 1, 0, found.data());
         all.insert(found);
     });
     EXPECT_EQ(all.size(), 1u);
@@ -81,7 +81,7 @@ TEST(TokenAttention, OfNothingIsNothing) {
     meter.take_keys(tile_tokens);
     TokenAttention found(tile_tokens);
     const Matrix query = Matrix::Ones(1, 16);
-    meter.measure(query.data(), tile_tokens + 1, 0, found.data());
+    meter.measure({query.data(), 16, 1}, tile_tokens + 1, 0, found.data());
     // All 129 keys alike.
     for (const std::int32_t sum : found) EXPECT_NEAR(sum, (1 << 20) / (129.0 * 129.0), 2.0);
     EXPECT_TRUE(detail::attention_by_token(TokenAttention(tile_tokens), 0).empty());
@@ -218,7 +218,8 @@ TEST(TokenAttention, IsAttendedLikeAnyOther) {
         const Matrix expected =
             reference_attention(cache.stored_keys(0, tokens), cache.stored_values(0, tokens), query, 6, 2)
                 .cast<float>();
-        EXPECT_LE((found - expected).cwiseAbs().maxCoeff(), 0.02 * expected.cwiseAbs().maxCoeff());
+        // What rounding factors costs: a tenth of what these widths do, .045 root mean square.
+        EXPECT_LE((found - expected).norm() / std::sqrt(static_cast<float>(found.size())), 0.006f);
     };
     check(1000);
     cache.truncate(4 + 256 + 77);

@@ -26,21 +26,21 @@ using TokenAttention = std::vector<std::int32_t>;
 /// Weighs the tokens of one tile for one key head at a time.
 class AttentionMeter {
   public:
-    /// The tokens before the tile's, its 128, and those behind it: rows [token][dim] to be filled by the caller
-    /// before measure(). Throws std::bad_alloc.
+    /// Rows [token][dim] for the tokens before the tile, its 128, and those behind it, which the caller fills
+    /// before take_keys(). Throws std::bad_alloc.
     RowView<float> keys(Index tokens, Index dim);
     /// Rounds the keys, less the mean of the first `whole`.
     void take_keys(Index whole);
-    /// Adds to squares [128] what one query sees of the first `seen` keys, the tile's beginning at `first`.
-    void measure(const float* query, Index seen, Index first, std::int32_t* squares);
+    /// Adds to squares [128] what query heads [row][dim] of one token see, which are of the first `seen` keys; the
+    /// tile's begin at `first`.
+    void measure(RowView<const float> queries, Index seen, Index first, std::int32_t* squares);
 
   private:
     Index tokens_ = 0, dim_ = 0, stride_ = 0;
-    std::vector<float> keys_, query_, scores_;  ///< rows padded with zeros
-    std::vector<double> units_;                 ///< [token] what 1 counts for
+    std::vector<float> keys_, queries_;  ///< rows padded with zeros
+    std::vector<float> scores_;          ///< [row][token, padded]
+    std::vector<float> units_;           ///< [token, padded] what 1 in a rounded key counts for
     std::vector<double> mean_;
-    std::vector<std::int64_t> levels_;    ///< [token] scores in sixteenths of an octave
-    std::vector<std::uint32_t> weights_;  ///< [token] softmax weights, the largest 2^31
 };
 
 /// What the tokens of a tile count for by their attention alone [128], none of them nothing: a twentieth of

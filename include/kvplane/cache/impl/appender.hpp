@@ -294,7 +294,7 @@ class Appender {
     /// What the queries of the last `count` settled tokens, rows [first, first + count), see of the next tile.
     void note_attention(const Matrix& queries, Index first, Index count) {
         if (attention_.empty() || queries.rows() == 0 || !layout_) return;
-        const Index position = std::max(settled_ - count, recent_first_ + tile_tokens);
+        const Index end = recent_first_ + tile_tokens, position = std::max(settled_ - count, end);
         if (position >= settled_) return;
         const CacheConfiguration& c = cache_.configuration;
         const Index dim = c.key_head_dim, sinks = std::min(c.recipe.sink_tokens, settled_),
@@ -307,11 +307,11 @@ class Appender {
                 sink_rows_.read(sinks_.data(), TileSide::keys, head, 0, sinks, keys.data, keys.stride);
             read_recent(TileSide::keys, head, recent, keys[sinks], keys.stride);
             meter_.take_keys(sinks + tile_tokens);
-            for (Index row = 0; row < seen.rows(); ++row)
-                for (Index query = head * c.group(); query < (head + 1) * c.group(); ++query)
-                    meter_.measure(seen.row(row).data() + query * dim,
-                                   sinks + position + row + 1 - recent_first_, sinks,
-                                   attention_.data() + head * tile_tokens);
+            // Every other one: all would cost twice as much and tell hardly more.
+            for (Index row = (position - end) % 2; row < seen.rows(); row += 2)
+                meter_.measure({seen.row(row).data() + head * c.group() * dim, dim, c.group()},
+                               sinks + position + row + 1 - recent_first_, sinks,
+                               attention_.data() + head * tile_tokens);
         }
     }
     /// What a basis that is still to be fitted, or shaping, learns of the queries of a token, where it needs
@@ -520,13 +520,11 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
                                     const AnyRows& keys, const AnyRows* values, const AnyRows* queries,
                                     bool provisional) {
     const CacheConfiguration& c = cache.configuration;
-    Matrix seen;
     if (queries) {
         require_input(*queries, "queries", c.query_heads, c.key_head_dim);
         require_fp16(*queries, "queries");
         require(queries->tokens == keys.tokens, ErrorCode::shape, "append: ", keys.tokens, " keys and ",
                 queries->tokens, " queries, expected as many of each");
-        seen = widened(*queries);
     }
     require_input(keys, "keys", c.kv_heads, c.key_head_dim);
     if (values) {
@@ -556,7 +554,7 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
             if (cache.rotates(TileSide::values)) cache.value_rotation.rotate(piece.values);
             piece.largest.values = largest_magnitude(isa, piece.values.data(), piece.values.size());
         }
-        if (seen.rows() > 0) piece.queries = seen.middleRows(first, count);
+        if (queries) widen_rows(*queries, first, count, piece.queries);
         provisional ? appender.add_provisional(piece) : appender.add(piece);
     }
     appender.commit(state);
