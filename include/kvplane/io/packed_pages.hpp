@@ -32,8 +32,8 @@
 
 namespace kvplane::detail {
 
-/// Bytes of a page that are alike: `count` of them from `at` on, `step` apart. A stream takes the runs of one
-/// kind.
+/// Bytes of a page that are alike: `count` of them from `at` on, side by side (a step of 1) or every other
+/// one (2). A stream takes the runs of one kind.
 struct PageRun {
     int kind;
     Index at, count, step;

@@ -8,6 +8,7 @@
 
 #include "kvplane/error.hpp"
 #include "kvplane/io/packed_pages.hpp"
+#include "kvplane/simd/vector.hpp"
 #if !defined(KVPLANE_WITH_ZSTD)
 #define KVPLANE_WITH_ZSTD 0
 #endif
@@ -141,6 +142,24 @@ class PagePacker {
     PackedChunks chunks_;
 };
 
+/// Bytes to every other byte of a page that is zero there.
+inline void spread(const std::byte* from, Index count, std::byte* to) noexcept {
+    using Bytes = simd::Vector<std::uint8_t, 16>;
+    Index i = 0;
+    for (; i + 16 < count; i += 16) {  // not the last one, behind which the page may end
+        Bytes bytes, there[2];
+        simd::load(bytes, from + i);
+        for (int half : {0, 1}) simd::load(there[half], to + 2 * i + 16 * half);
+        const Bytes zero{};
+        there[0] |=
+            __builtin_shufflevector(bytes, zero, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16);
+        there[1] |= __builtin_shufflevector(bytes, zero, 8, 16, 9, 16, 10, 16, 11, 16, 12, 16, 13, 16, 14, 16,
+                                            15, 16);
+        for (int half : {0, 1}) simd::store(to + 2 * i + 16 * half, there[half]);
+    }
+    for (; i < count; ++i) to[2 * i] = from[i];
+}
+
 class PageUnpacker {
   public:
     PageUnpacker(const PackedPages& packed, std::span<const PageReference> pages)
@@ -157,7 +176,7 @@ class PageUnpacker {
             if (run.step == 1) {
                 std::memcpy(to, chunk_.data(), static_cast<std::size_t>(count));
             } else {
-                for (Index i = 0; i < count; ++i) to[i * run.step] = chunk_[static_cast<std::size_t>(i)];
+                spread(chunk_.data(), count, to);
             }
             to += count * run.step;
             done += count;
