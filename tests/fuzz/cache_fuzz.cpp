@@ -1,5 +1,5 @@
-// libFuzzer target: a saved cache, compressed or not, altered at will. The checksum is made right again first,
-// so that the fuzzer gets behind it. Whatever loads must be usable.
+// libFuzzer target: a saved cache, compressed or not, altered at will. The checksum is made right again
+// first, so that the fuzzer gets behind it. Whatever loads must be usable.
 #include <cstdint>
 #include <span>
 

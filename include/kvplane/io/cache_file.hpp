@@ -86,8 +86,8 @@ bool can_compress() noexcept;
 std::vector<std::byte> to_bytes(const KvCache& cache, const SaveOptions& options = {});
 
 /// Writes the file, straight from the cache's pages. Throws Error: option for a cache with provisional tokens
-/// (accept them or take them back first), and for compress in a program without libzstd; io and out_of_memory,
-/// and then leaves what was at `path`.
+/// (accept them or take them back first), and for compress in a program without libzstd; io and
+/// out_of_memory, and then leaves what was at `path`.
 void save_cache(const KvCache& cache, const std::filesystem::path& path, const SaveOptions& options = {});
 
 /// Reads a cache that was saved with exactly this configuration, compressed or not, in format 3 to 6. The
