@@ -16,8 +16,8 @@
 // Streams are cut into chunks of 64 KiB, the last one shorter. A chunk is a zstd frame by itself, or where
 // that would save less than 1 byte in 64 the bytes as they are: a chunk that takes as much as it holds.
 //
-// A header-only program that defines KVPLANE_WITH_ZSTD=1 and links libzstd packs and unpacks; others refuse.
-// Of kvplane::compiled the library does, where CMake found libzstd.
+// A header-only program that defines KVPLANE_WITH_ZSTD=1, in all of its sources, and links libzstd packs and
+// unpacks; others refuse. kvplane::compiled does where CMake found libzstd.
 #pragma once
 
 #include <cstddef>

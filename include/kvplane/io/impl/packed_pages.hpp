@@ -2,9 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #include "kvplane/error.hpp"
 #include "kvplane/io/packed_pages.hpp"
