@@ -3,7 +3,8 @@
 # sudo. Where all is there already, neither is needed.
 set -euo pipefail
 
-needed=(cmake ninja-build g++ pkg-config libeigen3-dev libgtest-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev "$@")
+needed=(cmake ninja-build g++ pkg-config libeigen3-dev libgtest-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev
+    libzstd-dev "$@")
 missing=()
 for package in "${needed[@]}"; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")

@@ -1,5 +1,5 @@
-// libFuzzer target: a saved cache, altered at will. The checksum is made right again first, so that the
-// fuzzer gets behind it. Whatever loads must be usable.
+// libFuzzer target: a saved cache, compressed or not, altered at will. The checksum is made right again
+// first, so that the fuzzer gets behind it. Whatever loads must be usable.
 #include <cstdint>
 #include <span>
 
@@ -58,14 +58,16 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     for (auto* list : {&content.tile_tokens, &content.tile_row, &content.tile_shift, &content.tile_bits})
         for (auto& number : *list) next(number);
     for (auto& number : content.attention) next(number);
+    const bool compress = (data[0] & 4) != 0 && can_compress();
     try {
+        if (compress) content.pack(cache);
         SafetensorsWriter writer;
         content.add_to(writer);
         KvCache loaded = load_cache(writer.to_bytes(), c, pool);
         use(loaded);
     } catch (const Error&) {
     }
-    std::vector<std::byte> bytes = to_bytes(cache);
+    std::vector<std::byte> bytes = to_bytes(cache, {.compress = compress});
     for (; at + 3 <= size; at += 3)
         bytes[static_cast<std::size_t>(data[at] | data[at + 1] << 8) % bytes.size()] ^=
             static_cast<std::byte>(data[at + 2]);

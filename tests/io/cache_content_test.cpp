@@ -113,6 +113,10 @@ TEST(CacheContent, TakesNoMemoryThatGrowsWithTheCache) {
             all.push_back(peak_of([&] { (void)load_cache(path, c, pool); }));
             all.push_back(peak_of([&] { save_session(layers, path, {.sync = false}); }));
             all.push_back(peak_of([&] { (void)load_session(path, std::vector{c, c}, pool); }));
+            if (can_compress()) {
+                save_cache(cache, path, {.sync = false, .compress = true});
+                all.push_back(peak_of([&] { (void)load_cache(path, c, pool); }));
+            }
             const Index end = cache.state().tiles.back().first;
             all.push_back(peak_of(
                 [&] { save_range(cache, cache.state().tiles[0].first, end, path, {.sync = false}); }));
@@ -177,6 +181,11 @@ TEST(CacheContent, SurvivesTheEndOfMemoryAtEveryAllocation) {
         EXPECT_GT(each_end_of_memory([&] { save_cache(cache, path, {.sync = false}); }, unchanged), 50);
         EXPECT_GT(each_end_of_memory([&] { (void)to_bytes(cache); }, unchanged), 50);
         EXPECT_GT(each_end_of_memory([&] { (void)load_cache(path, c, pool); }, unchanged), 50);
+        if (can_compress()) {
+            const std::vector<std::byte> less = to_bytes(cache, {.compress = true});
+            EXPECT_GT(each_end_of_memory([&] { (void)to_bytes(cache, {.compress = true}); }, unchanged), 50);
+            EXPECT_GT(each_end_of_memory([&] { (void)load_cache(less, c, pool); }, unchanged), 50);
+        }
         EXPECT_GT(each_end_of_memory([&] { save_session(layers, session, {.sync = false}); }, unchanged),
                   100);
         const auto unchanged_files = [&] {

@@ -5,14 +5,17 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <iostream>
 #include <random>
 #include <span>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cache/cache_support.hpp"
 #include "cache/latent_sequence.hpp"
 #include "kvplane/io/safetensors.hpp"
+#include "real_layers.hpp"
 #include "test_support.hpp"
 
 namespace {
@@ -40,18 +43,26 @@ std::vector<std::byte> rewritten(const std::vector<std::byte>& bytes, const std:
     return writer.to_bytes();
 }
 
-class SavedCache : public testing::TestWithParam<std::string> {
+/// Recipe, and whether the file is compressed.
+class SavedCache : public testing::TestWithParam<std::tuple<std::string, bool>> {
   protected:
-    CacheConfiguration configuration_ = configuration(GetParam());
+    void SetUp() override {
+        if (options_.compress && !can_compress()) GTEST_SKIP() << "built without libzstd";
+    }
+    std::vector<std::byte> saved(const KvCache& cache) const { return to_bytes(cache, options_); }
+
+    CacheConfiguration configuration_ = configuration(std::get<0>(GetParam()));
+    SaveOptions options_{.compress = std::get<1>(GetParam())};
     TilePool pool_;
 };
 
 TEST_P(SavedCache, LoadsBitForBit) {
     for (const Index tokens : {0, 1, 4, 130, 165, 700}) {
         const KvCache cache = filled(configuration_, pool_, tokens);
-        const std::vector<std::byte> bytes = to_bytes(cache);
+        const std::vector<std::byte> bytes = saved(cache);
         const KvCache loaded = load_cache(bytes, configuration_, pool_);
-        EXPECT_EQ(to_bytes(loaded), bytes);
+        EXPECT_EQ(saved(loaded), bytes);
+        EXPECT_EQ(to_bytes(loaded), to_bytes(cache));
         EXPECT_EQ(loaded.bytes(), cache.bytes());
         EXPECT_EQ(loaded.error_bound().key, cache.error_bound().key);
         std::mt19937_64 random(seed());
@@ -64,7 +75,7 @@ TEST_P(SavedCache, LoadsBitForBit) {
 }
 
 TEST_P(SavedCache, EveryAlteredByteIsRefused) {
-    const std::vector<std::byte> bytes = to_bytes(filled(configuration_, pool_, 300));
+    const std::vector<std::byte> bytes = saved(filled(configuration_, pool_, 300));
     std::mt19937_64 random(seed());
     for (int i = 0; i < 300; ++i) {
         std::vector<std::byte> altered = bytes;
@@ -73,14 +84,14 @@ TEST_P(SavedCache, EveryAlteredByteIsRefused) {
         try {
             const KvCache loaded = load_cache(altered, configuration_, pool_);
             // Only what the format itself allows to differ (white space, the order of members) may load.
-            EXPECT_EQ(to_bytes(loaded), bytes) << "byte " << at;
+            EXPECT_EQ(saved(loaded), bytes) << "byte " << at;
         } catch (const Error&) {
         }
     }
 }
 
 TEST_P(SavedCache, EveryTruncationIsRefused) {
-    const std::vector<std::byte> bytes = to_bytes(filled(configuration_, pool_, 200));
+    const std::vector<std::byte> bytes = saved(filled(configuration_, pool_, 200));
     for (std::size_t size = 0; size < bytes.size(); size += 1 + size / 50) {
         const std::vector<std::byte> cut(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(size));
         refusal(ErrorCode::format, [&] { load_cache(cut, configuration_, pool_); });
@@ -88,8 +99,11 @@ TEST_P(SavedCache, EveryTruncationIsRefused) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Recipes, SavedCache,
-                         testing::Values("fp16", "block32:4:rotated", "standard",
-                                         "key_favored:3:5+recent_bits=8"));
+                         testing::Combine(testing::Values("fp16", "block32:4:rotated", "standard",
+                                                          "key_favored:3:5+recent_bits=8",
+                                                          "key_favored:3:4+shaped_keys=1",
+                                                          "latent:2:2+fit_tokens=130+context=100000"),
+                                          testing::Bool()));
 
 TEST(SavedCacheFile, RefusesWhatBelongsElsewhere) {
     TilePool pool;
@@ -321,8 +335,128 @@ TEST_P(SavedCache, HoldsNothingOfTokensThatWereTakenBack) {
         };
         goes_on(one, 3.0f);
         goes_on(other, -7.0f);
-        EXPECT_EQ(to_bytes(one), to_bytes(other));
+        EXPECT_EQ(saved(one), saved(other));
     }
+}
+
+// -- Compressed ---------------------------------------------------------------------------------------------
+
+class CompressedCache : public testing::Test {
+  protected:
+    void SetUp() override {
+        if (!can_compress()) GTEST_SKIP() << "built without libzstd";
+    }
+    static std::vector<std::byte> compressed(const KvCache& cache) {
+        return to_bytes(cache, {.compress = true});
+    }
+    TilePool pool_;
+};
+
+/// What the shipped layers of a real model save, in per cent of packed tiles and of the file. A quarter to
+/// half of such a file of 1024 tokens are recent ones, which save 11 to 18%.
+TEST_F(CompressedCache, OfRealTensorsIsSmaller) {
+    struct Case {
+        const char* recipe;
+        double tiles, file;
+    };
+    for (const auto& [recipe, tiles, file] : {Case{"standard", 6.2, 7.2},
+                                              {"compact", 7.1, 8.0},
+                                              {"key_favored:4:2", 7.1, 11.0},
+                                              {"key_favored:3:3", 9.0, 12.0},
+                                              {"key_favored:2:2", 8.3, 12.5},
+                                              {"key_favored:4:4", 8.7, 11.5},
+                                              {"latent:2:2+fit_tokens=700", 8.0, 10.5}}) {
+        SCOPED_TRACE(recipe);
+        double plain = 0, packed = 0, plain_tiles = 0, packed_tiles = 0;
+        for (const RealLayer& layer : real_layers()) {
+            CacheConfiguration c = configuration(recipe, 3, 9, 64, 64);
+            c.rope->base = 100000;
+            KvCache cache(c, pool_);
+            append(cache, layer.keys, layer.values);
+            const std::vector<std::byte> all = to_bytes(cache), less = compressed(cache);
+            EXPECT_EQ(to_bytes(load_cache(less, c, pool_)), all);
+            const SafetensorsFile from = SafetensorsFile::from_bytes(all),
+                                  to = SafetensorsFile::from_bytes(less);
+            plain += static_cast<double>(all.size());
+            packed += static_cast<double>(less.size());
+            plain_tiles += static_cast<double>(from.bytes("tiles").size());
+            packed_tiles += static_cast<double>(to.bytes("tiles.chunks").size());
+        }
+        const double saved_of_tiles = 100 * (1 - packed_tiles / plain_tiles),
+                     saved = 100 * (1 - packed / plain);
+        std::cout << recipe << ": saves " << saved_of_tiles << "% of tiles, " << saved << "% of files\n";
+        EXPECT_GT(saved_of_tiles, tiles);
+        EXPECT_GT(saved, file);
+        EXPECT_LT(saved_of_tiles, tiles + 2);  // more would be too good to be true
+        EXPECT_LT(saved, file + 2);
+    }
+}
+
+/// Tiles of three layouts, two of them parts of one, a gap, and recent tokens.
+KvCache edited(TilePool& pool) {
+    CacheConfiguration c = layer_of_old_files();
+    c.rope = RopeSettings{};
+    KvCache cache(c, pool);
+    cache.append(numbers(1200, 16, 1), numbers(1200, 8, 2));
+    cache.narrow(0, 300, 4, 2);
+    cache.narrow(500, 800, 4, 3);
+    cache.remove(400, 420);
+    cache.drop_before(200, 2);
+    return cache;
+}
+
+TEST_F(CompressedCache, MayHoldTilesOfSeveralLayouts) {
+    const KvCache cache = edited(pool_);
+    ASSERT_EQ(cache.state().narrowed.size(), 2u);
+    const KvCache loaded = load_cache(compressed(cache), cache.configuration(), pool_);
+    EXPECT_EQ(to_bytes(loaded), to_bytes(cache));
+    EXPECT_EQ(loaded.bytes(), load_cache(to_bytes(cache), cache.configuration(), pool_).bytes());
+}
+
+/// The order of streams and the size of chunks are part of the format.
+TEST_F(CompressedCache, ReadsFormat6) {
+    const KvCache cache = edited(pool_);
+    const auto path = std::filesystem::path(KVPLANE_TEST_DATA) / "cache_format_6.safetensors";
+    const KvCache loaded = load_cache(path, cache.configuration(), pool_);
+    EXPECT_EQ(to_bytes(loaded), to_bytes(cache));
+}
+
+TEST_F(CompressedCache, SaysWhatIsWrong) {
+    const CacheConfiguration c = configuration("standard");
+    const std::vector<std::byte> bytes = compressed(filled(c, pool_, 700));
+    const Index used = pool_.bytes();
+    const auto says = [&](ErrorCode code, const std::string& key, const std::string& value,
+                          const std::string& words) {
+        const std::string sentence =
+            refusal(code, [&] { load_cache(rewritten(bytes, key, value), c, pool_); });
+        EXPECT_NE(sentence.find(words), std::string::npos) << sentence;
+        EXPECT_EQ(pool_.bytes(), used);
+    };
+    says(ErrorCode::mismatch, "kvplane.compression", "lz4", "compressed with 'lz4', expected zstd");
+    says(ErrorCode::format, "kvplane.compression", "", "no metadata 'kvplane.compression'");
+    says(ErrorCode::format, "kvplane.format", "5", "no tensor 'tiles'");
+    says(ErrorCode::format, "tiles.chunks", "", "no tensor 'tiles.chunks'");
+    says(ErrorCode::format, "recent.chunk_bytes", "", "no tensor 'recent.chunk_bytes'");
+    says(ErrorCode::format, "kvplane.tokens", "3", "contradict each other");
+    says(ErrorCode::format, "kvplane.tokens", "999999999999999", "contradict each other");
+    says(ErrorCode::format, "kvplane.tokens", "1000000000000", "chunks for ");
+    says(ErrorCode::format, "kvplane.checksum", "1", "the checksum does not match");
+    // A reader of format 5 says the same of 6 as this one of 7.
+    says(ErrorCode::mismatch, "kvplane.format", "7", "format 7, expected 3 to 6");
+}
+
+TEST(SavedCacheFile, CompressesOnlyWithZstd) {
+    if (can_compress()) GTEST_SKIP() << "built with libzstd";
+    TilePool pool;
+    const KvCache cache = filled(configuration("standard"), pool, 300);
+    EXPECT_NE(refusal(ErrorCode::option, [&] { (void)to_bytes(cache, {.compress = true}); })
+                  .find("built without libzstd"),
+              std::string::npos);
+    const auto path = std::filesystem::path(KVPLANE_TEST_DATA) / "cache_format_6.safetensors";
+    const CacheConfiguration c = edited(pool).configuration();
+    EXPECT_NE(
+        refusal(ErrorCode::mismatch, [&] { (void)load_cache(path, c, pool); }).find("built without libzstd"),
+        std::string::npos);
 }
 
 TEST(SavedCacheFile, RefusesProvisionalTokens) {

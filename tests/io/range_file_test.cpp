@@ -294,7 +294,7 @@ TEST_P(RangeFile, RefusesRangesThatCannotBe) {
     cache.truncate(516);
     const auto altered = [&](auto&& alter) {
         const SafetensorsFile file = SafetensorsFile::open(path());
-        auto content = detail::CacheContent::read(file, "test", c);
+        auto content = detail::CacheContent::read(file, "test", c, pool_);
         alter(content);
         SafetensorsWriter writer;
         content.add_to(writer);
@@ -314,6 +314,17 @@ TEST_P(RangeFile, RefusesRangesThatCannotBe) {
     EXPECT_EQ(to_bytes(cache), before);
     load_range(path(), cache);
     EXPECT_EQ(cache.tokens(), 700);
+}
+
+/// A compressed file of a cache is a range from 0 on like any other.
+TEST_F(Range, FromTheStartMayBeCompressed) {
+    if (!can_compress()) GTEST_SKIP() << "built without libzstd";
+    const CacheConfiguration c = configuration("standard");
+    KvCache cache = filled(c, 4 + 3 * 128), loaded(c, pool_);
+    save_cache(cache, path(), {.sync = false, .compress = true});
+    load_range(path(), loaded);
+    expect_same(loaded, cache);
+    go_on(loaded, cache);
 }
 
 }  // namespace

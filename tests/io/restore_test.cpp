@@ -132,14 +132,17 @@ TEST(Restore, GivesAllPagesBackWhereMemoryEnds) {
         const CacheConfiguration c = configuration(recipe);
         const KvCache cache = filled(c, pool, 400);
         const std::vector<std::byte> bytes = to_bytes(cache);
+        std::vector<std::vector<std::byte>> files{bytes};
+        if (can_compress()) files.push_back(to_bytes(cache, {.compress = true}));
         const Index used = pool.pages() - pool.unused_pages();
-        for (Index left = 0; left <= used; ++left) {
-            pool.trim();
-            memory.left = left;
-            EXPECT_EQ(load_error(bytes, c, pool),
-                      left < used ? std::optional(ErrorCode::out_of_memory) : std::nullopt)
-                << recipe << ", " << left << " pages";
-        }
+        for (const std::vector<std::byte>& file : files)
+            for (Index left = 0; left <= used; ++left) {
+                pool.trim();
+                memory.left = left;
+                EXPECT_EQ(load_error(file, c, pool),
+                          left < used ? std::optional(ErrorCode::out_of_memory) : std::nullopt)
+                    << recipe << ", " << left << " pages";
+            }
         EXPECT_EQ(to_bytes(cache), bytes);
     }
 }

@@ -95,6 +95,16 @@ TEST_F(Session, LoadsEveryRecipeBitForBit) {
     for (const KvCache& cache : loaded) again.push_back(&cache);
     save_session(again, path_, {.sync = false});
     EXPECT_EQ(file(), before);
+    if (!can_compress()) return;
+    save_session(again, path_, {.sync = false, .compress = true});
+    EXPECT_LT(file().size(), before.size());
+    const std::vector<KvCache> compressed = load_session(path_, configurations_, pool_);
+    for (std::size_t i = 0; i < loaded.size(); ++i) {
+        SCOPED_TRACE(i);
+        expect_same(compressed[i], caches_[i]);
+        expect_same(SessionFile::open(path_).load(static_cast<Index>(i), configurations_[i], pool_),
+                    caches_[i]);
+    }
 }
 
 TEST_F(Session, RefusesWhatBelongsElsewhere) {

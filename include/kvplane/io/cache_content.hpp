@@ -15,14 +15,16 @@
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cache/pages.hpp"
 #include "kvplane/compiled.hpp"
+#include "kvplane/io/packed_pages.hpp"
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/latent/keys.hpp"
 #include "kvplane/latent/statistics.hpp"
 
 namespace kvplane::detail {
 
-/// What files are written in. Read are this and the formats from oldest_cache_format on.
-inline constexpr Index cache_format = 5, oldest_cache_format = 3;
+/// What files are written in, and what they are in which pages are packed. Read are both, and the formats
+/// from oldest_cache_format on.
+inline constexpr Index cache_format = 5, packed_cache_format = 6, oldest_cache_format = 3;
 
 /// The bytes of some pages, one after another. They belong to the cache or the file.
 class PageArray {
@@ -42,6 +44,8 @@ class PageArray {
     }
     /// Gives all bytes, a page at a time. One page at most is copied for it.
     void each(const ByteSink& take) const;
+    /// Of a cache: every page. Partial ones are copied, to `copies`.
+    std::vector<std::span<const std::byte>> all(std::vector<std::vector<std::byte>>& copies) const;
     /// Of a file: bytes [at, at + bytes) as a page of the pool. Throws Error (out_of_memory).
     PageReference page(TilePool& pool, Index at, Index bytes) const;
 
@@ -69,7 +73,13 @@ struct CacheContent {
     std::shared_ptr<const LatentKeys> basis;    ///< the cache's own
     std::vector<SecondMoments> queries;         ///< while it has none, or while shaping learns from them
     std::shared_ptr<const KeyShaping> shaping;  ///< of shaped keys, afterwards
-    TokenAttention attention;  ///< of the next tile's tokens, where they get different widths
+    TokenAttention attention;                  ///< of the next tile's tokens, where they get different widths
+    PackedChunks packed_tiles, packed_recent;  ///< to be written
+    /// What was packed in a file. `tiles` and `recent` are these then.
+    std::vector<PageReference> unpacked_tiles, unpacked_recent;
+
+    /// Whether tiles and recent tokens are packed in the file.
+    bool packed() const noexcept { return format == packed_cache_format; }
 
     /// visit(key, number) for the numbers of tokens in the metadata. What is saved, loaded and hashed follows
     /// this list, in its order.
@@ -99,11 +109,15 @@ struct CacheContent {
 
     /// Throws Error (option) for a cache with provisional tokens.
     static CacheContent of(const KvCache& cache);
-    /// Reads what stands in a file under `prefix`, and checks configuration, format and checksum. expected:
-    /// its place in a session. Throws Error (format, mismatch).
+    /// Packs the pages of the cache that this is the content of, for a smaller file. Throws Error: option
+    /// where the program was built without libzstd, out_of_memory.
+    void pack(const KvCache& cache);
+    /// Reads what stands in a file under `prefix`, and checks configuration, format and checksum. The pool
+    /// gives memory for what is packed, and for nothing else. expected: its place in a session. Throws Error
+    /// (format, mismatch, out_of_memory).
     static CacheContent read(const SafetensorsFile& file, const std::string& source,
-                             const CacheConfiguration& configuration, const std::string& prefix = "",
-                             Index layers = 0, Index layer = 0);
+                             const CacheConfiguration& configuration, TilePool& pool,
+                             const std::string& prefix = "", Index layers = 0, Index layer = 0);
     /// Adds it to a file. It must outlive the writer's last use.
     void add_to(SafetensorsWriter& writer, const std::string& prefix = "") const;
     std::string checksum() const;
@@ -122,6 +136,8 @@ struct CacheContent {
     /// not have the recipe's widths.
     std::vector<PageReference> pages(const std::vector<TilePlace>& places, TilePool& pool,
                                      const std::string& source) const;
+    /// The pages of recent tokens, of so many bytes each. Throws Error (out_of_memory).
+    std::vector<PageReference> recent_pages(Index page_bytes, TilePool& pool) const;
     /// Whether keys have moved since they were stored, so that they go by the configuration's RoPE.
     bool moved() const noexcept;
 
@@ -134,10 +150,17 @@ struct CacheContent {
     void require_consistent(const CacheShape& shape, const CacheState& state,
                             const std::vector<TilePlace>& places, const std::string& source) const;
     CacheState empty_state(const CacheShape& shape) const;
+    void unpack(const PackedPages& packed_tiles, const PackedPages& packed_recent,
+                const CacheConfiguration& configuration, TilePool& pool, const std::string& source);
 };
 
 /// "kvplane.first": what tells a range of tokens from a cache; "kvplane.layers": a session from both.
 inline constexpr const char *range_key = "kvplane.first", *layers_key = "kvplane.layers";
+/// What packed pages are compressed with, which is always zstd.
+inline constexpr const char *compression_key = "kvplane.compression", *zstd_compression = "zstd";
+
+/// Says in a file's metadata what it is written in.
+void add_format(SafetensorsWriter& writer, Index format);
 
 /// The checksum of the basis that a cache has fitted itself; empty where it has none.
 std::string own_basis_checksum(const KvCache& cache);

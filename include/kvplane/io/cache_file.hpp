@@ -19,6 +19,14 @@
 // kvplane.checksum. Rows and codes of tokens that were taken back or removed are zero. The configuration says
 // which RoPE keys in channels go by only where some tile has moved.
 //
+// A cache that was saved compressed is of format 6, and kvplane.compression is `zstd`. It has no tiles and
+// no recent, but:
+//   tiles.chunks        U8  [bytes]        the pages of tiles, packed as io/packed_pages.hpp says
+//   tiles.chunk_bytes   I64 [chunks]       what each chunk takes
+//   recent.chunks, recent.chunk_bytes      the pages of recent tokens in the same way
+// All else is as in format 5, the checksum too: it is that of the pages. So layouts tell how many bytes the
+// chunks must give, and nothing in the file can claim more.
+//
 // A session (io/session_file.hpp) has kvplane.format and kvplane.layers, the number of its caches. All else
 // stands for each of them, its name after the prefix `layer.N.`. A range of tokens (io/range_file.hpp) has
 // kvplane.first, its first token, and kvplane.basis, the checksum of the basis that its tiles need (empty:
@@ -61,17 +69,33 @@
 
 namespace kvplane {
 
-/// The file of a cache in memory. Two caches of the same content give the same bytes. Throws Error (option)
-/// for a cache with provisional tokens, as save_cache(): accept them or take them back first.
-std::vector<std::byte> to_bytes(const KvCache& cache);
+/// How a cache or a session is saved.
+struct SaveOptions {
+    bool sync = true;  ///< WriteOptions::sync; says nothing where no file is written
+    /// Whether tiles and recent tokens are entropy-coded, which loses nothing, and makes saving and loading
+    /// slower. What is to be written is in memory as a whole then. Needs can_compress().
+    bool compress = false;
+};
 
-/// Writes the file, straight from the cache's pages. Throws Error (io) and then leaves what was at `path`.
-void save_cache(const KvCache& cache, const std::filesystem::path& path, const WriteOptions& options = {});
+/// Whether this program can save compressed caches, and load them: one of kvplane::compiled that was built
+/// with libzstd, or a header-only one that links it and defines KVPLANE_WITH_ZSTD=1.
+bool can_compress() noexcept;
 
-/// Reads a cache that was saved with exactly this configuration, in this format, 3 or 4. The file is mapped,
-/// and copied once: into the pool's pages, after all of it was checked. Attention of the loaded cache equals
-/// that of the saved one bit for bit. Throws Error: io; format (malformed, truncated or altered content);
-/// mismatch (another format version, another configuration, a session or range); out_of_memory.
+/// The file of a cache in memory. Two caches of the same content give the same bytes, compressed ones with
+/// the same version of libzstd. Throws Error (option) as save_cache().
+std::vector<std::byte> to_bytes(const KvCache& cache, const SaveOptions& options = {});
+
+/// Writes the file, straight from the cache's pages. Throws Error: option for a cache with provisional tokens
+/// (accept them or take them back first), and for compress in a program without libzstd; io and
+/// out_of_memory, and then leaves what was at `path`.
+void save_cache(const KvCache& cache, const std::filesystem::path& path, const SaveOptions& options = {});
+
+/// Reads a cache that was saved with exactly this configuration, compressed or not, in format 3 to 6. The
+/// file is mapped, and copied once: into the pool's pages, after all of it was checked. What is compressed is
+/// checked there. Attention of the loaded cache equals that of the saved one bit for bit. Throws Error: io;
+/// format (malformed, truncated or altered content); mismatch (another format version, another configuration,
+/// a session or range, a compressed file in a program without libzstd); out_of_memory. Then no page stays in
+/// use.
 KvCache load_cache(const std::filesystem::path& path, const CacheConfiguration& configuration,
                    TilePool& pool);
 KvCache load_cache(std::span<const std::byte> bytes, const CacheConfiguration& configuration, TilePool& pool);

@@ -15,15 +15,15 @@
 
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/compiled.hpp"
-#include "kvplane/io/file.hpp"
+#include "kvplane/io/cache_file.hpp"
 #include "kvplane/io/safetensors.hpp"
 
 namespace kvplane {
 
-/// Writes the file, straight from the caches' pages. The caches may differ in everything. Throws Error:
-/// option (no caches, or one with provisional tokens); io, and then leaves what was at `path`.
+/// Writes the file, as save_cache(). The caches may differ in everything. Throws Error: option as
+/// save_cache(), and for no caches; io and out_of_memory, and then leaves what was at `path`.
 void save_session(std::span<const KvCache* const> layers, const std::filesystem::path& path,
-                  const WriteOptions& options = {});
+                  const SaveOptions& options = {});
 
 /// A session's file, mapped. Copies share the mapping. Calls may run at the same time.
 class SessionFile {
@@ -36,8 +36,9 @@ class SessionFile {
     /// One layer, which is all of the file that is read. Throws Error: index (no such layer); all others as
     /// load_cache().
     KvCache load(Index layer, const CacheConfiguration& configuration, TilePool& pool) const;
-    /// All layers. All of them are checked before the pool is asked for a page. Throws Error: mismatch also
-    /// for another number of layers; all others as load_cache(). Then no page stays in use.
+    /// All layers. All of them are checked before the pool is asked for a page, unless they are compressed.
+    /// Throws Error: mismatch also for another number of layers; all others as load_cache(). Then no page
+    /// stays in use.
     std::vector<KvCache> load(std::span<const CacheConfiguration> configurations, TilePool& pool) const;
 
   private:

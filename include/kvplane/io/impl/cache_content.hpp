@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "kvplane/io/impl/latent_content.hpp"
 #include "kvplane/io/json_text.hpp"
 #include "kvplane/io/safetensors.hpp"
+#include "kvplane/io/safetensors_text.hpp"
 #include "kvplane/storage/narrow.hpp"
 #include "kvplane/storage/tile_coder.hpp"
 
@@ -165,6 +167,19 @@ KVPLANE_FUNCTION void PageArray::each(const ByteSink& take) const {
     }
 }
 
+KVPLANE_FUNCTION std::vector<std::span<const std::byte>> PageArray::all(
+    std::vector<std::vector<std::byte>>& copies) const {
+    std::vector<std::span<const std::byte>> all;
+    for (const PageReference& page : pages_)
+        all.emplace_back(page.data(), static_cast<std::size_t>(page.bytes()));
+    for (const std::size_t i : partial_) {
+        std::vector<std::byte> copy(all[i].begin(), all[i].end());
+        clear_(i, copy.data());
+        all[i] = copies.emplace_back(std::move(copy));
+    }
+    return all;
+}
+
 KVPLANE_FUNCTION PageReference PageArray::page(TilePool& pool, Index at, Index bytes) const {
     return pool.page_of(file_.data() + at, bytes);
 }
@@ -240,12 +255,54 @@ DType dtype_of_array(const std::vector<Number>&) {
     return dtype_of<Number>;
 }
 
+/// The forms of pages with tiles, by their layouts.
+class TileForms {
+  public:
+    explicit TileForms(std::span<const TilePlace> tiles) {
+        for (const TilePlace& tile : tiles)
+            if (!forms_.contains(tile.layout)) forms_.emplace(tile.layout, PageForm::of(*tile.layout));
+        for (const TilePlace& tile : tiles) each_.push_back(&forms_.at(tile.layout));
+    }
+    std::span<const PageForm* const> each() const noexcept { return each_; }
+
+  private:
+    std::map<const PageLayout*, PageForm> forms_;
+    std::vector<const PageForm*> each_;
+};
+
+KVPLANE_FUNCTION void CacheContent::pack(const KvCache& cache) {
+    const auto packed = [](const PageArray& array, std::span<const PageForm* const> forms) {
+        std::vector<std::vector<std::byte>> copies;
+        return pack_pages(array.all(copies), forms);
+    };
+    packed_tiles = packed(tiles, TileForms(cache.state().tiles).each());
+    const PageForm form = PageForm::of_rows(cache.shape().recent_rows().bytes());
+    packed_recent = packed(recent, std::vector<const PageForm*>(cache.state().recent.size(), &form));
+    format = packed_cache_format;
+}
+
+inline void add_packed(SafetensorsWriter& writer, const std::string& name, const PackedChunks& chunks) {
+    std::vector<std::int64_t> sizes;
+    Index bytes = 0;
+    for (const std::vector<std::byte>& chunk : chunks) {
+        sizes.push_back(static_cast<std::int64_t>(chunk.size()));
+        bytes += sizes.back();
+    }
+    writer.add_streamed(name + ".chunks", {bytes}, DType::uint8, [&chunks](const ByteSink& take) {
+        for (const std::vector<std::byte>& chunk : chunks) take(chunk);
+    });
+    writer.add(name + ".chunk_bytes", {static_cast<Index>(sizes.size())}, DType::int64,
+               std::as_bytes(std::span(sizes)));
+}
+
 KVPLANE_FUNCTION void CacheContent::add_to(SafetensorsWriter& writer, const std::string& prefix) const {
     const auto tile_count = static_cast<Index>(tile_first.size());
     each_tensor(*this, [&](const char* name, const auto& array) {
         const auto size = static_cast<Index>(array.size());
         std::vector<Index> shape{size};
         if constexpr (std::is_same_v<std::decay_t<decltype(array)>, PageArray>) {
+            if (packed() && &array != &sinks)
+                return add_packed(writer, prefix + name, &array == &tiles ? packed_tiles : packed_recent);
             if (&array == &tiles && uniform()) shape = {tile_count, tile_count > 0 ? size / tile_count : 0};
             writer.add_streamed(prefix + name, std::move(shape), DType::uint8,
                                 [&array](const ByteSink& take) { array.each(take); });
@@ -272,7 +329,12 @@ KVPLANE_FUNCTION void CacheContent::add_to(SafetensorsWriter& writer, const std:
         writer.metadata(prefix + "kvplane.basis", basis_sum);
     }
     writer.metadata(prefix + "kvplane.checksum", checksum());
-    if (layers == 0) writer.metadata("kvplane.format", std::to_string(format));
+    if (layers == 0) add_format(writer, format);
+}
+
+KVPLANE_FUNCTION void add_format(SafetensorsWriter& writer, Index format) {
+    writer.metadata("kvplane.format", std::to_string(format));
+    if (format == packed_cache_format) writer.metadata(compression_key, zstd_compression);
 }
 
 // From a file ----------------------------------------------------------------------------------------------
@@ -295,6 +357,14 @@ class ContentReader {
         const std::span<const std::byte> from = bytes(name, dtype_of<Number>);
         to.resize(from.size() / sizeof(Number));
         if (!from.empty()) std::memcpy(to.data(), from.data(), from.size());
+    }
+    PackedPages packed(const char* name) const {
+        const std::string tensor = concatenated(name, ".chunks"), sizes = concatenated(name, ".chunk_bytes");
+        PackedPages packed{.name = concatenated(source_, ": ", prefix_, tensor),
+                           .chunks = bytes(tensor.c_str(), DType::uint8),
+                           .chunk_bytes = {}};
+        read(sizes.c_str(), packed.chunk_bytes);
+        return packed;
     }
     /// Moments and bases refuse numbers that cannot be theirs; where a file brings them, it is malformed.
     void read_latents(const CacheConfiguration& c, CacheContent& content) const {
@@ -384,8 +454,8 @@ KVPLANE_FUNCTION Index metadata_number(const SafetensorsFile& file, const std::s
 }
 
 KVPLANE_FUNCTION CacheContent CacheContent::read(const SafetensorsFile& file, const std::string& source,
-                                                 const CacheConfiguration& wanted, const std::string& prefix,
-                                                 Index layers, Index layer) {
+                                                 const CacheConfiguration& wanted, TilePool& pool,
+                                                 const std::string& prefix, Index layers, Index layer) {
     require_configuration(wanted);
     const ContentReader reader(file, source, prefix);
     CacheContent content;
@@ -393,11 +463,15 @@ KVPLANE_FUNCTION CacheContent CacheContent::read(const SafetensorsFile& file, co
     content.layer = layer;
     const std::string& version = reader.text("kvplane.format");
     const Index oldest = layers > 0 ? cache_format : oldest_cache_format;
-    for (content.format = oldest; content.format <= cache_format; ++content.format)
+    for (content.format = oldest; content.format <= packed_cache_format; ++content.format)
         if (version == std::to_string(content.format)) break;
-    require(content.format <= cache_format, ErrorCode::mismatch, source, ": a cache of format ", version,
-            ", expected ", oldest, " to ", cache_format);
-    each_tensor(content, [&](const char* name, auto& array) { reader.read(name, array); });
+    require(content.format <= packed_cache_format, ErrorCode::mismatch, source, ": a cache of format ",
+            version, ", expected ", oldest, " to ", packed_cache_format);
+    each_tensor(content, [&](const char* name, auto& array) {
+        if constexpr (std::is_same_v<std::decay_t<decltype(array)>, PageArray>)
+            if (content.packed() && &array != &content.sinks) return;
+        reader.read(name, array);
+    });
     content.configuration = reader.text(prefix + "kvplane.configuration");
     const std::string expected = configuration_json(wanted, content.moved());
     require(content.configuration == expected, ErrorCode::mismatch, source, ": ", prefix,
@@ -415,9 +489,42 @@ KVPLANE_FUNCTION CacheContent CacheContent::read(const SafetensorsFile& file, co
     } else {
         reader.read_latents(wanted, content);
     }
+    if (content.packed()) {
+        require(!content.range_first, ErrorCode::format, source, ": a range of tokens that is compressed");
+        const std::string& compression = reader.text(compression_key);
+        require(compression == zstd_compression, ErrorCode::mismatch, source, ": compressed with '",
+                printable(compression), "', expected ", zstd_compression);
+        content.unpack(reader.packed("tiles"), reader.packed("recent"), wanted, pool, source);
+    }
     require(reader.text(prefix + "kvplane.checksum") == content.checksum(), ErrorCode::format, source, ": ",
             prefix, prefix.empty() ? "" : " ", "the checksum does not match: the content was altered");
     return content;
+}
+
+/// Nothing is checked here but what its sizes go by.
+KVPLANE_FUNCTION void CacheContent::unpack(const PackedPages& from_tiles, const PackedPages& from_recent,
+                                           const CacheConfiguration& wanted, TilePool& pool,
+                                           const std::string& source) {
+    const CacheShape shape(wanted);
+    CacheState state = empty_state(shape);
+    const std::vector<TilePlace> places = this->places(state, source);
+    Index tile_bytes = 0;
+    for (const TilePlace& place : places) tile_bytes += place.layout->bytes;
+    from_tiles.require_room(tile_bytes);
+
+    const PageForm form = PageForm::of_rows(shape.recent_rows().bytes());
+    const Index left = tokens - window_first;
+    constexpr Index most = Index{1} << 40;
+    require(left >= 0 && left < most, ErrorCode::format, source, ": tokens ", tokens, " and window_first ",
+            window_first, " contradict each other");
+    const Index recent_count = (left + recent_page_tokens - 1) / recent_page_tokens;
+    from_recent.require_room(recent_count * form.bytes);
+
+    unpacked_tiles = unpack_pages(from_tiles, TileForms(places).each(), pool);
+    tiles = PageArray(unpacked_tiles, {}, {});
+    unpacked_recent = unpack_pages(
+        from_recent, std::vector<const PageForm*>(static_cast<std::size_t>(recent_count), &form), pool);
+    recent = PageArray(unpacked_recent, {}, {});
 }
 
 KVPLANE_FUNCTION StoredExtremes CacheContent::stored_extremes() const noexcept {
@@ -506,17 +613,28 @@ KVPLANE_FUNCTION std::vector<TilePlace> CacheContent::places(CacheState& state,
 KVPLANE_FUNCTION std::vector<PageReference> CacheContent::pages(const std::vector<TilePlace>& places,
                                                                 TilePool& pool,
                                                                 const std::string& source) const {
-    std::vector<PageReference> pages;
+    std::vector<PageReference> pages = unpacked_tiles;
     Index at = 0;
-    for (const TilePlace& place : places) {
-        pages.push_back(tiles.page(pool, at, place.layout->bytes));
-        at += place.layout->bytes;
-        const TileFormat& values = place.layout->values;
-        for (const Index value_at : place.layout->value_at)
-            require(!values.by_token() || runs_are_whole(values, pages.back().data() + value_at),
-                    ErrorCode::format, source, ": tile ", pages.size() - 1,
-                    ": its tokens do not have the widths of the recipe");
+    for (std::size_t t = 0; t < places.size() && !packed(); ++t) {
+        pages.push_back(tiles.page(pool, at, places[t].layout->bytes));
+        at += places[t].layout->bytes;
     }
+    for (std::size_t t = 0; t < places.size(); ++t) {
+        const PageLayout& layout = *places[t].layout;
+        if (!layout.values.by_token()) continue;
+        for (const Index value_at : layout.value_at)
+            require(runs_are_whole(layout.values, pages[t].data() + value_at), ErrorCode::format, source,
+                    ": tile ", t, ": its tokens do not have the widths of the recipe");
+    }
+    return pages;
+}
+
+KVPLANE_FUNCTION std::vector<PageReference> CacheContent::recent_pages(Index page_bytes,
+                                                                       TilePool& pool) const {
+    if (packed()) return unpacked_recent;
+    std::vector<PageReference> pages;
+    for (Index at = 0; at < static_cast<Index>(recent.size()); at += page_bytes)
+        pages.push_back(recent.page(pool, at, page_bytes));
     return pages;
 }
 
@@ -589,9 +707,7 @@ KVPLANE_FUNCTION KvCache CacheContent::restore(const CacheConfiguration& configu
     std::vector<PageReference> pages = this->pages(places, pool, source);
     for (std::size_t i = 0; i < places.size(); ++i) state.add_tile(std::move(pages[i]), places[i]);
     state.stale = !state.tiles.empty() && state.tiles.back().tokens < kvplane::tile_tokens;  // of format 3
-    const Index page_bytes = shape.recent_rows().bytes();
-    for (Index at = 0; at < static_cast<Index>(recent.size()); at += page_bytes)
-        state.recent.push_back(recent.page(pool, at, page_bytes));
+    state.recent = recent_pages(shape.recent_rows().bytes(), pool);
     return KvCache(configuration_wanted, pool, std::move(state));
 }
 

@@ -17,24 +17,30 @@ inline KvCache restored(const SafetensorsFile& file, const std::string& source,
             ": a session of several layers, expected one cache; load_session() reads it");
     require(!file.metadata().contains(range_key), ErrorCode::mismatch, source,
             ": a range of tokens, expected a whole cache; load_range() reads it");
-    return CacheContent::read(file, source, configuration).restore(configuration, pool, source);
+    return CacheContent::read(file, source, configuration, pool).restore(configuration, pool, source);
 }
 
 }  // namespace detail
 
-KVPLANE_FUNCTION std::vector<std::byte> to_bytes(const KvCache& cache) {
-    const auto content = detail::CacheContent::of(cache);
+KVPLANE_FUNCTION bool can_compress() noexcept {
+    return detail::can_pack();
+}
+
+KVPLANE_FUNCTION std::vector<std::byte> to_bytes(const KvCache& cache, const SaveOptions& options) {
+    auto content = detail::CacheContent::of(cache);
+    if (options.compress) content.pack(cache);
     SafetensorsWriter writer;
     content.add_to(writer);
     return writer.to_bytes();
 }
 
 KVPLANE_FUNCTION void save_cache(const KvCache& cache, const std::filesystem::path& path,
-                                 const WriteOptions& options) {
-    const auto content = detail::CacheContent::of(cache);
+                                 const SaveOptions& options) {
+    auto content = detail::CacheContent::of(cache);
+    if (options.compress) content.pack(cache);
     SafetensorsWriter writer;
     content.add_to(writer);
-    writer.write(path, options);
+    writer.write(path, {.sync = options.sync});
 }
 
 KVPLANE_FUNCTION KvCache load_cache(const std::filesystem::path& path,

@@ -144,7 +144,7 @@ KVPLANE_FUNCTION void save_range(const KvCache& cache, Index first, Index last,
     if (first == 0) {
         KvCache prefix = cache.fork();
         prefix.truncate(last);
-        return save_cache(prefix, path, options);
+        return save_cache(prefix, path, {.sync = options.sync});
     }
     auto content = detail::CacheContent::of(cache);
     detail::narrow(content, cache.state(), first, last);
@@ -163,7 +163,7 @@ KVPLANE_FUNCTION void load_range(const std::filesystem::path& path, KvCache& cac
     };
     expect(!file.metadata().contains(detail::layers_key),
            "a session of several layers, expected a range of tokens");
-    const auto content = detail::CacheContent::read(file, source, configuration);
+    const auto content = detail::CacheContent::read(file, source, configuration, cache.pool());
     if (!content.range_first && cache.tokens() == 0) {
         cache = content.restore(configuration, cache.pool(), source);
         return;
@@ -199,9 +199,7 @@ KVPLANE_FUNCTION void load_range(const std::filesystem::path& path, KvCache& cac
     state.tiles.insert(state.tiles.begin() + static_cast<std::ptrdiff_t>(at), tiles.begin(), tiles.end());
     state.settled_extremes.include(content.stored_extremes());
     if (at_end) {
-        const Index page_bytes = shape.recent_rows().bytes();
-        for (Index at = 0; at < static_cast<Index>(content.recent.size()); at += page_bytes)
-            state.recent.push_back(content.recent.page(cache.pool(), at, page_bytes));
+        state.recent = content.recent_pages(shape.recent_rows().bytes(), cache.pool());
         state.tokens = last;
         state.recent_first = content.window_first;
         std::fill(state.attention.begin(), state.attention.end(), 0);

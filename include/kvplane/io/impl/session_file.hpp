@@ -19,7 +19,7 @@ inline std::string layer_prefix(Index layer) {
 }  // namespace detail
 
 KVPLANE_FUNCTION void save_session(std::span<const KvCache* const> layers, const std::filesystem::path& path,
-                                   const WriteOptions& options) {
+                                   const SaveOptions& options) {
     require(!layers.empty(), ErrorCode::option, "save_session: no layers");
     std::vector<detail::CacheContent> contents;
     contents.reserve(layers.size());  // the writer refers to them
@@ -28,11 +28,12 @@ KVPLANE_FUNCTION void save_session(std::span<const KvCache* const> layers, const
         detail::CacheContent& content = contents.emplace_back(detail::CacheContent::of(*layer));
         content.layers = static_cast<Index>(layers.size());
         content.layer = static_cast<Index>(contents.size()) - 1;
+        if (options.compress) content.pack(*layer);
         content.add_to(writer, detail::layer_prefix(content.layer));
     }
-    writer.metadata("kvplane.format", std::to_string(detail::cache_format));
+    detail::add_format(writer, contents.front().format);
     writer.metadata(detail::layers_key, std::to_string(layers.size()));
-    writer.write(path, options);
+    writer.write(path, {.sync = options.sync});
 }
 
 KVPLANE_FUNCTION SessionFile SessionFile::open(const std::filesystem::path& path) {
@@ -48,8 +49,8 @@ KVPLANE_FUNCTION SessionFile SessionFile::open(const std::filesystem::path& path
 KVPLANE_FUNCTION KvCache SessionFile::load(Index layer, const CacheConfiguration& configuration,
                                            TilePool& pool) const {
     require(layer >= 0 && layer < layers_, ErrorCode::index, source_, ": layer ", layer, " of ", layers_);
-    return detail::CacheContent::read(file_, source_, configuration, detail::layer_prefix(layer), layers_,
-                                      layer)
+    return detail::CacheContent::read(file_, source_, configuration, pool, detail::layer_prefix(layer),
+                                      layers_, layer)
         .restore(configuration, pool, source_);
 }
 
@@ -60,7 +61,7 @@ KVPLANE_FUNCTION std::vector<KvCache> SessionFile::load(std::span<const CacheCon
     std::vector<detail::CacheContent> contents;
     for (const CacheConfiguration& configuration : configurations) {
         const auto layer = static_cast<Index>(contents.size());
-        contents.push_back(detail::CacheContent::read(file_, source_, configuration,
+        contents.push_back(detail::CacheContent::read(file_, source_, configuration, pool,
                                                       detail::layer_prefix(layer), layers_, layer));
         contents.back().require_cache(configuration, source_);
     }
