@@ -50,8 +50,7 @@ struct Settings {
     Index first_token = 0, tokens = 16384, scan = 768, every = 1, context = 4096, threads = 0;
 };
 
-// The menu
-// --------------------------------------------------------------------------------------------------
+// The menu --------------------------------------------------------------------------------------------------
 
 /// A way to store one side in several widths. Its recipe's words and settings, with % for the width; those
 /// of the other side are put beside them.
@@ -107,8 +106,7 @@ std::string composed(const std::string& keys, const std::string& values, int rec
 const std::string narrow_recent_keys = composed(exact_keys, exact_values, 8, 16),
                   narrow_recent_values = composed(exact_keys, exact_values, 16, 8);
 
-// Configurations
-// --------------------------------------------------------------------------------------------
+// Configurations --------------------------------------------------------------------------------------------
 
 /// Configurations of layers by the name of their recipe, with bases and moments from statistics.
 class LayerConfigurations {
@@ -162,8 +160,7 @@ class LayerSize {
     Index held_, side_elements_;
 };
 
-// Measuring
-// -------------------------------------------------------------------------------------------------
+// Measuring -------------------------------------------------------------------------------------------------
 
 /// Harms by layer and recipe.
 using Harms = std::map<std::pair<Index, std::string>, double>;
@@ -261,70 +258,82 @@ double harm_of(const Harms& harms, Index layer, const std::string& recipe, const
     return found->second;
 }
 
-// Choosing
-// --------------------------------------------------------------------------------------------------
+// Choosing --------------------------------------------------------------------------------------------------
 
 /// An option of a side: how it is stored, and what its recent tokens take.
 struct SideOption {
     std::string recipe;
     int recent_bits;
+    double bytes;  ///< of the layer where the other side is exact
 };
 struct Side {
     kvplane::SensitivityPart part;
     std::vector<SideOption> options;
+
+    const SideOption& cheapest() const { return *std::ranges::min_element(options, {}, &SideOption::bytes); }
 };
 
-/// The options of one side of one layer.
-class SideMenu {
+/// The options of the keys and of the values of a layer.
+class LayerMenu {
   public:
-    SideMenu(const Harms& harms, const Settings& settings, const ModelConfig& model,
-             LayerConfigurations& configurations)
-        : harms_(harms), settings_(settings), model_(model), configurations_(configurations) {}
+    LayerMenu(const Harms& harms, const std::vector<Form>& keys, const Settings& settings,
+              const ModelConfig& model, LayerConfigurations& configurations)
+        : harms_(harms), keys_(keys), settings_(settings), model_(model), configurations_(configurations) {}
 
-    Side keys(Index layer, const std::vector<Form>& forms) const {
-        return side(layer, forms, true, "keys of layer " + std::to_string(layer));
-    }
-    Side values(Index layer) const {
-        return side(layer, value_forms(), false, "values of layer " + std::to_string(layer));
+    std::pair<Side, Side> of(Index layer) const {
+        std::pair<Side, Side> both{side(layer, true), side(layer, false)};
+        auto& [keys, values] = both;
+        // Bytes of the sides add up, but for what both need. So each has the bits that it takes beyond its
+        // cheapest option, and half of those of a layer of which both are cheapest.
+        const SideOption &key = keys.cheapest(), &value = values.cheapest();
+        const double least =
+            bytes(layer, composed(key.recipe, value.recipe, key.recent_bits, value.recent_bits));
+        for (Side* side : {&keys, &values}) {
+            const double cheapest = side->cheapest().bytes;
+            for (std::size_t i = 0; i < side->options.size(); ++i)
+                side->part.options[i].bits =
+                    8 * (side->options[i].bytes - cheapest + least / 2) / side->part.elements;
+        }
+        return both;
     }
 
   private:
-    std::string recipe(const std::string& of_side, bool keys, int recent_bits, int other_recent_bits) const {
-        return keys ? composed(of_side, exact_values, recent_bits, other_recent_bits)
-                    : composed(exact_keys, of_side, other_recent_bits, recent_bits);
+    double bytes(Index layer, const std::string& recipe) const {
+        return static_cast<double>(
+            LayerSize(model_, layer, settings_.context).bytes(configurations_(layer, recipe)));
     }
-    Side side(Index layer, const std::vector<Form>& forms, bool keys, std::string name) const {
-        const LayerSize size(model_, layer, settings_.context);
-        const auto bytes = [&](const std::string& text) {
-            return static_cast<double>(size.bytes(configurations_(layer, text)));
-        };
-        // What belongs to the other side: half of a cache that stores both in the same way.
-        const double other = bytes(composed(exact_keys, exact_values, 16, 16)) / 2;
-        const double narrow_harm =
-            harm_of(harms_, layer, keys ? narrow_recent_keys : narrow_recent_values, settings_.measured);
-        Side side{{std::move(name), size.side_elements(), {}}, {}};
-        for (const Form& form : forms) {
+    static std::string recipe(const std::string& of_side, bool keys, int recent_bits) {
+        return keys ? composed(of_side, exact_values, recent_bits, 16)
+                    : composed(exact_keys, of_side, 16, recent_bits);
+    }
+    double harm(Index layer, const std::string& recipe) const {
+        return harm_of(harms_, layer, recipe, settings_.measured);
+    }
+    Side side(Index layer, bool keys) const {
+        Side side{{(keys ? "keys of layer " : "values of layer ") + std::to_string(layer),
+                   LayerSize(model_, layer, settings_.context).side_elements(),
+                   {}},
+                  {}};
+        const double narrow_harm = harm(layer, keys ? narrow_recent_keys : narrow_recent_values);
+        for (const Form& form : keys ? keys_ : value_forms()) {
             std::vector<kvplane::SensitivityOption> curve;
             for (const double width : form.measured)
-                curve.push_back({width, harm_of(harms_, layer, recipe(filled(form, width), keys, 16, 16),
-                                                settings_.measured)});
+                curve.push_back({width, harm(layer, recipe(filled(form, width), keys, 16))});
             const std::vector<double> falling = kvplane::falling_harms(curve);
             for (std::size_t i = 0; i < curve.size(); ++i) curve[i].harm = falling[i];
-            for (const double width : form.offered) {
-                const std::string stored = filled(form, width);
-                const double harm = kvplane::harm_at(curve, width);
+            for (const double width : form.offered)
                 for (const int recent : {8, 16}) {
-                    const double bits =
-                        8 * (bytes(recipe(stored, keys, recent, 16)) - other) / size.side_elements();
-                    side.part.options.push_back({bits, recent == 8 ? harm + narrow_harm : harm});
-                    side.options.push_back({stored, recent});
+                    const std::string stored = filled(form, width);
+                    side.options.push_back({stored, recent, bytes(layer, recipe(stored, keys, recent))});
+                    side.part.options.push_back(
+                        {0.0, kvplane::harm_at(curve, width) + (recent == 8 ? narrow_harm : 0.0)});
                 }
-            }
         }
         return side;
     }
 
     const Harms& harms_;
+    const std::vector<Form>& keys_;
     const Settings& settings_;
     const ModelConfig& model_;
     LayerConfigurations& configurations_;
@@ -336,26 +345,27 @@ struct Choice {
 };
 
 /// Chooses, and prints what.
-Choice choose(const SideMenu& menu, const std::vector<Form>& keys, Index layers, double budget) {
+Choice choose(const LayerMenu& menu, Index layers, double budget) {
     std::vector<Side> sides;
     std::vector<kvplane::SensitivityPart> parts;
     for (Index layer = 0; layer < layers; ++layer) {
-        sides.push_back(menu.keys(layer, keys));
-        sides.push_back(menu.values(layer));
+        auto [keys, values] = menu.of(layer);
+        for (Side* side : {&keys, &values}) {
+            parts.push_back(side->part);
+            sides.push_back(std::move(*side));
+        }
     }
-    for (const Side& side : sides) parts.push_back(side.part);
     const kvplane::SensitivityAllocation best = kvplane::allocate_sensitivity(parts, budget);
     Choice choice;
     choice.predicted = best.harm;
-    std::printf("%5s  %-9s %9s  %-9s %9s  %s\n", "layer", "key bits", "harm", "val. bits", "harm", "recipe");
-    for (std::size_t layer = 0; layer < sides.size() / 2; ++layer) {
-        const std::size_t k = 2 * layer, v = k + 1;
-        const SideOption &key = sides[k].options[best.choice[k]], &value = sides[v].options[best.choice[v]];
-        const auto &key_cost = parts[k].options[best.choice[k]],
-                   &value_cost = parts[v].options[best.choice[v]];
+    std::printf("%5s %9s %14s %14s  %s\n", "layer", "true bits", "KL of its keys", "of its values", "recipe");
+    for (std::size_t k = 0; k < sides.size(); k += 2) {
+        const std::size_t v = k + 1, chosen_k = best.choice[k], chosen_v = best.choice[v];
+        const SideOption &key = sides[k].options[chosen_k], &value = sides[v].options[chosen_v];
+        const auto &key_cost = parts[k].options[chosen_k], &value_cost = parts[v].options[chosen_v];
         choice.recipes.push_back(composed(key.recipe, value.recipe, key.recent_bits, value.recent_bits));
-        std::printf("%5zu  %9.3f %9.6f  %9.3f %9.6f  %s\n", layer, key_cost.bits, key_cost.harm,
-                    value_cost.bits, value_cost.harm, choice.recipes.back().c_str());
+        std::printf("%5zu %9.3f %14.6f %14.6f  %s\n", k / 2, (key_cost.bits + value_cost.bits) / 2,
+                    key_cost.harm, value_cost.harm, choice.recipes.back().c_str());
     }
     return choice;
 }
@@ -410,7 +420,7 @@ void run(const Settings& settings) {
     }
 
     const Choice choice =
-        choose(SideMenu(harms, settings, config, configurations), forms, config.layers, settings.budget);
+        choose(LayerMenu(harms, forms, settings, config, configurations), config.layers, settings.budget);
     std::vector<kvplane::CacheConfiguration> layers;
     double bytes = 0.0, elements = 0.0;
     for (Index layer = 0; layer < config.layers; ++layer) {

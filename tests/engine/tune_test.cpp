@@ -57,34 +57,30 @@ std::vector<TokenId> tokens(std::size_t count) {
 }
 
 TEST(LayerScan, MeasuresWhatAWholePassDoes) {
-    for (const char* architecture : {"llama", "gemma3"}) {
-        const Bytes bytes = SmallModel().file(false, architecture).bytes();
-        kvplane::ThreadExecutor threads(2);
-        const Model model(Gguf(bytes), threads);
-        const std::vector<TokenId> context = tokens(450);
-        const LayerScan scan(model, context, 1);
-        const Index last = model.config().layers - 1;
-        for (const Index layer : {Index{0}, last}) {
-            const auto with = [&](const char* recipe) {
-                kvplane::CacheConfiguration c = layer_configuration(model.config(), layer);
-                c.recipe = kvplane::recipes::parse(recipe);
-                return c;
-            };
-            EXPECT_LT(scan.divergence(layer, with("fp16")), 1e-5) << architecture;
-            const double measured = scan.divergence(layer, with("key_favored:2:2")),
-                         expected = whole_pass(model, context, layer, with("key_favored:2:2"));
-            EXPECT_GT(expected, 1e-4) << "nothing to compare";
-            // Tokens before those compared are exact in the scan, which layers above a layer see.
-            EXPECT_NEAR(measured, expected, (layer == last ? .001 : .3) * expected)
-                << architecture << " layer " << layer;
-            EXPECT_EQ(measured, scan.divergence(layer, with("key_favored:2:2")));
-        }
-        refusal(ErrorCode::index, [&] { LayerScan(model, tokens(256), 1); });
-        refusal(ErrorCode::shape, [&] {
-            LayerCaches caches = model.exact_caches();
-            model.resume(last + 1, Matrix::Zero(1, model.config().width), caches);
-        });
+    const Bytes bytes = SmallModel().file().bytes();
+    kvplane::ThreadExecutor threads(2);
+    const Model model(Gguf(bytes), threads);
+    const std::vector<TokenId> context = tokens(450);
+    const LayerScan scan(model, context, 1);
+    const Index last = model.config().layers - 1;
+    for (const Index layer : {Index{0}, last}) {
+        const auto with = [&](const char* recipe) {
+            kvplane::CacheConfiguration c = layer_configuration(model.config(), layer);
+            c.recipe = kvplane::recipes::parse(recipe);
+            return c;
+        };
+        const double measured = scan.divergence(layer, with("key_favored:2:2")),
+                     expected = whole_pass(model, context, layer, with("key_favored:2:2"));
+        EXPECT_GT(expected, 100 * scan.divergence(layer, with("fp16"))) << "nothing to compare";
+        // Tokens before those compared are exact in the scan, which layers above a layer see.
+        EXPECT_NEAR(measured, expected, (layer == last ? .001 : .3) * expected) << "layer " << layer;
+        EXPECT_EQ(measured, scan.divergence(layer, with("key_favored:2:2")));
     }
+    refusal(ErrorCode::index, [&] { LayerScan(model, tokens(256), 1); });
+    refusal(ErrorCode::shape, [&] {
+        LayerCaches caches = model.exact_caches();
+        model.resume(last + 1, Matrix::Zero(1, model.config().width), caches);
+    });
 }
 
 const std::string programs = KVPLANE_ENGINE_PROGRAMS;
@@ -114,13 +110,14 @@ class Policies : public testing::Test {
     /// What a program prints: on stdout, or, where it is to be refused, on stderr too.
     std::string said(const std::string& arguments, bool works) const {
         const std::string command = "cd " + folder_.string() + " && " + programs + "/" + arguments +
-                                    " --threads 2 " + (works ? "2>/dev/null" : "2>&1");
+                                    " --threads 2 " + (works ? "2>errors" : "2>&1");
         std::unique_ptr<FILE, int (*)(FILE*)> pipe(popen(command.c_str(), "r"), [](FILE*) { return 0; });
         std::string output;
         char buffer[4096];
         for (std::size_t count; (count = std::fread(buffer, 1, sizeof buffer, pipe.get())) > 0;)
             output.append(buffer, count);
-        EXPECT_EQ(pclose(pipe.release()) == 0, works) << command << "\n" << output;
+        EXPECT_EQ(pclose(pipe.release()) == 0, works) << command << "\n"
+                                                      << output << (works ? content("errors") : "");
         return output;
     }
     void expect_refused(const std::string& arguments, const std::string& sentence) const {
@@ -173,7 +170,7 @@ TEST_F(Policies, AreMadeLoadedAndRefused) {
     expect_refused(evaluate + "damaged --model llama", "checksum");
 
     expect_refused("tune --model llama --text text --tokens 2800 --scan 400 --budget 6 --out x",
-                   "3000 tokens, expected at least 3200");
+                   "tokens, expected at least 3200");
     expect_refused(tune + "--budget 1 --out x --measured harms.csv", "the cheapest choice takes");
     expect_refused(tune + "--budget 6 --out x --keys shaped,none", "'none', expected some of shaped");
     expect_refused(tune + "--budget 6 --out x --measured text", "expected 'layer,recipe,kl,model'");
