@@ -77,7 +77,7 @@ const std::vector<Form>& key_forms() {
     return forms;
 }
 const std::vector<Form>& value_forms() {
-    static const std::vector<Form> forms{{"values", "%", {1, 3}, {1, 2, 3, 4}}};
+    static const std::vector<Form> forms{{"values", "%", {1, 2, 3}, {1, 2, 3, 4}}};
     return forms;
 }
 

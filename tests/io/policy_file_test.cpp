@@ -14,6 +14,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cache/cache_support.hpp"
@@ -224,7 +225,7 @@ TEST_F(PolicyFiles, DamagedOnesAreRefused) {
             refused(ErrorCode::format, changed([&](auto&, auto& tensors) { tensors.erase(tensor); })),
             tensor);
     // Texts that say something else, with a checksum that fits.
-    for (const auto& [key, value] : std::vector<std::pair<std::string, std::string>>{
+    for (const auto& each : std::vector<std::pair<std::string, std::string>>{
              {"layers.2.recipe", "no such recipe"},
              {"layers.2.recipe", "latent:3:3"},  // of which the file has no basis
              {"layers.0.recipe", "latent:2:2+frame=before_rope"},
@@ -234,9 +235,9 @@ TEST_F(PolicyFiles, DamagedOnesAreRefused) {
              {"layers.1.context", "99999999999"},
              {"layers.1.rotation_seed", "99999999999999999999"},
              {"kvplane.heads", "[]"}}) {
-        const std::string sentence =
-            refused(ErrorCode::format, changed([&](auto& metadata, auto&) { metadata[key] = value; }));
-        if (key.starts_with("layers")) expect_found(sentence, "layer " + key.substr(7, 1));
+        const std::string sentence = refused(
+            ErrorCode::format, changed([&](auto& metadata, auto&) { metadata[each.first] = each.second; }));
+        if (each.first.starts_with("layers")) expect_found(sentence, "layer " + each.first.substr(7, 1));
     }
     for (const char* heads :
          {R"("layers":5,"kv_heads":2,"query_heads":4,"key_head_dim":33,"value_head_dim":48)",
