@@ -4,7 +4,7 @@
 #   run.sh split_context                                  a sequence in two processes, merged over a pipe
 #   run.sh narrow_by_age                                  a context that grows within a budget
 #   run.sh engine "PROMPT" [OPTIONS of generate]          fetches a small model and lets it answer
-#   run.sh evaluate|dump|calibrate|speed [OPTIONS]        the engine's other programs
+#   run.sh evaluate|dump|calibrate|tune|speed [OPTIONS]   the engine's other programs
 #   run.sh engine|evaluate|... gemma3|qwen2 ...           the same of another model (engine/fetch.sh)
 # Each says with --help what it does and takes.
 set -euo pipefail
@@ -18,9 +18,9 @@ options=() settings=()
 case $example in
     quickstart|report|attention|split_context|narrow_by_age) program=$example path=$example ;;
     synthetic|svdq|aligned) program=$example path=studies/$example ;;
-    engine|evaluate|dump|calibrate|speed) program=${example/engine/generate} path=engine/$program ;;
+    engine|evaluate|dump|calibrate|tune|speed) program=${example/engine/generate} path=engine/$program ;;
     *) echo "run.sh: no example '$example'; expected quickstart, report, attention, split_context, narrow_by_age," \
-            "synthetic, svdq, aligned, engine, evaluate, dump, calibrate or speed" >&2; exit 2 ;;
+            "synthetic, svdq, aligned, engine, evaluate, dump, calibrate, tune or speed" >&2; exit 2 ;;
 esac
 bash tests/install_packages.sh
 if [ "${path%/*}" = engine ]; then

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/divergence.hpp"
 #include "engine/kvplane_cache.hpp"
 #include "engine/layer_recipes.hpp"
 #include "engine/model.hpp"
@@ -45,14 +46,12 @@ With --recall it asks for codes of five digits that stand in the text, and the a
 Divergences have a long tail: --worst 5 shows where it is.)";
 
 struct Settings {
-    std::string model, text, basis, calibration, csv, plot;
+    std::string model, text, basis, policy, calibration, csv, plot;
     std::vector<std::string> recipes, results;
     Index first_token = 0, context = 2048, windows = 1, chunk = 32, threads = 0, worst = 0;
     Index seed = 1;
     bool json = false, recall = false;
 };
-
-constexpr Index first_compared = 256;
 
 /// What a recipe did to the prediction of the token after one place of the text.
 struct Prediction {
@@ -111,15 +110,6 @@ struct Result {
     double tokens_per_second() const { return seconds > 0.0 ? static_cast<double>(tokens) / seconds : 0.0; }
 };
 
-/// log softmax of every row, in place.
-void log_softmax(Matrix& logits, Executor& threads) {
-    parallel_for(threads, logits.rows(), [&](Index i) {
-        auto row = logits.row(i).array();
-        row -= row.maxCoeff();
-        row -= static_cast<float>(std::log(row.exp().cast<double>().sum()));
-    });
-}
-
 /// One chunk: log probabilities of the tokens after each of `tokens`.
 Matrix run_chunk(const Model& model, std::span<const TokenId> tokens, LayerCaches& caches, Result& result,
                  Logits wanted = Logits::all) {
@@ -145,12 +135,11 @@ void compare(const Model& model, const Matrix& exact, const Matrix& close, Index
     const std::size_t before = result.predictions.size();
     result.predictions.resize(before + static_cast<std::size_t>(close.rows() - first));
     parallel_for(model.threads(), close.rows() - first, [&](Index i) {
-        const auto p = exact.row(first + i).array(), q = close.row(first + i).array();
         Prediction& prediction = result.predictions[before + static_cast<std::size_t>(i)];
-        prediction.divergence = std::max(0.0, (p.exp() * (p - q)).cast<double>().sum());
+        prediction.divergence = divergence(exact.row(first + i), close.row(first + i));
         prediction.place = place + first + i;
-        p.maxCoeff(&prediction.exact_top);
-        q.maxCoeff(&prediction.recipe_top);
+        exact.row(first + i).maxCoeff(&prediction.exact_top);
+        close.row(first + i).maxCoeff(&prediction.recipe_top);
     });
 }
 
@@ -470,7 +459,9 @@ void run(const Settings& settings) {
     }
     std::optional<kvplane::Calibration> basis;
     if (!settings.basis.empty()) basis = kvplane::load_calibration(settings.basis, model.name());
-    LayerRecipes layer_recipes(model, calibration, std::move(basis));
+    std::optional<kvplane::ModelPolicy> policy;
+    if (!settings.policy.empty()) policy = kvplane::ModelPolicy::load(settings.policy);
+    LayerRecipes layer_recipes(model, calibration, std::move(basis), std::move(policy));
     std::vector<CachePlan> plans;
     for (const std::string& name : settings.recipes) {
         plans.push_back(layer_recipes.parse(name));
@@ -500,12 +491,13 @@ int main(int count, char** arguments) {
     Options options("evaluate", summary);
     options.text("--model FILE", s.model, "GGUF file of the model");
     options.text("--text FILE", s.text, "what it reads");
-    options.texts("--recipes A,B,C", s.recipes,
-                  "see below; also allocated:norms|weights|measured:BITS, bits by layer; kept:RECIPE, with "
-                  "the sinks and recent "
-                  "tokens of standard; global:RECIPE, fp16 in layers with a sliding window; only:0-4:RECIPE, "
-                  "fp16 in all other layers; and of recipes with latents svdq:1.25@keys=1/32, a share of "
-                  "the keys");
+    options.texts(
+        "--recipes A,B,C", s.recipes,
+        "see below; also policy, what --policy says of each layer; "
+        "allocated:norms|weights|measured:BITS, bits by layer; kept:RECIPE, with the sinks and recent "
+        "tokens of standard; global:RECIPE, fp16 in layers with a sliding window; only:0-4:RECIPE, "
+        "fp16 in all other layers; and of recipes with latents svdq:1.25@keys=1/32, a share of "
+        "the keys");
     options.number("--first-token N", s.first_token, {}, "of the text");
     options.number("--context N", s.context, {.least = first_compared + 2}, "tokens of a window");
     options.number("--windows N", s.windows, {.least = 1}, "consecutive windows");
@@ -517,6 +509,7 @@ int main(int count, char** arguments) {
     options.text("--basis FILE", s.basis,
                  "statistics from calibrate, for recipes with latents; without it every cache "
                  "fits a basis to its own first 512 tokens");
+    options.text("--policy FILE", s.policy, "what tune wrote, for the recipe policy");
     options.text("--calibration FILE", s.calibration,
                  "text of which `allocated` recipes see the first 1024 tokens");
     options.flag("--json", s.json, "one JSON object on stdout and nothing else");

@@ -24,7 +24,7 @@ constexpr const char* summary =
     R"(Continues PROMPT with kvplane as the KV cache, streaming the text to stdout. Figures go to stderr.)";
 
 struct Settings {
-    std::string model, recipe = "standard", basis, draft;
+    std::string model, recipe, basis, policy, draft;
     std::vector<std::string> prompts;
     Index length = 200, seed = 1, threads = 0;
     double temperature = 0.0;
@@ -99,14 +99,22 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+std::string recipe_name(const Settings& settings) {
+    if (!settings.recipe.empty()) return settings.recipe;
+    return settings.policy.empty() ? "standard" : "policy";
+}
+
 CachePlan plan_of(const Model& model, const Settings& settings) {
     std::optional<kvplane::Calibration> basis;
     if (!settings.basis.empty()) basis = kvplane::load_calibration(settings.basis, model.name());
-    return LayerRecipes(model, {}, std::move(basis)).parse(settings.recipe);
+    std::optional<kvplane::ModelPolicy> policy;
+    if (!settings.policy.empty()) policy = kvplane::ModelPolicy::load(settings.policy);
+    return LayerRecipes(model, {}, std::move(basis), std::move(policy)).parse(recipe_name(settings));
 }
 
 void require_recipe(const std::string& name) {
-    if (name != "exact") (void)kvplane::recipes::parse(name.substr(0, name.find('@')));
+    const std::string stored = name.substr(0, name.find('@'));
+    if (stored != "exact" && stored != "policy") (void)kvplane::recipes::parse(stored);
 }
 
 /// What a user says, in the format of whichever special tokens the vocabulary has for that.
@@ -119,7 +127,7 @@ std::string as_chat(const Tokenizer& tokenizer, const std::string& prompt) {
 }
 
 void run(const Settings& settings) {
-    const std::string& name = settings.recipe;
+    const std::string name = recipe_name(settings);
     const double temperature = settings.temperature;
     std::optional<kvplane::ReadPolicy> policy;
     if (!settings.draft.empty()) {
@@ -190,11 +198,15 @@ int main(int count, char** arguments) {
     Options options("generate", summary);
     options.arguments("PROMPT", s.prompts, Options::Count::any, "one text, in quotes");
     options.text("--model FILE", s.model, "GGUF file of the model");
-    options.text("--recipe NAME", s.recipe, "how keys and values are stored; exact: plain fp32",
-                 Options::Need::optional, require_recipe);
+    options.text(
+        "--recipe NAME", s.recipe,
+        "how keys and values are stored: see below, exact (plain fp32), or policy, as --policy says; "
+        "standard where neither is given",
+        Options::Need::optional, require_recipe);
     options.text("--basis FILE", s.basis,
                  "statistics from calibrate, for recipes with latents; without it every cache "
                  "fits a basis to its own first 512 tokens");
+    options.text("--policy FILE", s.policy, "what tune wrote for the model: how each layer is stored");
     options.number("--length N", s.length, {.least = 1}, "tokens to generate at most");
     options.real("--temperature T", s.temperature, "0: always the likeliest token; above: sample");
     options.number("--seed N", s.seed, {}, "of sampling");

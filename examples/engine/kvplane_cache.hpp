@@ -90,6 +90,17 @@ struct CachePlan {
     kvplane::AttentionParameters read = {};
 };
 
+/// A layer of the model, without a recipe: heads, RoPE and over how many positions queries look back.
+inline kvplane::CacheConfiguration layer_configuration(const ModelConfig& model, Index layer) {
+    kvplane::CacheConfiguration configuration;
+    configuration.kv_heads = model.kv_heads;
+    configuration.query_heads = model.query_heads;
+    configuration.key_head_dim = configuration.value_head_dim = model.head_dim;
+    configuration.rope = model.rope(layer);
+    if (const Index window = model.window(layer); window > 0) configuration.context = window;
+    return configuration;
+}
+
 /// A sequence: one cache a layer. Throws Error (shape) for a plan of another number of layers.
 inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& plan, kvplane::TilePool& pool,
                                   Executor& threads) {
@@ -101,18 +112,13 @@ inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& pla
     const auto shared = std::make_shared<SharedWorkspace>(threads);
     LayerCaches caches;
     for (Index layer = 0; layer < model.layers; ++layer) {
-        kvplane::CacheConfiguration configuration;
-        configuration.kv_heads = model.kv_heads;
-        configuration.query_heads = model.query_heads;
-        configuration.key_head_dim = configuration.value_head_dim = model.head_dim;
+        kvplane::CacheConfiguration configuration = layer_configuration(model, layer);
         const auto at = static_cast<std::size_t>(layer);
         configuration.recipe = plan.recipes[plan.recipes.size() == 1 ? 0 : at];
-        configuration.rope = model.rope(layer);
         if (!plan.latents.empty() && configuration.recipe.latents)
             configuration.latent_keys = plan.latents[at];
         if (!plan.query_moments.empty() && configuration.recipe.shaped_keys)
             configuration.query_moments = plan.query_moments[at];
-        if (const Index window = model.window(layer); window > 0) configuration.context = window;
         kvplane::AttentionParameters parameters = plan.read;
         parameters.sliding_window = model.window(layer);
         caches.push_back(std::make_unique<KvplaneCache>(configuration, pool, shared, parameters));

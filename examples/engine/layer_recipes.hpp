@@ -1,10 +1,11 @@
 // examples/engine/layer_recipes.hpp: recipes from their names on a command line, those by layer included.
 //
-// Six things are added to the names that kvplane/recipe_names.hpp knows:
+// Seven things are added to the names that kvplane/recipe_names.hpp knows:
 //   allocated:SOURCE:BITS   key and value bits by layer, BITS true bits on average. SOURCE is
 //                             norms      |K|_F and |V|_F of a calibration text's cache, and 4^-b (published rule)
 //                             weights    |W_K|_F and |W_V|_F, and 4^-b (the published rule without any text)
 //                             measured   the error of every width on the calibration text's cache, values rotated
+//   policy                  what a policy file says of each layer (kvplane/io/policy_file.hpp; see `tune`)
 //   global:RECIPE           the recipe in layers that see all tokens, fp16 in those with a sliding window
 //   only:LAYERS:RECIPE      the recipe in some layers, as 3 or 0-4, fp16 in all others
 //   kept:RECIPE             the recipe with the sinks and recent tokens of `standard`, for methods that keep none
@@ -22,6 +23,7 @@
 #include "engine/model.hpp"
 #include "kvplane/allocate/key_favored.hpp"
 #include "kvplane/io/latent_file.hpp"
+#include "kvplane/io/policy_file.hpp"
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/recipes.hpp"
 #include "kvplane/transform/hadamard.hpp"
@@ -49,25 +51,41 @@ inline std::vector<std::shared_ptr<const kvplane::LatentKeys>> fit_latent_keys(
     return all;
 }
 
+/// Throws Error (mismatch) for statistics of another model.
+inline void require_statistics(const Model& model, const kvplane::Calibration& statistics) {
+    const ModelConfig& config = model.config();
+    const kvplane::LatentStatistics& first = statistics.layers.front();
+    kvplane::require(static_cast<Index>(statistics.layers.size()) == config.layers &&
+                         first.kv_heads() == config.kv_heads && first.query_heads() == config.query_heads &&
+                         first.head_dim() == config.head_dim && statistics.rope == config.rope(),
+                     ErrorCode::mismatch, "the basis file is for a model of ", statistics.layers.size(),
+                     " layers, ", first.query_heads(), " query heads over ", first.kv_heads(), " of ",
+                     first.head_dim(), " channels, or of another RoPE; expected ", config.layers, ", ",
+                     config.query_heads, ", ", config.kv_heads, ", ", config.head_dim);
+}
+
+/// Throws Error (mismatch) for a policy of another model.
+inline void require_policy(const Model& model, const kvplane::ModelPolicy& policy) {
+    std::vector<kvplane::CacheConfiguration> layers;
+    for (Index layer = 0; layer < model.config().layers; ++layer)
+        layers.push_back(layer_configuration(model.config(), layer));
+    policy.require_model(model.name(), layers);
+}
+
 class LayerRecipes {
   public:
     /// `allocated` recipes look at the cache of the `calibration` tokens, which may be empty without such recipes.
-    /// Bases of latents are fitted to the statistics `basis`; without it every cache fits its own. Throws Error
-    /// (mismatch) for statistics of another model.
+    /// Bases of latents are fitted to the statistics `basis`; without it every cache fits its own. The recipe
+    /// `policy` takes a policy. Throws Error (mismatch) for statistics or a policy of another model.
     LayerRecipes(const Model& model, std::vector<TokenId> calibration,
-                 std::optional<kvplane::Calibration> basis = std::nullopt)
-        : model_(model), calibration_(std::move(calibration)), basis_(std::move(basis)) {
-        if (!basis_) return;
-        const ModelConfig& config = model.config();
-        const kvplane::LatentStatistics& first = basis_->layers.front();
-        kvplane::require(static_cast<Index>(basis_->layers.size()) == config.layers &&
-                             first.kv_heads() == config.kv_heads &&
-                             first.query_heads() == config.query_heads &&
-                             first.head_dim() == config.head_dim && basis_->rope == config.rope(),
-                         ErrorCode::mismatch, "the basis file is for a model of ", basis_->layers.size(),
-                         " layers, ", first.query_heads(), " query heads over ", first.kv_heads(), " of ",
-                         first.head_dim(), " channels, or of another RoPE; expected ", config.layers, ", ",
-                         config.query_heads, ", ", config.kv_heads, ", ", config.head_dim);
+                 std::optional<kvplane::Calibration> basis = std::nullopt,
+                 std::optional<kvplane::ModelPolicy> policy = std::nullopt)
+        : model_(model),
+          calibration_(std::move(calibration)),
+          basis_(std::move(basis)),
+          policy_(std::move(policy)) {
+        if (basis_) require_statistics(model, *basis_);
+        if (policy_) require_policy(model, *policy_);
     }
 
     /// Throws Error (option).
@@ -80,6 +98,17 @@ class LayerRecipes {
 
   private:
     CachePlan stored(const std::string& text) {
+        if (text == "policy") {
+            kvplane::require(policy_.has_value(), ErrorCode::option,
+                             "recipe 'policy' takes a file that tune wrote (--policy)");
+            CachePlan plan;
+            for (const kvplane::CacheConfiguration& layer : policy_->configurations()) {
+                plan.recipes.push_back(layer.recipe);
+                plan.latents.push_back(layer.latent_keys);
+                plan.query_moments.push_back(layer.query_moments);
+            }
+            return plan;
+        }
         if (text.starts_with("global:")) {
             return in_layers(text.substr(7),
                              [&](Index layer) { return !model_.config().is_windowed(layer); });
@@ -222,6 +251,7 @@ class LayerRecipes {
     std::vector<TokenId> calibration_;
     std::vector<kvplane::LayerProfile> profiles_;
     std::optional<kvplane::Calibration> basis_;
+    std::optional<kvplane::ModelPolicy> policy_;
 };
 
 }  // namespace engine

@@ -91,10 +91,11 @@ struct ModelConfig {
 };
 
 /// What one layer computed for the tokens of one call; keys, values tokens x (kv_heads * head_dim), queries
-/// tokens x (query_heads * head_dim). Valid during the call of the observer only.
+/// tokens x (query_heads * head_dim), and what came into the layer, tokens x width. Valid during the call of
+/// the observer only.
 struct LayerActivations {
     Index layer, first_position;
-    const Matrix &keys_before_rope, &keys, &values, &queries_before_rope, &queries;
+    const Matrix &keys_before_rope, &keys, &values, &queries_before_rope, &queries, &hidden;
 };
 using Observer = std::function<void(const LayerActivations&)>;
 
@@ -131,6 +132,12 @@ class Model {
 
     static constexpr std::size_t max_chunk = 512;
 
+    /// What comes out of the last layer for tokens of which `hidden` came into a layer (LayerActivations),
+    /// both tokens x width. Caches of the layers before it are not looked at. Throws Error (shape).
+    Matrix resume(Index layer, Matrix hidden, LayerCaches& caches) const;
+    /// Logits, rows x vocabulary, of rows that came out of the last layer.
+    Matrix logits_of(const Matrix& hidden) const;
+
   private:
     struct Layer {  // null: the architecture has none
         const Tensor *attention_norm, *query, *key, *value, *attention_output;
@@ -150,6 +157,7 @@ class Model {
     void add_output(Matrix& hidden, const Matrix& output, const Tensor* norm) const;
     void attention(Index layer, Matrix& hidden, LayerCache& cache, const Observer& observer) const;
     void feed_forward(Index layer, Matrix& hidden) const;
+    Matrix run_layers(Index first, Matrix hidden, LayerCaches& caches, const Observer& observer) const;
     Matrix forward_chunk(std::span<const TokenId> tokens, LayerCaches& caches, Logits logits,
                          const Observer& observer) const;
 
@@ -385,7 +393,8 @@ inline void Model::attention(Index layer, Matrix& hidden, LayerCache& cache, con
     const kvplane::RotaryEmbedding rope(config_.head_dim, config_.rope(layer));
     rope.rotate(queries, first);
     rope.rotate(keys, first);
-    if (observer) observer({layer, first, keys_before_rope, keys, values, queries_before_rope, queries});
+    if (observer)
+        observer({layer, first, keys_before_rope, keys, values, queries_before_rope, queries, hidden});
 
     cache.append(keys, values, queries);
     Matrix attended, output;
@@ -404,18 +413,36 @@ inline void Model::feed_forward(Index layer, Matrix& hidden) const {
     add_output(hidden, output, weights.feed_forward_output_norm);
 }
 
-inline Matrix Model::forward_chunk(std::span<const TokenId> tokens, LayerCaches& caches, Logits logits,
-                                   const Observer& observer) const {
-    Matrix hidden = embed(tokens);
-    for (Index layer = 0; layer < config_.layers; ++layer) {
+inline Matrix Model::run_layers(Index first, Matrix hidden, LayerCaches& caches,
+                                const Observer& observer) const {
+    for (Index layer = first; layer < config_.layers; ++layer) {
         attention(layer, hidden, *caches[static_cast<std::size_t>(layer)], observer);
         feed_forward(layer, hidden);
     }
-    Matrix result(0, config_.vocabulary);
-    if (logits == Logits::none) return result;
+    return hidden;
+}
+
+inline Matrix Model::resume(Index layer, Matrix hidden, LayerCaches& caches) const {
+    kvplane::require(layer >= 0 && layer < config_.layers && hidden.cols() == config_.width &&
+                         static_cast<Index>(caches.size()) == config_.layers,
+                     ErrorCode::shape, "model: ", hidden.rows(), " x ", hidden.cols(), " into layer ", layer,
+                     " with ", caches.size(), " caches, expected tokens x ", config_.width,
+                     " into one of the ", config_.layers, " layers, and a cache for each");
+    return run_layers(layer, std::move(hidden), caches, {});
+}
+
+inline Matrix Model::logits_of(const Matrix& hidden) const {
+    Matrix logits;
+    multiply(detail::rms_norm(hidden, *output_norm_, config_.rms_epsilon), {{output_, &logits}});
+    return logits;
+}
+
+inline Matrix Model::forward_chunk(std::span<const TokenId> tokens, LayerCaches& caches, Logits logits,
+                                   const Observer& observer) const {
+    Matrix hidden = run_layers(0, embed(tokens), caches, observer);
+    if (logits == Logits::none) return Matrix(0, config_.vocabulary);
     if (logits == Logits::last) hidden = hidden.bottomRows(1).eval();
-    multiply(detail::rms_norm(hidden, *output_norm_, config_.rms_epsilon), {{output_, &result}});
-    return result;
+    return logits_of(hidden);
 }
 
 inline Matrix Model::forward(std::span<const TokenId> tokens, LayerCaches& caches, Logits logits,

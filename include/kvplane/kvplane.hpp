@@ -4,6 +4,7 @@
 
 #include "kvplane/allocate/bit_allocation.hpp"
 #include "kvplane/allocate/key_favored.hpp"
+#include "kvplane/allocate/sensitivity.hpp"
 #include "kvplane/attention/executor.hpp"
 #include "kvplane/attention/merge.hpp"
 #include "kvplane/attention/parameters.hpp"
@@ -42,6 +43,7 @@
 #if KVPLANE_WITH_JSON
 #include "kvplane/io/cache_file.hpp"
 #include "kvplane/io/latent_file.hpp"
+#include "kvplane/io/policy_file.hpp"
 #include "kvplane/io/range_file.hpp"
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/io/session_file.hpp"

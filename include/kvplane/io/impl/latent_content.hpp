@@ -79,8 +79,8 @@ class LatentFile {
                 ": '", key, "' is missing or neither true nor false");
         return from[key].get<bool>();
     }
-    std::optional<RopeSettings> rope() const {
-        const nlohmann::json from = json("kvplane.rope");
+    std::optional<RopeSettings> rope(const char* key = "kvplane.rope") const {
+        const nlohmann::json from = json(key);
         if (from.is_null()) return std::nullopt;
         RopeSettings rope;
         rope.dims = integer(from, "dims");
@@ -88,11 +88,10 @@ class LatentFile {
                    frequencies = from.find("frequencies");
         require(layout != from.end() && layout->is_string() && base != from.end() && base->is_number() &&
                     frequencies != from.end() && frequencies->is_array(),
-                ErrorCode::format, source_, ": kvplane.rope is incomplete");
+                ErrorCode::format, source_, ": ", key, " is incomplete");
         require(*layout == name(RopeLayout::halves) || *layout == name(RopeLayout::interleaved),
-                ErrorCode::format, source_,
-                ": kvplane.rope has an unknown layout, expected 'interleaved' or "
-                "'halves'");
+                ErrorCode::format, source_, ": ", key,
+                " has an unknown layout, expected 'interleaved' or 'halves'");
         rope.layout = *layout == name(RopeLayout::halves) ? RopeLayout::halves : RopeLayout::interleaved;
         rope.base = base->get<double>();
         for (const auto& frequency : *frequencies) {
@@ -101,8 +100,8 @@ class LatentFile {
         }
         return rope;
     }
-    BasisSettings basis() const {
-        const nlohmann::json from = json("kvplane.basis");
+    BasisSettings basis(const char* key = "kvplane.basis") const {
+        const nlohmann::json from = json(key);
         BasisSettings settings;
         settings.query_weighted = flag(from, "query_weighted");
         settings.heads_together = flag(from, "heads_together");
@@ -113,7 +112,7 @@ class LatentFile {
         const auto frame = from.find("frame");
         for (const KeyFrame known : {KeyFrame::before_rope, KeyFrame::after_rope, KeyFrame::tile})
             if (frame != from.end() && *frame == name(known)) return settings.frame = known, settings;
-        fail(ErrorCode::format, source_, ": kvplane.basis names no frame");
+        fail(ErrorCode::format, source_, ": ", key, " names no frame");
     }
 
     bool contains(const std::string& tensor) const { return file_.contains(tensor); }
