@@ -1,6 +1,4 @@
 // examples/engine/calibrate.cpp: statistics of a model's keys and queries, for bases of latents.
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -10,6 +8,7 @@
 #include "engine/layer_recipes.hpp"
 #include "engine/model.hpp"
 #include "engine/text_file.hpp"
+#include "engine/text_statistics.hpp"
 #include "engine/tokenizer.hpp"
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/io/safetensors.hpp"
@@ -34,71 +33,18 @@ struct Settings {
     double rope_base = 0.0;
 };
 
-constexpr Index sinks = 4;  // no recipe puts the first tokens into tiles
-
-/// [token][query head] the squared softmax weights of the tokens that are packed when a query comes, summed up:
-/// how much errors of packed keys count for its output.
-///   keys    after RoPE, of all tokens up to the last of the queries
-Matrix weights_of_packed(const Matrix& keys, const LayerActivations& a, const ModelConfig& config,
-                         Executor& threads) {
-    constexpr Index recent = 32;  // as recipes have it, unless they say otherwise
-    const Index dim = config.head_dim, group = config.query_heads / config.kv_heads,
-                window = config.window(a.layer), tile = kvplane::tile_tokens;
-    Matrix weights(a.queries.rows(), config.query_heads);
-    kvplane::detail::run_items(threads, config.query_heads, [&](Index head, Index) {
-        for (Index first = 0; first < a.queries.rows(); first += tile) {
-            const Index rows = std::min(tile, a.queries.rows() - first), at = a.first_position + first;
-            const Matrix scores = a.queries.block(first, head * dim, rows, dim) *
-                                  keys.block(0, head / group * dim, at + rows, dim).transpose() /
-                                  std::sqrt(static_cast<float>(dim));
-            for (Index i = 0; i < rows; ++i) {
-                const Index seen = at + i + 1, from = window > 0 ? std::max<Index>(0, seen - window) : 0,
-                            packed_from = std::max(sinks, from),
-                            packed_to = sinks + std::max<Index>(0, seen - recent - sinks) / tile * tile;
-                const auto row = scores.row(i).segment(from, seen - from).array();
-                const Eigen::ArrayXf weight = (row - row.maxCoeff()).exp().transpose();
-                const Index packed = std::max<Index>(0, packed_to - packed_from);
-                weights(first + i, head) =
-                    (weight.segment(packed > 0 ? packed_from - from : 0, packed) / weight.sum())
-                        .square()
-                        .sum();
-            }
-        }
-    });
-    return weights;
-}
-
 kvplane::Calibration from_text(const Settings& settings) {
     kvplane::require(!settings.model.empty() && !settings.text.empty(), ErrorCode::option,
                      "expected --model and --text, or --dump, or --merge; --help explains them");
     ThreadExecutor threads(thread_count(settings.threads));
     const Model model(Gguf::open(settings.model), threads);
-    const ModelConfig& config = model.config();
     const Tokenizer tokenizer(model.file());
-    const std::vector<TokenId> text = read_tokens(tokenizer, settings.text);
-    const Index count = settings.tokens, context = settings.context, start = settings.first_token;
-    (void)context_from(tokenizer, text, start, count);  // refuses more than there are
-    kvplane::Calibration calibration{model.name(), config.rope(), {}};
-    calibration.layers.assign(static_cast<std::size_t>(config.layers),
-                              {config.kv_heads, config.query_heads, config.head_dim});
-    for (Index done = 0; done < count; done += context) {
-        LayerCaches caches = model.exact_caches();
-        std::vector<Matrix> keys(
-            static_cast<std::size_t>(config.layers));  // of the window so far, after RoPE
-        const auto window = context_from(tokenizer, text, start + done, std::min(context, count - done));
-        model.forward(window, caches, Logits::none, [&](const LayerActivations& a) {
-            const Index rows = std::max<Index>(0, a.keys.rows() - (a.first_position == 0 ? sinks : 0));
-            Matrix& seen = keys[static_cast<std::size_t>(a.layer)];
-            seen.conservativeResize(a.first_position + a.keys.rows(), a.keys.cols());
-            seen.bottomRows(a.keys.rows()) = a.keys;
-            kvplane::LatentStatistics& layer = calibration.layers[static_cast<std::size_t>(a.layer)];
-            layer.add_keys({a.keys_before_rope.bottomRows(rows), 0});
-            layer.add_queries(a.queries_before_rope.bottomRows(rows),
-                              weights_of_packed(seen, a, config, threads).bottomRows(rows));
-        });
-        std::fprintf(stderr, "\r  token %ld of %ld",
-                     static_cast<long>(done + static_cast<Index>(window.size())), static_cast<long>(count));
-    }
+    kvplane::Calibration calibration =
+        statistics_of(model, tokenizer, read_tokens(tokenizer, settings.text), settings.first_token,
+                      settings.tokens, settings.context, [&](Index done) {
+                          std::fprintf(stderr, "\r  token %ld of %ld", static_cast<long>(done),
+                                       static_cast<long>(settings.tokens));
+                      });
     std::fprintf(stderr, "\n");
     return calibration;
 }
@@ -125,12 +71,12 @@ kvplane::Calibration from_dump(const std::string& path, const Settings& settings
         Matrix queries = file.to_float_matrix(prefix + "queries");
         const Index kv_heads = heads_of(file, prefix + "keys_before_rope"),
                     query_heads = heads_of(file, prefix + "queries"), dim = keys.cols() / kv_heads;
-        kvplane::require(keys.rows() > sinks && queries.rows() <= keys.rows(), ErrorCode::shape, path, ": ",
-                         keys.rows(), " keys and ", queries.rows(), " queries of layer ", layer,
-                         ", expected more than ", sinks, " keys, and queries of the last of them");
+        kvplane::require(keys.rows() > untiled_tokens && queries.rows() <= keys.rows(), ErrorCode::shape,
+                         path, ": ", keys.rows(), " keys and ", queries.rows(), " queries of layer ", layer,
+                         ", expected more than ", untiled_tokens, " keys, and queries of the last of them");
         kvplane::RotaryEmbedding(dim, rope).rotate_back(queries, keys.rows() - queries.rows());
         kvplane::LatentStatistics& statistics = calibration.layers.emplace_back(kv_heads, query_heads, dim);
-        statistics.add_keys({keys.bottomRows(keys.rows() - sinks), sinks});
+        statistics.add_keys({keys.bottomRows(keys.rows() - untiled_tokens), untiled_tokens});
         statistics.add_queries(queries);
     }
     kvplane::require(!calibration.layers.empty(), ErrorCode::format, path,
@@ -201,8 +147,8 @@ int main(int count, char** arguments) {
     options.texts("--merge A,B,C", s.merged, "files that this program wrote");
     options.output_file("--out FILE", s.out, "the file to write", Options::Need::required);
     options.number("--first-token N", s.first_token, {}, "of the text");
-    options.number("--tokens N", s.tokens, {.least = sinks + 1}, "from there on");
-    options.number("--context N", s.context, {.least = sinks + 1},
+    options.number("--tokens N", s.tokens, {.least = untiled_tokens + 1}, "from there on");
+    options.number("--context N", s.context, {.least = untiled_tokens + 1},
                    "tokens that the model reads at a time; the first 4 of them are left out");
     options.text("--name NAME", s.name, "the model's name, with --dump");
     options.real("--rope-base B", s.rope_base, "the model's, with --dump");

@@ -52,12 +52,15 @@ struct Settings {
 
 // The menu --------------------------------------------------------------------------------------------------
 
-/// A way to store one side in several widths. Its recipe's words and settings, with % for the width; those
-/// of the other side are put beside them.
+/// A way to store one side in several widths. Its recipe's words and settings, with % for the width, if it has
+/// several; those of the other side are put beside them.
 struct Form {
     const char *name, *recipe;
     std::vector<double> measured,
         offered;  ///< widths; a harm of those that are not measured follows from the others
+
+    /// Whether recent keys are rotated, which 8 bits then do little harm to.
+    bool rotates() const { return std::string(recipe).find("rotate_keys=1") != std::string::npos; }
 };
 
 std::vector<double> range(double first, double last, double step) {
@@ -71,13 +74,19 @@ const std::vector<Form>& key_forms() {
     static const std::vector<Form> forms{
         {"shaped", "key_favored:%+shaped_keys=1", {2, 4}, {2, 3, 4, 5}},
         {"rotated", "key_favored:%+shaped_keys=1+rotate_keys=1", {2, 4}, {2, 3, 4, 5}},
-        {"latent", "latent:%", {1, 3}, range(.5, 5, .25)},
-        {"before_rope", "latent:%+frame=before_rope", {1, 3}, range(.5, 5, .25)},
+        {"latent", "latent:%+rotate_keys=1", {1, 3}, range(.5, 5, .25)},
+        {"before_rope", "latent:%+rotate_keys=1+frame=before_rope", {1, 3}, range(.5, 5, .25)},
     };
     return forms;
 }
 const std::vector<Form>& value_forms() {
-    static const std::vector<Form> forms{{"values", "%", {1, 2, 3}, {1, 2, 3, 4}}};
+    static const std::vector<Form> forms{
+        {"values", "%", {1, 2, 3}, {1, 2, 3, 4}},
+        {"by_token", "2+value_widths=16x4/48x2/64x1", {1.75}, {1.75}},
+        {"by_token", "2+value_widths=16x4/80x2/32x1", {2}, {2}},
+        {"by_token", "2+value_widths=16x4/112x2", {2.25}, {2.25}},
+        {"by_token", "3+value_widths=32x5/32x3/64x2", {3}, {3}},
+    };
     return forms;
 }
 
@@ -90,7 +99,8 @@ std::string number_text(double number) {
 }
 std::string filled(const Form& form, double width) {
     std::string recipe = form.recipe;
-    return recipe.replace(recipe.find('%'), 1, number_text(width));
+    const std::size_t at = recipe.find('%');
+    return at == std::string::npos ? recipe : recipe.replace(at, 1, number_text(width));
 }
 
 /// The recipe of keys and values that are stored in given ways. Bits of recent tokens: 8 or 16.
@@ -104,6 +114,8 @@ std::string composed(const std::string& keys, const std::string& values, int rec
 }
 
 const std::string narrow_recent_keys = composed(exact_keys, exact_values, 8, 16),
+                  narrow_rotated_keys =
+                      composed(exact_keys + std::string("+rotate_keys=1"), exact_values, 8, 16),
                   narrow_recent_values = composed(exact_keys, exact_values, 16, 8);
 
 // Configurations --------------------------------------------------------------------------------------------
@@ -189,7 +201,7 @@ class Progress {
 
 /// The recipes that are measured in every layer.
 std::vector<std::string> measured_recipes(const std::vector<Form>& keys) {
-    std::vector<std::string> recipes{narrow_recent_keys, narrow_recent_values};
+    std::vector<std::string> recipes{narrow_recent_keys, narrow_rotated_keys, narrow_recent_values};
     for (const Form& form : keys)
         for (const double width : form.measured)
             recipes.push_back(composed(filled(form, width), exact_values, 16, 16));
@@ -314,8 +326,10 @@ class LayerMenu {
                    LayerSize(model_, layer, settings_.context).side_elements(),
                    {}},
                   {}};
-        const double narrow_harm = harm(layer, keys ? narrow_recent_keys : narrow_recent_values);
         for (const Form& form : keys ? keys_ : value_forms()) {
+            const double narrow_harm = harm(layer, !keys            ? narrow_recent_values
+                                                   : form.rotates() ? narrow_rotated_keys
+                                                                    : narrow_recent_keys);
             std::vector<kvplane::SensitivityOption> curve;
             for (const double width : form.measured)
                 curve.push_back({width, harm(layer, recipe(filled(form, width), keys, 16))});
