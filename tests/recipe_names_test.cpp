@@ -33,6 +33,9 @@ TEST(Recipes, SettingsChangeOneThingEach) {
     EXPECT_EQ(r.keys, (SideRecipe{4, {Granularity::per_channel, 32, Scheme::cell, Clip::mse_optimal}, true}));
     EXPECT_EQ(r.values, (SideRecipe{3, {Granularity::per_token, 16, Scheme::symmetric, Clip::none}, false}));
     EXPECT_EQ(recipes::parse("kivi:4:32+value_group=0").values.rule.group, whole_head);
+    const SideRecipe by_token = recipes::parse("key_favored:4:2+value_widths=32x4/32x2/64x1").values;
+    EXPECT_EQ(by_token.widths, (std::vector<TokenRun>{{32, 4}, {32, 2}, {64, 1}}));
+    EXPECT_EQ(by_token.bits, 4);
 }
 
 /// The parser, the sentence of its error and the help all print the one table.
@@ -68,6 +71,9 @@ TEST(Recipes, WrongNamesAreRefusedWithTheReason) {
              {"key_favored:4:4+key_scheme=unbiased", "unbiased"},
              {"key_favored:4", "expected fp16"},
              {"key_favored:4:2+sinks", "needs a value"},
+             {"key_favored:4:2+value_widths=32x4", "1 widths"},
+             {"key_favored:4:2+value_widths=32x4/32x2", "64 tokens"},
+             {"key_favored:4:2+value_widths=64/64x2", "such as 32x4"},
              {"key_favored:4:2+sinks=", "expected a number"},
              {"key_favored:4:2+sinks=-1", "-1 sink"},
              {"key_favored:4:2+colour=3", "unknown setting 'colour'"},

@@ -72,6 +72,22 @@ TEST_F(LatentFiles, StatisticsComeBackExactlyAndMerge) {
     refusal(ErrorCode::io, [&] { load_calibration(folder_ / "nothing"); });
 }
 
+TEST_F(LatentFiles, WeightedQueriesComeBackExactly) {
+    const CacheConfiguration c = configuration("latent:3:3");
+    Calibration weighted{"a model", c.rope, {}};
+    const Sequence tokens(c, 400, 5);
+    LatentStatistics& layer = weighted.layers.emplace_back(c.kv_heads, c.query_heads, c.key_head_dim);
+    layer.add_keys({tokens.keys_before, 0});
+    Matrix weights(400, c.query_heads);
+    for (Index t = 0; t < 400; ++t) weights.row(t).setConstant(1.0f / static_cast<float>(1 + t));
+    layer.add_queries(tokens.queries_before, weights);
+    save_calibration(weighted, folder_ / "weighted");
+    const Calibration loaded = load_calibration(folder_ / "weighted");
+    ASSERT_EQ(loaded.layers[0].weighted_queries().size(), 2u);
+    EXPECT_EQ(loaded.layers[0].basis_queries(1).scatter(), layer.basis_queries(1).scatter());
+    EXPECT_NE(loaded.layers[0].basis_queries(1).scatter(), layer.queries(1).scatter());
+}
+
 TEST_F(LatentFiles, BasesComeBackExactly) {
     const Calibration from = calibration(1);
     for (const char* recipe : {"latent:3:3", "svdq:2", "weighted:3:3", "latent:2:2+heads_together=0"}) {

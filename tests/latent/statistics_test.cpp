@@ -182,6 +182,50 @@ TEST(LatentStatistics, MergedPartsAreTheWhole) {
     EXPECT_EQ(first.keys().count(), 180.0);
 }
 
+/// What a basis is fitted to is E[w u u^T], over the plain count of queries, in any chunks.
+TEST(LatentStatistics, WeightsCountInTheSecondMoment) {
+    Random random(kvplane_test::seed());
+    const Matrix queries = correlated(80, 24, random),
+                 weights = normal_matrix(80, 4, random).array().square();
+    LatentStatistics whole(2, 4, 6), first(2, 4, 6), second(2, 4, 6), plain(2, 4, 6);
+    plain.add_queries(queries);
+    EXPECT_TRUE(plain.weighted_queries().empty());
+    EXPECT_EQ(&plain.basis_queries(1), &plain.queries(1));
+    whole.add_queries(queries, weights);
+    first.add_queries(queries.topRows(30), weights.topRows(30));
+    second.add_queries(queries.bottomRows(50), weights.bottomRows(50));
+    LatentStatistics merged(2, 4, 6);  // of none
+    merged.merge(first);
+    merged.merge(second);
+    for (Index head = 0; head < 2; ++head) {
+        MatrixD expected = MatrixD::Zero(6, 6);
+        for (Index h = 2 * head; h < 2 * head + 2; ++h)
+            expected += queries.middleCols(6 * h, 6).cast<double>().transpose() *
+                        weights.col(h).cast<double>().asDiagonal() *
+                        queries.middleCols(6 * h, 6).cast<double>();
+        for (const LatentStatistics* some : {&whole, &merged}) {
+            const SecondMoments& found = some->basis_queries(head);
+            EXPECT_EQ(found.count(), 160.0);
+            const MatrixD moment = 160.0 * (found.covariance() + found.mean() * found.mean().transpose());
+            EXPECT_LT((moment - expected).norm(), 1e-6 * expected.norm());
+            EXPECT_EQ(some->queries(head).count(), 160.0);
+        }
+        EXPECT_EQ(whole.queries(head).scatter(), plain.queries(head).scatter());
+    }
+    EXPECT_GT(whole.bytes(), plain.bytes());
+
+    refusal(ErrorCode::mismatch, [&] { whole.merge(plain); });
+    refusal(ErrorCode::mismatch, [&] { plain.merge(whole); });
+    refusal(ErrorCode::option, [&] { whole.add_queries(queries); });
+    refusal(ErrorCode::option, [&] { plain.add_queries(queries, weights); });
+    refusal(ErrorCode::shape, [&] { whole.add_queries(queries, weights.topRows(79)); });
+    refusal(ErrorCode::shape, [&] { whole.add_queries(queries, weights.leftCols(3)); });
+    refusal(ErrorCode::option, [&] { whole.add_queries(queries, -weights); });
+    refusal(ErrorCode::shape, [&] { plain.set_weighted_queries({SecondMoments(6)}); });
+    refusal(ErrorCode::option, [&] { plain.set_weighted_queries({SecondMoments(6), SecondMoments(6)}); });
+    EXPECT_EQ(whole.queries(0).count(), 160.0) << "a refusal changes nothing";
+}
+
 TEST(LatentStatistics, Refusals) {
     for (const auto& [kv_heads, query_heads, head_dim] :
          {std::array<Index, 3>{0, 4, 8}, {2, 3, 8}, {2, 0, 8}, {2, 4, 0}, {-1, 4, 8}, {4, 2, 8}}) {
