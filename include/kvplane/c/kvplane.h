@@ -106,8 +106,8 @@ KVPLANE_C_API double kvplane_cache_bits_per_element(const kvplane_cache* cache);
 /* Bounds of the error of any stored element. */
 KVPLANE_C_API kvplane_status kvplane_cache_error_bound(const kvplane_cache* cache, double* key, double* value);
 
-/* cache/kv_cache.hpp. queries: NULL, or those of the same tokens, where the cache fits a basis to them
- * (kvplane_cache_needs_queries). */
+/* cache/kv_cache.hpp. queries: NULL, or those of the same tokens, where the cache learns from them
+ * (kvplane_cache_needs_queries) or gives more bits to values that they look at (recipes with value_widths). */
 KVPLANE_C_API int kvplane_cache_needs_queries(const kvplane_cache* cache);
 KVPLANE_C_API kvplane_status kvplane_cache_append(kvplane_cache* cache, const kvplane_rows* keys,
                                                   const kvplane_rows* values, const kvplane_rows* queries);

@@ -86,6 +86,9 @@ inline void require_magnitudes(const CacheShape& cache, const AnyRows& input, Ti
     }
 }
 
+/// So many tokens at most look at a tile before it is made, the last of those that come behind it.
+inline constexpr Index looking_tokens = 32;
+
 class Appender {
   public:
     Appender(const CacheShape& cache, const CacheState& state, TilePool& pool)
@@ -291,10 +294,12 @@ class Appender {
         if (cache_.rope) cache_.rope->rotate_back(turned, position);
         return turned;
     }
-    /// What the queries of the last `count` settled tokens, rows [first, first + count), see of the next tile.
+    /// What the queries of the last `count` settled tokens, rows [first, first + count), see of the next tile, if
+    /// they come in the last moment before it is made.
     void note_attention(const Matrix& queries, Index first, Index count) {
         if (attention_.empty() || queries.rows() == 0 || !layout_) return;
-        const Index end = recent_first_ + tile_tokens, position = std::max(settled_ - count, end);
+        const Index end = std::max(recent_first_ + tile_tokens, due() - looking_tokens),
+                    position = std::max(settled_ - count, end);
         if (position >= settled_) return;
         const CacheConfiguration& c = cache_.configuration;
         const Index dim = c.key_head_dim, sinks = std::min(c.recipe.sink_tokens, settled_),
