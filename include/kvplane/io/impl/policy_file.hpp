@@ -32,7 +32,8 @@ inline std::string prefix(std::size_t layer) {
 /// Does what `call` does. What it refuses is refused in a sentence that begins with `where`, and as `code`
 /// if there is one.
 template <class Call>
-auto refused_as(std::optional<ErrorCode> code, const std::string& where, const Call& call) {
+auto refused_as([[maybe_unused]] std::optional<ErrorCode> code, [[maybe_unused]] const std::string& where,
+                const Call& call) {
 #if defined(__cpp_exceptions)
     try {
         return call();
