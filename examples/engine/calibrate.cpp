@@ -30,6 +30,7 @@ struct Settings {
     std::string model, text, out, name = "unnamed", rope_layout = "interleaved", recipe, bases;
     std::vector<std::string> dumps, merged;
     Index first_token = 0, tokens = 4096, context = 2048, threads = 0;
+    bool weighted = false;
     double rope_base = 0.0;
 };
 
@@ -40,8 +41,12 @@ kvplane::Calibration from_text(const Settings& settings) {
     const Model model(Gguf::open(settings.model), threads);
     const Tokenizer tokenizer(model.file());
     kvplane::Calibration calibration =
-        statistics_of(model, tokenizer, read_tokens(tokenizer, settings.text), settings.first_token,
-                      settings.tokens, settings.context, [&](Index done) {
+        statistics_of(model, tokenizer, read_tokens(tokenizer, settings.text),
+                      {.first = settings.first_token,
+                       .count = settings.tokens,
+                       .context = settings.context,
+                       .weighted = settings.weighted},
+                      [&](Index done) {
                           std::fprintf(stderr, "\r  token %ld of %ld", static_cast<long>(done),
                                        static_cast<long>(settings.tokens));
                       });
@@ -150,6 +155,10 @@ int main(int count, char** arguments) {
     options.number("--tokens N", s.tokens, {.least = untiled_tokens + 1}, "from there on");
     options.number("--context N", s.context, {.least = untiled_tokens + 1},
                    "tokens that the model reads at a time; the first 4 of them are left out");
+    options.flag(
+        "--weighted", s.weighted,
+        "with --text, weight queries by the squares of their softmax weights: better for texts like this "
+        "one, worse for others");
     options.text("--name NAME", s.name, "the model's name, with --dump");
     options.real("--rope-base B", s.rope_base, "the model's, with --dump");
     options.choice("--rope-layout L", s.rope_layout, {"interleaved", "halves"}, "with --dump");

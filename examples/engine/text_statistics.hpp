@@ -49,12 +49,20 @@ inline Matrix weights_of_packed(const Matrix& keys, const LayerActivations& a, c
     return weights;
 }
 
-/// Moments before RoPE of all layers, over `count` tokens of the text from `first` on. The model reads
-/// `context` tokens at a time, and the first 4 of each context are left out. Queries are weighted by what errors
-/// of packed keys count for. `progress` is told how many are done. Throws Error (index) where the text has fewer.
+/// What statistics are taken of.
+struct TextPart {
+    Index first, count;  ///< tokens of the text
+    Index context;       ///< how many the model reads at a time; the first 4 of each context are left out
+    /// Whether queries are also weighted by what errors of packed keys count for.
+    bool weighted = false;
+};
+
+/// Moments before RoPE of all layers. `progress` is told how many tokens are done. Throws Error (index) where the
+/// text has fewer.
 inline kvplane::Calibration statistics_of(const Model& model, const Tokenizer& tokenizer,
-                                          const std::vector<TokenId>& text, Index first, Index count,
-                                          Index context, const std::function<void(Index)>& progress) {
+                                          const std::vector<TokenId>& text, const TextPart& part,
+                                          const std::function<void(Index)>& progress) {
+    const Index count = part.count, first = part.first, context = part.context;
     (void)context_from(tokenizer, text, first, count);  // refuses more than there are
     const ModelConfig& config = model.config();
     kvplane::Calibration calibration{model.name(), config.rope(), {}};
@@ -70,6 +78,7 @@ inline kvplane::Calibration statistics_of(const Model& model, const Tokenizer& t
                 std::max<Index>(0, a.keys.rows() - (a.first_position == 0 ? untiled_tokens : 0));
             kvplane::LatentStatistics& layer = calibration.layers[static_cast<std::size_t>(a.layer)];
             layer.add_keys({a.keys_before_rope.bottomRows(rows), 0});
+            if (!part.weighted) return layer.add_queries(a.queries_before_rope.bottomRows(rows));
             Matrix& seen = keys[static_cast<std::size_t>(a.layer)];
             seen.conservativeResize(a.first_position + a.keys.rows(), a.keys.cols());
             seen.bottomRows(a.keys.rows()) = a.keys;

@@ -416,9 +416,11 @@ void run(const Settings& settings) {
 
     kvplane::Calibration statistics;
     if (settings.basis.empty())
-        statistics =
-            statistics_of(model, tokenizer, text, settings.first_token, settings.tokens,
-                          std::min<Index>(2048, config.context), Progress("statistics", settings.tokens));
+        statistics = statistics_of(model, tokenizer, text,
+                                   {.first = settings.first_token,
+                                    .count = settings.tokens,
+                                    .context = std::min<Index>(2048, config.context)},
+                                   Progress("statistics", settings.tokens));
     else
         statistics = kvplane::load_calibration(settings.basis, model.name());
     require_statistics(model, statistics);
