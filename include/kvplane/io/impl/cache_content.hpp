@@ -392,10 +392,11 @@ class ContentReader {
     }
     /// What queries have seen of the tokens that become the next tile.
     void read_attention(const CacheConfiguration& c, CacheContent& content) const {
-        if (!c.widths_by_token()) return;
+        // Before the first token there is none.
+        if (!c.widths_by_token() || !file_.contains(prefix_ + "attention")) return;
         read("attention", content.attention);
         const Index size = c.kv_heads * kvplane::tile_tokens;
-        require(content.attention.empty() || static_cast<Index>(content.attention.size()) == size,
+        require(static_cast<Index>(content.attention.size()) == size,
                 ErrorCode::format, source_, ": attention of ", content.attention.size(),
                 " numbers, expected ", size);
         require(std::all_of(content.attention.begin(), content.attention.end(),
