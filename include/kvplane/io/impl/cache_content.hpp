@@ -366,6 +366,18 @@ class ContentReader {
         read(sizes.c_str(), packed.chunk_bytes);
         return packed;
     }
+    /// What queries have seen of the tokens that become the next tile.
+    void read_attention(const CacheConfiguration& c, CacheContent& content) const {
+        // Before the first token there is none.
+        if (!c.widths_by_token() || !file_.contains(prefix_ + "attention")) return;
+        read("attention", content.attention);
+        const Index size = c.kv_heads * kvplane::tile_tokens;
+        require(static_cast<Index>(content.attention.size()) == size, ErrorCode::format, source_,
+                ": attention of ", content.attention.size(), " numbers, expected ", size);
+        require(std::all_of(content.attention.begin(), content.attention.end(),
+                            [](auto sum) { return sum >= 0; }),
+                ErrorCode::format, source_, ": attention of less than 0");
+    }
     /// Moments and bases refuse numbers that cannot be theirs; where a file brings them, it is malformed.
     void read_latents(const CacheConfiguration& c, CacheContent& content) const {
 #if defined(__cpp_exceptions)
@@ -388,20 +400,6 @@ class ContentReader {
     void read_learned(const CacheConfiguration& c, CacheContent& content) const {
         read_shaping(c, content);
         read_own_latents(c, content);
-        read_attention(c, content);
-    }
-    /// What queries have seen of the tokens that become the next tile.
-    void read_attention(const CacheConfiguration& c, CacheContent& content) const {
-        // Before the first token there is none.
-        if (!c.widths_by_token() || !file_.contains(prefix_ + "attention")) return;
-        read("attention", content.attention);
-        const Index size = c.kv_heads * kvplane::tile_tokens;
-        require(static_cast<Index>(content.attention.size()) == size,
-                ErrorCode::format, source_, ": attention of ", content.attention.size(),
-                " numbers, expected ", size);
-        require(std::all_of(content.attention.begin(), content.attention.end(),
-                            [](auto sum) { return sum >= 0; }),
-                ErrorCode::format, source_, ": attention of less than 0");
     }
     /// What shapes keys, and what it has yet to learn from.
     void read_shaping(const CacheConfiguration& c, CacheContent& content) const {
@@ -490,6 +488,7 @@ KVPLANE_FUNCTION CacheContent CacheContent::read(const SafetensorsFile& file, co
     } else {
         reader.read_latents(wanted, content);
     }
+    reader.read_attention(wanted, content);
     if (content.packed()) {
         require(!content.range_first, ErrorCode::format, source, ": a range of tokens that is compressed");
         const std::string& compression = reader.text(compression_key);

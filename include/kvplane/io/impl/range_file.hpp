@@ -81,14 +81,16 @@ inline void narrow(CacheContent& content, const CacheState& state, Index first, 
     keep(content.tile_bits, 2);
     content.tiles = PageArray(std::span(state.tile_pages).subspan(from, to - from), {}, {});
     content.sinks = {};
-    if (last <= state.recent_first) content.recent = {};
+    if (last <= state.recent_first) {
+        content.recent = {};
+        content.attention.clear();
+    }
     content.tokens = last;
     content.window_first = std::min(last, state.recent_first);
     content.dropped = content.kept_sinks = 0;
     content.basis = nullptr;
     content.queries.clear();
     content.shaping = nullptr;
-    content.attention.clear();
 }
 
 /// That a file's range is one: whole tiles side by side, then recent tokens. Throws Error (format).
@@ -202,7 +204,7 @@ KVPLANE_FUNCTION void load_range(const std::filesystem::path& path, KvCache& cac
         state.recent = content.recent_pages(shape.recent_rows().bytes(), cache.pool());
         state.tokens = last;
         state.recent_first = content.window_first;
-        std::fill(state.attention.begin(), state.attention.end(), 0);
+        state.attention = content.attention;
     } else if (first > missing.first) {
         state.dropped = first;
     } else {  // nothing is missing any more
