@@ -56,8 +56,7 @@ Index tile_plane_bytes(const std::vector<ChannelSegment>& segments) {
     const TileFormat format(TileSide::keys, segments, {.scheme = Scheme::cell});
     Index bytes = 0;
     for (const TileFormat::Placed& segment : format.segments())
-        for (int p = 0; p < segment.split.count; ++p)
-            bytes += format.plane_bytes(segment, segment.split[p]);
+        for (int p = 0; p < segment.split.count; ++p) bytes += format.plane_bytes(segment, segment.split[p]);
     return bytes;
 }
 
