@@ -18,6 +18,7 @@
 #include "engine/layer_scan.hpp"
 #include "engine_support.hpp"
 #include "kvplane/io/policy_file.hpp"
+#include "test_folder.hpp"
 #include "test_support.hpp"
 
 namespace {
@@ -85,12 +86,9 @@ TEST(LayerScan, MeasuresWhatAWholePassDoes) {
 
 const std::string programs = KVPLANE_ENGINE_PROGRAMS;
 
-class Policies : public testing::Test {
+class Policies : public FolderTest {
   protected:
-    Policies()
-        : folder_(std::filesystem::temp_directory_path() /
-                  ("kvplane_policies_" + std::to_string(std::random_device{}()))) {
-        std::filesystem::create_directory(folder_);
+    Policies() {
         for (const char* architecture : {"llama", "qwen2"}) {
             const Bytes bytes = SmallModel().file(false, architecture).bytes();
             std::ofstream(folder_ / architecture, std::ios::binary)
@@ -101,7 +99,6 @@ class Policies : public testing::Test {
         std::ofstream text(folder_ / "text");
         for (int i = 0; i < 3000; ++i) text << static_cast<char>('a' + random() % 26);
     }
-    ~Policies() override { std::filesystem::remove_all(folder_); }
 
     void SetUp() override {
         if (!std::filesystem::exists(programs + "/tune") || !std::filesystem::exists(programs + "/evaluate"))
@@ -128,8 +125,6 @@ class Policies : public testing::Test {
         std::ifstream stream(folder_ / file, std::ios::binary);
         return {std::istreambuf_iterator<char>(stream), {}};
     }
-
-    std::filesystem::path folder_;
 };
 
 TEST_F(Policies, AreMadeLoadedAndRefused) {

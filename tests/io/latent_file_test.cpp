@@ -7,7 +7,6 @@
 #include <cmath>
 #include <filesystem>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -16,6 +15,7 @@
 #include "kvplane/io/cache_file.hpp"
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/latent/fit.hpp"
+#include "test_folder.hpp"
 #include "test_support.hpp"
 
 namespace {
@@ -23,15 +23,8 @@ namespace {
 using namespace kvplane;
 using namespace kvplane_test;
 
-class LatentFiles : public testing::Test {
+class LatentFiles : public FolderTest {
   protected:
-    LatentFiles()
-        : folder_(std::filesystem::temp_directory_path() /
-                  ("kvplane_latent_files_" + std::to_string(std::random_device{}()))) {
-        std::filesystem::create_directory(folder_);
-    }
-    ~LatentFiles() override { std::filesystem::remove_all(folder_); }
-
     Calibration calibration(std::uint64_t seed) const {
         const CacheConfiguration c = configuration("latent:3:3");
         Calibration made{"a model", c.rope, {}};
@@ -39,8 +32,6 @@ class LatentFiles : public testing::Test {
             made.layers.push_back(statistics(c, Sequence(c, 400, seed + layer)));
         return made;
     }
-
-    std::filesystem::path folder_;
 };
 
 TEST_F(LatentFiles, StatisticsComeBackExactlyAndMerge) {

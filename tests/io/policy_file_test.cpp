@@ -10,7 +10,6 @@
 #include <functional>
 #include <iterator>
 #include <map>
-#include <random>
 #include <span>
 #include <string>
 #include <string_view>
@@ -24,6 +23,7 @@
 #include "kvplane/io/latent_file.hpp"
 #include "kvplane/io/safetensors.hpp"
 #include "kvplane/latent/fit.hpp"
+#include "test_folder.hpp"
 #include "test_support.hpp"
 
 namespace {
@@ -54,15 +54,8 @@ std::string checksum(const SafetensorsFile& file) {
     return sum.text();
 }
 
-class PolicyFiles : public testing::Test {
+class PolicyFiles : public FolderTest {
   protected:
-    PolicyFiles()
-        : folder_(std::filesystem::temp_directory_path() /
-                  ("kvplane_policy_files_" + std::to_string(std::random_device{}()))) {
-        std::filesystem::create_directory(folder_);
-    }
-    ~PolicyFiles() override { std::filesystem::remove_all(folder_); }
-
     /// A layer for each recipe, with all that it takes. Every second has a RoPE and a context of its own.
     static std::vector<CacheConfiguration> layers() {
         std::vector<CacheConfiguration> made;
@@ -127,8 +120,6 @@ class PolicyFiles : public testing::Test {
         expect_found(sentence, path.string());
         return sentence;
     }
-
-    std::filesystem::path folder_;
 };
 
 TEST_F(PolicyFiles, ComeBackExactly) {

@@ -8,7 +8,7 @@
 // tokens of a tile nearly alike.
 //
 // Widths decide stored bytes, so these must not depend on the machine. Keys and queries are rounded to small
-// whole numbers, whose products sum up exactly in any order, and powers of two are read from a table.
+// whole numbers, whose products sum up exactly in any order, and a softmax is taken in whole numbers too.
 #pragma once
 
 #include <cstdint>

@@ -299,7 +299,9 @@ class Appender {
     void note_attention(const Matrix& queries, Index first, Index count) {
         if (attention_.empty() || queries.rows() == 0 || !layout_) return;
         const Index end = std::max(recent_first_ + tile_tokens, due() - looking_tokens),
-                    position = std::max(settled_ - count, end);
+                    behind = std::max(settled_ - count, end);
+        // Every other one: all would cost twice as much and tell hardly more.
+        const Index position = behind + (behind - end) % 2;
         if (position >= settled_) return;
         const CacheConfiguration& c = cache_.configuration;
         const Index dim = c.key_head_dim, sinks = std::min(c.recipe.sink_tokens, settled_),
@@ -312,8 +314,7 @@ class Appender {
                 sink_rows_.read(sinks_.data(), TileSide::keys, head, 0, sinks, keys.data, keys.stride);
             read_recent(TileSide::keys, head, recent, keys[sinks], keys.stride);
             meter_.take_keys(sinks + tile_tokens);
-            // Every other one: all would cost twice as much and tell hardly more.
-            for (Index row = (position - end) % 2; row < seen.rows(); row += 2)
+            for (Index row = 0; row < seen.rows(); row += 2)
                 meter_.measure({seen.row(row).data() + head * c.group() * dim, dim, c.group()},
                                sinks + position + row + 1 - recent_first_, sinks,
                                attention_.data() + head * tile_tokens);

@@ -386,10 +386,7 @@ class ContentReader {
         } catch (const Error& error) {
             const ErrorCode code = error.code();
             if (code != ErrorCode::shape && code != ErrorCode::option && code != ErrorCode::not_finite) throw;
-            std::string_view sentence = error.what();
-            constexpr std::string_view name = "kvplane: ";
-            if (sentence.starts_with(name)) sentence.remove_prefix(name.size());
-            fail(ErrorCode::format, source_, ": ", sentence);
+            fail(ErrorCode::format, source_, ": ", sentence_of(error));
         }
 #else
         read_learned(c, content);

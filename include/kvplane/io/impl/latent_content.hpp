@@ -44,6 +44,14 @@ inline std::string basis_json(const BasisSettings& settings) {
 /// The largest number of layers, heads or channels of a head, and of anything else, that a file may give.
 inline constexpr Index most_heads = Index{1} << 16, most_tokens = Index{1} << 30;
 
+/// What an error says, without the name of the library, for a sentence that goes around it.
+inline std::string_view sentence_of(const Error& error) {
+    std::string_view sentence = error.what();
+    constexpr std::string_view name = "kvplane: ";
+    if (sentence.starts_with(name)) sentence.remove_prefix(name.size());
+    return sentence;
+}
+
 /// Tensors and metadata of one file, with sentences that name it.
 class LatentFile {
   public:

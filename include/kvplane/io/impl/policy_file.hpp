@@ -39,10 +39,7 @@ auto refused_as([[maybe_unused]] std::optional<ErrorCode> code, [[maybe_unused]]
         return call();
     } catch (const Error& error) {
         if (error.code() == ErrorCode::io || error.code() == ErrorCode::out_of_memory) throw;
-        std::string_view sentence = error.what();
-        constexpr std::string_view name = "kvplane: ";
-        if (sentence.starts_with(name)) sentence.remove_prefix(name.size());
-        fail(code.value_or(error.code()), where, ": ", sentence);
+        fail(code.value_or(error.code()), where, ": ", sentence_of(error));
     }
 #else
     return call();
