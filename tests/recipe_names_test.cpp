@@ -21,6 +21,12 @@ TEST(Recipes, NamesGiveTheRecipes) {
     EXPECT_EQ(recipes::parse("key_favored:4:2"), recipes::key_favored(4, 2));
     EXPECT_EQ(recipes::parse("standard"), recipes::standard());
     EXPECT_EQ(recipes::parse("compact"), recipes::compact());
+    EXPECT_EQ(recipes::parse("smallest"), recipes::smallest());
+    CacheRecipe smallest = recipes::parse(
+        "key_favored:3:2+shaped_keys=1+rotate_keys=by_tile+value_widths=16x4/80x2/32x1+recent_bits=8+"
+        "recent_key_bits=16");
+    smallest.name = "smallest";
+    EXPECT_EQ(smallest, recipes::smallest());
 }
 
 TEST(Recipes, SettingsChangeOneThingEach) {
@@ -103,6 +109,7 @@ TEST(Recipes, TrueBitsAtLongContexts) {
     EXPECT_NEAR(bits("fp16"), 16.0 + 0.5 * 8.0 / 128.0, 0.02);
     EXPECT_NEAR(bits("standard"), (5.25 + 3.125) / 2, 0.02);
     EXPECT_NEAR(bits("compact"), (4.25 + 2.125) / 2, 0.02);
+    EXPECT_NEAR(bits("smallest"), (3.25 + 2.16) / 2, 0.02);
 }
 
 TEST(Recipes, AnAllocationBecomesOneRecipeALayer) {

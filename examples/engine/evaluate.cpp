@@ -403,7 +403,7 @@ kvplane_examples::Plot models_plot(const std::vector<std::string>& paths) {
     const auto is_ours = [](const std::string& recipe) {
         const std::string method = recipe.substr(0, recipe.find_first_of(":+@"));
         return method == "latent" || method == "weighted" || method == "key_favored" ||
-               method == "standard" || method == "compact";
+               method == "standard" || method == "compact" || method == "smallest";
     };
     for (const std::string& path : paths) {
         const std::string model = std::filesystem::path(path).stem().string();

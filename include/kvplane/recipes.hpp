@@ -153,4 +153,15 @@ inline CacheRecipe compact() {
     return safe_default(4, 2, "compact");
 }
 
+/// Smaller still: about 2.7 true bits at long contexts, without calibration, but it learns from the sequence's
+/// own queries: append(keys, values, queries). Three bits of keys are shaped by what these look along, and
+/// rotated where that helps, tile by tile; the tokens that they look at keep the most bits of values.
+inline CacheRecipe smallest() {
+    CacheRecipe recipe = safe_default(3, 2, "smallest");
+    recipe.shaped_keys = recipe.rotates_by_tile = true;
+    recipe.values.widths = {{16, 4}, {80, 2}, {32, 1}};
+    recipe.values.bits = recipe.values.widths[0].bits;
+    return recipe;
+}
+
 }  // namespace kvplane::recipes

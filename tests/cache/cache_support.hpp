@@ -77,6 +77,7 @@ inline const std::vector<std::string>& recipe_names() {
         "latent:3:2+fit_tokens=130+value_widths=16x4/112x2+recent_bits=8",
         "standard",
         "compact",
+        "smallest",
         "svdq:2+fit_tokens=140",
         "svdq:8-4-2-0:3+rotate_keys=1+recent_bits=8+fit_tokens=128",
         "latent:3:3+fit_tokens=130+context=100000",

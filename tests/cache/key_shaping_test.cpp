@@ -6,7 +6,9 @@
 #include <cmath>
 
 #include "cache/cache_support.hpp"
+#include "kvplane/cache/appender.hpp"
 #include "kvplane/cache/capabilities.hpp"
+#include "kvplane/cache/reader.hpp"
 #include "test_support.hpp"
 
 namespace {
@@ -64,7 +66,7 @@ TEST(KeyShaping, IsTheAverageOverDistances) {
             if (rotate) rotation.rotate(turned);
             expected += (turned.transpose() * turned).cast<double>();
         }
-        const MatrixD found = shaping.weight(c, rotation, 0, position);
+        const MatrixD found = shaping.weight(c, rotate ? &rotation : nullptr, 0, position);
         EXPECT_EQ(found, MatrixD(found.transpose()));
         const double scale = expected.trace() / found.trace();
         EXPECT_LT((scale * found - expected).norm(), 2e-3 * expected.norm());
@@ -106,6 +108,51 @@ TEST(KeyShaping, MakesScoresErrLess) {
         c.query_moments = std::make_shared<const std::vector<SecondMoments>>(tokens.moments(c));
         EXPECT_LT(score_error(c, tokens, 300), 0.5 * plain) << recipe;
     }
+}
+
+/// A cache's shape and state, with all of the tokens appended.
+struct Appended {
+    Appended(const CacheConfiguration& c, const Tokens& tokens) : shape(c), state(shape.empty_state()) {
+        const Matrix queries = tokens.after_rope(c);
+        const detail::AnyRows values(head_rows(tokens.values, c.kv_heads)),
+            looking(head_rows(queries, c.query_heads));
+        detail::append_tokens(shape, state, pool, head_rows(tokens.keys, c.kv_heads), &values, &looking,
+                              false);
+    }
+    Matrix stored_keys(Index head) const {
+        const Index dim = shape.dim(TileSide::keys);
+        return detail::stored_rows(shape, state, TileSide::keys, 4, state.packed())
+            .middleCols(head * dim, dim);
+    }
+
+    TilePool pool;
+    detail::CacheShape shape;
+    detail::CacheState state;
+};
+
+/// Keys of few large numbers are rotated, whose ranges shrink by that; keys of two numbers are not. What is
+/// stored is what it is where all tiles of a head are rotated, or none.
+TEST(KeyShaping, RotatesTheTilesThatGain) {
+    CacheConfiguration c = configuration("key_favored:3:4+shaped_keys=1+rotate_keys=by_tile", 2, 4, 32, 32);
+    Tokens tokens(c, 800);
+    tokens.queries = normal_matrix(tokens.random, 800, c.query_heads * 32);
+    tokens.keys.leftCols(32) = tokens.keys.leftCols(32).array().cube().matrix().eval();
+    tokens.keys.rightCols(32) = tokens.keys.rightCols(32).array().sign().matrix().eval();
+    const Appended by_tile(c, tokens);
+    ASSERT_EQ(by_tile.state.tiles.size(), 5u);
+    for (const TilePlace& tile : by_tile.state.tiles) {
+        EXPECT_TRUE(tile.layout->rotated(tile.page, 0)) << tile.first;
+        EXPECT_FALSE(tile.layout->rotated(tile.page, 1)) << tile.first;
+    }
+    c.recipe.rotates_by_tile = false;
+    EXPECT_EQ(by_tile.stored_keys(1), Appended(c, tokens).stored_keys(1));
+    // Keys wait as they are, or rotated, and are rounded to fp16 so.
+    c.recipe.keys.rotate = true;
+    const auto error = [&](const Appended& all) {
+        return (all.stored_keys(0) - tokens.keys.block(4, 0, 640, 32)).norm();
+    };
+    const Appended rotated(c, tokens);
+    EXPECT_NEAR(error(by_tile), error(rotated), 0.02 * error(rotated));
 }
 
 /// A cache learns from 512 tokens behind its sinks; the bytes that this takes are counted and predicted.
@@ -165,6 +212,11 @@ TEST(KeyShaping, RefusesWhatCannotBeShaped) {
         return std::make_shared<const std::vector<SecondMoments>>(static_cast<std::size_t>(heads),
                                                                   SecondMoments(channels));
     };
+    for (const char* recipe : {"standard", "latent:3:3", "key_favored:4:4+shaped_keys=1+rotate_keys=1"})
+        EXPECT_NE(refused(ErrorCode::option, recipe, [](auto& c) { c.recipe.rotates_by_tile = true; })
+                      .find("tile by tile"),
+                  std::string::npos)
+            << recipe;
     const char* const recipe = "key_favored:4:4+shaped_keys=1";
     EXPECT_NE(refused(ErrorCode::mismatch, recipe, [&](auto& c) { c.query_moments = moments(1, 32); })
                   .find("moments of the queries of 1 key heads"),

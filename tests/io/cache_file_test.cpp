@@ -14,6 +14,7 @@
 
 #include "cache/cache_support.hpp"
 #include "cache/latent_sequence.hpp"
+#include "kvplane/cache/shape.hpp"
 #include "kvplane/io/safetensors.hpp"
 #include "real_layers.hpp"
 #include "test_support.hpp"
@@ -101,7 +102,7 @@ TEST_P(SavedCache, EveryTruncationIsRefused) {
 INSTANTIATE_TEST_SUITE_P(Recipes, SavedCache,
                          testing::Combine(testing::Values("fp16", "block32:4:rotated", "standard",
                                                           "key_favored:3:5+recent_bits=8",
-                                                          "key_favored:3:4+shaped_keys=1",
+                                                          "key_favored:3:4+shaped_keys=1", "smallest",
                                                           "latent:2:2+fit_tokens=130+context=100000"),
                                           testing::Bool()));
 
@@ -213,14 +214,16 @@ std::string documented_checksum(const SafetensorsFile& file) {
                 hash = add_lanes(hash, all.subspan(h * (all.size() / heads), all.size() / heads));
             }
     }
+    for (const char* name : {"shaping", "attention"})
+        if (file.contains(name)) hash = add_lanes(hash, file.bytes(name));
     return std::to_string(hash);
 }
 
 TEST(SavedCacheFile, ChecksumIsTheDocumentedOne) {
     TilePool pool;
     for (const char* recipe : {"fp16", "standard", "key_favored:3:5+recent_bits=8", "svdq:2+fit_tokens=200",
-                               "latent:4:4+fit_tokens=200", "weighted:5:8+fit_tokens=200"})
-        for (const Index tokens : {3, 150, 300}) {
+                               "latent:4:4+fit_tokens=200", "weighted:5:8+fit_tokens=200", "smallest"})
+        for (const Index tokens : {3, 150, 300, 600}) {
             const CacheConfiguration c = configuration(recipe);
             const Sequence s(c, tokens, 3);
             KvCache cache(c, pool);
@@ -230,6 +233,28 @@ TEST(SavedCacheFile, ChecksumIsTheDocumentedOne) {
             EXPECT_EQ(file.metadata().find("kvplane.checksum")->second, documented_checksum(file))
                 << recipe << ", " << tokens << " tokens";
         }
+}
+
+/// Tiles that cannot be, in a file whose checksum is right.
+TEST(SavedCacheFile, RefusesTilesThatContradictTheRecipe) {
+    TilePool pool;
+    const CacheConfiguration c = configuration("smallest");
+    const PageLayout layout = detail::page_layout(c, nullptr);
+    const std::vector<std::byte> bytes = to_bytes(filled(c, pool, 600));
+    const auto refused = [&](Index page, Index at, int value) {
+        std::vector<std::byte> altered = bytes;
+        const SafetensorsFile file = SafetensorsFile::from_bytes(altered);
+        const Index tiles = file.bytes("tiles").data() - altered.data();
+        altered[static_cast<std::size_t>(tiles + page * layout.bytes + at)] = static_cast<std::byte>(value);
+        const std::string sum = documented_checksum(SafetensorsFile::from_bytes(altered));
+        return refusal(ErrorCode::format,
+                       [&] { load_cache(rewritten(altered, "kvplane.checksum", sum), c, pool); });
+    };
+    EXPECT_NE(
+        refused(2, layout.rotated_at + 1, 2).find("tile 2: its keys of head 1 are neither rotated nor not"),
+        std::string::npos);
+    EXPECT_NE(refused(3, layout.value_at[0], 0x55).find("tile 3: its tokens do not have the widths"),
+              std::string::npos);
 }
 
 /// Numbers that the writers of data/cache_format_3.safetensors and 4 made as well.

@@ -58,6 +58,10 @@ struct CacheRecipe {
     /// look along: CacheConfiguration::query_moments, or the queries of the sequence's first tokens, which
     /// append() then takes. Decoding and sizes stay what they are.
     bool shaped_keys = false;
+    /// Of shaped keys: each head of each tile is rotated by a randomized Hadamard transform before it is stored
+    /// where that makes the expected error of scores smaller. Rotation helps where few channels of keys are
+    /// large, and harms where queries know these channels. Tokens outside tiles are not rotated.
+    bool rotates_by_tile = false;
 
     /// Bits of recent tokens of one side.
     int recent_bits_of(TileSide side) const noexcept {

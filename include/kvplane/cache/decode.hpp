@@ -230,12 +230,10 @@ class DecodePass {
             if (state_.latent) own.projection.turn_to(isa_, *state_.latent, tiles_, t, 1, false);
             for_blocks(head, together_ ? shape_.heads : 1, [&](const RowBlock& block) {
                 std::array<float, row_block_rows> offsets{};
-                RowView<const float> queries = rotated_for(t, block);
-                if (state_.latent) {
+                if (state_.latent)
                     own.projection.project(isa_, *state_.latent, work_.queries, block, 1, offsets.data());
-                    queries = own.projection.projected(0, block);
-                }
-                planner_->sample({.tile = t, .next = t, .block = block, .worker = worker}, queries,
+                planner_->sample({.tile = t, .next = t, .block = block, .worker = worker},
+                                 state_.latent ? own.projection.projected(0, block) : queries_for(t, block),
                                  own.attention);
             });
         }
@@ -266,15 +264,16 @@ class DecodePass {
                                           .next = next_tile(t, work, tiles_.layout->subspace_of(block.head)),
                                           .block = block,
                                           .worker = worker};
-                    score_tile(place, projects ? own.projection.projected(i, block) : rotated_for(t, block),
+                    score_tile(place, projects ? own.projection.projected(i, block) : queries_for(t, block),
                                offsets.data() + i * block.rows);
                 }
             });
         }
     }
-    /// The queries as the keys of a tile in channels are stored.
-    RowView<const float> rotated_for(Index tile, const RowBlock& block) const noexcept {
-        return work_.queries.rotated(block, state_.latent ? 0 : cache_.query_turn(state_, tiles_[tile]));
+    /// The queries as the keys of a tile in channels are stored. Those of latents are projected.
+    RowView<const float> queries_for(Index tile, const RowBlock& block) const noexcept {
+        if (state_.latent) return work_.queries.outside_tiles(block);
+        return work_.queries.in_frame(cache_.frame(state_, tiles_[tile], block.head), block);
     }
     bool scores(Index tile, Index subspace) const noexcept {
         return !tiles_.hidden(tile) && (!refining_ || planner_->refines(tile, subspace));
@@ -542,7 +541,8 @@ class DecodePass {
             };
             tokens.rows->prefetch(tokens.page, TileSide::values, head, tokens.at, tokens.count);
             const RowView<float> scores{own.scores(), tile_tokens, block.rows};
-            row_scores(isa_, work_.queries.rotated(block), read(TileSide::keys, key_dim), key_dim, scores);
+            row_scores(isa_, work_.queries.outside_tiles(block), read(TileSide::keys, key_dim), key_dim,
+                       scores);
             work_.queries.apply(block, tokens.first, tokens.count, padded, tiles_, scores.data);
             if (tokens.next) tokens.rows->prefetch(tokens.next, TileSide::keys, head, 0, recent_page_tokens);
             const SoftmaxState to = work_.states.of(shape_.chunks(), block.first);

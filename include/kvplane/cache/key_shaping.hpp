@@ -39,9 +39,9 @@ class KeyShaping {
     /// Numbers of one head.
     static constexpr Index triangle_size(Index channels) noexcept { return channels * (channels + 1) / 2; }
 
-    /// E[u u^T] of a head's queries [channel][channel], on some scale, in the frame in which the keys of a
-    /// tile that begins at `position` are stored.
-    MatrixD weight(const CacheConfiguration& configuration, const Hadamard& rotation, Index head,
+    /// E[u u^T] of a head's queries [channel][channel], on some scale, as they meet the keys of a tile that
+    /// begins at `position`. rotation: of these keys; nullptr: none.
+    MatrixD weight(const CacheConfiguration& configuration, const Hadamard* rotation, Index head,
                    Index position) const;
 
   private:

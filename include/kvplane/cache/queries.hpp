@@ -59,8 +59,8 @@ class QueryRows {
         dim_ = cache.configuration.key_head_dim;
         const auto rows = static_cast<std::size_t>(shape.rows());
         plain_.resize(rows * static_cast<std::size_t>(dim_));
-        find_turns(cache, state);
-        rotated_.resize(turns_.size() * plain_.size());
+        find_frames(cache, state);
+        framed_.resize(frames_.size() * plain_.size());
         partner_.resize(state.latent ? plain_.size() : 0);
         finite_.resize(rows);
         const auto heads = static_cast<std::size_t>(cache.configuration.query_heads);
@@ -84,7 +84,7 @@ class QueryRows {
                              head * shape_.query_tokens + i, scale, range);
             }
         });
-        for (std::size_t i = 0; i < turns_.size(); ++i) turn_rows(i, cache);
+        for (std::size_t i = 0; i < frames_.size(); ++i) fill_frame(i, cache);
         if (partner_.empty()) return;
         for (Index r = 0; r < shape_.rows(); ++r) {
             const float* const row = plain_.data() + r * dim_;
@@ -107,11 +107,13 @@ class QueryRows {
     const float* plain(Index row) const noexcept { return plain_.data() + row * dim_; }
     /// With the channels of each RoPE pair exchanged; for latents only.
     const float* partner(Index row) const noexcept { return partner_.data() + row * dim_; }
-    /// As keys in channels, and tokens outside tiles, are stored. turn: see CacheShape::query_turn().
-    RowView<const float> rotated(const RowBlock& block, Index turn = 0) const noexcept {
+    /// As tokens outside tiles are stored.
+    RowView<const float> outside_tiles(const RowBlock& block) const noexcept { return framed(0, block); }
+    /// As keys in channels of a tile are stored.
+    RowView<const float> in_frame(const StoredFrame& frame, const RowBlock& block) const noexcept {
         std::size_t i = 0;
-        while (turns_[i] != turn) ++i;
-        return {rotated_.data() + i * plain_.size() + block.first * dim_, dim_, block.rows};
+        while (frames_[i] != frame) ++i;
+        return framed(i, block);
     }
     /// The learned sink of a row's head; -infinity: none.
     float sink_logit(Index row) const noexcept {
@@ -143,22 +145,26 @@ class QueryRows {
     }
 
   private:
-    /// Lists the turns that tiles of channels ask for; 0 comes first.
-    void find_turns(const CacheShape& cache, const CacheState& state) {
-        turns_.assign(1, 0);
+    /// Lists the frames in which keys in channels are stored; that of tokens outside tiles comes first.
+    void find_frames(const CacheShape& cache, const CacheState& state) {
+        frames_.assign(1, cache.frame_outside_tiles());
         if (state.latent) return;  // their queries are turned tile by tile
         for (const TilePlace& tile : state.tiles)
-            if (const Index turn = cache.query_turn(state, tile);
-                std::find(turns_.begin(), turns_.end(), turn) == turns_.end())
-                turns_.push_back(turn);
+            for (Index head = 0; head < (tile.layout->rotates_by_tile() ? shape_.heads : 1); ++head)
+                if (const StoredFrame frame = cache.frame(state, tile, head);
+                    std::find(frames_.begin(), frames_.end(), frame) == frames_.end())
+                    frames_.push_back(frame);
     }
-    void turn_rows(std::size_t i, const CacheShape& cache) noexcept {
-        float* row = rotated_.data() + i * plain_.size();
+    RowView<const float> framed(std::size_t frame, const RowBlock& block) const noexcept {
+        return {framed_.data() + frame * plain_.size() + block.first * dim_, dim_, block.rows};
+    }
+    void fill_frame(std::size_t i, const CacheShape& cache) noexcept {
+        float* row = framed_.data() + i * plain_.size();
         std::copy(plain_.begin(), plain_.end(), row);
-        if (turns_[i] != 0)
+        if (frames_[i].turn != 0)
             for (const RotaryEmbedding::Pair& pair : cache.rope->pairs()) {
                 if (pair.frequency == 0.0) continue;
-                const double angle = static_cast<double>(turns_[i]) * pair.frequency;
+                const double angle = static_cast<double>(frames_[i].turn) * pair.frequency;
                 const auto cosine = static_cast<float>(std::cos(angle)),
                            sine = static_cast<float>(std::sin(angle));
                 for (Index r = 0; r < shape_.rows(); ++r) {
@@ -168,7 +174,7 @@ class QueryRows {
                     x = turned;
                 }
             }
-        if (!cache.recipe().keys.rotate) return;
+        if (!frames_[i].rotated) return;
         for (Index r = 0; r < shape_.rows(); ++r) cache.key_rotation.rotate(row + r * dim_);
     }
     template <class Scalar>
@@ -192,9 +198,9 @@ class QueryRows {
     DecodeShape shape_;
     std::vector<QueryToken> tokens_;  ///< [query token]
     Index dim_ = 0;
-    std::vector<float> plain_, partner_;   ///< [row][key dim]
-    std::vector<Index> turns_;             ///< 0, and those of tiles whose tokens have moved
-    std::vector<float> rotated_;           ///< [turn][row][key dim]
+    std::vector<float> plain_, partner_;  ///< [row][key dim]
+    std::vector<StoredFrame> frames_;
+    std::vector<float> framed_;            ///< [frame][row][key dim]
     std::vector<std::uint8_t> finite_;     ///< [row]
     std::vector<ScoreRule<float>> rules_;  ///< [query head]
     std::vector<double> scales_;           ///< [query head], 1 where queries are scaled already

@@ -86,7 +86,7 @@ class Reader {
                        .bottomRows(run.count);
         } else {
             keys = rows(run, TileSide::keys, head);
-            if (cache_.recipe().keys.rotate) cache_.key_rotation.rotate_back(keys);
+            if (frame(run, head).rotated) cache_.key_rotation.rotate_back(keys);
         }
         if (const Index turn = query_turn(run)) cache_.rope->turn(keys, -turn);
         return keys;
@@ -95,6 +95,11 @@ class Reader {
     /// tokens have moved back since they were stored.
     Index query_turn(const Run& run) const noexcept {
         return run.tile ? cache_.query_turn(state_, *run.tile) : 0;
+    }
+
+    /// How queries of a head meet the keys of a run, which are in channels.
+    StoredFrame frame(const Run& run, Index head) const noexcept {
+        return run.tile ? cache_.frame(state_, *run.tile, head) : cache_.frame_outside_tiles();
     }
 
     /// The largest error of any element of a side's tiles, as its grids tell; keys in latents were measured

@@ -21,11 +21,22 @@ namespace kvplane::detail {
 /// The pages of tiles of a configuration whose latents, if it has any, are known. Throws Error (option).
 inline PageLayout page_layout(const CacheConfiguration& c, const LatentKeys* latent) {
     if (c.values_in_keys) return page_layout_in_keys(c.key_format(), c.kv_heads);
-    if (!latent) return kvplane::page_layout({c.key_format()}, c.kv_heads, c.value_format(), c.kv_heads);
+    if (!latent) {
+        PageLayout layout = kvplane::page_layout({c.key_format()}, c.kv_heads, c.value_format(), c.kv_heads);
+        return c.recipe.rotates_by_tile ? with_rotation_by_tile(std::move(layout)) : layout;
+    }
     std::vector<TileFormat> keys;
     for (Index s = 0; s < latent->subspaces(); ++s) keys.push_back(latent->format(s));
     return kvplane::page_layout(std::move(keys), latent->subspaces(), c.value_format(), c.kv_heads);
 }
+
+/// How queries must be changed to meet stored keys in channels.
+struct StoredFrame {
+    Index turn = 0;        ///< positions forward by RoPE, before the rotation
+    bool rotated = false;  ///< by CacheShape::key_rotation
+
+    bool operator==(const StoredFrame&) const = default;
+};
 
 /// What a cache is apart from its tokens. Forks share it, and nothing changes it.
 struct CacheShape {
@@ -73,10 +84,24 @@ struct CacheShape {
                    ? tile.shift
                    : 0;
     }
+    /// Of sinks and recent tokens.
+    StoredFrame frame_outside_tiles() const noexcept { return {0, rotates(TileSide::keys)}; }
+    /// Of a head of a tile with keys in channels.
+    StoredFrame frame(const CacheState& state, const TilePlace& tile, Index head) const noexcept {
+        return {query_turn(state, tile), tile.layout->rotates_by_tile()
+                                             ? tile.layout->rotated(tile.page, head)
+                                             : rotates(TileSide::keys)};
+    }
     /// By how much a turn by RoPE can enlarge an element of a stored key, or its error, at most. It mixes two
     /// channels, and with a rotation around it all.
     double turn_growth() const noexcept {
-        return std::sqrt(rotates(TileSide::keys) ? static_cast<double>(dim(TileSide::keys)) : 2.0);
+        const bool all = rotates(TileSide::keys) || recipe().rotates_by_tile;
+        return std::sqrt(all ? static_cast<double>(dim(TileSide::keys)) : 2.0);
+    }
+    /// The same of going into a tile.
+    double packing_growth(TileSide side) const noexcept {
+        const bool may_rotate = side == TileSide::keys && recipe().rotates_by_tile;
+        return std::sqrt(may_rotate ? static_cast<double>(dim(side)) : 1.0);
     }
 
     /// How far an element of a side is off at most while it is a sink or recent, if no magnitude is above

@@ -45,7 +45,7 @@ inline std::vector<int> groups(const NameWords& words, std::size_t i) {
     return widths;
 }
 
-inline constexpr std::array<NamedRecipe, 9> rows{{
+inline constexpr std::array<NamedRecipe, 10> rows{{
     {"fp16", "two bytes a number", [](const NameWords&) { return fp16(); }},
     {"block32:BITS[:rotated]", "blocks of 32 channels around zero (4 or 8 bits): common engines' formats",
      [](const NameWords& words) {
@@ -62,6 +62,8 @@ inline constexpr std::array<NamedRecipe, 9> rows{{
      [](const NameWords&) { return standard(); }},
     {"compact", "smaller without calibration, 3.2 true bits at long contexts",
      [](const NameWords&) { return compact(); }},
+    {"smallest", "smaller still, by the sequence's own queries, 2.7 true bits at long contexts",
+     [](const NameWords&) { return smallest(); }},
     {"svdq:SCHEDULE[:VALUE]",
      "keys before RoPE in their SVD basis (arXiv 2502.15304); values fp16 or VALUE bits",
      [](const NameWords& words) { return svdq(groups(words, 1), words.number(2, 16)); }},
@@ -173,8 +175,11 @@ inline constexpr std::array<NamedSetting, 21> settings{{
          if (s.flag() && r.values.rule.scheme == Scheme::unbiased)
              r.values.rule.scheme = scheme_for(r.values.bits);
      }},
-    {"rotate_keys", "0|1", "by a randomized Hadamard transform of each head", false,
-     [](CacheRecipe& r, const Setting& s) { r.keys.rotate = s.flag(); }},
+    {"rotate_keys", "0|1|by_tile", "by a randomized Hadamard transform of each head", false,
+     [](CacheRecipe& r, const Setting& s) {
+         r.rotates_by_tile = s.value == "by_tile";
+         r.keys.rotate = !r.rotates_by_tile && s.flag();
+     }},
     {"rotate_values", "0|1", "the same of values", false,
      [](CacheRecipe& r, const Setting& s) { r.values.rotate = s.flag(); }},
     {"rotary_bits", "N", "of key channels behind values that are in keys; 0: those of the keys", false,

@@ -8,6 +8,7 @@
 //   - the even bytes of the grids of keys, and the odd ones (steps are fp16; their upper bytes are alike)
 //   - each plane of keys of each width, those of fewer bits first and the most significant plane first
 //   - the same of values
+//   - which tiles of keys were rotated, where that differs
 //   - of pages of tokens outside tiles the even bytes and the odd ones
 // A stream goes over all tiles (or segments) of a page that have it, in the order in which they stand there,
 // and of each takes the bytes of every page before it goes on. Pages with another layout have streams of

@@ -25,7 +25,15 @@ struct PageLayout {
     /// The values of a head are the first channels of its keys: `values` and `value_at` are those of the
     /// keys.
     bool values_in_keys = false;
+    /// Where a byte for each head says whether its keys were rotated before they were stored (1) or not (0);
+    /// -1: all of a cache's tiles are alike in that.
+    Index rotated_at = -1;
 
+    bool rotates_by_tile() const noexcept { return rotated_at >= 0; }
+    /// Of a head's keys in a page, where rotates_by_tile().
+    bool rotated(const std::byte* page, Index head) const noexcept {
+        return page[rotated_at + head] != std::byte{0};
+    }
     Index subspaces() const noexcept { return static_cast<Index>(key_at.size()); }
     Index subspace_of(Index head) const noexcept { return subspaces() == 1 ? 0 : head; }
     const TileFormat& key_format(Index subspace) const noexcept {
@@ -46,6 +54,14 @@ inline PageLayout page_layout(std::vector<TileFormat> keys, Index subspaces, con
         if (head < subspaces) take(layout.key_at, layout.key_format(head).bytes());
         take(layout.value_at, layout.values.bytes());
     }
+    return layout;
+}
+
+/// Makes room behind the tiles for what rotated() says.
+inline PageLayout with_rotation_by_tile(PageLayout layout) {
+    constexpr Index unit = 16;  // pages that follow each other stay aligned
+    layout.rotated_at = layout.bytes;
+    layout.bytes += (static_cast<Index>(layout.value_at.size()) + unit - 1) / unit * unit;
     return layout;
 }
 

@@ -21,6 +21,7 @@
 #include "kvplane/latent/fit.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/block.hpp"
+#include "kvplane/quantize/shaped.hpp"
 #include "kvplane/simd/floating_point.hpp"
 #include "kvplane/storage/tile_coder.hpp"
 
@@ -68,7 +69,9 @@ inline void require_fp16(const AnyRows& input, const char* argument) {
 /// That every value can be stored, in the frame in which it is. Throws Error (not_finite, beyond_fp16).
 inline void require_magnitudes(const CacheShape& cache, const AnyRows& input, TileSide side) {
     const char* const argument = name_of(side);
-    const bool rotates = cache.rotates(side);
+    // Keys that are rotated tile by tile must be storable both ways.
+    const bool by_tile = side == TileSide::keys && cache.recipe().rotates_by_tile,
+               rotates = cache.rotates(side) || by_tile;
     const float largest = input.visit([](const auto&rows) { return largest_magnitude(rows); }),
                 most = cache.largest_magnitude();
     if (!(largest <= fp16_max)) require_fp16(input, argument);
@@ -77,9 +80,12 @@ inline void require_magnitudes(const CacheShape& cache, const AnyRows& input, Ti
     Matrix stored;
     for (Index token = 0; token < input.tokens; ++token) {
         widen_rows(input, token, 1, stored);
-        if (rotates) cache.rotation(side).rotate(stored);
         Index channel = 0;
-        const float magnitude = stored.row(0).cwiseAbs().maxCoeff(&channel);
+        float magnitude = by_tile ? stored.row(0).cwiseAbs().maxCoeff(&channel) : 0.0f;
+        if (magnitude <= most) {
+            if (rotates) cache.rotation(side).rotate(stored);
+            magnitude = stored.row(0).cwiseAbs().maxCoeff(&channel);
+        }
         require(magnitude <= most, ErrorCode::beyond_fp16, "append: ", argument, ": token ", token,
                 ", channel ", channel, " has the magnitude ", magnitude,
                 " (after rotation, where the recipe rotates); expected at most ", most);
@@ -352,7 +358,8 @@ class Appender {
         PerSide<Matrix> rows;
         for (const TileSide side : {TileSide::keys, TileSide::values}) {
             const Index heads = cache_.configuration.kv_heads, dim = cache_.dim(side);
-            const bool as_input = side == TileSide::keys && (latent_ || reader.query_turn(run) != 0);
+            const bool as_input = side == TileSide::keys && (latent_ || reader.query_turn(run) != 0 ||
+                                                             run.tile->layout->rotates_by_tile());
             rows[side].resize(run.count, heads * dim);
             for (Index head = 0; head < heads; ++head)
                 rows[side].middleCols(head * dim, dim) =
@@ -363,8 +370,9 @@ class Appender {
                 side == TileSide::keys ? run.tile->layout->key_format(0) : run.tile->layout->values;
             if (!as_input && recent_rows_.half(side) && format.segments()[0].is_half()) continue;
             double& carried = settled_extremes_.carried[side];
-            carried += cache_.rounding_bound(side, settled_extremes_.largest[side]) +
-                       reader.tile_error_bound(side, run) + settled_extremes_.excess[side];
+            carried = cache_.packing_growth(side) *
+                          (carried + cache_.rounding_bound(side, settled_extremes_.largest[side])) +
+                      reader.tile_error_bound(side, run) + settled_extremes_.excess[side];
             if (as_input) carried *= cache_.turn_growth();
         }
         // The tokens behind it are provisional ones.
@@ -417,12 +425,13 @@ class Appender {
                                      ? shaping_
                                      : std::make_shared<const KeyShaping>(cache_.configuration, *queries_);
             for (Index head = 0; head < heads; ++head) {
+                const bool rotate = layout_->rotates_by_tile() && shaping && rotation_helps(*shaping, head);
+                if (rotate) page.data()[layout_->rotated_at + head] = std::byte{1};
                 if (shaping)
                     coder(TileSide::keys)
-                        .shape(
-                            shaping->weight(cache_.configuration, cache_.key_rotation, head, recent_first_));
+                        .shape(weight(*shaping, head, rotate || cache_.rotates(TileSide::keys)));
                 encode_recent(TileSide::keys, head,
-                              page.data() + layout_->key_at[static_cast<std::size_t>(head)]);
+                              page.data() + layout_->key_at[static_cast<std::size_t>(head)], rotate);
             }
         }
         for (Index head = 0; head < heads && !layout_->values_in_keys; ++head) {
@@ -435,13 +444,32 @@ class Appender {
         recent_.erase(recent_.begin(), recent_.begin() + tile_tokens / recent_page_tokens);
         recent_first_ += tile_tokens;
     }
+    /// E[u u^T] of queries that meet a head's keys of the next tile.
+    MatrixD weight(const KeyShaping& shaping, Index head, bool rotated) const {
+        return shaping.weight(cache_.configuration, rotated ? &cache_.key_rotation : nullptr, head,
+                              recent_first_);
+    }
+    /// Whether rotation makes the expected error of scores with a head's keys of the next tile smaller. Their
+    /// steps are as wide as channels are, apart from a factor.
+    bool rotation_helps(const KeyShaping& shaping, Index head) {
+        gathered_.resize(tile_tokens, cache_.dim(TileSide::keys));
+        read_recent(TileSide::keys, head, tile_tokens, gathered_.data(), gathered_.cols());
+        const auto expected = [&](bool rotated) {
+            chooser_.set_weight(weight(shaping, head, rotated));
+            const Eigen::VectorXf width = gathered_.colwise().maxCoeff() - gathered_.colwise().minCoeff();
+            return chooser_.expected_error(width).shaped;
+        };
+        const double plain = expected(false);
+        cache_.key_rotation.rotate(gathered_);
+        return expected(true) < plain;
+    }
     /// The oldest 128 recent tokens of one side and head, into their tile.
-    void encode_recent(TileSide side, Index head, std::byte* tile) {
+    void encode_recent(TileSide side, Index head, std::byte* tile, bool rotate = false) {
         const Index dim = cache_.dim(side);
         const auto encode = [&](const auto& rows) {
             coder(side).encode(head_rows(rows), name_of(side), {}, tile);
         };
-        if (recent_rows_.half(side)) {
+        if (recent_rows_.half(side) && !rotate) {
             halves_.resize(tile_tokens, dim);
             for (Index p = 0; p < tile_tokens / recent_page_tokens; ++p)
                 std::copy_n(recent_rows_.half_rows(recent_[static_cast<std::size_t>(p)].data(), side, head),
@@ -450,6 +478,7 @@ class Appender {
         } else {
             gathered_.resize(tile_tokens, dim);
             read_recent(side, head, tile_tokens, gathered_.data(), dim);
+            if (rotate) cache_.rotation(side).rotate(gathered_);
             encode(gathered_);
         }
         double& excess = settled_extremes_.excess[side];
@@ -518,6 +547,7 @@ class Appender {
     std::optional<LatentCoder> latents_;
     TokenRows sink_rows_, recent_rows_;
     AttentionMeter meter_;
+    ShapedQuantizer chooser_;  ///< of rotation tile by tile
     Matrix gathered_;
     RowMajorMatrix<Eigen::half> halves_;
 };

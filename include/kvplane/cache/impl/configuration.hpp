@@ -40,6 +40,10 @@ inline void require_shaping(const CacheConfiguration& c) {
                 heads.empty() ? 0 : heads[0].channels(), " channels, expected ", c.kv_heads, " of ",
                 c.key_head_dim);
     }
+    require(
+        !recipe.rotates_by_tile || (recipe.shaped_keys && !recipe.keys.rotate), ErrorCode::option,
+        "cache: recipe '", recipe.name,
+        "' rotates keys tile by tile, expected one that shapes them (shaped_keys=1) and does not rotate all");
     if (!recipe.shaped_keys) return;
     require(!recipe.latents && !c.values_in_keys, ErrorCode::option, "cache: recipe '", recipe.name,
             "' shapes keys that are in latents, or that values are in; expected keys in channels alone");

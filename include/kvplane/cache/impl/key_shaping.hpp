@@ -33,7 +33,7 @@ KVPLANE_FUNCTION KeyShaping::KeyShaping(const CacheConfiguration& c,
     }
 }
 
-KVPLANE_FUNCTION MatrixD KeyShaping::weight(const CacheConfiguration& c, const Hadamard& rotation, Index head,
+KVPLANE_FUNCTION MatrixD KeyShaping::weight(const CacheConfiguration& c, const Hadamard* rotation, Index head,
                                             Index position) const {
     Matrix turned(channels_, channels_);
     const Eigen::half* from = triangles_.data() + head * triangle_size(channels_);
@@ -44,7 +44,7 @@ KVPLANE_FUNCTION MatrixD KeyShaping::weight(const CacheConfiguration& c, const H
     const RotaryEmbedding rope = rope_of_keys(c);
     for (int side = 0; side < 2; ++side) {
         rope.turn(turned, position);
-        if (c.rotates(TileSide::keys)) rotation.rotate(turned);
+        if (rotation) rotation->rotate(turned);
         turned.transposeInPlace();
     }
     const Matrix symmetric = 0.5f * (turned + turned.transpose());

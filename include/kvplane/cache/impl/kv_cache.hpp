@@ -145,8 +145,8 @@ KVPLANE_FUNCTION CacheErrorBound KvCache::error_bound() const {
     detail::Reader reader(*shape_, state_);
     const detail::StoredExtremes extremes = state_.extremes();
     const auto bound = [&](TileSide side) {
-        return shape_->rounding_bound(side, extremes.largest[side]) + reader.tile_error_bound(side) +
-               extremes.excess[side] + extremes.carried[side];
+        const double before = shape_->rounding_bound(side, extremes.largest[side]) + extremes.carried[side];
+        return shape_->packing_growth(side) * before + reader.tile_error_bound(side) + extremes.excess[side];
     };
     const double keys = bound(TileSide::keys);
     return {keys, configuration().values_in_keys ? keys : bound(TileSide::values)};

@@ -53,8 +53,9 @@ struct BlockQueries {
             finite[static_cast<std::size_t>(r)] = fits;
             if (!fits) plain.row(r).setZero();
         }
+        if (!c.recipe.keys.rotate && !c.recipe.rotates_by_tile) return;
         rotated = plain;
-        if (c.recipe.keys.rotate) cache.key_rotation.rotate(rotated);
+        cache.key_rotation.rotate(rotated);
     }
 
     Index rows() const noexcept { return plain.rows(); }
@@ -86,7 +87,7 @@ struct BlockQueries {
     Index rows_per_head;  ///< of one key head
     Index first_position;
     bool causal;
-    Matrix plain, rotated;                ///< [row][key dim] as given, and as keys in channels are stored
+    Matrix plain, rotated;                ///< [row][key dim] as given, and where keys may be rotated, so
     std::vector<ScoreRule<float>> rules;  ///< [query head of the block]
     std::vector<bool> finite;             ///< [row] the others are 0 here, and get NaN in the end
 };
@@ -104,26 +105,26 @@ class RunScores {
         const LatentKeys* const keys = reader.in_latents(run) ? state_.latent.get() : nullptr;
         if (keys && keys->frame() != KeyFrame::before_rope)
             return project(reader, run, *keys, queries, most, scores);
-        const Matrix& rotated = keys ? queries.plain : turned(reader, run, queries);
         for (Index h = 0; h < queries.block.heads; ++h) {
             auto to = scores.middleRows(h * rows, rows);
             if (keys)
-                to.noalias() = rotated.middleRows(h * rows, rows) *
+                to.noalias() = queries.plain.middleRows(h * rows, rows) *
                                reader.input_keys(run, first_head + h, most).transpose();
             else
-                to.noalias() = rotated.middleRows(h * rows, rows) *
+                to.noalias() = in_frame(reader.frame(run, first_head + h), queries, h) *
                                reader.rows(run, TileSide::keys, first_head + h).transpose();
         }
     }
 
   private:
-    /// The queries as keys in channels, which may have moved, are stored.
-    const Matrix& turned(const Reader& reader, const Reader::Run& run, const BlockQueries& queries) {
-        const Index turn = reader.query_turn(run);
-        if (turn == 0) return queries.rotated;
-        turned_ = queries.plain;
-        cache_.rope->turn(turned_, turn);
-        if (cache_.recipe().keys.rotate) cache_.key_rotation.rotate(turned_);
+    /// The queries of a head of the block as its keys in channels, which may have moved, are stored.
+    Eigen::Ref<const Matrix> in_frame(const StoredFrame& frame, const BlockQueries& queries, Index head) {
+        const Index rows = queries.rows_per_head;
+        if (frame.turn == 0)
+            return (frame.rotated ? queries.rotated : queries.plain).middleRows(head * rows, rows);
+        turned_ = queries.plain.middleRows(head * rows, rows);
+        cache_.rope->turn(turned_, frame.turn);
+        if (frame.rotated) cache_.key_rotation.rotate(turned_);
         return turned_;
     }
     /// The queries are turned and projected, once for the tile; no key is rebuilt. (Keys before RoPE have an

@@ -144,6 +144,7 @@ inline std::string configuration_json(const CacheConfiguration& c, bool moved) {
     if (const int bits = c.recipe.recent_bits_of(TileSide::keys); bits != c.recipe.recent_bits)
         json.add("recent_key_bits", bits);
     if (c.recipe.shaped_keys) json.add("shaped_keys", true).add("context", c.context);
+    if (c.recipe.rotates_by_tile) json.add("rotates_by_tile", true);
     if (moved && !c.recipe.latents) json.add_text("rope", rope_json(c.rope));
     return json.text();
 }
@@ -618,6 +619,9 @@ KVPLANE_FUNCTION std::vector<PageReference> CacheContent::pages(const std::vecto
     }
     for (std::size_t t = 0; t < places.size(); ++t) {
         const PageLayout& layout = *places[t].layout;
+        for (Index head = 0; layout.rotates_by_tile() && head < layout.subspaces(); ++head)
+            require(std::to_integer<int>(pages[t].data()[layout.rotated_at + head]) <= 1, ErrorCode::format,
+                    source, ": tile ", t, ": its keys of head ", head, " are neither rotated nor not");
         if (!layout.values.by_token()) continue;
         for (const Index value_at : layout.value_at)
             require(runs_are_whole(layout.values, pages[t].data() + value_at), ErrorCode::format, source,

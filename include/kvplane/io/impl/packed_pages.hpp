@@ -41,6 +41,8 @@ KVPLANE_FUNCTION PageForm PageForm::of(const PageLayout& layout) {
         add_tile(layout.key_format(s), layout.key_at[static_cast<std::size_t>(s)]);
     if (!layout.values_in_keys)
         for (const Index at : layout.value_at) add_tile(layout.values, at);
+    if (layout.rotates_by_tile())
+        form.runs.push_back({2048, layout.rotated_at, layout.bytes - layout.rotated_at, 1});
     std::stable_sort(form.runs.begin(), form.runs.end(),
                      [](const PageRun& a, const PageRun& b) { return a.kind < b.kind; });
     return form;

@@ -77,8 +77,9 @@ KVPLANE_FUNCTION PageLayout narrowed(const PageLayout& layout, int key_bits, int
     std::vector<TileFormat> keys;
     for (const TileFormat& format : layout.keys) keys.push_back(narrowed(format, key_bits));
     if (layout.values_in_keys) return page_layout_in_keys(keys[0], layout.subspaces());
-    return page_layout(std::move(keys), layout.subspaces(), narrowed(layout.values, value_bits),
-                       static_cast<Index>(layout.value_at.size()));
+    PageLayout narrow = page_layout(std::move(keys), layout.subspaces(), narrowed(layout.values, value_bits),
+                                    static_cast<Index>(layout.value_at.size()));
+    return layout.rotates_by_tile() ? with_rotation_by_tile(std::move(narrow)) : narrow;
 }
 
 inline void narrow_segment(const TileFormat::Placed& wide, const std::byte* from,
@@ -124,6 +125,8 @@ KVPLANE_FUNCTION void narrow_page(const PageLayout& wide, const std::byte* from,
     }
     for (std::size_t head = 0; head < wide.value_at.size() && !wide.values_in_keys; ++head)
         narrow_tile(wide.values, from + wide.value_at[head], narrow.values, to + narrow.value_at[head]);
+    if (wide.rotates_by_tile())
+        std::copy_n(from + wide.rotated_at, wide.value_at.size(), to + narrow.rotated_at);
 }
 
 }  // namespace detail
