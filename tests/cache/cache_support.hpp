@@ -173,7 +173,7 @@ inline void expect_within_bounds(const KvCache& cache, const NaiveCache& naive) 
         }
     };
     expect(cache.stored_keys(from, count), naive.keys, c.key_head_dim, bound.key,
-           c.recipe.keys.rotate || c.recipe.latents);
+           c.recipe.keys.rotate || c.recipe.rotates_by_tile || c.recipe.latents);
     expect(cache.stored_values(from, count), naive.values, c.value_head_dim, bound.value,
            c.recipe.values.rotate);
 }

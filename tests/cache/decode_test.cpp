@@ -231,6 +231,7 @@ std::vector<std::string> planes_recipes() {
             "key_favored:8:8+key_group=32+value_group=16",
             "key_favored:5:7",
             "key_favored:5:3+rotate_keys=1+recent_bits=8",
+            "key_favored:6:4+shaped_keys=1+rotate_keys=by_tile",
             "fp16",
             "latent:8:8+fit_tokens=256",
             "latent:5:6+heads_together=1+fit_tokens=256"};

@@ -165,7 +165,7 @@ class RowReference {
                 latent->subspace(subspace).mean.segment(at, dim).cast<double>().cwiseAbs());
             met.magnitudes = met.query.cast<double>().cwiseAbs() * basis.cast<double>().cwiseAbs();
             met.query = (met.query * basis).eval();
-        } else if (cache_.configuration().recipe.keys.rotate) {
+        } else if (cache_.shape().frame(cache_.state(), sequence_[tile], kv_head).rotated) {
             cache_.shape().key_rotation.rotate(met.query);
             // A rotation spreads its rounding over all channels.
             met.magnitudes = met.query.cast<double>().cwiseAbs().array() +

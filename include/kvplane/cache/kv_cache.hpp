@@ -99,7 +99,7 @@ class AttentionWorkspace {
 };
 
 /// Bounds of |x - x'| over all stored elements, in the frame in which they are stored (rotated, where the
-/// recipe rotates). A row of d channels is off by at most sqrt(d) times that in norm, in any frame.
+/// recipe or a tile rotates). A row of d channels is off by at most sqrt(d) times that in norm, in any frame.
 struct CacheErrorBound {
     double key = 0.0;
     double value = 0.0;
