@@ -1,6 +1,7 @@
 // bench/attention_bench.cpp: decode attention on packed bits against the bandwidth of memory.
 //
 //   Decode/RECIPE/TOKENS/QUERY_HEADS/KV_HEADS/HEAD_DIM/threads:T   one query token over a cache of so many
+//   Decode8/..., Prefill512/...   the last 8 or 512 tokens as queries; with --window=W behind a sliding window
 // RECIPE@POLICY reads in part (recipes::read_policy). Counters: `bytes` of the cache that are
 // read, `bytes_per_second`, `bandwidth_share` = that over the read bandwidth that this run measures with as
 // many threads, before and after each case; `fp16_floor_ratio` = time over what reading an fp16 cache at that
@@ -13,8 +14,8 @@
 //   TokenWeights/RECIPE/.../queries:Q              attention of Q query tokens with sums of softmax weights. Counter
 // `more_percent`: processor time over that without, measured in turns, less 1.
 // Several caches take turns, together twice what the last-level cache holds, so that
-// all of it comes from memory. Usage: attention_bench [--all] [--recipes=A,B] [benchmark's own options];
-// --all: every length and shape, not only the main ones.
+// all of it comes from memory. Usage: attention_bench [--all] [--recipes=A,B] [--threads=1,2] [--window=W]
+// [benchmark's own options]; --all: every length and shape, not only the main ones.
 #include <benchmark/benchmark.h>
 
 #include <cstring>
@@ -80,16 +81,24 @@ Caches& caches_of(const std::string& recipe, const Shape& shape, std::size_t at_
     return *made;
 }
 
+/// How a case of decode() asks.
+struct Asked {
+    Index queries = 1, window = 0;
+    int threads = 1;
+};
+
 /// name: a recipe, and after an @ a read policy.
-void decode(benchmark::State& state, const std::string& name, const Shape& shape, int threads) {
+void decode(benchmark::State& state, const std::string& name, const Shape& shape, const Asked& asked) {
+    const int threads = asked.threads;
     const std::size_t at = name.find('@');
     Caches& all = caches_of(name.substr(0, at), shape);
     AttentionParameters parameters;
+    parameters.sliding_window = asked.window;
     if (at != std::string::npos) parameters.read = recipes::read_policy(name.substr(at + 1));
     ThreadExecutor executor(threads);
     AttentionWorkspace workspace(&executor);
-    const Matrix queries = random_rows(1, shape.query_heads * shape.head_dim, 3);
-    Matrix output(1, shape.query_heads * shape.head_dim);
+    const Matrix queries = random_rows(asked.queries, shape.query_heads * shape.head_dim, 3);
+    Matrix output(asked.queries, shape.query_heads * shape.head_dim);
     std::size_t next = 0;
     const double before = kvplane_bench::read_bandwidth(threads);
     for (auto _ : state) {
@@ -264,14 +273,23 @@ void add_batch(const std::string& recipe, const Shape& shape, std::size_t sequen
         }
 }
 
-void add(const std::string& recipe, const Shape& shape) {
-    for (const int threads : {1, 2}) {
-        const std::string name = "Decode/" + name_of(recipe, shape) + "/threads:" + std::to_string(threads);
-        benchmark::RegisterBenchmark(name.c_str(),
-                                     [=](benchmark::State& state) { decode(state, recipe, shape, threads); })
-            ->UseRealTime()
-            ->Unit(benchmark::kMicrosecond);
-    }
+void add(const std::string& recipe, const Shape& shape, Asked asked) {
+    std::string name = asked.queries == 1   ? "Decode"
+                       : asked.queries <= 8 ? "Decode" + std::to_string(asked.queries)
+                                            : "Prefill" + std::to_string(asked.queries);
+    name += "/" + name_of(recipe, shape) + "/threads:" + std::to_string(asked.threads);
+    if (asked.window > 0) name += "/window:" + std::to_string(asked.window);
+    benchmark::RegisterBenchmark(name.c_str(),
+                                 [=](benchmark::State& state) { decode(state, recipe, shape, asked); })
+        ->UseRealTime()
+        ->Unit(benchmark::kMicrosecond);
+}
+
+std::vector<std::string> split(const std::string& list) {
+    std::vector<std::string> parts;
+    std::stringstream words(list);
+    for (std::string word; std::getline(words, word, ',');) parts.push_back(word);
+    return parts;
 }
 
 }  // namespace
@@ -279,6 +297,8 @@ void add(const std::string& recipe, const Shape& shape) {
 int main(int count, char** arguments) {
     bool all = false;
     int kept = 0;
+    std::vector<int> teams{1, 2};
+    Index window = 0;
     std::string recipes =
         "fp16,fp16@published,fp16@aligned,key_favored:8:8,key_favored:8:8@6,key_favored:8:8@5,"
         "key_favored:8:8@4,"
@@ -289,23 +309,34 @@ int main(int count, char** arguments) {
             all = true;
         else if (std::strncmp(arguments[i], "--recipes=", 10) == 0)
             recipes = arguments[i] + 10;
+        else if (std::strncmp(arguments[i], "--threads=", 10) == 0) {
+            teams.clear();
+            for (const std::string& threads : split(arguments[i] + 10)) teams.push_back(std::stoi(threads));
+        } else if (std::strncmp(arguments[i], "--window=", 9) == 0)
+            window = std::stol(arguments[i] + 9);
         else
             arguments[kept++] = arguments[i];
     }
-    std::stringstream names(recipes);
-    for (std::string recipe; std::getline(names, recipe, ',');) {
-        add(recipe, {32768, 32, 8, 128});
+    for (const std::string& recipe : split(recipes)) {
+        const auto add_all = [&](const Shape& shape, Index queries) {
+            for (const int threads : teams) add(recipe, shape, {queries, window, threads});
+        };
+        add_all({32768, 32, 8, 128}, 1);
+        add_all({4096, 32, 8, 128}, 8);
+        add_all({4096, 32, 8, 128}, 512);
         if (!all) continue;
-        for (const Index tokens : {512, 4096, 131072}) add(recipe, {tokens, 32, 8, 128});
+        add_all({32768, 32, 8, 128}, 8);
+        for (const Index tokens : {512, 4096, 131072}) add_all({tokens, 32, 8, 128}, 1);
         for (const Index tokens : {512, 4096, 32768}) {
-            add(recipe, {tokens, 32, 32, 128});
-            add(recipe, {tokens, 9, 3, 64});
+            add_all({tokens, 32, 32, 128}, 1);
+            add_all({tokens, 9, 3, 64}, 1);
         }
     }
     for (const char* recipe : {"fp16", "key_favored:4:4"}) add_batch(recipe, {512, 32, 8, 128}, 64);
     for (const char* recipe : {"key_favored:4:4", "standard"})
         for (const Index kv_heads : {8, 32})
-            for (const std::size_t forks : {2, 16}) add_forks(recipe, {8192, 32, kv_heads, 128}, forks);
+            for (const std::size_t forks : {std::size_t{2}, std::size_t{16}})
+                add_forks(recipe, {8192, 32, kv_heads, 128}, forks);
     for (const char* recipe : {"key_favored:4:4", "standard"}) {
         for (const Index tokens : {8192, 32768}) add_token_weights(recipe, {tokens, 32, 8, 128}, 1);
         add_token_weights(recipe, {4096, 32, 8, 128}, 512);

@@ -4,11 +4,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <thread>
-#include <vector>
+#include <cstring>
 
+#include "kvplane/attention/executor.hpp"
+#include "kvplane/cache/huge_pages.hpp"
 #include "kvplane/simd/vector.hpp"
 
 namespace kvplane_bench {
@@ -50,23 +52,30 @@ inline std::size_t beyond_caches() {
     return std::max(std::size_t{256} << 20, 2 * static_cast<std::size_t>(std::max(0L, last_level)));
 }
 
-/// Bytes per second that `threads` threads together read from memory now: the best of three passes.
+/// Bytes per second that `threads` threads together read from memory now: the best of three passes, in huge pages
+/// and after one that starts the threads.
 inline double read_bandwidth(int threads) {
-    static const std::vector<std::byte> buffer(beyond_caches(), std::byte{1});
-    const std::size_t bytes = buffer.size() / static_cast<std::size_t>(threads);
+    static const std::size_t size = beyond_caches();
+    static const std::byte* const buffer = [] {
+        static kvplane::HugePageResource memory;
+        void* const all = memory.allocate(size, 64);
+        std::memset(all, 1, size);
+        return static_cast<const std::byte*>(all);
+    }();
+    kvplane::ThreadExecutor executor(threads);
+    // Pieces are small, so that none of the threads waits long for the last one.
+    const kvplane::Index pieces = 16 * threads;
+    const std::size_t bytes = size / static_cast<std::size_t>(pieces);
+    std::atomic<std::uint64_t> sink = 0;
     double best = 0.0;
-    volatile std::uint64_t sink = 0;
-    for (int pass = 0; pass < 3; ++pass) {
+    for (int pass = 0; pass < 4; ++pass) {
         const auto start = std::chrono::steady_clock::now();
-        std::vector<std::thread> readers;
-        const auto read = [&](std::size_t i) {
-            sink = sink + detail::sum_bytes(buffer.data() + i * bytes, bytes);
-        };
-        for (int i = 1; i < threads; ++i) readers.emplace_back(read, static_cast<std::size_t>(i));
-        read(0);
-        for (auto& reader : readers) reader.join();
+        kvplane::detail::run_items(executor, pieces, [&](kvplane::Index item, kvplane::Index) {
+            sink += detail::sum_bytes(buffer + static_cast<std::size_t>(item) * bytes, bytes);
+        });
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-        best = std::max(best, static_cast<double>(bytes) * threads / seconds.count());
+        if (pass > 0)
+            best = std::max(best, static_cast<double>(bytes) * static_cast<double>(pieces) / seconds.count());
     }
     return best;
 }

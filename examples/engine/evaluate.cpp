@@ -2,7 +2,9 @@
 //
 // Every window of the text is one context. The model runs over it 32 tokens at a time (--chunk): with a plain fp32
 // cache, then with every recipe, whose predictions from token 256 on are compared with the exact ones. A cache may
-// therefore pack a tile up to 31 tokens earlier than it would token by token.
+// therefore pack a tile up to 31 tokens earlier than it would token by token. Tiles are decoded to floats, so that
+// what is compared is what recipes store; with --packed attention reads packed bits, as it does in an engine, and
+// adds what rounding queries and softmax weights costs.
 //
 // With --recall every window is a document with codes in it instead (recall.hpp), and what is measured is how
 // well the model finds them again.
@@ -50,7 +52,7 @@ struct Settings {
     std::vector<std::string> recipes, results;
     Index first_token = 0, context = 2048, windows = 1, chunk = 32, threads = 0, worst = 0;
     Index seed = 1;
-    bool json = false, recall = false;
+    bool json = false, recall = false, packed = false;
 };
 
 /// What a recipe did to the prediction of the token after one place of the text.
@@ -465,6 +467,8 @@ void run(const Settings& settings) {
     std::vector<CachePlan> plans;
     for (const std::string& name : settings.recipes) {
         plans.push_back(layer_recipes.parse(name));
+        kvplane::AttentionParameters& read = plans.back().read;
+        read.decode_tiles = !settings.packed && read.read.kind == kvplane::ReadPolicy::Kind::all;
         kvplane::require(settings.chunk <= 8 || plans.back().read.read.kind == kvplane::ReadPolicy::Kind::all,
                          ErrorCode::option, "recipe '", name,
                          "' reads in part, which takes --chunk 8 or less; it is ", settings.chunk);
@@ -502,7 +506,10 @@ int main(int count, char** arguments) {
     options.number("--context N", s.context, {.least = first_compared + 2}, "tokens of a window");
     options.number("--windows N", s.windows, {.least = 1}, "consecutive windows");
     options.number("--chunk N", s.chunk, {.least = 1},
-                   "tokens that the model runs over at a time; up to 8 attend on packed bits");
+                   "tokens that the model runs over at a time; policies of reads take up to 8");
+    options.flag(
+        "--packed", s.packed,
+        "attend on packed bits, which rounds queries and softmax weights too, instead of decoding tiles");
     options.number("--worst N", s.worst, {}, "also show the N predictions that diverge most of each recipe");
     options.flag("--recall", s.recall, "ask for codes that stand in the text instead");
     options.number("--seed N", s.seed, {}, "of the codes and their order; one more for each further window");

@@ -77,6 +77,7 @@ class LayerScan {
         LayerCaches caches = model_.exact_caches();
         kvplane::AttentionParameters parameters;
         parameters.sliding_window = model_.config().window(layer);
+        parameters.decode_tiles = true;  // what is stored, as evaluate compares it
         caches[static_cast<std::size_t>(layer)] =
             std::make_unique<CacheInChunks>(std::make_unique<KvplaneCache>(
                 configuration, pool, std::make_shared<SharedWorkspace>(model_.threads()), parameters));

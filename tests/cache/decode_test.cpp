@@ -107,14 +107,17 @@ TEST(BlockedAttention, DoesNotDependOnTheNumberOfThreads) {
     for (const char* recipe :
          {"fp16", "standard", "latent:3:3+fit_tokens=256", "latent:3:3+heads_together=1+fit_tokens=256",
           "latent:3:3+frame=before_rope+fit_tokens=256"})
-        for (const double key_fraction : {1.0, 0.25}) {
+        for (const double key_fraction : {1.0, 0.0, 0.25}) {
             const CacheConfiguration c = configuration(recipe);
-            if (key_fraction < 1.0 && !c.recipe.latents) continue;
+            if (key_fraction > 0.0 && key_fraction < 1.0 && !c.recipe.latents) continue;
             KvCache cache(c, pool);
             kvplane_test::append(cache, normal_matrix(random, 900, 64), normal_matrix(random, 900, 96));
             const Matrix q = normal_matrix(random, 301, 128);
             AttentionParameters parameters;
-            parameters.key_fraction = key_fraction;
+            if (key_fraction > 0.0)
+                parameters.key_fraction = key_fraction;
+            else
+                parameters.decode_tiles = true;
             Matrix serial(301, 4 * 48), other(301, 4 * 48);
             AttentionWorkspace alone;
             cache.attend(q, serial, parameters, alone);
@@ -140,6 +143,45 @@ TEST(BlockedAttention, DoesNotDependOnTheNumberOfThreads) {
         }
 }
 
+/// Passes of query tokens, and what they leave out because no query sees it, change no bit of an output.
+TEST(FusedAttention, OfManyQueryTokensIsThatOfEachAlone) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    constexpr Index tokens = 5000, asked = 75;
+    for (const char* recipe : {"fp16", "standard", "smallest", "key_favored:8:8", "key_favored:4:4",
+                               "latent:3:3+fit_tokens=256", "latent:3:3+heads_together=1+fit_tokens=256"}) {
+        KvCache cache(configuration(recipe), pool);
+        kvplane_test::append(cache, normal_matrix(random, tokens, 64), normal_matrix(random, tokens, 96));
+        const Matrix q = normal_matrix(random, asked, 128), bias = normal_matrix(random, 4 * asked, tokens);
+        for (const int variant : {0, 1, 2, 3, 4}) {
+            AttentionParameters all;
+            if (variant == 1) all.sliding_window = 300, all.sinks = 7;
+            if (variant == 2) all.causal = false;
+            if (variant == 3) all.bias = &bias, all.softcap = 5.0;
+            if (variant == 4) all.position = 2200, all.sliding_window = 1;
+            Matrix output(asked, 4 * 48), sums, weights, added;
+            AttentionWorkspace workspace;
+            cache.attend(q, output, all, workspace, {.log_sum_exp = &sums});
+            Matrix with_weights(asked, 4 * 48);
+            cache.attend(q, with_weights, all, workspace, {.token_weights = &weights});
+            EXPECT_EQ(with_weights, output) << recipe << ", variant " << variant;
+            for (Index i = 0; i < asked; ++i) {
+                AttentionParameters one = all;
+                one.position = all.first_position(tokens, asked) + i;
+                Matrix row_bias(4, tokens), row(1, 4 * 48), row_sums, row_weights;
+                for (Index head = 0; head < 4; ++head) row_bias.row(head) = bias.row(head * asked + i);
+                if (all.bias) one.bias = &row_bias;
+                cache.attend(q.row(i), row, one, workspace,
+                             {.log_sum_exp = &row_sums, .token_weights = &row_weights});
+                ASSERT_EQ(row, output.row(i)) << recipe << ", variant " << variant << ", token " << i;
+                ASSERT_EQ(row_sums, sums.row(i)) << recipe << ", variant " << variant << ", token " << i;
+                added = i == 0 ? row_weights : Matrix(added + row_weights);
+            }
+            EXPECT_LT((added - weights).cwiseAbs().maxCoeff(), 1e-4f) << recipe << ", variant " << variant;
+        }
+    }
+}
+
 /// Memory that ends in a worker ends the call, not the program.
 TEST(BlockedAttention, ReportsThatMemoryEnded) {
     std::mt19937_64 random(seed());
@@ -150,8 +192,10 @@ TEST(BlockedAttention, ReportsThatMemoryEnded) {
     Matrix output(200, 4 * 48);
     Starving starving;
     AttentionWorkspace workspace(&starving), alone;
-    EXPECT_THROW(cache.attend(q, output, {}, workspace), std::bad_alloc);
-    cache.attend(q, output, {}, alone);
+    AttentionParameters decoding;
+    decoding.decode_tiles = true;
+    EXPECT_THROW(cache.attend(q, output, decoding, workspace), std::bad_alloc);
+    cache.attend(q, output, decoding, alone);
     // The fused path needs none: only its first call of a shape takes memory, outside the bodies.
     Matrix starved(2, 4 * 48);
     cache.attend(q.topRows(2), starved, {}, workspace);

@@ -56,10 +56,13 @@ void expect_attention_of_stored(const KvCache& cache, std::mt19937_64& random) {
             }
             const MatrixD expected =
                 reference_attention(all.keys, all.values, queries, c.query_heads, c.kv_heads, parameters);
-            const Matrix output = attend(cache, queries, parameters);
-            EXPECT_LT((output.cast<double>() - expected).cwiseAbs().maxCoeff(),
-                      query_tokens > 8 ? 3e-5 : 0.02 * all.values.cwiseAbs().maxCoeff())
-                << query_tokens << " query tokens, windowed " << windowed;
+            for (const bool decoded : {false, true}) {
+                parameters.decode_tiles = decoded;
+                const Matrix output = attend(cache, queries, parameters);
+                EXPECT_LT((output.cast<double>() - expected).cwiseAbs().maxCoeff(),
+                          decoded ? 3e-5 : 0.02 * all.values.cwiseAbs().maxCoeff())
+                    << query_tokens << " query tokens, windowed " << windowed << ", decoded " << decoded;
+            }
         }
 }
 

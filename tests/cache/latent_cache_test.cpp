@@ -36,11 +36,16 @@ TEST_P(LatentCache, GivenBasisServesNewTokensAndAttentionIsThatOfWhatIsStored) {
     const CacheConfiguration c = given(GetParam());
     const Sequence s(c, 700, seed());
     KvCache cache(c, pool_);
-    cache.append(s.keys, s.values);            // no queries needed
-    const Matrix q = s.queries.bottomRows(9);  // more than the fused path takes
-    const Matrix output = attend(cache, q);
-    const Matrix fused = attend(cache, q.bottomRows(3));
-    EXPECT_LT((fused - output.bottomRows(3)).norm() / std::sqrt(static_cast<float>(fused.size())), 0.03f);
+    cache.append(s.keys, s.values);  // no queries needed
+    const Matrix q = s.queries.bottomRows(9);
+    AttentionParameters decoding;
+    decoding.decode_tiles = true;
+    const Matrix output = attend(cache, q, decoding);
+    for (const Index tokens : {3, 9}) {
+        const Matrix fused = attend(cache, q.bottomRows(tokens));
+        EXPECT_LT((fused - output.bottomRows(tokens)).norm() / std::sqrt(static_cast<float>(fused.size())),
+                  0.03f);
+    }
     EXPECT_LT((output.cast<double>() - exact(c, cache.stored_keys(0, 700), cache.stored_values(0, 700), q))
                   .cwiseAbs()
                   .maxCoeff(),
@@ -275,6 +280,7 @@ TEST(KeyFraction, ChoosesByTheLeadingLatentsAndKeepsSinksAndRecentTokens) {
         EXPECT_GT(hits / count, 0.5) << recipe;
         AttentionParameters masked;
         masked.bias = &bias;
+        masked.decode_tiles = true;
         EXPECT_LT((attend(cache, q, some) - attend(cache, q, masked)).cwiseAbs().maxCoeff(), 2e-5f);
     }
 }

@@ -300,7 +300,8 @@ class Sequence {
             if (dice_.one_in(4)) d.bias.row(dice_.up_to(d.bias.rows() - 1)).setConstant(-infinity);
             p.bias = &d.bias;
         }
-        if (!dice_.one_in(3)) return;
+        p.decode_tiles = dice_.one_in(5);
+        if (p.decode_tiles || !dice_.one_in(3)) return;
         const bool half = c_.recipe.keys.is_half() || c_.recipe.values.is_half() || c_.recipe.latents;
         const double bits = half ? dice_.uniform(8.0, 16.0) : dice_.uniform(0.0, 9.0);
         switch (dice_.up_to(4)) {
@@ -331,8 +332,8 @@ class Sequence {
         return dice_.normal(query_tokens, c_.query_heads * c_.key_head_dim, scale);
     }
     void attend() {
-        const Index query_tokens =
-            dice_.one_in(5) ? 9 + dice_.up_to(3) : 1 + (dice_.one_in(2) ? 0 : dice_.up_to(7));
+        const Index query_tokens = dice_.one_in(5) ? 9 + dice_.up_to(dice_.one_in(4) ? 60 : 3)
+                                                   : 1 + (dice_.one_in(2) ? 0 : dice_.up_to(7));
         Drawn drawn;
         draw_parameters(drawn, query_tokens);
         const AttentionParameters& p = drawn.parameters;
@@ -355,7 +356,7 @@ class Sequence {
             8.0 * reference.longest_value() + 0x1p-16 * std::sqrt(static_cast<double>(c_.value_head_dim));
         const ReadPolicy::Kind kind = p.read.kind;
         const bool bounded = kind != ReadPolicy::Kind::aligned && kind != ReadPolicy::Kind::exponents;
-        const bool packed = reads_packed(cache_, query_tokens);
+        const bool packed = reads_packed(cache_, p) && query_tokens <= detail::decode_query_tokens;
         const double certified =
             kind == ReadPolicy::Kind::tolerance && packed ? workspace_.report().error_bound : 0.0;
         ASSERT_TRUE(out.allFinite()) << out;

@@ -276,9 +276,12 @@ class Rotation {
         for (const Index query_tokens : {1, 9}) {
             if (one.tokens() < query_tokens) continue;
             const Matrix queries = normal_matrix(random_, query_tokens, channels, 0.05f);
-            const Matrix output = attend(one.cache, queries);
-            ASSERT_EQ(output, attend(one.fresh, queries));
+            AttentionParameters decoding;
+            decoding.decode_tiles = query_tokens > 1;
+            const Matrix output = attend(one.cache, queries, decoding);
+            ASSERT_EQ(output, attend(one.fresh, queries, decoding));
             if (query_tokens == 1) continue;
+            ASSERT_EQ(attend(one.cache, queries), attend(one.fresh, queries));
             const Tokens exact = tokens_of(one.ids.data(), 0, one.tokens(), least_);
             NaiveCache naive{exact.keys, exact.values, one.dropped};
             const Matrix mask = naive.mask(query_tokens, one.cache.state().kept_sinks);

@@ -20,9 +20,9 @@ inline double rounding(Index terms, double magnitudes) {
     return std::sqrt(static_cast<double>(terms) + 16.0) * 0x1p-22 * magnitudes;
 }
 
-/// Whether attention of so many query tokens reads packed bits as they are.
-inline bool reads_packed(const KvCache& cache, Index query_tokens) {
-    return query_tokens <= detail::decode_query_tokens && cache.packed_tokens() > 0 &&
+/// Whether attention reads packed bits as they are.
+inline bool reads_packed(const KvCache& cache, const AttentionParameters& parameters) {
+    return !parameters.decode_tiles && cache.packed_tokens() > 0 &&
            detail::decodes(*cache.state().layout, cache.latent_keys());
 }
 
@@ -39,8 +39,8 @@ class RowReference {
     void compute(const Eigen::RowVectorXf& query, Index head, Index token, Index query_tokens,
                  const AttentionParameters& parameters) {
         const CacheConfiguration& c = cache_.configuration();
-        const bool decodes = reads_packed(cache_, query_tokens);
-        read_ = decodes ? parameters.read : ReadPolicy::all();
+        const bool decodes = reads_packed(cache_, parameters);
+        read_ = decodes && query_tokens <= detail::decode_query_tokens ? parameters.read : ReadPolicy::all();
         const Index kv_head = head / c.group(),
                     position = parameters.first_position(cache_.tokens(), query_tokens) + token;
         const detail::ScoreRule<double> rule(parameters, head, query_tokens, c.key_head_dim);

@@ -157,7 +157,7 @@ void check(const Case& c) {
         if (first) {
             bytes = to_bytes(cache);
             expect_fit_or_refusal(cache);
-            decodes = reads_packed(cache, c.query_tokens);
+            decodes = reads_packed(cache, parameters);
             RowReference reference(cache);
             for (Index head = 0; head < configuration.query_heads; ++head)
                 for (Index i = 0; i < c.query_tokens; ++i) {

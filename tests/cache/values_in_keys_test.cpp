@@ -40,9 +40,13 @@ void expect_attention_of_stored(const KvCache& cache, std::mt19937_64& random) {
     for (const Index query_tokens : {1, 3, 11}) {
         const Matrix queries = normal_matrix(random, query_tokens, c.query_heads * c.key_head_dim);
         const MatrixD expected = reference_attention(keys, values, queries, c.query_heads, c.kv_heads);
-        EXPECT_LT((attend(cache, queries).cast<double>() - expected).cwiseAbs().maxCoeff(),
-                  query_tokens > 8 ? 3e-5 : 0.02 * values.cwiseAbs().maxCoeff())
-            << query_tokens << " query tokens";
+        for (const bool decoded : {false, true}) {
+            AttentionParameters parameters;
+            parameters.decode_tiles = decoded;
+            EXPECT_LT((attend(cache, queries, parameters).cast<double>() - expected).cwiseAbs().maxCoeff(),
+                      decoded ? 3e-5 : 0.02 * values.cwiseAbs().maxCoeff())
+                << query_tokens << " query tokens, decoded " << decoded;
+        }
     }
 }
 

@@ -11,11 +11,11 @@ namespace {
 
 using namespace kvplane_test;
 
-/// 2 key heads, each with 4 query heads of 3 query tokens, over 37 tiles.
-constexpr DecodeShape shape{.query_tokens = 3, .heads = 2, .rows_per_head = 12, .subspaces = 2, .tiles = 37};
+/// 2 key heads, each with 4 query heads of 12 query tokens, over 37 tiles.
+constexpr DecodeShape shape{.query_tokens = 12, .heads = 2, .rows_per_head = 48, .subspaces = 2, .tiles = 37};
 
 TEST(DecodeShape, CountsRowsChunksAndBlocks) {
-    EXPECT_EQ(shape.rows(), 24);
+    EXPECT_EQ(shape.rows(), 96);
     EXPECT_EQ(shape.chunks(), 3);  // 16 + 16 + 5
     EXPECT_EQ(shape.blocks_per_head(), 2);
     EXPECT_EQ(shape.row_blocks(), 4);
@@ -32,11 +32,11 @@ TEST(DecodeShape, CountsRowsChunksAndBlocks) {
             .row_blocks();
     };
     EXPECT_EQ(blocks(1), 3);
-    EXPECT_EQ(blocks(8), 3);
-    EXPECT_EQ(blocks(9), 6);
+    EXPECT_EQ(blocks(32), 3);
+    EXPECT_EQ(blocks(33), 6);
 }
 
-TEST(DecodeShape, BlocksHaveUpToEightRowsOfOneHead) {
+TEST(DecodeShape, BlocksHaveUpToThirtyTwoRowsOfOneHead) {
     const auto expect = [](Index index, Index head, Index first, Index rows) {
         const RowBlock block = shape.row_block(index);
         EXPECT_EQ(block.head, head);
@@ -44,25 +44,25 @@ TEST(DecodeShape, BlocksHaveUpToEightRowsOfOneHead) {
         EXPECT_EQ(block.rows, rows);
         EXPECT_EQ(block.index, index);
     };
-    expect(0, 0, 0, 8);
-    expect(1, 0, 8, 4);
-    expect(2, 1, 12, 8);
-    expect(3, 1, 20, 4);
+    expect(0, 0, 0, 32);
+    expect(1, 0, 32, 16);
+    expect(2, 1, 48, 32);
+    expect(3, 1, 80, 16);
 }
 
 /// [head][item][row of the head]
 TEST(DecodeShape, PlacesGoHeadByHead) {
     EXPECT_EQ(shape.place(0, 0, 37), 0);
-    EXPECT_EQ(shape.place(11, 0, 37), 11);
-    EXPECT_EQ(shape.place(0, 1, 37), 12);
-    EXPECT_EQ(shape.place(12, 0, 37), 37 * 12);
-    EXPECT_EQ(shape.place(17, 2, 37), 37 * 12 + 2 * 12 + 5);
+    EXPECT_EQ(shape.place(47, 0, 37), 47);
+    EXPECT_EQ(shape.place(0, 1, 37), 48);
+    EXPECT_EQ(shape.place(48, 0, 37), 37 * 48);
+    EXPECT_EQ(shape.place(53, 2, 37), 37 * 48 + 2 * 48 + 5);
     std::set<Index> places;
-    for (Index row = 0; row < 24; ++row)
+    for (Index row = 0; row < 96; ++row)
         for (Index i = 0; i < 37; ++i) places.insert(shape.place(row, i, 37));
-    EXPECT_EQ(places.size(), 24u * 37u) << "each its own";
+    EXPECT_EQ(places.size(), 96u * 37u) << "each its own";
     EXPECT_EQ(*places.begin(), 0);
-    EXPECT_EQ(*places.rbegin(), 24 * 37 - 1);
+    EXPECT_EQ(*places.rbegin(), 96 * 37 - 1);
 }
 
 TEST(TileWeights, HoldWhatIsPutIn) {

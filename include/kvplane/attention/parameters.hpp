@@ -43,6 +43,10 @@ struct AttentionParameters {
     /// Followed for up to 8 query tokens; more read all. Recipes that are not read by planes refuse every
     /// policy but `all`.
     ReadPolicy read = {};
+    /// Tiles are decoded to floats, and queries and softmax weights stay floats: what output then errs by is what
+    /// is stored, without what rounding them to the bits of packed products adds (T14). Many times as slow; for
+    /// measurements and checks, with the policy `all`.
+    bool decode_tiles = false;
 
     /// The position of the first of `query_tokens` over a sequence of `tokens`.
     Index first_position(Index tokens, Index query_tokens) const noexcept {
@@ -73,6 +77,8 @@ inline void require_parameters(const AttentionParameters& parameters, Index quer
         ErrorCode::option, "attention: a key_fraction of ", parameters.key_fraction, " chosen by ",
         parameters.selection_latents, " latents, expected above 0 and at most 1, and 0 or more");
     require_policy(parameters.read);
+    require(!parameters.decode_tiles || parameters.read.kind == ReadPolicy::Kind::all, ErrorCode::option,
+            "attention: tiles to be decoded, and a policy of reads by planes; expected ReadPolicy::all()");
     require(parameters.sliding_window >= 0 && parameters.sinks >= 0, ErrorCode::option,
             "attention: a sliding window of ", parameters.sliding_window, " with ", parameters.sinks,
             " sinks, expected neither below 0");

@@ -9,6 +9,14 @@
 
 namespace kvplane::detail {
 
+/// Whether some query at a position in [first, last] sees a key in [first_key, last_key].
+inline bool sees_some(const AttentionParameters& parameters, Index first, Index last, Index first_key,
+                      Index last_key) noexcept {
+    if (!parameters.causal) return true;
+    return first_key <= last && (parameters.sliding_window == 0 || first_key < parameters.sinks ||
+                                 last_key > first - parameters.sliding_window);
+}
+
 /// What a query at position p does to a score; -infinity where it does not see key t.
 template <class Real>
 class ScoreRule {

@@ -13,7 +13,7 @@
 namespace kvplane::detail {
 
 /// Query rows (heads that share a key head, times query tokens) that are taken together.
-inline constexpr Index row_block_rows = 8;
+inline constexpr Index row_block_rows = 32;
 /// Unquantized tokens that are taken together.
 inline constexpr Index token_block = 32;
 

@@ -1,5 +1,6 @@
-// kvplane/cache/decode.hpp: attention of a few query tokens over a whole cache, straight on the packed bits.
+// kvplane/cache/decode.hpp: attention of some query tokens over a whole cache, straight on the packed bits.
 //
+// Tiles that no query sees, because they come later or lie before a sliding window, are not read.
 // Work is shared out by chunks of tiles and heads, in any order and thread, each into softmax states of its
 // own; then these are merged in the order of the sequence, so that results do not depend on the number of
 // workers. Where the planes of values depend on all weights, there are two passes: scores, then values.
@@ -14,6 +15,7 @@
 
 #include "kvplane/attention/executor.hpp"
 #include "kvplane/attention/float_rows.hpp"
+#include "kvplane/attention/kernels/dispatch.hpp"
 #include "kvplane/attention/tile_attention.hpp"
 #include "kvplane/cache/queries.hpp"
 #include "kvplane/cache/shape.hpp"
@@ -24,8 +26,11 @@
 
 namespace kvplane::detail {
 
-/// Query tokens that are taken at once at most.
+/// Up to so many query tokens follow a policy of reads.
 inline constexpr Index decode_query_tokens = 8;
+/// Of more query tokens so many make a pass: enough to share out among workers, while a tile's softmax states stay
+/// in a core's cache.
+inline constexpr Index pass_query_tokens = 32;
 
 /// Whether DecodePass reads tiles of this layout: keys by channel or in latents of the tile's own frame or of
 /// that of the input, values by token.
@@ -82,6 +87,7 @@ class DecodePass {
         }
         work_.queries.begin(shape_, cache_, state_, task.tokens);
         work_.states.begin(shape_, value_dim);
+        list_chunks();
         if (token_weights_) {
             work_.kept.begin(shape_, shape_.tiles);
             work_.kept_unpacked.begin(shape_, unpacked_blocks());
@@ -162,9 +168,13 @@ class DecodePass {
     Output output(Index head, Index token) noexcept {
         const Index row = head * shape_.query_tokens + token, value_dim = cache_.dim(TileSide::values);
         const SoftmaxState state = work_.states.of(0, row);
-        if (first_chunk() > 0) state.copy(prefix_->complete(work_.queries.place(row).token, head));
-        for (Index chunk = std::max<Index>(first_chunk(), 1); chunk <= shape_.chunks(); ++chunk)
-            merge(state, work_.states.of(chunk, row));
+        if (first_chunk() > 0)
+            state.copy(prefix_->complete(work_.queries.place(row).token, head));
+        else if (shape_.chunks() > 0 && (work_.chunks.empty() || work_.chunks.front() > 0))
+            state.clear(1);
+        for (const Index chunk : work_.chunks)
+            if (chunk > 0) merge(state, work_.states.of(chunk, row));
+        if (shape_.chunks() > 0) merge(state, work_.states.of(shape_.chunks(), row));
         if (!work_.queries.finite(row)) {
             std::fill_n(state.output, value_dim, std::numeric_limits<float>::quiet_NaN());
             return {state.output, std::numeric_limits<float>::quiet_NaN()};
@@ -180,15 +190,43 @@ class DecodePass {
     void each(Index items, const Body& body) noexcept {
         run_items(executor_, items, [&](Index item, Index worker) {
             const StandardFloatingPoint standard;
+            const KernelScope kernels(isa_);
             body(item, worker);
         });
+    }
+
+    /// Lists the chunks of tiles that are read. Those that no query sees are left out, where nothing else asks for
+    /// what they hold; the others stand where they would without.
+    void list_chunks() {
+        const bool all = planner_ || token_weights_ || !unpacked_;
+        const std::span<const QueryToken> tokens = work_.queries.tokens();
+        const auto seen = [&](const TilePlace& tile) {
+            return sees_some(parameters_, tokens.front().position, tokens.back().position, tile.first,
+                             tile.first + tile.tokens - 1);
+        };
+        work_.chunks.clear();
+        for (Index chunk = first_chunk(); chunk < shape_.chunks(); ++chunk) {
+            const TilePlace* const first = tiles_.places + chunk * DecodeShape::chunk_tiles;
+            const TilePlace* const end = tiles_.places + end_of(chunk);
+            if (all || std::any_of(first, end, seen)) work_.chunks.push_back(chunk);
+        }
+    }
+    /// Whether a row block has nothing to do with some tokens. Planners plan with all of them, and kept weights
+    /// must be there.
+    bool passes_by(const RowBlock& block, Index first, Index count) const noexcept {
+        return !planner_ && !token_weights_ && !work_.queries.sees_some(parameters_, block, first, count);
     }
 
     /// Items of a chunk: one a head, or one for all heads where these read the same tiles of keys.
     Index across() const noexcept { return together_ ? 1 : shape_.heads; }
     Index first_chunk() const noexcept { return first_tile_ / DecodeShape::chunk_tiles; }
-    Index tile_items() const noexcept { return (shape_.chunks() - first_chunk()) * across(); }
-    Index chunk_of(Index item) const noexcept { return first_chunk() + item / across(); }
+    Index tile_items() const noexcept { return static_cast<Index>(work_.chunks.size()) * across(); }
+    Index chunk_of(Index item) const noexcept {
+        return work_.chunks[static_cast<std::size_t>(item / across())];
+    }
+    Index end_of(Index chunk) const noexcept {
+        return std::min((chunk + 1) * DecodeShape::chunk_tiles, shape_.tiles);
+    }
     struct Work {
         Index item, chunk;
         Index first_head, heads;
@@ -201,7 +239,7 @@ class DecodePass {
                 .first_head = together_ ? 0 : item % shape_.heads,
                 .heads = together_ ? shape_.heads : 1,
                 .first_tile = std::max(first, first_tile_),
-                .end_tile = std::min(first + DecodeShape::chunk_tiles, shape_.tiles)};
+                .end_tile = end_of(chunk)};
     }
     /// The states from which a chunk's tiles go on.
     void begin_states(const Work& work) noexcept {
@@ -260,6 +298,7 @@ class DecodePass {
                     own.projection.project(isa_, *state_.latent, work_.queries, block, count, offsets.data());
                 for (Index i = std::max<Index>(work.first_tile - first, 0); i < count; ++i) {
                     const Index t = first + i;
+                    if (passes_by(block, tiles_[t].first, tiles_[t].tokens)) continue;
                     const PlanPlace place{.tile = t,
                                           .next = next_tile(t, work, tiles_.layout->subspace_of(block.head)),
                                           .block = block,
@@ -535,6 +574,7 @@ class DecodePass {
         const Index key_dim = cache_.dim(TileSide::keys), value_dim = cache_.dim(TileSide::values),
                     padded = (tokens.count + unit_lanes - 1) / unit_lanes * unit_lanes;
         for_blocks(head, 1, [&](const RowBlock& block) {
+            if (passes_by(block, tokens.first, tokens.count)) return;
             const auto read = [&](TileSide side, Index dim) -> RowView<const float> {
                 tokens.rows->read(tokens.page, side, head, tokens.at, tokens.count, own.rows().data, dim);
                 return {own.rows().data, dim, tokens.count};

@@ -359,7 +359,7 @@ class KvCache {
                         const detail::BatchSequence& sequence, const AttentionParameters& parameters,
                         AttentionWorkspace& workspace, detail::PrefixStates* shared) const;
     /// Whether DecodePass reads it with these parameters.
-    bool decodes(Index query_tokens, const AttentionParameters& parameters) const noexcept;
+    bool decodes(const AttentionParameters& parameters) const noexcept;
     detail::BatchSequence sequence(Index first_row, Index query_tokens) const noexcept;
     std::vector<std::vector<Index>> selected_rows(const detail::AnyRows& queries,
                                                   const AttentionParameters& parameters) const;

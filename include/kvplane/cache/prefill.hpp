@@ -1,7 +1,7 @@
-// kvplane/cache/prefill.hpp: attention of many query tokens: every tile is decoded once for a block of them.
+// kvplane/cache/prefill.hpp: attention on decoded tiles: each is decoded once for a block of query tokens.
 //
-// It also serves what DecodePass cannot read: keys by token, keys in latents before RoPE, and a share of the
-// keys that is chosen by latents (SVDq, arXiv 2502.15304).
+// It serves what DecodePass cannot read: keys by token, keys in latents before RoPE, and a share of the keys that
+// is chosen by latents (SVDq, arXiv 2502.15304). AttentionParameters::decode_tiles asks for it by name.
 #pragma once
 
 #include <vector>

@@ -56,6 +56,10 @@ class QueryRows {
                std::span<const QueryToken> tokens) {
         tokens_.assign(tokens.begin(), tokens.end());
         shape_ = shape;
+        block_positions_.clear();
+        block_positions_.reserve(static_cast<std::size_t>(shape.row_blocks()));
+        for (Index b = 0; b < shape.row_blocks(); ++b)
+            block_positions_.push_back(positions_of(shape.row_block(b)));
         dim_ = cache.configuration.key_head_dim;
         const auto rows = static_cast<std::size_t>(shape.rows());
         plain_.resize(rows * static_cast<std::size_t>(dim_));
@@ -74,8 +78,7 @@ class QueryRows {
         const ScoreRange range(cache, state);
         queries.visit([&](const auto& rows) {
             for (Index head = 0; head < queries.heads; ++head) {
-                const ScoreRule<float>& rule =
-                    rules_.emplace_back(parameters, head, shape_.query_tokens, dim_);
+                const ScoreRule<float>& rule = rules_.emplace_back(parameters, head, queries.tokens, dim_);
                 const float scale = rule.plain() ? rule.scale() : 1.0f;
                 scales_[static_cast<std::size_t>(head)] =
                     rule.plain() ? 1.0 : static_cast<double>(rule.scale());
@@ -97,6 +100,7 @@ class QueryRows {
         }
     }
 
+    std::span<const QueryToken> tokens() const noexcept { return tokens_; }
     /// A row's place among the given queries.
     struct Place {
         Index token, head;
@@ -119,6 +123,12 @@ class QueryRows {
     float sink_logit(Index row) const noexcept {
         return rules_[static_cast<std::size_t>(row / shape_.query_tokens)].sink_logit();
     }
+    /// Whether some row of a block sees one of `count` tokens from position `first` on.
+    bool sees_some(const AttentionParameters& parameters, const RowBlock& block, Index first,
+                   Index count) const noexcept {
+        const auto [least, most] = block_positions_[static_cast<std::size_t>(block.index)];
+        return detail::sees_some(parameters, least, most, first, first + count - 1);
+    }
     bool finite(Index row) const noexcept { return finite_[static_cast<std::size_t>(row)] != 0; }
     std::span<const double> score_scales() const noexcept { return scales_; }
 
@@ -128,8 +138,8 @@ class QueryRows {
     void apply(const RowBlock& block, Index first, Index count, Index padded, const TileSequence& sequence,
                float* scores) const noexcept {
         for (Index r = 0; r < block.rows; ++r, scores += tile_tokens) {
-            const Index query = (block.first + r) % shape_.query_tokens,
-                        position = tokens_[static_cast<std::size_t>(query)].position;
+            const auto [query, position] =
+                tokens_[static_cast<std::size_t>((block.first + r) % shape_.query_tokens)];
             const auto& rule = rules_[static_cast<std::size_t>((block.first + r) / shape_.query_tokens)];
             std::fill(scores + count, scores + padded, nothing_seen);
             const bool hides_some = sequence.hides_some(first, count);
@@ -145,6 +155,17 @@ class QueryRows {
     }
 
   private:
+    struct Positions {
+        Index least, most;
+    };
+    Positions positions_of(const RowBlock& block) const noexcept {
+        Positions all{std::numeric_limits<Index>::max(), 0};
+        for (Index r = block.first; r < block.first + block.rows; ++r) {
+            const Index position = tokens_[static_cast<std::size_t>(r % shape_.query_tokens)].position;
+            all = {std::min(all.least, position), std::max(all.most, position)};
+        }
+        return all;
+    }
     /// Lists the frames in which keys in channels are stored; that of tokens outside tiles comes first.
     void find_frames(const CacheShape& cache, const CacheState& state) {
         frames_.assign(1, cache.frame_outside_tiles());
@@ -196,7 +217,8 @@ class QueryRows {
     }
 
     DecodeShape shape_;
-    std::vector<QueryToken> tokens_;  ///< [query token]
+    std::vector<QueryToken> tokens_;          ///< [query token]
+    std::vector<Positions> block_positions_;  ///< [row block]
     Index dim_ = 0;
     std::vector<float> plain_, partner_;  ///< [row][key dim]
     std::vector<StoredFrame> frames_;

@@ -130,6 +130,7 @@ struct WorkerScratch {
 /// One call at a time.
 struct Workspace {
     std::vector<WorkerScratch> workers;
+    std::vector<Index> chunks;  ///< of tiles, that are read
     QueryRows queries;
     ChunkStates states;
     PrefixStates prefixes;            ///< of a batch

@@ -19,6 +19,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #define KVPLANE_X86 1
 #define KVPLANE_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define KVPLANE_TARGET_AVX2_VNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
@@ -41,7 +45,7 @@ namespace kvplane {
 
 /// Instruction sets, ascending. `scalar` is what the program was compiled for (SSE2 or Advanced SIMD at
 /// least), `neon` the same with the dot product of Armv8.2.
-enum class Isa : int { scalar, neon, avx2, avx2_vnni, avx512 };
+enum class Isa : int { scalar, neon, avx2, avx2_vnni, avx512, amx };
 
 struct IsaDescription {
     Isa isa;
@@ -82,6 +86,22 @@ inline bool has_avx512() noexcept {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 }
+/// Linux hands tile registers out on request, once a process.
+inline bool has_amx() noexcept {
+#if defined(__linux__)
+    static const bool granted = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+        if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile) == 0 || (d & int8) == 0)
+            return false;
+        constexpr long request_permission = 0x1023, tile_data = 18;
+        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    }();
+    return granted;
+#else
+    return false;
+#endif
+}
 #else
 inline bool has_avx2() noexcept {
     return false;
@@ -92,17 +112,22 @@ inline bool has_avx2_vnni() noexcept {
 inline bool has_avx512() noexcept {
     return false;
 }
+inline bool has_amx() noexcept {
+    return false;
+}
 #endif
 
 }  // namespace detail
 
 /// Every instruction set once, in the order of Isa.
-inline constexpr std::array<IsaDescription, 5> all_isas{{
+inline constexpr std::array<IsaDescription, 6> all_isas{{
     {Isa::scalar, "scalar", "none", 4, detail::always},
     {Isa::neon, "neon", "ASIMDDP", 4, detail::has_neon},
     {Isa::avx2, "avx2", "AVX2 FMA F16C", 8, detail::has_avx2},
     {Isa::avx2_vnni, "avx2_vnni", "AVX2 FMA F16C AVX_VNNI", 8, detail::has_avx2_vnni},
     {Isa::avx512, "avx512", "AVX512F AVX512BW AVX512DQ AVX512VL AVX512_VNNI", 16, detail::has_avx512},
+    {Isa::amx, "amx", "AVX512F AVX512BW AVX512DQ AVX512VL AVX512_VNNI AMX_TILE AMX_INT8", 16,
+     detail::has_amx},
 }};
 
 namespace detail {

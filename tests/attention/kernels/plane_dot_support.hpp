@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kvplane/attention/kernels/scalar.hpp"
+#include "kvplane/storage/tile_format.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
 
@@ -46,7 +47,7 @@ inline std::vector<std::int8_t> random_factors(Index rows, Index stride, bool ex
 inline void expect_the_definition(const kvplane::detail::PlaneDot& dot, Random& random) {
     for (const int width : {1, 2, 4})
         for (const Index units : {1, 2, 3, 4, 5, 7, 8, 9, 16, 33})
-            for (Index rows = 1; rows <= 17; ++rows)
+            for (const Index rows : {1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 33})
                 for (const bool extreme : {false, true}) {
                     const Index blocks = 3, stride = units * 32 / width + 32, sum_rows = rows + rows % 3;
                     const bool add = random() % 2 == 0;
@@ -79,6 +80,50 @@ inline void expect_the_definition(const kvplane::detail::PlaneDot& dot, Random& 
                                     << row << " of " << rows << ", lane " << lane;
                             }
                 }
+}
+
+/// Two planes in one go give the sums of one after the other.
+inline void expect_both_planes(const kvplane::detail::PlaneDot& dot, int bits, Random& random) {
+    using namespace kvplane;
+    const PlaneSplit split = plane_split(bits);
+    ASSERT_EQ(split.count, 2);
+    const Index depth = TileFormat::unit_depth(split[0]), ratio = TileFormat::unit_depth(split[1]) / depth;
+    for (const Index units : {1, 2, 3, 4, 5, 8, 16, 33})
+        for (const Index rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 27})
+            for (const bool extreme : {false, true}) {
+                const Index blocks = 3, low_rows = bits > 4 ? rows : 0, sum_rows = rows + low_rows;
+                const Index second_units = (units + ratio - 1) / ratio, stride = units * depth + 32;
+                const Tile first = random_plane(blocks * units, extreme, random),
+                           second = random_plane(blocks * second_units, extreme, random);
+                std::vector<std::int8_t> factors = random_factors(sum_rows, stride, extreme, random);
+                // What a last unit of the second plane holds beyond the first's channels counts nothing.
+                for (Index row = 0; row < sum_rows; ++row)
+                    std::fill_n(factors.begin() + row * stride + units * depth, 32, std::int8_t{0});
+                const auto size = static_cast<std::size_t>(blocks * sum_rows * 16);
+                std::vector<std::int32_t> sums(size, 5), expected(size, 5);
+                dot.pair(bits)({.first = first.data(),
+                                .second = second.data(),
+                                .first_next = first.data(),
+                                .second_next = second.data(),
+                                .blocks = blocks,
+                                .first_units = units,
+                                .second_units = second_units,
+                                .factors = factors.data(),
+                                .factor_stride = stride,
+                                .rows = rows,
+                                .low_rows = low_rows,
+                                .shift = split.shift(0),
+                                .sums = sums.data(),
+                                .sum_rows = sum_rows});
+                detail::scalar::plane_dots(
+                    split[0], {first.data(), first.data(), blocks, units, units, factors.data(), stride,
+                               sum_rows, split.shift(0), expected.data(), sum_rows, false});
+                detail::scalar::plane_dots(
+                    split[1], {second.data(), second.data(), blocks, second_units, second_units,
+                               factors.data(), stride, rows, 0, expected.data(), sum_rows, true});
+                ASSERT_EQ(sums, expected)
+                    << dot.name << ", " << bits << " bits, " << units << " units, " << rows << " rows";
+            }
 }
 
 }  // namespace kvplane_test

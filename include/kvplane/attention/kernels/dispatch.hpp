@@ -3,6 +3,7 @@
 // They follow the instruction set of isa.hpp, which can be listed, forced by force_isa() and by KVPLANE_ISA.
 #pragma once
 
+#include "kvplane/attention/kernels/amx_tiles.hpp"
 #include "kvplane/attention/kernels/plane_dot.hpp"
 #include "kvplane/compiled.hpp"
 #include "kvplane/simd/isa.hpp"
@@ -11,6 +12,19 @@ namespace kvplane::detail {
 
 /// The kernels of an instruction set that this machine has.
 const PlaneDot& plane_dot_of(Isa isa) noexcept;
+
+/// What kernels of an instruction set need on a thread that calls many of them. They work without, more slowly.
+class KernelScope {
+  public:
+#if defined(KVPLANE_X86)
+    explicit KernelScope(Isa isa) noexcept : tiles_(isa == Isa::amx) {}
+
+  private:
+    amx::TileScope tiles_;
+#else
+    explicit KernelScope(Isa) noexcept {}
+#endif
+};
 
 }  // namespace kvplane::detail
 

@@ -317,9 +317,8 @@ KVPLANE_FUNCTION void KvCache::attend_rows(const detail::AnyRows& queries, const
     attend_checked(queries, output, sequence(0, queries.tokens), parameters, workspace, nullptr);
 }
 
-KVPLANE_FUNCTION bool KvCache::decodes(Index query_tokens,
-                                       const AttentionParameters& parameters) const noexcept {
-    return query_tokens <= detail::decode_query_tokens && parameters.key_fraction >= 1.0 &&
+KVPLANE_FUNCTION bool KvCache::decodes(const AttentionParameters& parameters) const noexcept {
+    return parameters.key_fraction >= 1.0 && !parameters.decode_tiles &&
            (state_.tiles.empty() || detail::decodes(*state_.layout, state_.latent.get()));
 }
 
@@ -340,27 +339,43 @@ KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
         return;
     }
     const detail::StandardFloatingPoint standard;
-    if (decodes(query_tokens, parameters)) {
-        std::array<detail::QueryToken, detail::decode_query_tokens> tokens;
+    if (decodes(parameters)) {
+        const bool many = query_tokens > detail::decode_query_tokens;
+        AttentionParameters used = parameters;
+        if (many) used.read = ReadPolicy::all();
+        Matrix* const weights = output.more.token_weights;
+        // Kept weights take room for every token.
+        const Index most = many && !weights ? detail::pass_query_tokens : detail::decode_query_tokens;
+        std::array<detail::QueryToken, detail::pass_query_tokens> tokens;
         const Index position = parameters.first_position(state_.tokens, query_tokens);
-        for (Index i = 0; i < query_tokens; ++i)
-            tokens[static_cast<std::size_t>(i)] = {.row = first_row + i, .position = position + i};
-        detail::DecodePass pass({.cache = *shape_,
-                                 .state = state_,
-                                 .tokens = std::span(tokens).first(static_cast<std::size_t>(query_tokens)),
-                                 .first_tile = sequence.shared_tiles,
-                                 .end_tile = sequence.tiles(),
-                                 .unpacked = true,
-                                 .prefix = shared,
-                                 .token_weights = output.more.token_weights},
-                                parameters, workspace.arrays(), workspace.executor());
-        pass.run(queries);
-        for (Index head = 0; head < configuration().query_heads; ++head)
-            for (Index i = 0; i < query_tokens; ++i) {
-                const auto [values, log_sum_exp] = pass.output(head, i);
-                output.store(output.context, first_row + i, head * dim, values, dim);
-                if (output.more.log_sum_exp) (*output.more.log_sum_exp)(i, head) = log_sum_exp;
-            }
+        Matrix more_weights;
+        // The last pass takes the most memory; it comes first, so that nothing is written where that fails.
+        for (Index end = query_tokens, count; end > 0; end -= count) {
+            count = std::min(most, end);
+            const Index first = end - count;
+            for (Index i = 0; i < count; ++i)
+                tokens[static_cast<std::size_t>(i)] = {.row = first_row + first + i,
+                                                       .position = position + first + i};
+            const bool more = end < query_tokens;
+            if (weights && more) more_weights.resize(weights->rows(), weights->cols());
+            detail::DecodePass pass({.cache = *shape_,
+                                     .state = state_,
+                                     .tokens = std::span(tokens).first(static_cast<std::size_t>(count)),
+                                     .first_tile = sequence.shared_tiles,
+                                     .end_tile = sequence.tiles(),
+                                     .unpacked = true,
+                                     .prefix = shared,
+                                     .token_weights = weights && more ? &more_weights : weights},
+                                    used, workspace.arrays(), workspace.executor());
+            pass.run(queries);
+            for (Index head = 0; head < configuration().query_heads; ++head)
+                for (Index i = 0; i < count; ++i) {
+                    const auto [values, log_sum_exp] = pass.output(head, i);
+                    output.store(output.context, first_row + first + i, head * dim, values, dim);
+                    if (output.more.log_sum_exp) (*output.more.log_sum_exp)(first + i, head) = log_sum_exp;
+                }
+            if (weights && more) *weights += more_weights;
+        }
         return;
     }
     const Matrix given = detail::widened(queries.visit(
@@ -396,9 +411,9 @@ KVPLANE_FUNCTION void KvCache::attend_batch_rows(
     }
     std::vector<detail::BatchSequence*> sharing;
     for (std::size_t i = 0; i < count; ++i)
-        if (const Index tokens = sequences[i].query_tokens; tokens > 0 &&
-                                                            parameters.read.kind == ReadPolicy::Kind::all &&
-                                                            caches[i]->decodes(tokens, parameters))
+        if (const Index tokens = sequences[i].query_tokens;
+            tokens > 0 && tokens <= detail::decode_query_tokens &&
+            parameters.read.kind == ReadPolicy::Kind::all && caches[i]->decodes(parameters))
             sharing.push_back(&sequences[i]);
     detail::PrefixStates& shared = workspace.arrays().prefixes;
     detail::SharedPrefixes(queries, parameters, shared, workspace.arrays(), workspace.executor())

@@ -1,6 +1,7 @@
 // kvplane/attention/kernels/impl/dispatch.hpp: the table of kernels.
 #pragma once
 
+#include "kvplane/attention/kernels/amx.hpp"
 #include "kvplane/attention/kernels/avx2.hpp"
 #include "kvplane/attention/kernels/avx2_vnni.hpp"
 #include "kvplane/attention/kernels/avx512_two_planes.hpp"
@@ -17,6 +18,8 @@ KVPLANE_FUNCTION const PlaneDot& plane_dot_of(Isa isa) noexcept {
             return neon::plane_dots;
 #endif
 #if defined(KVPLANE_X86)
+        case Isa::amx:
+            return amx::plane_dots;
         case Isa::avx512:
             return avx512::plane_dots;
         case Isa::avx2_vnni:
