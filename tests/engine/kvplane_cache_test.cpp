@@ -205,14 +205,19 @@ const std::string programs = KVPLANE_ENGINE_PROGRAMS;
 
 TEST(Programs, EvaluateRanksRecipesOnTheRealModel) {
     KVPLANE_NEEDS_MODEL();
-    const auto json = nlohmann::json::parse(
-        output_of(programs +
-                  "/evaluate --json --context 640 --first-token 400 --recipes "
-                  "fp16,block32:4:rotated,standard,compact,key_favored:2:4 --model " +
-                  model_path() + " --text " KVPLANE_EXAMPLE_DATA "/northanger_abbey.txt 2>/dev/null"));
-    const auto& rows = json.at("recipes");
+    const auto evaluated = [](const std::string& options) {
+        const auto json = nlohmann::json::parse(
+            output_of(programs + "/evaluate --json --context 640 --first-token 400 " + options + " --model " +
+                      model_path() + " --text " KVPLANE_EXAMPLE_DATA "/northanger_abbey.txt 2>/dev/null"));
+        return json.at("recipes");
+    };
+    const auto rows = evaluated("--recipes fp16,block32:4:rotated,standard,compact,key_favored:2:4");
     ASSERT_EQ(rows.size(), 5u);
     const auto kl = [&](std::size_t i) { return rows[i].at("kl_mean").get<double>(); };
+    // Rounded queries and weights add little to what is stored.
+    const double packed = evaluated("--packed --recipes standard")[0].at("kl_mean").get<double>();
+    EXPECT_NE(packed, kl(2));
+    EXPECT_NEAR(packed, kl(2), 0.3 * kl(2));
     EXPECT_LT(kl(0), 1e-4);
     EXPECT_LT(10.0 * kl(2), kl(1)) << "standard against block32:4:rotated";
     EXPECT_LT(3.0 * kl(3), kl(1)) << "compact against block32:4:rotated";

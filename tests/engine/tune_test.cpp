@@ -33,7 +33,7 @@ double whole_pass(const Model& model, const std::vector<TokenId>& context, Index
     LayerCaches exact = model.exact_caches(), close = model.exact_caches();
     close[static_cast<std::size_t>(layer)] = std::make_unique<KvplaneCache>(
         configuration, pool, std::make_shared<SharedWorkspace>(model.threads()),
-        kvplane::AttentionParameters{.sliding_window = model.config().window(layer)});
+        kvplane::AttentionParameters{.sliding_window = model.config().window(layer), .decode_tiles = true});
     double sum = 0.0;
     Index compared = 0;
     for (std::size_t first = 0; first < context.size(); first += 32) {
