@@ -23,80 +23,84 @@ namespace kvplane::detail::avx512 {
 typedef std::uint16_t Shorts __attribute__((vector_size(64)));
 typedef std::int32_t Words __attribute__((vector_size(64)));
 
-template <int width, int rows>
-KVPLANE_TARGET_AVX512 inline void dot_block(const PlaneDotCall& call, const std::byte* units,
-                                            const std::byte* next, Index row, std::int32_t* sums) noexcept {
-    constexpr int fields = 8 / width, chains = rows <= 4 ? 2 : 1;
-    const __m512i mask = _mm512_set1_epi8((1 << width) - 1);
-    __m512i lanes[rows][chains];
+/// `together` consecutive blocks from `block` on, for some rows. Fields are masked where they stand, and the sums of
+/// upper ones are shifted once at the end, which is exact.
+template <int width, int rows, int together>
+KVPLANE_TARGET_AVX512 inline void dot_blocks(const PlaneDotCall& call, Index block, Index row) noexcept {
+    constexpr int fields = 8 / width, chains = fields < 4 ? fields : 4;
+    Words lanes[together][rows][chains];
     const std::int8_t* factors[rows];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 2
-        for (int chain = 0; chain < chains; ++chain) lanes[r][chain] = _mm512_setzero_si512();
         factors[r] = call.factors + (row + r) * call.factor_stride;
+#pragma GCC unroll 2
+        for (int b = 0; b < together; ++b)
+#pragma GCC unroll 4
+            for (int chain = 0; chain < chains; ++chain) lanes[b][r][chain] = Words{};
     }
+    const Index at = block * call.block_units * 64, block_bytes = call.block_units * 64;
     for (Index u = 0; u < call.units; ++u) {
-        const __m512i unit = _mm512_loadu_si512(units + u * 64);
-        _mm_prefetch(reinterpret_cast<const char*>(next + u * 64), _MM_HINT_T1);
+        __m512i unit[together];
+#pragma GCC unroll 2
+        for (int b = 0; b < together; ++b) {
+            unit[b] = _mm512_loadu_si512(call.plane + at + b * block_bytes + u * 64);
+            _mm_prefetch(reinterpret_cast<const char*>(call.next + at + b * block_bytes + u * 64),
+                         _MM_HINT_T1);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < fields; ++i) {
-            const __m512i field = (__m512i)((Shorts)unit >> static_cast<std::uint16_t>(i * width)) & mask;
+            const int chain = i % chains;
+            const __m512i mask = _mm512_set1_epi8(static_cast<char>(((1 << width) - 1) << (width * chain)));
+            __m512i field[together];
+#pragma GCC unroll 2
+            for (int b = 0; b < together; ++b) {
+                if (i == chains) unit[b] = (__m512i)((Shorts)unit[b] >> std::uint16_t{4});
+                field[b] = unit[b] & mask;
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
                 int four;
                 std::memcpy(&four, factors[r] + (u * fields + i) * 4, 4);
-                __m512i& to = lanes[r][i % chains];
-                to = _mm512_dpbusd_epi32(to, field, _mm512_set1_epi32(four));
+                const __m512i factor = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+                for (int b = 0; b < together; ++b)
+                    lanes[b][r][chain] =
+                        (Words)_mm512_dpbusd_epi32((__m512i)lanes[b][r][chain], field[b], factor);
             }
         }
     }
+#pragma GCC unroll 2
+    for (int b = 0; b < together; ++b)
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-        std::int32_t* const to = sums + (row + r) * 16;
-        Words sum = (Words)lanes[r][0];
-        if (chains == 2) sum += (Words)lanes[r][chains - 1];
-        sum = sum << call.shift;
-        if (call.add) sum += (Words)_mm512_loadu_si512(to);
-        _mm512_storeu_si512(to, (__m512i)sum);
-    }
+        for (int r = 0; r < rows; ++r) {
+            std::int32_t* const to = call.sums + ((block + b) * call.sum_rows + row + r) * 16;
+            Words sum = lanes[b][r][0];
+#pragma GCC unroll 4
+            for (int chain = 1; chain < chains; ++chain) sum += lanes[b][r][chain] >> (width * chain);
+            sum = sum << call.shift;
+            if (call.add) sum += (Words)_mm512_loadu_si512(to);
+            _mm512_storeu_si512(to, (__m512i)sum);
+        }
+}
+
+/// All blocks, `together` at a time.
+template <int width, int rows, int together>
+KVPLANE_TARGET_AVX512 inline void dot_rows(const PlaneDotCall& call, Index row) noexcept {
+    Index block = 0;
+    for (; block + together <= call.blocks; block += together)
+        dot_blocks<width, rows, together>(call, block, row);
+    for (; block < call.blocks; ++block) dot_blocks<width, rows, 1>(call, block, row);
 }
 
 template <int width>
 KVPLANE_TARGET_AVX512 inline void plane_dot(const PlaneDotCall& call) noexcept {
-    for (Index block = 0; block < call.blocks; ++block) {
-        const std::byte *const units = call.plane + block * call.block_units * 64, *const next =
-                                                                                       call.next +
-                                                                                       block *
-                                                                                           call.block_units *
-                                                                                           64;
-        std::int32_t* const sums = call.sums + block * call.sum_rows * 16;
-        Index row = 0;
-        for (; row + 8 <= call.rows; row += 8) dot_block<width, 8>(call, units, next, row, sums);
-        switch (call.rows - row) {
-            case 7:
-                dot_block<width, 7>(call, units, next, row, sums);
-                break;
-            case 6:
-                dot_block<width, 6>(call, units, next, row, sums);
-                break;
-            case 5:
-                dot_block<width, 5>(call, units, next, row, sums);
-                break;
-            case 4:
-                dot_block<width, 4>(call, units, next, row, sums);
-                break;
-            case 3:
-                dot_block<width, 3>(call, units, next, row, sums);
-                break;
-            case 2:
-                dot_block<width, 2>(call, units, next, row, sums);
-                break;
-            case 1:
-                dot_block<width, 1>(call, units, next, row, sums);
-                break;
-        }
-    }
+    // As many accumulators as there are registers for: a chain a field, and two blocks, which share broadcasts.
+    constexpr int most = width == 4 ? 8 : 4, two = width == 4 ? 2 : 1;
+    Index row = 0;
+    for (; row + most <= call.rows; row += most) dot_rows<width, most, 1>(call, row);
+    for (; row + 4 <= call.rows; row += 4) dot_rows<width, 4, two>(call, row);
+    for (; row + 2 <= call.rows; row += 2) dot_rows<width, 2, 2>(call, row);
+    if (row < call.rows) dot_rows<width, 1, 2>(call, row);
 }
 
 /// The tokens of each run, pressed together 16 at a time. What a vector writes beyond them is written again.
