@@ -281,6 +281,22 @@ std::vector<std::string> planes_recipes() {
             "latent:5:6+heads_together=1+fit_tokens=256"};
 }
 
+TEST(ReadPolicies, AreRefusedForTilesThatAreDecoded) {
+    std::mt19937_64 random(seed());
+    TilePool pool;
+    KvCache cache(configuration("key_favored:8:8"), pool);
+    kvplane_test::append(cache, normal_matrix(random, 300, 64), normal_matrix(random, 300, 96));
+    Matrix output(1, 4 * 48);
+    AttentionParameters parameters;
+    parameters.decode_tiles = true;
+    parameters.read = ReadPolicy::fixed(4);
+    AttentionWorkspace workspace;
+    EXPECT_NE(refusal(ErrorCode::option,
+                      [&] { cache.attend(normal_matrix(random, 1, 128), output, parameters, workspace); })
+                  .find("tiles to be decoded"),
+              std::string::npos);
+}
+
 TEST(ReadPolicies, ReadAtMostTheirBudgetAndErrLessTheMoreTheyRead) {
     std::mt19937_64 random(seed());
     TilePool pool;
