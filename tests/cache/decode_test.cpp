@@ -155,10 +155,11 @@ TEST(FusedAttention, OfManyQueryTokensIsThatOfEachAlone) {
         const Matrix q = normal_matrix(random, asked, 128), bias = normal_matrix(random, 4 * asked, tokens);
         for (const int variant : {0, 1, 2, 3, 4}) {
             AttentionParameters all;
-            if (variant == 1) all.sliding_window = 300, all.sinks = 7;
+            // The first query of the last pass sees one token of a tile; of the middle pass, the last one does.
+            if (variant == 1) all.sliding_window = 358, all.sinks = 7;
             if (variant == 2) all.causal = false;
             if (variant == 3) all.bias = &bias, all.softcap = 5.0;
-            if (variant == 4) all.position = 2200, all.sliding_window = 1;
+            if (variant == 4) all.position = 2266, all.sliding_window = 1;
             Matrix output(asked, 4 * 48), sums, weights, added;
             AttentionWorkspace workspace;
             cache.attend(q, output, all, workspace, {.log_sum_exp = &sums});
