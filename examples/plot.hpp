@@ -86,7 +86,9 @@ inline std::string gnuplot_script(const std::filesystem::path& svg, const Plot& 
     for (std::size_t s = 0; s < all.size(); ++s) {
         script << "$series" << s << " << end\n";
         for (const PlotPoint& point : all[s].points)
-            script << point.x << ' ' << point.y << " \"" << point.label << "\"\n";
+            // Longer ones would cover other points; the CSV file has all.
+            script << point.x << ' ' << point.y << " \"" << (point.label.size() <= 26 ? point.label : "")
+                   << "\"\n";
         script << "end\n";
     }
     script << "plot ";
