@@ -469,7 +469,7 @@ void run(const Settings& settings) {
         plans.push_back(layer_recipes.parse(name));
         kvplane::AttentionParameters& read = plans.back().read;
         read.decode_tiles = !settings.packed && read.read.kind == kvplane::ReadPolicy::Kind::all;
-        kvplane::require(settings.chunk <= 8 || plans.back().read.read.kind == kvplane::ReadPolicy::Kind::all,
+        kvplane::require(settings.chunk <= 8 || read.read.kind == kvplane::ReadPolicy::Kind::all,
                          ErrorCode::option, "recipe '", name,
                          "' reads in part, which takes --chunk 8 or less; it is ", settings.chunk);
     }

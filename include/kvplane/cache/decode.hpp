@@ -190,7 +190,7 @@ class DecodePass {
     void each(Index items, const Body& body) noexcept {
         run_items(executor_, items, [&](Index item, Index worker) {
             const StandardFloatingPoint standard;
-            const KernelScope kernels(isa_);
+            const KernelScope kernels(isa_, shape_.rows_per_head);
             body(item, worker);
         });
     }

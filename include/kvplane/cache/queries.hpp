@@ -170,11 +170,16 @@ class QueryRows {
     void find_frames(const CacheShape& cache, const CacheState& state) {
         frames_.assign(1, cache.frame_outside_tiles());
         if (state.latent) return;  // their queries are turned tile by tile
-        for (const TilePlace& tile : state.tiles)
-            for (Index head = 0; head < (tile.layout->rotates_by_tile() ? shape_.heads : 1); ++head)
-                if (const StoredFrame frame = cache.frame(state, tile, head);
-                    std::find(frames_.begin(), frames_.end(), frame) == frames_.end())
-                    frames_.push_back(frame);
+        const auto add = [&](const StoredFrame& frame) {
+            if (std::find(frames_.begin(), frames_.end(), frame) == frames_.end()) frames_.push_back(frame);
+        };
+        for (const TilePlace& tile : state.tiles) {
+            const Index turn = cache.query_turn(state, tile);
+            // Both, so that no page is touched before it is read.
+            for (const bool rotated : {false, true})
+                if (tile.layout->rotates_by_tile() || rotated == cache.rotates(TileSide::keys))
+                    add({turn, rotated});
+        }
     }
     RowView<const float> framed(std::size_t frame, const RowBlock& block) const noexcept {
         return {framed_.data() + frame * plain_.size() + block.first * dim_, dim_, block.rows};

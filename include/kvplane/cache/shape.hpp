@@ -60,6 +60,10 @@ struct CacheShape {
     }
     /// Whether a side's tokens are stored rotated (of latents: those outside tiles).
     bool rotates(TileSide side) const noexcept { return configuration.rotates(side); }
+    /// Whether some tokens of a side are.
+    bool may_rotate(TileSide side) const noexcept {
+        return rotates(side) || (side == TileSide::keys && recipe().rotates_by_tile);
+    }
     TokenRows sink_rows() const { return {configuration, recipe().sink_tokens, {16, 16}}; }
     TokenRows recent_rows() const {
         return {configuration,
@@ -95,13 +99,11 @@ struct CacheShape {
     /// By how much a turn by RoPE can enlarge an element of a stored key, or its error, at most. It mixes two
     /// channels, and with a rotation around it all.
     double turn_growth() const noexcept {
-        const bool all = rotates(TileSide::keys) || recipe().rotates_by_tile;
-        return std::sqrt(all ? static_cast<double>(dim(TileSide::keys)) : 2.0);
+        return std::sqrt(may_rotate(TileSide::keys) ? static_cast<double>(dim(TileSide::keys)) : 2.0);
     }
     /// The same of going into a tile.
     double packing_growth(TileSide side) const noexcept {
-        const bool may_rotate = side == TileSide::keys && recipe().rotates_by_tile;
-        return std::sqrt(may_rotate ? static_cast<double>(dim(side)) : 1.0);
+        return std::sqrt(may_rotate(side) && !rotates(side) ? static_cast<double>(dim(side)) : 1.0);
     }
 
     /// How far an element of a side is off at most while it is a sink or recent, if no magnitude is above

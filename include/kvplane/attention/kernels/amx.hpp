@@ -16,7 +16,6 @@
 
 namespace kvplane::detail::amx {
 
-inline constexpr Index least_rows = 8;
 /// What a tile holds of the depth of a dot product.
 inline constexpr Index tile_depth = tile_row_bytes;
 
@@ -32,7 +31,7 @@ KVPLANE_TARGET_AVX512 inline void load_factors(const RowGroup& group, Index chun
     const Index first = chunk * tile_depth, count = std::min(tile_depth, group.depth - first);
     if (group.rows == tile_rows && count == tile_depth)
         return Tiles::template load<to>(group.factors + first, group.stride);
-    alignas(64) std::int8_t padded[tile_rows * tile_row_bytes] = {};
+    alignas(64) std::int8_t padded[tile_bytes] = {};
     for (Index r = 0; r < group.rows; ++r)
         std::memcpy(padded + r * tile_row_bytes, group.factors + r * group.stride + first,
                     static_cast<std::size_t>(count));
@@ -93,7 +92,6 @@ struct SumsOfRows {
 template <class Tiles, int sum, int codes>
 KVPLANE_TARGET_AVX512 KVPLANE_INLINE void dot_block(const RowGroup& group, Index first_chunk, Index chunks,
                                                     const std::uint8_t* from) noexcept {
-    constexpr Index tile_bytes = tile_rows * tile_row_bytes;
     Tiles::template zero<sum>();
     Tiles::template load<codes>(from, tile_row_bytes);
     if (chunks > 2) load_factors<Tiles, 4>(group, first_chunk);
@@ -127,7 +125,7 @@ KVPLANE_TARGET_AVX512 KVPLANE_INLINE void store_block(Index rows, const SumsOfRo
 template <class Tiles, class Spread>
 KVPLANE_TARGET_AVX512 inline void sum_rows(const RowGroup& all, Index blocks, const Spread& spread,
                                            SumsOfRows to) noexcept {
-    constexpr Index room = 16, tile_bytes = tile_rows * tile_row_bytes;
+    constexpr Index room = 16;
     alignas(64) std::uint8_t codes[room * tile_bytes];
     const Index all_chunks = (all.depth + tile_depth - 1) / tile_depth;
     for (Index first_chunk = 0; first_chunk < all_chunks; first_chunk += room, to.add = true) {

@@ -16,6 +16,9 @@
 namespace kvplane::detail::amx {
 
 inline constexpr int tile_rows = 16, tile_row_bytes = 64;
+inline constexpr Index tile_bytes = tile_rows * tile_row_bytes;
+/// Kernels of fewer rows are those of AVX-512: such rows do not make up for spreading fields to bytes.
+inline constexpr Index least_rows = 8;
 
 /// The instructions. They are written out because g++ 12's intrinsics do not say that they read and write
 /// memory.

@@ -13,16 +13,17 @@ namespace kvplane::detail {
 /// The kernels of an instruction set that this machine has.
 const PlaneDot& plane_dot_of(Isa isa) noexcept;
 
-/// What kernels of an instruction set need on a thread that calls many of them. They work without, more slowly.
+/// What kernels of an instruction set need on a thread that calls many of them with up to `rows` rows. They work
+/// without, more slowly.
 class KernelScope {
   public:
 #if defined(KVPLANE_X86)
-    explicit KernelScope(Isa isa) noexcept : tiles_(isa == Isa::amx) {}
+    KernelScope(Isa isa, Index rows) noexcept : tiles_(isa == Isa::amx && rows >= amx::least_rows) {}
 
   private:
     amx::TileScope tiles_;
 #else
-    explicit KernelScope(Isa) noexcept {}
+    KernelScope(Isa, Index) noexcept {}
 #endif
 };
 

@@ -70,8 +70,7 @@ inline void require_fp16(const AnyRows& input, const char* argument) {
 inline void require_magnitudes(const CacheShape& cache, const AnyRows& input, TileSide side) {
     const char* const argument = name_of(side);
     // Keys that are rotated tile by tile must be storable both ways.
-    const bool by_tile = side == TileSide::keys && cache.recipe().rotates_by_tile,
-               rotates = cache.rotates(side) || by_tile;
+    const bool rotates = cache.may_rotate(side), by_tile = rotates && !cache.rotates(side);
     const float largest = input.visit([](const auto&rows) { return largest_magnitude(rows); }),
                 most = cache.largest_magnitude();
     if (!(largest <= fp16_max)) require_fp16(input, argument);

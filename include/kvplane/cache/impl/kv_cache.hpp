@@ -348,7 +348,12 @@ KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
         const Index most = many && !weights ? detail::pass_query_tokens : detail::decode_query_tokens;
         std::array<detail::QueryToken, detail::pass_query_tokens> tokens;
         const Index position = parameters.first_position(state_.tokens, query_tokens);
-        Matrix more_weights;
+        const bool adds_weights = weights && query_tokens > most;
+        Matrix weights_of_pass;
+        if (adds_weights) {
+            weights_of_pass.resize(weights->rows(), weights->cols());
+            weights->setZero();
+        }
         // The last pass takes the most memory; it comes first, so that nothing is written where that fails.
         for (Index end = query_tokens, count; end > 0; end -= count) {
             count = std::min(most, end);
@@ -356,8 +361,6 @@ KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
             for (Index i = 0; i < count; ++i)
                 tokens[static_cast<std::size_t>(i)] = {.row = first_row + first + i,
                                                        .position = position + first + i};
-            const bool more = end < query_tokens;
-            if (weights && more) more_weights.resize(weights->rows(), weights->cols());
             detail::DecodePass pass({.cache = *shape_,
                                      .state = state_,
                                      .tokens = std::span(tokens).first(static_cast<std::size_t>(count)),
@@ -365,7 +368,7 @@ KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
                                      .end_tile = sequence.tiles(),
                                      .unpacked = true,
                                      .prefix = shared,
-                                     .token_weights = weights && more ? &more_weights : weights},
+                                     .token_weights = adds_weights ? &weights_of_pass : weights},
                                     used, workspace.arrays(), workspace.executor());
             pass.run(queries);
             for (Index head = 0; head < configuration().query_heads; ++head)
@@ -374,7 +377,7 @@ KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
                     output.store(output.context, first_row + first + i, head * dim, values, dim);
                     if (output.more.log_sum_exp) (*output.more.log_sum_exp)(first + i, head) = log_sum_exp;
                 }
-            if (weights && more) *weights += more_weights;
+            if (adds_weights) *weights += weights_of_pass;
         }
         return;
     }

@@ -53,7 +53,7 @@ struct BlockQueries {
             finite[static_cast<std::size_t>(r)] = fits;
             if (!fits) plain.row(r).setZero();
         }
-        if (!c.recipe.keys.rotate && !c.recipe.rotates_by_tile) return;
+        if (!cache.may_rotate(TileSide::keys)) return;
         rotated = plain;
         cache.key_rotation.rotate(rotated);
     }
