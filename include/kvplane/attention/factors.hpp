@@ -49,7 +49,40 @@ struct Factors {
     std::int8_t *high, *low;  ///< [row][factor_stride]; low is nullptr for narrow factors
     Index factor_stride;
     float *worth, *base;  ///< [row] what 1 in a rounded factor stands for; what to add to every sum
+
+    /// The same of the rows from `first` on.
+    Factors from_row(Index first) const noexcept {
+        Factors some = *this;
+        some.x += first * stride;
+        some.high += first * factor_stride;
+        if (low) some.low += first * factor_stride;
+        some.worth += first;
+        some.base += first;
+        return some;
+    }
 };
+
+/// The largest magnitude of a rounded factor.
+constexpr float largest_factor(const Factors& f) noexcept {
+    return f.low ? 32512.0f : 127.0f;
+}
+/// Products up to that count as 0: their scale would not be finite.
+inline constexpr float no_factor = 1e-30f;
+/// What the products of a row are multiplied by before they are rounded; `top` is the largest magnitude of them.
+inline float scale_of(const Factors& f, float top) noexcept {
+    return top > no_factor ? largest_factor(f) / top : 0.0f;
+}
+/// What row r's factors stand for, corrected for what rounding does to the middle of all codes.
+///   sum            x times the middles of the grids
+///   whole, high    the sums of the rounded factors and of their high halves
+///   unread         their sum times what is unread
+inline void finish_row(const Factors& f, int r, float top, float sum, float whole, float high,
+                       float unread) noexcept {
+    const float worth = top > no_factor ? top / largest_factor(f) : 0.0f;
+    f.worth[r] = worth;
+    f.base[r] = sum + worth * (unread - f.middle * whole);
+    if (f.low) f.base[r] += f.middle_below * worth * (whole - 256.0f * high);
+}
 
 template <int Lanes, int rows>
 KVPLANE_INLINE void fold_vector(const Factors& f, const float* x, Index stride, const Eigen::half* step,
@@ -153,13 +186,10 @@ template <int Lanes, int rows>
 KVPLANE_INLINE void factor_rows(const Factors& f) {
     float top[4], sum[4], whole[4], high_sum[4] = {}, unread_sum[4] = {};
     fold_rows<Lanes, rows>(f, top, sum);
-    const float most = f.low ? 32512.0f : 127.0f;
-    // Factors up to that count as 0: their scale would not be finite.
-    constexpr float nothing = 1e-30f;
     Floats<Lanes> wholes[4]{}, highs[4]{}, unreads[4]{};
     for (int r = 0; r < rows; ++r) {
         RoundedSums<Lanes> sums;
-        round_row<Lanes>(f, r, top[r] > nothing ? most / top[r] : 0.0f, sums);
+        round_row<Lanes>(f, r, scale_of(f, top[r]), sums);
         wholes[r] = sums.whole;
         highs[r] = sums.high;
         unreads[r] = sums.unread;
@@ -167,11 +197,7 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
     reduce_rows<Lanes>(wholes, whole, plus);
     if (f.low) reduce_rows<Lanes>(highs, high_sum, plus);
     if (f.unread) reduce_rows<Lanes>(unreads, unread_sum, plus);
-    for (int r = 0; r < rows; ++r) {
-        f.worth[r] = top[r] > nothing ? top[r] / most : 0.0f;
-        f.base[r] = sum[r] + f.worth[r] * (unread_sum[r] - f.middle * whole[r]);
-        if (f.low) f.base[r] += f.middle_below * f.worth[r] * (whole[r] - 256.0f * high_sum[r]);
-    }
+    for (int r = 0; r < rows; ++r) finish_row(f, r, top[r], sum[r], whole[r], high_sum[r], unread_sum[r]);
 }
 
 /// to[r][c] += the sum over t of x[r][t] (lower_t + step_t centre), for `channels` channels.

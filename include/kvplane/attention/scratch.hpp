@@ -9,6 +9,7 @@
 #include "kvplane/attention/factors.hpp"
 #include "kvplane/attention/kernels/plane_dot.hpp"
 #include "kvplane/attention/plane_groups.hpp"
+#include "kvplane/simd/line_vector.hpp"
 
 namespace kvplane::detail {
 
@@ -132,12 +133,12 @@ class AttentionScratch {
     }
 
     Index depth_ = 0;
-    std::vector<std::int8_t> factors_;
-    std::vector<float> folded_, scores_, row_weights_, below_middles_, rows_;
-    std::vector<std::int32_t> sums_;
-    std::vector<Eigen::half> steps_;
+    LineVector<std::int8_t> factors_;
+    LineVector<float> folded_, scores_, row_weights_, below_middles_, rows_;
+    LineVector<std::int32_t> sums_;
+    LineVector<Eigen::half> steps_;
     // Of prefix reads.
-    std::vector<float> unread_;                ///< [2][depth]
+    LineVector<float> unread_;                 ///< [2][depth]
     std::vector<std::uint8_t> prefix_planes_;  ///< the planes that prefix_ was made for
     std::vector<std::uint16_t> active_, by_depth_;
     PrefixRead prefix_;

@@ -15,6 +15,7 @@
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/read/planner.hpp"
+#include "kvplane/simd/line_vector.hpp"
 #include "kvplane/transform/rope.hpp"
 
 namespace kvplane::detail {
@@ -225,9 +226,9 @@ class QueryRows {
     std::vector<QueryToken> tokens_;          ///< [query token]
     std::vector<Positions> block_positions_;  ///< [row block]
     Index dim_ = 0;
-    std::vector<float> plain_, partner_;  ///< [row][key dim]
+    LineVector<float> plain_, partner_;  ///< [row][key dim]
     std::vector<StoredFrame> frames_;
-    std::vector<float> framed_;            ///< [frame][row][key dim]
+    LineVector<float> framed_;             ///< [frame][row][key dim]
     std::vector<std::uint8_t> finite_;     ///< [row]
     std::vector<ScoreRule<float>> rules_;  ///< [query head]
     std::vector<double> scales_;           ///< [query head], 1 where queries are scaled already
@@ -323,8 +324,8 @@ class QueryProjection {
     }
 
     Index depth_ = 0;
-    std::vector<float> turned_, projected_;  ///< [tile][row][depth]
-    std::vector<float> turns_;               ///< [tile, and the step][2][depth]
+    LineVector<float> turned_, projected_;  ///< [tile][row][depth]
+    LineVector<float> turns_;               ///< [tile, and the step][2][depth]
 };
 
 }  // namespace kvplane::detail

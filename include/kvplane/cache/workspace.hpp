@@ -17,6 +17,7 @@
 #include "kvplane/read/planner.hpp"
 #include "kvplane/read/tolerance.hpp"
 #include "kvplane/simd/half.hpp"
+#include "kvplane/simd/line_vector.hpp"
 
 namespace kvplane::detail {
 
@@ -43,7 +44,7 @@ class ChunkStates {
     DecodeShape shape_;
     Index stride_ = 0;
     std::vector<float> largest_, sum_;  ///< [head][chunk][row of the head]
-    std::vector<float> output_;         ///< [head][chunk][row of the head][channels, padded]
+    LineVector<float> output_;          ///< [head][chunk][row of the head][channels, padded]
 };
 
 /// The softmax weights of tiles, or of blocks of tokens outside tiles, until their sums are known: to 11 bits, for
@@ -81,8 +82,8 @@ class KeptWeights {
 
     DecodeShape shape_;
     Index tiles_ = 0;
-    std::vector<Eigen::half> weights_;  ///< [head][tile][row of the head][token] exp(score - largest)
-    std::vector<float> largest_;        ///< [head][tile][row of the head]
+    LineVector<Eigen::half> weights_;  ///< [head][tile][row of the head][token] exp(score - largest)
+    std::vector<float> largest_;       ///< [head][tile][row of the head]
 };
 
 /// The softmax states of a batch's rows over the first tiles of their sequences, from which a pass goes on. They
@@ -114,7 +115,7 @@ class PrefixStates {
 
     Index heads_ = 0, stride_ = 0;
     std::vector<float> largest_, sum_;  ///< [query token][query head][complete, open]
-    std::vector<float> output_;         ///< [query token][query head][complete, open][channels, padded]
+    LineVector<float> output_;          ///< [query token][query head][complete, open][channels, padded]
 };
 
 /// What one worker has for itself.

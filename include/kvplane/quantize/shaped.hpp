@@ -32,28 +32,9 @@
 #include "kvplane/matrix.hpp"
 #include "kvplane/quantize/rule.hpp"
 #include "kvplane/simd/isa.hpp"
+#include "kvplane/simd/line_vector.hpp"
 
 namespace kvplane {
-
-namespace detail {
-
-/// Memory that starts with a cache line, so that no vector lies across two.
-template <class T>
-struct LineAllocator {
-    using value_type = T;
-    static constexpr std::align_val_t line{64};
-
-    LineAllocator() = default;
-    template <class U>
-    LineAllocator(const LineAllocator<U>&) noexcept {}
-    T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), line)); }
-    void deallocate(T* memory, std::size_t) noexcept { ::operator delete(memory, line); }
-    bool operator==(const LineAllocator&) const = default;
-};
-template <class T>
-using Lines = std::vector<T, LineAllocator<T>>;
-
-}  // namespace detail
 
 /// How codes are shaped.
 struct Shaping {
@@ -116,18 +97,18 @@ class ShapedQuantizer {
     Isa isa_ = current_isa();
     Shaping shaping_;
     Index channels_ = 0, places_ = 0, stride_ = 0;
-    int exponent_ = 0;               ///< C is weight_ times 2 to this
-    detail::Lines<float> weight_;    ///< [channel][channel], the largest entry 1/2 to 1
-    std::vector<Index> order_;       ///< [place]: the channel there
-    detail::Lines<float> by_place_;  ///< weight_ [place][stride]
-    detail::Lines<float> step_;      ///< [place]
-    detail::Lines<double> rest_, pivots_, left_, right_;
-    detail::Lines<float> ratios_, room_, importance_, lower_, inverse_;
-    detail::Lines<std::int16_t> feedback_, descent_;                ///< [place][stride]
-    detail::Lines<std::int32_t> feedback_shifts_, descent_shifts_;  ///< [place][2]
-    detail::Lines<float> values_;                                   ///< [place][tile]
-    detail::Lines<std::int32_t> positions_, errors_;
-    detail::Lines<std::uint8_t> codes_;
+    int exponent_ = 0;                    ///< C is weight_ times 2 to this
+    detail::LineVector<float> weight_;    ///< [channel][channel], the largest entry 1/2 to 1
+    std::vector<Index> order_;            ///< [place]: the channel there
+    detail::LineVector<float> by_place_;  ///< weight_ [place][stride]
+    detail::LineVector<float> step_;      ///< [place]
+    detail::LineVector<double> rest_, pivots_, left_, right_;
+    detail::LineVector<float> ratios_, room_, importance_, lower_, inverse_;
+    detail::LineVector<std::int16_t> feedback_, descent_;                ///< [place][stride]
+    detail::LineVector<std::int32_t> feedback_shifts_, descent_shifts_;  ///< [place][2]
+    detail::LineVector<float> values_;                                   ///< [place][tile]
+    detail::LineVector<std::int32_t> positions_, errors_;
+    detail::LineVector<std::uint8_t> codes_;
 };
 
 }  // namespace kvplane

@@ -28,16 +28,11 @@ inline GridView grids_of(const TileFormat::Placed& segment, const std::byte* til
 
 /// Makes the factors of `rows` rows.
 inline void round_factors(Isa isa, const Factors& all, Index rows) noexcept {
+    const PlaneDot& kernels = plane_dot_of(isa);
+    if (kernels.factors && !all.active && !(all.low && all.unread)) return kernels.factors(all, rows);
     run_on(isa, [&](auto lanes) KVPLANE_BODY {
-        by_rows(rows, [&](auto together, Index first) KVPLANE_BODY {
-            Factors some = all;
-            some.x += first * all.stride;
-            some.high += first * all.factor_stride;
-            if (some.low) some.low += first * all.factor_stride;
-            some.worth += first;
-            some.base += first;
-            factor_rows<lanes, together>(some);
-        });
+        by_rows(rows, [&](auto together, Index first)
+                          KVPLANE_BODY { factor_rows<lanes, together>(all.from_row(first)); });
     });
 }
 

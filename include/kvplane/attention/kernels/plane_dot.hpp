@@ -101,6 +101,8 @@ struct RunOrderCall {
     float* to;  ///< [row][128], with room for 16 more behind the last
 };
 
+struct Factors;
+
 /// The kernels of an instruction set.
 struct PlaneDot {
     using Pair = void (*)(const PlanePairCall&) noexcept;
@@ -119,6 +121,9 @@ struct PlaneDot {
     void (*some)(const PlaneSomeCall&) noexcept = nullptr;
     /// nullptr where a list of the tokens is as fast.
     void (*order)(const RunOrderCall&) noexcept = nullptr;
+    /// The factors of so many rows of which no block is left out, and nothing is unread where they are wide;
+    /// nullptr where vectors of C++ (factors.hpp) are as fast.
+    void (*factors)(const Factors&, Index rows) noexcept = nullptr;
 
     void operator()(int width, const PlaneDotCall& call) const noexcept {
         of_width[width == 4 ? 2 : width - 1](call);
