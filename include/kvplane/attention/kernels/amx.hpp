@@ -87,25 +87,6 @@ struct SumsOfRows {
     bool add;
 };
 
-/// One block's sums of a group over `chunks` tiles of codes, in tile `sum`. Factors of up to two chunks are in
-/// tiles 4 and 5.
-template <class Tiles, int sum, int codes>
-KVPLANE_TARGET_AVX512 KVPLANE_INLINE void dot_block(const RowGroup& group, Index first_chunk, Index chunks,
-                                                    const std::uint8_t* from) noexcept {
-    Tiles::template zero<sum>();
-    Tiles::template load<codes>(from, tile_row_bytes);
-    if (chunks > 2) load_factors<Tiles, 4>(group, first_chunk);
-    Tiles::template dot<sum, 4, codes>();
-    if (chunks == 2) {
-        Tiles::template load<codes + 1>(from + tile_bytes, tile_row_bytes);
-        Tiles::template dot<sum, 5, codes + 1>();
-    }
-    for (Index chunk = 1; chunks > 2 && chunk < chunks; ++chunk) {
-        load_factors<Tiles, 4>(group, first_chunk + chunk);
-        Tiles::template load<codes>(from + chunk * tile_bytes, tile_row_bytes);
-        Tiles::template dot<sum, 4, codes>();
-    }
-}
 template <class Tiles, int sum>
 KVPLANE_TARGET_AVX512 KVPLANE_INLINE void store_block(Index rows, const SumsOfRows& to,
                                                       std::int32_t* sums) noexcept {
@@ -120,39 +101,77 @@ KVPLANE_TARGET_AVX512 KVPLANE_INLINE void store_block(Index rows, const SumsOfRo
     }
 }
 
-/// The sums of all rows. spread(block, chunk, to) makes a tile of codes. Many are made before the first is read:
-/// a tile is read long after it has left the core's queue of stores.
+/// Chunks of the depth that are summed in tiles.
+inline constexpr Index most_chunks = 16;
+
+/// Adds up to two groups' products with one block's codes to tiles 0 and 1. Factors of up to two chunks are in
+/// tiles 4 and 5, and 6 and 7, already.
+template <class Tiles, int groups>
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE void dot_block(const RowGroup (&group)[2], Index first_chunk,
+                                                    Index chunks, const std::uint8_t* codes) noexcept {
+    Tiles::template zero<0>();
+    if constexpr (groups == 2) Tiles::template zero<1>();
+    for (Index chunk = 0; chunk < (chunks > 2 ? chunks : 1); ++chunk) {
+        Tiles::template load<2>(codes + chunk * tile_bytes, tile_row_bytes);
+        if (chunks > 2) load_factors<Tiles, 4>(group[0], first_chunk + chunk);
+        Tiles::template dot<0, 4, 2>();
+        if constexpr (groups == 2) {
+            if (chunks > 2) load_factors<Tiles, 6>(group[1], first_chunk + chunk);
+            Tiles::template dot<1, 6, 2>();
+        }
+    }
+    if (chunks != 2) return;
+    Tiles::template load<3>(codes + tile_bytes, tile_row_bytes);
+    Tiles::template dot<0, 5, 3>();
+    if constexpr (groups == 2) Tiles::template dot<1, 7, 3>();
+}
+
+/// The sums of up to two groups over up to most_chunks chunks. Codes are made some blocks before they are read: a
+/// tile is read long after it has left the core's queue of stores.
+template <class Tiles, int groups, class Spread>
+KVPLANE_TARGET_AVX512 inline void sum_groups(const RowGroup (&group)[2], Index blocks, Index first_chunk,
+                                             Index chunks, const Spread& spread, SumsOfRows to) noexcept {
+    alignas(64) std::uint8_t codes[most_chunks * tile_bytes];
+    const Index kept = std::clamp<Index>(most_chunks / chunks, 1, 4), block_bytes = chunks * tile_bytes;
+    if (chunks <= 2) {
+        load_factors<Tiles, 4>(group[0], first_chunk);
+        if constexpr (groups == 2) load_factors<Tiles, 6>(group[1], first_chunk);
+    }
+    if (chunks == 2) {
+        load_factors<Tiles, 5>(group[0], first_chunk + 1);
+        if constexpr (groups == 2) load_factors<Tiles, 7>(group[1], first_chunk + 1);
+    }
+    for (Index made = 0; made < blocks + kept - 1; ++made) {
+        for (Index chunk = 0; made < blocks && chunk < chunks; ++chunk)
+            spread(made, first_chunk + chunk, codes + made % kept * block_bytes + chunk * tile_bytes);
+        const Index block = made - (kept - 1);
+        if (block < 0) continue;
+        dot_block<Tiles, groups>(group, first_chunk, chunks, codes + block % kept * block_bytes);
+        std::int32_t* const sums = to.sums + block * to.block_stride;
+        store_block<Tiles, 0>(group[0].rows, to, sums);
+        if constexpr (groups == 2) store_block<Tiles, 1>(group[1].rows, to, sums + tile_rows * 16);
+    }
+}
+
+/// The sums of all rows. spread(block, chunk, to) makes a tile of codes.
 template <class Tiles, class Spread>
 KVPLANE_TARGET_AVX512 inline void sum_rows(const RowGroup& all, Index blocks, const Spread& spread,
                                            SumsOfRows to) noexcept {
-    constexpr Index room = 16;
-    alignas(64) std::uint8_t codes[room * tile_bytes];
     const Index all_chunks = (all.depth + tile_depth - 1) / tile_depth;
-    for (Index first_chunk = 0; first_chunk < all_chunks; first_chunk += room, to.add = true) {
-        const Index chunks = std::min(room, all_chunks - first_chunk), together = room / chunks,
-                    block_bytes = chunks * tile_bytes;
-        for (Index first = 0; first < blocks; first += together) {
-            const Index count = std::min(together, blocks - first);
-            for (Index b = 0; b < count; ++b)
-                for (Index chunk = 0; chunk < chunks; ++chunk)
-                    spread(first + b, first_chunk + chunk, codes + b * block_bytes + chunk * tile_bytes);
-            for (Index row = 0; row < all.rows; row += tile_rows) {
-                const RowGroup group{all.factors + row * all.stride, all.stride,
-                                     std::min<Index>(tile_rows, all.rows - row), all.depth};
-                if (chunks <= 2) load_factors<Tiles, 4>(group, first_chunk);
-                if (chunks == 2) load_factors<Tiles, 5>(group, first_chunk + 1);
-                const auto sums = [&](Index b) { return to.sums + (first + b) * to.block_stride + row * 16; };
-                // Two blocks at a time, so that one is multiplied while the other is loaded or stored.
-                for (Index b = 0; b < count; b += 2) {
-                    dot_block<Tiles, 0, 2>(group, first_chunk, chunks, codes + b * block_bytes);
-                    if (b + 1 < count)
-                        dot_block<Tiles, 1, 6>(group, first_chunk, chunks, codes + (b + 1) * block_bytes);
-                    store_block<Tiles, 0>(group.rows, to, sums(b));
-                    if (b + 1 < count) store_block<Tiles, 1>(group.rows, to, sums(b + 1));
-                }
-            }
+    for (Index chunk = 0; chunk < all_chunks; chunk += most_chunks, to.add = true)
+        for (Index row = 0; row < all.rows; row += 2 * tile_rows) {
+            const Index rows = all.rows - row, chunks = std::min(most_chunks, all_chunks - chunk);
+            const std::int8_t* const factors = all.factors + row * all.stride;
+            const RowGroup group[2] = {{factors, all.stride, std::min<Index>(tile_rows, rows), all.depth},
+                                       {factors + tile_rows * all.stride, all.stride,
+                                        std::min<Index>(tile_rows, rows - tile_rows), all.depth}};
+            SumsOfRows of_rows = to;
+            of_rows.sums += row * 16;
+            if (rows > tile_rows)
+                sum_groups<Tiles, 2>(group, blocks, chunk, chunks, spread, of_rows);
+            else
+                sum_groups<Tiles, 1>(group, blocks, chunk, chunks, spread, of_rows);
         }
-    }
 }
 
 template <class Tiles, int width>
@@ -210,7 +229,8 @@ inline constexpr PlaneDot plane_dots{
                {.bits = 6, .dot = pair_dot<4, 2, avx512::two_planes_dot<2>>},
                {.bits = 8, .dot = pair_dot<4, 4, avx512::two_planes_dot<4>>}}},
     .some = avx512::some_dot,
-    .order = avx512::order_weights};
+    .order = avx512::order_weights,
+    .factors = avx512::make_factors};
 
 }  // namespace kvplane::detail::amx
 #endif

@@ -4,7 +4,9 @@
 // signed ones without saturation, so a code of 8 bits fits. Sums are exact.
 #pragma once
 
+#include <utility>
 #include "kvplane/attention/kernels/avx512.hpp"
+#include "kvplane/attention/kernels/avx512_factors.hpp"
 
 #if defined(KVPLANE_X86)
 namespace kvplane::detail::avx512 {
@@ -26,50 +28,109 @@ KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i four_factors(const std::int8_t* fro
     return _mm512_set1_epi32(four);
 }
 
+/// `a` where the mask is set, together with `b`, which has no bits there.
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i masked_or(const __m512i& mask, const __m512i& a,
+                                                       const __m512i& b) noexcept {
+    return _mm512_ternarylogic_epi32(a, mask, b, 0xEA);
+}
+/// To the right by a constant, or to the left where that is negative.
+template <int by>
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i moved_right(const __m512i& x) noexcept {
+    if constexpr (by == 0) return x;
+    if constexpr (by < 0) return shifted_left(x, -by);
+    return shifted_right(x, by);
+}
+
+/// The codes of one unit in planes {4, width}: of even fields in the low bits, and of odd ones where the upper four
+/// bits of a byte are their first plane, so that no bits of the first plane move that need not. `part` is the unit's
+/// place among those that share a unit of the second plane.
+template <int width, int part>
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE void join_planes(const __m512i& first, const __m512i& second,
+                                                      __m512i& even, __m512i& odd) noexcept {
+    constexpr int of_even = 2 * width * part, of_odd = 2 * width * (part + 1) - 4,
+                  low_bits = (1 << width) - 1;
+    const __m512i below_even = moved_right<of_even>(second), below_odd = moved_right<of_odd>(second),
+                  above_even = shifted_left(first, width);
+    if constexpr (width == 4) {
+        const __m512i low_half = _mm512_set1_epi8(15);
+        even = either(low_half, below_even, above_even);
+        odd = either(low_half, below_odd, first);
+    } else {
+        const __m512i low = _mm512_set1_epi8(low_bits), high = _mm512_set1_epi8(low_bits << (4 - width));
+        even = masked_or(_mm512_set1_epi8(15 << width), above_even, below_even & low);
+        odd = masked_or(_mm512_set1_epi8(static_cast<char>(0xF0)), first, below_odd & high);
+    }
+}
+
+/// The sums of one block for some rows, so far: of high factors with codes, and of low ones with the first plane
+/// alone, each of even and of odd fields.
+template <int rows>
+struct PairSums {
+    Words whole[2][rows], first[2][rows];
+    const std::int8_t *high_factors[rows], *low_factors[rows];
+};
+template <int width, int rows, int part>
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE void add_unit(const __m512i& first, const __m512i& second, Index unit,
+                                                   PairSums<rows>& sums) noexcept {
+    __m512i code[2];
+    join_planes<width, part>(first, second, code[0], code[1]);
+    const __m512i field[2] = {first & _mm512_set1_epi8(15),
+                              first & _mm512_set1_epi8(static_cast<char>(0xF0))};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const Index place = (unit * 2 + i) * 4;
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+            sums.whole[i][r] = (Words)_mm512_dpbusd_epi32((__m512i)sums.whole[i][r], code[i],
+                                                          four_factors(sums.high_factors[r] + place));
+            sums.first[i][r] = (Words)_mm512_dpbusd_epi32((__m512i)sums.first[i][r], field[i],
+                                                          four_factors(sums.low_factors[r] + place));
+        }
+    }
+}
+/// The units from `unit` on that share a unit of the second plane, of which `count` are there.
+template <int width, int rows, int... parts>
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE void add_units(const std::byte* first, const std::byte* first_next,
+                                                    const __m512i& second, Index unit, Index count,
+                                                    PairSums<rows>& sums,
+                                                    std::integer_sequence<int, parts...>) noexcept {
+    const auto add = [&](auto part) KVPLANE_BODY KVPLANE_TARGET_AVX512 {
+        if (part >= count) return;
+        _mm_prefetch(reinterpret_cast<const char*>(first_next + part * 64), _MM_HINT_T1);
+        add_unit<width, rows, part>(_mm512_loadu_si512(first + part * 64), second, unit + part, sums);
+    };
+    (add(std::integral_constant<int, parts>{}), ...);
+}
+
 /// Codes in planes {4, width}. A unit of the second covers 4 / width of the first.
 template <int width, int rows>
 KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, Index block,
                                                    Index row) noexcept {
-    const __m512i low_half = _mm512_set1_epi8(15), low = _mm512_set1_epi8((1 << width) - 1),
-                  all = _mm512_set1_epi8(static_cast<char>((1 << (4 + width)) - 1));
-    const Index first_at = block * call.first_units * 64, second_at = block * call.second_units * 64;
-    const std::int8_t *high_factors[rows], *low_factors[rows];
-    __m512i whole[rows], first[rows];
+    constexpr int together = 4 / width;
+    PairSums<rows> sums;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-        whole[r] = first[r] = _mm512_setzero_si512();
-        high_factors[r] = call.factors + (row + r) * call.factor_stride;
-        low_factors[r] = high_factors[r] + call.rows * call.factor_stride;
-    }
-    for (Index u = 0; u < call.first_units; ++u) {
-        const Index below_at = second_at + u / (4 / width) * 64;
-        const __m512i a = _mm512_loadu_si512(call.first + first_at + u * 64),
-                      b = shifted_right(_mm512_loadu_si512(call.second + below_at),
-                                        static_cast<int>(u % (4 / width)) * 2 * width);
-        _mm_prefetch(reinterpret_cast<const char*>(call.first_next + first_at + u * 64), _MM_HINT_T1);
-        if (u % (4 / width) == 0)
-            _mm_prefetch(reinterpret_cast<const char*>(call.second_next + below_at), _MM_HINT_T1);
-        const __m512i field[2] = {_mm512_and_si512(a, low_half),
-                                  _mm512_and_si512(shifted_right(a, 4), low_half)};
-        __m512i code[2] = {
-            either(low, b, shifted_left(a, width)),
-            either(low, shifted_right(b, width), width == 4 ? a : shifted_right(a, 4 - width))};
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-            if (width < 4) code[i] = _mm512_and_si512(code[i], all);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r) {
-                const Index place = (u * 2 + i) * 4;
-                whole[r] = _mm512_dpbusd_epi32(whole[r], code[i], four_factors(high_factors[r] + place));
-                first[r] = _mm512_dpbusd_epi32(first[r], field[i], four_factors(low_factors[r] + place));
-            }
-        }
+        for (int i = 0; i < 2; ++i) sums.whole[i][r] = sums.first[i][r] = Words{};
+        sums.high_factors[r] = call.factors + (row + r) * call.factor_stride;
+        sums.low_factors[r] = sums.high_factors[r] + call.rows * call.factor_stride;
     }
-    std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+    const std::byte *first = call.first + block * call.first_units * 64,
+                    *first_next = call.first_next + (first - call.first);
+    const Index second_at = block * call.second_units * 64;
+    for (Index u = 0; u < call.first_units; u += together) {
+        const Index at = second_at + u / together * 64;
+        _mm_prefetch(reinterpret_cast<const char*>(call.second_next + at), _MM_HINT_T1);
+        add_units<width>(first + u * 64, first_next + u * 64, _mm512_loadu_si512(call.second + at), u,
+                         call.first_units - u, sums, std::make_integer_sequence<int, together>{});
+    }
+    std::int32_t* const to = call.sums + (block * call.sum_rows + row) * 16;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-        _mm512_storeu_si512(sums + r * 16, whole[r]);
-        _mm512_storeu_si512(sums + (call.rows + r) * 16, (__m512i)((Words)first[r] << call.shift));
+        const Words whole = sums.whole[0][r] + (sums.whole[1][r] >> (4 - width)),
+                    lower = sums.first[0][r] + (sums.first[1][r] >> 4);
+        _mm512_storeu_si512(to + r * 16, (__m512i)whole);
+        _mm512_storeu_si512(to + (call.rows + r) * 16, (__m512i)(lower << call.shift));
     }
 }
 
@@ -158,45 +219,59 @@ KVPLANE_TARGET_AVX512 inline void some_dot(const PlaneSomeCall& call) noexcept {
     }
 }
 
+/// Field i of a unit in planes {2, 1}, with its code in bits 2 i - 1 and above, or in the lowest. `part` is the unit's
+/// place among the two that share a unit of the second plane.
+template <int part, int i>
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE __m512i join_three_bits(const __m512i& first,
+                                                             const __m512i& second) noexcept {
+    constexpr int lowest = i == 0 ? 0 : 2 * i - 1;
+    const __m512i below = moved_right<4 * part + i - lowest>(second) & _mm512_set1_epi8(1 << lowest);
+    return masked_or(_mm512_set1_epi8(static_cast<char>(3 << (lowest + 1))),
+                     i == 0 ? shifted_left(first, 1) : first, below);
+}
+template <int rows, int part>
+KVPLANE_TARGET_AVX512 KVPLANE_INLINE void add_three_bits(const __m512i& first, const __m512i& second,
+                                                         Index unit,
+                                                         const std::int8_t* const (&factors)[rows],
+                                                         Words (&sums)[4][rows]) noexcept {
+    const __m512i code[4] = {join_three_bits<part, 0>(first, second), join_three_bits<part, 1>(first, second),
+                             join_three_bits<part, 2>(first, second),
+                             join_three_bits<part, 3>(first, second)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r)
+            sums[i][r] = (Words)_mm512_dpbusd_epi32((__m512i)sums[i][r], code[i],
+                                                    four_factors(factors[r] + (unit * 4 + i) * 4));
+}
 /// Codes of 3 bits in planes {2, 1}: a unit of the second covers two of the first.
 template <int rows>
 KVPLANE_TARGET_AVX512 inline void three_bits_block(const PlanePairCall& call, Index block,
                                                    Index row) noexcept {
-    const __m512i one = _mm512_set1_epi8(1), seven = _mm512_set1_epi8(7);
-    const std::byte *const first = call.first + block * call.first_units * 64, *const first_next =
-                                                                                   call.first_next +
-                                                                                   block * call.first_units *
-                                                                                       64;
-    const Index second_at = block * call.second_units * 64;
     const std::int8_t* factors[rows];
-    __m512i lanes[rows][2];
+    Words sums[4][rows];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-        lanes[r][0] = lanes[r][1] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sums[i][r] = Words{};
         factors[r] = call.factors + (row + r) * call.factor_stride;
     }
-    for (Index u = 0; u < call.first_units; ++u) {
-        const __m512i two = _mm512_loadu_si512(first + u * 64);
-        const std::byte* const below = call.second + second_at + u / 2 * 64;
-        const __m512i last = shifted_right(_mm512_loadu_si512(below), static_cast<int>(u % 2) * 4);
-        _mm_prefetch(reinterpret_cast<const char*>(first_next + u * 64), _MM_HINT_T1);
-        if (u % 2 == 0)
-            _mm_prefetch(reinterpret_cast<const char*>(call.second_next + second_at + u / 2 * 64),
-                         _MM_HINT_T1);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const __m512i upper = i == 0 ? shifted_left(two, 1) : shifted_right(two, 2 * i - 1);
-            const __m512i code = _mm512_and_si512(either(one, shifted_right(last, i), upper), seven);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r)
-                lanes[r][i % 2] =
-                    _mm512_dpbusd_epi32(lanes[r][i % 2], code, four_factors(factors[r] + (u * 4 + i) * 4));
-        }
+    const Index first_at = block * call.first_units * 64, second_at = block * call.second_units * 64;
+    for (Index u = 0; u < call.first_units; u += 2) {
+        const Index at = first_at + u * 64, below_at = second_at + u / 2 * 64;
+        const __m512i second = _mm512_loadu_si512(call.second + below_at);
+        _mm_prefetch(reinterpret_cast<const char*>(call.second_next + below_at), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(call.first_next + at), _MM_HINT_T1);
+        add_three_bits<rows, 0>(_mm512_loadu_si512(call.first + at), second, u, factors, sums);
+        if (u + 1 == call.first_units) break;
+        _mm_prefetch(reinterpret_cast<const char*>(call.first_next + at + 64), _MM_HINT_T1);
+        add_three_bits<rows, 1>(_mm512_loadu_si512(call.first + at + 64), second, u + 1, factors, sums);
     }
-    std::int32_t* const sums = call.sums + (block * call.sum_rows + row) * 16;
+    std::int32_t* const to = call.sums + (block * call.sum_rows + row) * 16;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r)
-        _mm512_storeu_si512(sums + r * 16, (__m512i)((Words)lanes[r][0] + (Words)lanes[r][1]));
+        _mm512_storeu_si512(
+            to + r * 16, (__m512i)(sums[0][r] + (sums[1][r] >> 1) + (sums[2][r] >> 3) + (sums[3][r] >> 5)));
 }
 
 template <int width>
@@ -228,7 +303,8 @@ inline constexpr PlaneDot plane_dots{.name = "avx512",
                                                 {.bits = 6, .dot = two_planes_dot<2>},
                                                 {.bits = 8, .dot = two_planes_dot<4>}}},
                                      .some = some_dot,
-                                     .order = order_weights};
+                                     .order = order_weights,
+                                     .factors = make_factors};
 
 }  // namespace kvplane::detail::avx512
 #endif
