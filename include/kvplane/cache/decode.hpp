@@ -88,6 +88,7 @@ class DecodePass {
         work_.queries.begin(shape_, cache_, state_, task.tokens);
         work_.states.begin(shape_, value_dim);
         list_chunks();
+        parts_ = count_parts();
         if (token_weights_) {
             work_.kept.begin(shape_, shape_.tiles);
             work_.kept_unpacked.begin(shape_, unpacked_blocks());
@@ -116,17 +117,20 @@ class DecodePass {
     DecodePass& operator=(const DecodePass&) = delete;
 
     void run(const AnyRows& queries) noexcept {
-        work_.queries.take(queries, parameters_, cache_, state_);
+        work_.queries.take_rules(queries, parameters_);
+        // Together with what follows of a row's own, 50 to 100 ns a row.
+        share_rows(shape_.rows() >= 128,
+                   [&](Index first, Index end) { work_.queries.take(queries, cache_, state_, first, end); });
         if (planner_ && !planner_->samples().empty()) {
-            each(across(), [this](Index head, Index worker) { sample(head, worker); });
+            each(together_ ? 1 : shape_.heads, [this](Index head, Index worker) { sample(head, worker); });
             planner_->sampled();
         }
         const Index tile_items = this->tile_items();
-        each(tile_items + (unpacked_ ? shape_.heads : 0), [=, this](Index item, Index worker) {
+        each(tile_items + (unpacked_ ? shape_.heads * parts_ : 0), [=, this](Index item, Index worker) {
             if (item < tile_items)
                 score_tiles(work_of(item), worker);
             else
-                add_unpacked(item - tile_items, worker);
+                add_unpacked(blocks_of_part(item - tile_items), worker);
         });
         if (values_wait_) {
             normalise_weights();
@@ -164,7 +168,20 @@ class DecodePass {
         const float* values;  ///< [value dim] in the frame of the input
         float log_sum_exp;    ///< of the scores, and the sink's logit
     };
-    /// The output of a query head's token, after run(). Once for each.
+    /// store(query head, query token, output) for each of them once, after run(), by several workers.
+    template <class Store>
+    void outputs(const Store& store) noexcept {
+        const Index parts = static_cast<Index>(work_.chunks.size()) + 1;  // 25 ns each to merge
+        share_rows(shape_.rows() * parts >= 512, [&](Index first, Index end) {
+            for (Index row = first; row < end; ++row) {
+                const Index head = row / shape_.query_tokens, token = row % shape_.query_tokens;
+                store(head, token, output(head, token));
+            }
+        });
+    }
+
+  private:
+    /// Once for each.
     Output output(Index head, Index token) noexcept {
         const Index row = head * shape_.query_tokens + token, value_dim = cache_.dim(TileSide::values);
         const SoftmaxState state = work_.states.of(0, row);
@@ -185,7 +202,6 @@ class DecodePass {
         return {state.output, state.log_sum_exp()};
     }
 
-  private:
     template <class Body>
     void each(Index items, const Body& body) noexcept {
         run_items(executor_, items, [&](Index item, Index worker) {
@@ -193,6 +209,15 @@ class DecodePass {
             const KernelScope kernels(isa_, shape_.rows_per_head);
             body(item, worker);
         });
+    }
+
+    /// body(first, end) for runs of all rows. shared: by all workers, whom it takes some microseconds to tell.
+    template <class Body>
+    void share_rows(bool shared, const Body& body) noexcept {
+        const Index rows = shape_.rows(), runs = shared ? 2 * executor_.workers() : 1,
+                    run = (rows + runs - 1) / runs;
+        if (runs == 1 || executor_.workers() == 1) return body(0, rows);
+        each((rows + run - 1) / run, [&](Index i, Index) { body(i * run, std::min((i + 1) * run, rows)); });
     }
 
     /// Lists the chunks of tiles that are read. Those that no query sees are left out, where nothing else asks for
@@ -217,8 +242,14 @@ class DecodePass {
         return !planner_ && !token_weights_ && !work_.queries.sees_some(parameters_, block, first, count);
     }
 
-    /// Items of a chunk: one a head, or one for all heads where these read the same tiles of keys.
-    Index across() const noexcept { return together_ ? 1 : shape_.heads; }
+    /// Into how many parts a head's row blocks are shared out: one each where there are few chunks and heads for the
+    /// workers. Planners have one item a head.
+    Index count_parts() const noexcept {
+        const bool enough = static_cast<Index>(work_.chunks.size()) * shape_.heads >= 4 * executor_.workers();
+        return planner_ || together_ || enough || executor_.workers() == 1 ? 1 : shape_.blocks_per_head();
+    }
+    /// Items of a chunk: one a part of a head, or one for all heads where these read the same tiles of keys.
+    Index across() const noexcept { return together_ ? 1 : shape_.heads * parts_; }
     Index first_chunk() const noexcept { return first_tile_ / DecodeShape::chunk_tiles; }
     Index tile_items() const noexcept { return static_cast<Index>(work_.chunks.size()) * across(); }
     Index chunk_of(Index item) const noexcept {
@@ -227,37 +258,47 @@ class DecodePass {
     Index end_of(Index chunk) const noexcept {
         return std::min((chunk + 1) * DecodeShape::chunk_tiles, shape_.tiles);
     }
+    /// Row blocks [first, end).
+    struct Blocks {
+        Index first, end;
+    };
     struct Work {
         Index item, chunk;
-        Index first_head, heads;
+        Blocks blocks;
         Index first_tile, end_tile;
     };
+    /// Part i of all heads' parts.
+    Blocks blocks_of_part(Index i) const noexcept {
+        const Index each = shape_.blocks_per_head() / parts_;
+        return {i * each, (i + 1) * each};
+    }
     Work work_of(Index item) const noexcept {
         const Index chunk = chunk_of(item), first = chunk * DecodeShape::chunk_tiles;
         return {.item = item,
                 .chunk = chunk,
-                .first_head = together_ ? 0 : item % shape_.heads,
-                .heads = together_ ? shape_.heads : 1,
+                .blocks = together_ ? Blocks{0, shape_.row_blocks()} : blocks_of_part(item % across()),
                 .first_tile = std::max(first, first_tile_),
                 .end_tile = end_of(chunk)};
     }
     /// The states from which a chunk's tiles go on.
     void begin_states(const Work& work) noexcept {
-        const Index rows = shape_.rows_per_head;
         const bool goes_on = work.first_tile % DecodeShape::chunk_tiles != 0;
-        for (Index head = work.first_head; head < work.first_head + work.heads; ++head) {
-            if (!goes_on) work_.states.of(work.chunk, head * rows).clear(rows);
-            for (Index r = head * rows; goes_on && r < (head + 1) * rows; ++r) {
+        for_blocks(work.blocks, [&](const RowBlock& block) {
+            if (!goes_on) return work_.states.of(work.chunk, block.first).clear(block.rows);
+            for (Index r = block.first; r < block.first + block.rows; ++r) {
                 const auto [token, query_head] = work_.queries.place(r);
                 work_.states.of(work.chunk, r).copy(prefix_->open(token, query_head));
             }
-        }
+        });
     }
-    /// body(row block) for all row blocks of some heads.
     template <class Body>
-    void for_blocks(Index first_head, Index heads, const Body& body) noexcept {
-        const Index each = shape_.blocks_per_head();
-        for (Index b = first_head * each; b < (first_head + heads) * each; ++b) body(shape_.row_block(b));
+    void for_blocks(const Blocks& blocks, const Body& body) noexcept {
+        for (Index b = blocks.first; b < blocks.end; ++b) body(shape_.row_block(b));
+    }
+    /// The row blocks of one head, or of all where they go together.
+    Blocks blocks_of_head(Index head) const noexcept {
+        if (together_) return {0, shape_.row_blocks()};
+        return {head * shape_.blocks_per_head(), (head + 1) * shape_.blocks_per_head()};
     }
     WorkerScratch& scratch(Index worker) noexcept { return work_.workers[static_cast<std::size_t>(worker)]; }
 
@@ -266,7 +307,7 @@ class DecodePass {
         WorkerScratch& own = scratch(worker);
         for (const Index t : planner_->samples()) {
             if (state_.latent) own.projection.turn_to(isa_, *state_.latent, tiles_, t, 1, false);
-            for_blocks(head, together_ ? shape_.heads : 1, [&](const RowBlock& block) {
+            for_blocks(blocks_of_head(head), [&](const RowBlock& block) {
                 std::array<float, row_block_rows> offsets{};
                 if (state_.latent)
                     own.projection.project(isa_, *state_.latent, work_.queries, block, 1, offsets.data());
@@ -292,7 +333,7 @@ class DecodePass {
             if (projects) own.projection.turn_to(isa_, *state_.latent, tiles_, first, count, turned);
             turned = projects;
             if (first + count <= work.first_tile) continue;
-            for_blocks(work.first_head, work.heads, [&](const RowBlock& block) {
+            for_blocks(work.blocks, [&](const RowBlock& block) {
                 std::array<float, projected_tiles * row_block_rows> offsets{};
                 if (projects)
                     own.projection.project(isa_, *state_.latent, work_.queries, block, count, offsets.data());
@@ -320,8 +361,8 @@ class DecodePass {
     bool scores_any(Index first, Index count, const Work& work) const noexcept {
         if (!refining_) return true;
         for (Index t = first; t < first + count; ++t)
-            for (Index head = work.first_head; head < work.first_head + work.heads; ++head)
-                if (planner_->refines(t, tiles_.layout->subspace_of(head))) return true;
+            for (Index b = work.blocks.first; b < work.blocks.end; ++b)
+                if (planner_->refines(t, tiles_.layout->subspace_of(shape_.row_block(b).head))) return true;
         return false;
     }
     /// The tile that this worker probably reads after tile t; otherwise t again.
@@ -484,7 +525,7 @@ class DecodePass {
     /// Values of a chunk's tiles, where they waited.
     void add_values(const Work& work, Index worker) noexcept {
         WorkerScratch& own = scratch(worker);
-        for_blocks(work.first_head, work.heads, [&](const RowBlock& block) {
+        for_blocks(work.blocks, [&](const RowBlock& block) {
             std::uint8_t *planes = own.planes[0].data(), *next_planes = own.planes[1].data();
             const auto seen_from = [&](Index t) {
                 while (t < work.end_tile && tiles_.hidden(t)) ++t;
@@ -533,10 +574,11 @@ class DecodePass {
     Index unpacked_blocks() const noexcept {
         return sink_blocks() + (state_.tokens - state_.recent_first + token_block - 1) / token_block;
     }
-    /// Sinks and recent tokens of one head.
-    void add_unpacked(Index head, Index worker) noexcept {
+    /// Sinks and recent tokens.
+    void add_unpacked(const Blocks& blocks, Index worker) noexcept {
         const Index chunk = shape_.chunks(), sinks = state_.sink_count(cache_.recipe());
-        work_.states.of(chunk, head * shape_.rows_per_head).clear(shape_.rows_per_head);
+        for_blocks(blocks,
+                   [&](const RowBlock& block) { work_.states.of(chunk, block.first).clear(block.rows); });
         for (Index t = 0; t < sinks; t += token_block)
             add_tokens({.rows = &sink_rows_,
                         .block = t / token_block,
@@ -544,7 +586,7 @@ class DecodePass {
                         .at = t,
                         .first = t,
                         .count = std::min(token_block, sinks - t)},
-                       head, worker);
+                       blocks, worker);
         static_assert(token_block == recent_page_tokens);
         const Index recent = state_.tokens - state_.recent_first;
         for (Index t = 0; t < recent; t += token_block) {
@@ -556,7 +598,7 @@ class DecodePass {
                         .first = state_.recent_first + t,
                         .count = std::min(token_block, recent - t),
                         .next = t + token_block < recent ? state_.recent[page + 1].data() : nullptr},
-                       head, worker);
+                       blocks, worker);
         }
     }
     /// Consecutive tokens of a page.
@@ -568,28 +610,30 @@ class DecodePass {
         Index first, count;               ///< positions
         const std::byte* next = nullptr;  ///< the page whose keys are read afterwards
     };
-    void add_tokens(const UnpackedTokens& tokens, Index head, Index worker) noexcept {
+    void add_tokens(const UnpackedTokens& tokens, const Blocks& blocks, Index worker) noexcept {
         if (tiles_.hides(tokens.first, tokens.count)) return;
         AttentionScratch& own = scratch(worker).attention;
         const Index key_dim = cache_.dim(TileSide::keys), value_dim = cache_.dim(TileSide::values),
                     padded = (tokens.count + unit_lanes - 1) / unit_lanes * unit_lanes;
-        for_blocks(head, 1, [&](const RowBlock& block) {
+        for_blocks(blocks, [&](const RowBlock& block) {
             if (passes_by(block, tokens.first, tokens.count)) return;
             const auto read = [&](TileSide side, Index dim) -> RowView<const float> {
-                tokens.rows->read(tokens.page, side, head, tokens.at, tokens.count, own.rows().data, dim);
+                tokens.rows->read(tokens.page, side, block.head, tokens.at, tokens.count, own.rows().data,
+                                  dim);
                 return {own.rows().data, dim, tokens.count};
             };
-            tokens.rows->prefetch(tokens.page, TileSide::values, head, tokens.at, tokens.count);
+            tokens.rows->prefetch(tokens.page, TileSide::values, block.head, tokens.at, tokens.count);
             const RowView<float> scores{own.scores(), tile_tokens, block.rows};
             row_scores(isa_, work_.queries.outside_tiles(block), read(TileSide::keys, key_dim), key_dim,
                        scores);
             work_.queries.apply(block, tokens.first, tokens.count, padded, tiles_, scores.data);
-            if (tokens.next) tokens.rows->prefetch(tokens.next, TileSide::keys, head, 0, recent_page_tokens);
+            if (tokens.next)
+                tokens.rows->prefetch(tokens.next, TileSide::keys, block.head, 0, recent_page_tokens);
             const SoftmaxState to = work_.states.of(shape_.chunks(), block.first);
             online_softmax(isa_, scores.data, padded, block.rows, to);
             if (token_weights_) work_.kept_unpacked.keep(isa_, tokens.block, block, scores.data, to.largest);
             const RowView<const float> values = read(TileSide::values, value_dim);
-            if (planner_) planner_->unpacked(head, values, value_dim);
+            if (planner_) planner_->unpacked(block.head, values, value_dim);
             add_rows(isa_, scores, values, value_dim, {to.output, to.stride, block.rows});
         });
     }
@@ -626,6 +670,7 @@ class DecodePass {
     PrefixStates* prefix_;
     Matrix* token_weights_;
     ReadPlanner* planner_;
+    Index parts_ = 1;
     bool values_wait_ = false;
     bool refining_ = false;
     TokenRows sink_rows_, recent_rows_;

@@ -73,24 +73,25 @@ class QueryRows {
         scales_.resize(heads);
     }
 
-    void take(const AnyRows& queries, const AttentionParameters& parameters, const CacheShape& cache,
-              const CacheState& state) noexcept {
+    /// Before rows are taken.
+    void take_rules(const AnyRows& queries, const AttentionParameters& parameters) noexcept {
         rules_.clear();
+        for (Index head = 0; head < queries.heads; ++head) {
+            const ScoreRule<float>& rule = rules_.emplace_back(parameters, head, queries.tokens, dim_);
+            scales_[static_cast<std::size_t>(head)] = rule.plain() ? 1.0 : static_cast<double>(rule.scale());
+        }
+    }
+    /// Takes the rows [first, end), which several threads may share out.
+    void take(const AnyRows& queries, const CacheShape& cache, const CacheState& state, Index first,
+              Index end) noexcept {
         const ScoreRange range(cache, state);
         queries.visit([&](const auto& rows) {
-            for (Index head = 0; head < queries.heads; ++head) {
-                const ScoreRule<float>& rule = rules_.emplace_back(parameters, head, queries.tokens, dim_);
-                const float scale = rule.plain() ? rule.scale() : 1.0f;
-                scales_[static_cast<std::size_t>(head)] =
-                    rule.plain() ? 1.0 : static_cast<double>(rule.scale());
-                for (Index i = 0; i < shape_.query_tokens; ++i)
-                    take_row(rows, head, tokens_[static_cast<std::size_t>(i)].row,
-                             head * shape_.query_tokens + i, scale, range);
-            }
+            for (Index r = first; r < end; ++r)
+                take_row(rows, r / shape_.query_tokens, place(r).token, r, range);
         });
-        for (std::size_t i = 0; i < frames_.size(); ++i) fill_frame(i, cache);
+        for (std::size_t i = 0; i < frames_.size(); ++i) fill_frame(i, cache, first, end);
         if (partner_.empty()) return;
-        for (Index r = 0; r < shape_.rows(); ++r) {
+        for (Index r = first; r < end; ++r) {
             const float* const row = plain_.data() + r * dim_;
             float* const partner = partner_.data() + r * dim_;
             for (const RotaryEmbedding::Pair& pair : state.latent->embedding().pairs()) {
@@ -138,16 +139,20 @@ class QueryRows {
     ///   scores  [row][128]
     void apply(const RowBlock& block, Index first, Index count, Index padded, const TileSequence& sequence,
                float* scores) const noexcept {
+        const bool hides_some = sequence.hides_some(first, count);
+        Index head = block.first / shape_.query_tokens, token = block.first % shape_.query_tokens;
         for (Index r = 0; r < block.rows; ++r, scores += tile_tokens) {
-            const auto [query, position] =
-                tokens_[static_cast<std::size_t>((block.first + r) % shape_.query_tokens)];
-            const auto& rule = rules_[static_cast<std::size_t>((block.first + r) / shape_.query_tokens)];
+            const auto [query, position] = tokens_[static_cast<std::size_t>(token)];
+            const auto& rule = rules_[static_cast<std::size_t>(head)];
+            if (++token == shape_.query_tokens) {
+                token = 0;
+                ++head;
+            }
             std::fill(scores + count, scores + padded, nothing_seen);
-            const bool hides_some = sequence.hides_some(first, count);
             if (rule.plain() && rule.sees_until(position, first + count - 1) && !hides_some) continue;
             for (Index t = 0; t < count; ++t) {
                 const Index key = first + t;
-                if (sequence.hides(key, 1) || !rule.sees(position, key))
+                if ((hides_some && sequence.hides(key, 1)) || !rule.sees(position, key))
                     scores[t] = nothing_seen;
                 else if (!rule.plain())
                     scores[t] = rule(scores[t], query, position, key);
@@ -185,16 +190,16 @@ class QueryRows {
     RowView<const float> framed(std::size_t frame, const RowBlock& block) const noexcept {
         return {framed_.data() + frame * plain_.size() + block.first * dim_, dim_, block.rows};
     }
-    void fill_frame(std::size_t i, const CacheShape& cache) noexcept {
-        float* row = framed_.data() + i * plain_.size();
-        std::copy(plain_.begin(), plain_.end(), row);
+    void fill_frame(std::size_t i, const CacheShape& cache, Index first, Index end) noexcept {
+        float* const row = framed_.data() + i * plain_.size();
+        std::copy(plain_.data() + first * dim_, plain_.data() + end * dim_, row + first * dim_);
         if (frames_[i].turn != 0)
             for (const RotaryEmbedding::Pair& pair : cache.rope->pairs()) {
                 if (pair.frequency == 0.0) continue;
                 const double angle = static_cast<double>(frames_[i].turn) * pair.frequency;
                 const auto cosine = static_cast<float>(std::cos(angle)),
                            sine = static_cast<float>(std::sin(angle));
-                for (Index r = 0; r < shape_.rows(); ++r) {
+                for (Index r = first; r < end; ++r) {
                     float &x = row[r * dim_ + pair.first], &y = row[r * dim_ + pair.second];
                     const float turned = x * cosine - y * sine;
                     y = x * sine + y * cosine;
@@ -202,20 +207,22 @@ class QueryRows {
                 }
             }
         if (!frames_[i].rotated) return;
-        for (Index r = 0; r < shape_.rows(); ++r) cache.key_rotation.rotate(row + r * dim_);
+        for (Index r = first; r < end; ++r) cache.key_rotation.rotate(row + r * dim_);
     }
     template <class Scalar>
-    void take_row(const HeadRows<Scalar>& rows, Index head, Index token, Index r, float scale,
+    void take_row(const HeadRows<Scalar>& rows, Index head, Index token, Index r,
                   const ScoreRange& range) noexcept {
+        const ScoreRule<float>& rule = rules_[static_cast<std::size_t>(head)];
+        const float scale = rule.plain() ? rule.scale() : 1.0f;
         float* const row = plain_.data() + r * dim_;
-        double squares = 0.0;
+        std::array<double, 4> sums{};  // which do not wait for each other
         for (Index c = 0; c < dim_; ++c) {
             const auto given = static_cast<float>(*rows.at(head, token, c));
             row[c] = scale * given;
-            squares += static_cast<double>(given) * static_cast<double>(given);
+            sums[static_cast<std::size_t>(c % 4)] += static_cast<double>(given) * static_cast<double>(given);
         }
-        const bool finite =
-            range.holds(squares, static_cast<double>(rules_[static_cast<std::size_t>(head)].scale()));
+        const double squares = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        const bool finite = range.holds(squares, static_cast<double>(rule.scale()));
         // A row that is not finite gets NaN in the end, and must not reach the plans that it shares with
         // others.
         finite_[static_cast<std::size_t>(r)] = finite;

@@ -371,12 +371,11 @@ KVPLANE_FUNCTION void KvCache::attend_checked(const detail::AnyRows& queries,
                                      .token_weights = adds_weights ? &weights_of_pass : weights},
                                     used, workspace.arrays(), workspace.executor());
             pass.run(queries);
-            for (Index head = 0; head < configuration().query_heads; ++head)
-                for (Index i = 0; i < count; ++i) {
-                    const auto [values, log_sum_exp] = pass.output(head, i);
-                    output.store(output.context, first_row + first + i, head * dim, values, dim);
-                    if (output.more.log_sum_exp) (*output.more.log_sum_exp)(first + i, head) = log_sum_exp;
-                }
+            pass.outputs([&](Index head, Index token, const detail::DecodePass::Output& found) {
+                output.store(output.context, first_row + first + token, head * dim, found.values, dim);
+                if (output.more.log_sum_exp)
+                    (*output.more.log_sum_exp)(first + token, head) = found.log_sum_exp;
+            });
             if (adds_weights) *weights += weights_of_pass;
         }
         return;
