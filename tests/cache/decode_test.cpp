@@ -28,7 +28,21 @@ __attribute__((noinline)) void* operator new(std::size_t size, const std::nothro
     ++allocations;
     return std::malloc(size ? size : 1);
 }
+__attribute__((noinline)) void* operator new(std::size_t size, std::align_val_t alignment) {
+    ++allocations;
+    if (allocations_left >= 0 && allocations_left-- == 0) throw std::bad_alloc();
+    const auto step = static_cast<std::size_t>(alignment);
+    void* const memory = out_of_memory ? nullptr : std::aligned_alloc(step, (size / step + 1) * step);
+    if (!memory) throw std::bad_alloc();
+    return memory;
+}
 __attribute__((noinline)) void operator delete(void* memory) noexcept {
+    std::free(memory);
+}
+__attribute__((noinline)) void operator delete(void* memory, std::align_val_t) noexcept {
+    std::free(memory);
+}
+__attribute__((noinline)) void operator delete(void* memory, std::size_t, std::align_val_t) noexcept {
     std::free(memory);
 }
 __attribute__((noinline)) void operator delete(void* memory, std::size_t) noexcept {
@@ -148,6 +162,8 @@ TEST(FusedAttention, OfManyQueryTokensIsThatOfEachAlone) {
     std::mt19937_64 random(seed());
     TilePool pool;
     constexpr Index tokens = 5000, asked = 75;
+    ThreadExecutor team(8);
+    AttentionWorkspace of_eight(&team);
     for (const char* recipe : {"fp16", "standard", "smallest", "key_favored:8:8", "key_favored:4:4",
                                "latent:3:3+fit_tokens=256", "latent:3:3+heads_together=1+fit_tokens=256"}) {
         KvCache cache(configuration(recipe), pool);
@@ -166,6 +182,11 @@ TEST(FusedAttention, OfManyQueryTokensIsThatOfEachAlone) {
             Matrix with_weights(asked, 4 * 48);
             cache.attend(q, with_weights, all, workspace, {.token_weights = &weights});
             EXPECT_EQ(with_weights, output) << recipe << ", variant " << variant;
+            // Eight workers share out the row blocks of a head.
+            Matrix of_team(asked, 4 * 48), team_sums;
+            cache.attend(q, of_team, all, of_eight, {.log_sum_exp = &team_sums});
+            EXPECT_EQ(of_team, output) << recipe << ", variant " << variant;
+            EXPECT_EQ(team_sums, sums) << recipe << ", variant " << variant;
             for (Index i = 0; i < asked; ++i) {
                 AttentionParameters one = all;
                 one.position = all.first_position(tokens, asked) + i;

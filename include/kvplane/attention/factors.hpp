@@ -69,19 +69,24 @@ constexpr float largest_factor(const Factors& f) noexcept {
 /// Products up to that count as 0: their scale would not be finite.
 inline constexpr float no_factor = 1e-30f;
 /// What the products of a row are multiplied by before they are rounded; `top` is the largest magnitude of them.
-inline float scale_of(const Factors& f, float top) noexcept {
+KVPLANE_INLINE float scale_of(const Factors& f, float top) noexcept {
     return top > no_factor ? largest_factor(f) / top : 0.0f;
 }
-/// What row r's factors stand for, corrected for what rounding does to the middle of all codes.
+/// What some rows' factors stand for, corrected for what rounding does to the middle of all codes. A function of its
+/// own, so that every instruction set rounds alike here.
+///   top            the largest magnitudes of the products
 ///   sum            x times the middles of the grids
 ///   whole, high    the sums of the rounded factors and of their high halves
 ///   unread         their sum times what is unread
-inline void finish_row(const Factors& f, int r, float top, float sum, float whole, float high,
-                       float unread) noexcept {
-    const float worth = top > no_factor ? top / largest_factor(f) : 0.0f;
-    f.worth[r] = worth;
-    f.base[r] = sum + worth * (unread - f.middle * whole);
-    if (f.low) f.base[r] += f.middle_below * worth * (whole - 256.0f * high);
+__attribute__((noinline)) inline void finish_rows(const Factors& f, int rows, const float* top,
+                                                  const float* sum, const float* whole, const float* high,
+                                                  const float* unread) noexcept {
+    for (int r = 0; r < rows; ++r) {
+        const float worth = top[r] > no_factor ? top[r] / largest_factor(f) : 0.0f;
+        f.worth[r] = worth;
+        f.base[r] = sum[r] + worth * (unread[r] - f.middle * whole[r]);
+        if (f.low) f.base[r] += f.middle_below * worth * (whole[r] - 256.0f * high[r]);
+    }
 }
 
 template <int Lanes, int rows>
@@ -197,7 +202,7 @@ KVPLANE_INLINE void factor_rows(const Factors& f) {
     reduce_rows<Lanes>(wholes, whole, plus);
     if (f.low) reduce_rows<Lanes>(highs, high_sum, plus);
     if (f.unread) reduce_rows<Lanes>(unreads, unread_sum, plus);
-    for (int r = 0; r < rows; ++r) finish_row(f, r, top[r], sum[r], whole[r], high_sum[r], unread_sum[r]);
+    finish_rows(f, rows, top, sum, whole, high_sum, unread_sum);
 }
 
 /// to[r][c] += the sum over t of x[r][t] (lower_t + step_t centre), for `channels` channels.

@@ -1,8 +1,7 @@
 // kvplane/attention/kernels/avx512_factors.hpp: rounded factors with AVX-512.
 //
-// The same numbers as factor_rows() makes, with instructions that vectors of C++ have no words for: the larger
-// magnitude in one instruction, and four vectors of integers packed to one of bytes. Their sums are dot products with
-// ones.
+// They are those of factor_rows() bit for bit. Instructions that vectors of C++ have no words for take the larger
+// magnitude in one step, and pack four vectors of integers to one of bytes, whose sum is a dot product with ones.
 #pragma once
 
 #include "kvplane/attention/factors.hpp"
@@ -76,7 +75,7 @@ KVPLANE_TARGET_AVX512 KVPLANE_INLINE void round_row(const Factors& f, int r, flo
                                                                 wide ? f.low + r * f.factor_stride : nullptr;
     const float* const unread_of = f.unread;
     const Index depth = f.depth;
-    const __m512 by = _mm512_set1_ps(scale);
+    const __m512 by = _mm512_set1_ps(scale), to_whole = _mm512_set1_ps(simd::to_whole);
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i highs = _mm512_setzero_si512(), lows = _mm512_setzero_si512();
     __m512 unread = _mm512_setzero_ps();
@@ -85,10 +84,11 @@ KVPLANE_TARGET_AVX512 KVPLANE_INLINE void round_row(const Factors& f, int r, flo
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             const bool there = i < 2 || at + 32 < depth;
-            whole[i] = there ? _mm512_maskz_cvtps_epi32(
-                                   all_lanes, _mm512_mul_ps(_mm512_loadu_ps(from + at + i * 16), by))
-                             : _mm512_setzero_si512();
-            if (some_unread && there)
+            whole[i] = _mm512_setzero_si512();
+            if (!there) continue;
+            const __m512 x = _mm512_loadu_ps(from + at + i * 16);
+            whole[i] = (__m512i)((Words)_mm512_fmadd_ps(x, by, to_whole) - simd::to_whole_bits);
+            if (some_unread)
                 unread = _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(all_lanes, whole[i]),
                                          _mm512_loadu_ps(unread_of + at + i * 16), unread);
         }
@@ -125,8 +125,10 @@ KVPLANE_TARGET_AVX512 inline void factor_rows(const Factors& f) noexcept {
     reduce_rows<16>(highs, high, plus);
     if (wide) reduce_rows<16>(lows, low, plus);
     if (some_unread) reduce_rows<16>(unreads, unread, plus);
-    for (int r = 0; r < rows; ++r)
-        finish_row(f, r, top[r], sum[r], wide ? 256.0f * high[r] + low[r] : high[r], high[r], unread[r]);
+    float whole[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) whole[r] = wide ? 256.0f * high[r] + low[r] : high[r];
+    finish_rows(f, rows, top, sum, whole, high, unread);
 }
 
 /// Factors of all rows, where no block is left out and only narrow ones have anything unread.
