@@ -1,7 +1,8 @@
 // kvplane/attention/kernels/avx512_factors.hpp: rounded factors with AVX-512.
 //
-// They are those of factor_rows() bit for bit. Instructions that vectors of C++ have no words for take the larger
-// magnitude in one step, and pack four vectors of integers to one of bytes, whose sum is a dot product with ones.
+// They are those of factor_rows(), bit for bit where its products are fused with its sums too. Instructions that
+// vectors of C++ have no words for take the larger magnitude in one step, and pack four vectors of integers to one of
+// bytes, whose sum is a dot product with ones.
 #pragma once
 
 #include "kvplane/attention/factors.hpp"
