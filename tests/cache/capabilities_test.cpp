@@ -27,7 +27,7 @@ bool works(const Call& call) {
 
 TEST(Capabilities, AreWhatTheCacheDoes) {
     std::mt19937_64 random(seed());
-    std::vector<std::string> names = recipe_names();
+    std::vector<std::string> names = with(recipe_names(), token_grid_names());
     for (const char* more : {"kivi:8", "latent:3:3+frame=before_rope+fit_tokens=130", "key_favored:16:4"})
         names.push_back(more);
     for (const std::string& name : names) {

@@ -32,7 +32,8 @@ KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, In
                                                    Index row) noexcept {
     const __m512i low_half = _mm512_set1_epi8(15), low = _mm512_set1_epi8((1 << width) - 1),
                   all = _mm512_set1_epi8(static_cast<char>((1 << (4 + width)) - 1));
-    const Index first_at = block * call.first_units * 64, second_at = block * call.second_units * 64;
+    const Index first_at = block * call.first_block_units * 64,
+                second_at = block * call.second_block_units * 64;
     const std::int8_t *high_factors[rows], *low_factors[rows];
     __m512i whole[rows], first[rows];
 #pragma GCC unroll 4
@@ -163,11 +164,9 @@ template <int rows>
 KVPLANE_TARGET_AVX512 inline void three_bits_block(const PlanePairCall& call, Index block,
                                                    Index row) noexcept {
     const __m512i one = _mm512_set1_epi8(1), seven = _mm512_set1_epi8(7);
-    const std::byte *const first = call.first + block * call.first_units * 64, *const first_next =
-                                                                                   call.first_next +
-                                                                                   block * call.first_units *
-                                                                                       64;
-    const Index second_at = block * call.second_units * 64;
+    const Index first_at = block * call.first_block_units * 64,
+                second_at = block * call.second_block_units * 64;
+    const std::byte *const first = call.first + first_at, *const first_next = call.first_next + first_at;
     const std::int8_t* factors[rows];
     __m512i lanes[rows][2];
 #pragma GCC unroll 4

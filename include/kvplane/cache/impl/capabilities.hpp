@@ -17,7 +17,7 @@ KVPLANE_FUNCTION CacheCapabilities capabilities(const CacheConfiguration& c) {
         return detail::reads_key_planes(c.key_format());
     };
     const bool packed = reads_keys() && (c.values_in_keys || detail::reads_value_planes(c.value_format())),
-               planes = packed && !c.values_in_keys && !c.widths_by_token();
+               planes = packed && !c.values_in_keys && !c.widths_by_token() && !c.keys_by_token();
     const auto widths_of = [](const SideRecipe& side) {
         return side.is_half() || !prefixes_are_grids(side.rule.scheme) ? std::vector<int>{}
                                                                        : narrower_widths(side.bits);
