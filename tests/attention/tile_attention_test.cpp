@@ -158,8 +158,18 @@ TEST(TileScores, AreThoseOfTheDecodedTile) {
                         << format.segments()[0].bits << " bits, " << channels << " channels";
                 }
                 if (first.size() == 0) first = scores;
-                // The same integers; float sums of other lengths around them.
-                ASSERT_LE((scores - first).cwiseAbs().maxCoeff(), 1e-4 * (1.0 + exact.cwiseAbs().maxCoeff()));
+                // The same integers; float sums of other lengths around them. A factor that lies within fp32 rounding
+                // of two integers may become either: one unit, of which T14 counts half of one for each channel.
+                int apart = 0;
+                for (Index r = 0; r < rows; ++r) {
+                    const double off = (scores.row(r) - first.row(r)).cwiseAbs().maxCoeff(),
+                                 fp32 = 1e-4 * (1.0 + exact.cwiseAbs().maxCoeff());
+                    apart += off > fp32;
+                    ASSERT_LE(off, fp32 + 2.0 * score_bound(keys, queries.row(r)) /
+                                              static_cast<double>(std::min<Index>(channels, 8)))
+                        << format.segments()[0].bits << " bits, " << channels << " channels";
+                }
+                ASSERT_LE(apart, 1);
             });
         }
     }
@@ -197,10 +207,11 @@ TEST(TileScores, FollowTheQueries) {
         const Index rows = 1 + static_cast<Index>(random() % 5);
         if (random() % 2 == 0)
             queries(static_cast<Index>(random() % 5), static_cast<Index>(random() % 64)) *= -1.0f;
+        const Isa isa = random() % 2 == 0 ? Isa::scalar : current_isa();
         AttentionScratch fresh(64);
         Matrix scores[2] = {Matrix(rows, tile_tokens), Matrix(rows, tile_tokens)};
         for (const bool is_fresh : {false, true})
-            tile_scores(current_isa(), tile.format, {.tile = tile.tile.data(), .next = tile.tile.data()},
+            tile_scores(isa, tile.format, {.tile = tile.tile.data(), .next = tile.tile.data()},
                         {queries.data(), 64, rows}, offsets, is_fresh ? fresh : kept,
                         scores[is_fresh].data());
         ASSERT_EQ(scores[0], scores[1]) << "round " << round;

@@ -37,7 +37,7 @@ class QueryFactors {
 
     /// Makes the factors of queries [row][channels] for a segment with grids over runs of `run` channels.
     void make(Isa isa, const TileFormat::Placed& segment, Index run, RowView<const float> queries) noexcept {
-        const Made wanted{queries.rows, segment.channels, run, segment.bits, segment.scheme};
+        const Made wanted{isa, queries.rows, segment.channels, run, segment.bits, segment.scheme};
         if (wanted == made_ && same(queries)) return;
         made_ = wanted;
         for (Index r = 0; r < queries.rows; ++r)
@@ -94,6 +94,7 @@ class QueryFactors {
   private:
     /// What factors were made for, beside the queries.
     struct Made {
+        Isa isa = Isa::scalar;
         Index rows = 0, channels = 0, run = 0;
         int bits = 0;
         Scheme scheme = Scheme::min_max;
