@@ -300,7 +300,7 @@ int main(int count, char** arguments) {
     std::vector<int> teams{1, 2};
     Index window = 0;
     std::string recipes =
-        "fp16,fp16@published,fp16@aligned,key_favored:8:8,key_favored:8:8@6,key_favored:8:8@5,"
+        "fp16,fp16@published,fp16@aligned,block32:8,key_favored:8:8,key_favored:8:8@6,key_favored:8:8@5,"
         "key_favored:8:8@4,"
         "key_favored:8:8@3,key_favored:4:4,key_favored:4:2,key_favored:3:3,key_favored:2:2,standard,"
         "latent:3:3+heads_together=0,latent:2:2+heads_together=0";

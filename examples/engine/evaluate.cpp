@@ -74,6 +74,7 @@ struct Result {
     double seconds = 0.0;
     Index tokens = 0;
     CacheSize size;
+    std::string decodes_tiles_because;  // empty where attention reads packed bits
 
     double mean_divergence() const {
         double sum = 0.0;
@@ -206,7 +207,9 @@ void run_document(const Model& model, const RecallDocument& document, std::size_
 Evaluation evaluate(const Model& model, const Tokenizer& tokenizer, const std::vector<TokenId>& text,
                     const Settings& settings, const std::vector<CachePlan>& plans, Executor& threads) {
     Evaluation all;
-    for (const std::string& name : settings.recipes) all.recipes.emplace_back(name);
+    for (std::size_t r = 0; r < plans.size(); ++r)
+        all.recipes.emplace_back(settings.recipes[r]).decodes_tiles_because =
+            decodes_tiles_because(model.config(), plans[r]);
     kvplane::TilePool pool;
     const auto chunk = static_cast<std::size_t>(settings.chunk);
     for (Index window = 0; window < settings.windows; ++window) {
@@ -246,6 +249,7 @@ nlohmann::json to_json(const Evaluation& all, bool recall) {
                            {"true_bits", result.size.bits_per_element},
                            {"cache_bytes", result.size.bytes},
                            {"read_bits", result.size.read_bits},
+                           {"decodes_tiles_because", result.decodes_tiles_because},
                            {"tokens_per_second", result.tokens_per_second()}};
         if (recall)
             row.update({{"digits", result.targets},
@@ -281,6 +285,14 @@ void print_table(const Evaluation& all) {
     exact.predictions = {{}};
     line(exact);
     for (const Result& result : all.recipes) line(result);
+}
+
+/// The recipes that do without the fast path of attention, and why.
+void print_slow_paths(const Evaluation& all) {
+    for (const Result& r : all.recipes)
+        if (!r.decodes_tiles_because.empty())
+            std::printf("%s never reads packed bits but decodes tiles, which is slow, because %s\n",
+                        r.recipe.c_str(), r.decodes_tiles_because.c_str());
 }
 
 /// Where each recipe diverges most: the text before the prediction, and what is thought to come.
@@ -481,6 +493,7 @@ void run(const Settings& settings) {
         print_recall(all);
     else
         print_table(all);
+    if (!settings.json) print_slow_paths(all);
     if (!settings.json && settings.worst > 0)
         print_worst(all, tokenizer, text, static_cast<std::size_t>(settings.worst));
     std::fflush(stdout);

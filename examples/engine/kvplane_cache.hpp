@@ -6,11 +6,13 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "engine/layer_cache.hpp"
 #include "engine/model.hpp"
 #include "engine/parallel.hpp"
+#include "kvplane/cache/capabilities.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/recipes.hpp"
 
@@ -101,29 +103,48 @@ inline kvplane::CacheConfiguration layer_configuration(const ModelConfig& model,
     return configuration;
 }
 
-/// A sequence: one cache a layer. Throws Error (shape) for a plan of another number of layers.
-inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& plan, kvplane::TilePool& pool,
-                                  Executor& threads) {
+/// The configurations of a plan, one a layer. Throws Error (shape) for a plan of another number of layers.
+inline std::vector<kvplane::CacheConfiguration> configurations(const ModelConfig& model,
+                                                               const CachePlan& plan) {
     const auto fits = [&](std::size_t layers) { return static_cast<Index>(layers) == model.layers; };
     kvplane::require(plan.recipes.size() == 1 || fits(plan.recipes.size()), ErrorCode::shape,
                      plan.recipes.size(), " recipes for a model of ", model.layers, " layers");
     kvplane::require(plan.latents.empty() || fits(plan.latents.size()), ErrorCode::shape, plan.latents.size(),
                      " bases for a model of ", model.layers, " layers");
-    const auto shared = std::make_shared<SharedWorkspace>(threads);
-    LayerCaches caches;
+    std::vector<kvplane::CacheConfiguration> all;
     for (Index layer = 0; layer < model.layers; ++layer) {
-        kvplane::CacheConfiguration configuration = layer_configuration(model, layer);
+        kvplane::CacheConfiguration& configuration = all.emplace_back(layer_configuration(model, layer));
         const auto at = static_cast<std::size_t>(layer);
         configuration.recipe = plan.recipes[plan.recipes.size() == 1 ? 0 : at];
         if (!plan.latents.empty() && configuration.recipe.latents)
             configuration.latent_keys = plan.latents[at];
         if (!plan.query_moments.empty() && configuration.recipe.shaped_keys)
             configuration.query_moments = plan.query_moments[at];
+    }
+    return all;
+}
+
+/// A sequence: one cache a layer. Throws Error (shape) for a plan of another number of layers.
+inline LayerCaches kvplane_caches(const ModelConfig& model, const CachePlan& plan, kvplane::TilePool& pool,
+                                  Executor& threads) {
+    const auto shared = std::make_shared<SharedWorkspace>(threads);
+    LayerCaches caches;
+    for (const kvplane::CacheConfiguration& configuration : configurations(model, plan)) {
         kvplane::AttentionParameters parameters = plan.read;
-        parameters.sliding_window = model.window(layer);
+        parameters.sliding_window = model.window(static_cast<Index>(caches.size()));
         caches.push_back(std::make_unique<KvplaneCache>(configuration, pool, shared, parameters));
     }
     return caches;
+}
+
+/// Why attention decodes tiles in some layer of a plan, which is slow; empty where packed bits are read in all.
+inline std::string decodes_tiles_because(const ModelConfig& model, const CachePlan& plan) {
+    if (plan.read.key_fraction < 1.0)
+        return "a query scores all keys in some latents before it scores a share of them";
+    for (const kvplane::CacheConfiguration& configuration : configurations(model, plan))
+        if (const auto can = kvplane::capabilities(configuration); !can.decodes_packed)
+            return can.decodes_tiles_because;
+    return "";
 }
 
 /// A sequence of caches made by kvplane_caches(): how much later reads take, back to its first tokens, and

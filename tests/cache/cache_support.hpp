@@ -86,6 +86,20 @@ inline const std::vector<std::string>& recipe_names() {
     return names;
 }
 
+/// Keys with grids by token beyond recipe_names(), whose stored bytes are pinned: read on packed bits, and not,
+/// because runs of channels begin within units.
+inline const std::vector<std::string>& token_grid_names() {
+    static const std::vector<std::string> names{"block32:8", "block32:5+key_scheme=min_max+key_group=64",
+                                                "block32:3:rotated+key_scheme=cell+key_group=96",
+                                                "block32:7+key_scheme=min_max", "block32:4+key_group=24"};
+    return names;
+}
+/// The names of both lists.
+inline std::vector<std::string> with(std::vector<std::string> names, const std::vector<std::string>& more) {
+    names.insert(names.end(), more.begin(), more.end());
+    return names;
+}
+
 /// A recipe as part of a test's name.
 inline std::string test_name(const testing::TestParamInfo<std::string>& info) {
     std::string name;

@@ -27,7 +27,7 @@ bool works(const Call& call) {
 
 TEST(Capabilities, AreWhatTheCacheDoes) {
     std::mt19937_64 random(seed());
-    std::vector<std::string> names = recipe_names();
+    std::vector<std::string> names = with(recipe_names(), token_grid_names());
     for (const char* more : {"kivi:8", "latent:3:3+frame=before_rope+fit_tokens=130", "key_favored:16:4"})
         names.push_back(more);
     for (const std::string& name : names) {
@@ -63,6 +63,8 @@ TEST(Capabilities, AreWhatTheCacheDoes) {
         Matrix out(2, 192);
         cache.attend(q, out, {}, workspace);
         EXPECT_EQ(workspace.report().mean_bits > 0.0, can.decodes_packed);
+        EXPECT_EQ(can.decodes_tiles_because.empty(), can.decodes_packed);
+        EXPECT_STREQ(can.path(), can.decodes_packed ? "packed bits" : "decoded tiles");
 
         KvCache again = cache.fork();
         again.truncate(200);
@@ -91,6 +93,29 @@ TEST(Capabilities, AreWhatTheCacheDoes) {
             EXPECT_EQ(widths, is_keys ? can.narrower_keys : can.narrower_values);
         }
     }
+}
+
+TEST(Capabilities, SayWhyTilesAreDecoded) {
+    const auto why = [](const CacheConfiguration& c) { return capabilities(c).decodes_tiles_because; };
+    for (const char* packed : {"block32:8", "block32:4:rotated", "block32:3+key_group=1000", "kivi:4:32",
+                               "latent:3:3", "fp16", "key_favored:4:4+value_group=16"})
+        EXPECT_EQ(why(configuration(packed)), "") << packed;
+    EXPECT_EQ(why(configuration("svdq:2")),
+              "keys are latents before RoPE, each of which has an angle of its own to be turned by");
+    EXPECT_EQ(
+        why(configuration("block32:4+key_group=24")),
+        "keys have grids per_token over 24 channels, and packed bits are read of the head or multiples of "
+        "32 channels, where units of planes begin");
+    EXPECT_EQ(
+        why(configuration("key_favored:4:4+value_group=24")),
+        "values have grids per_token over 24 channels, and packed bits are read of grids per_token over "
+        "the head or multiples of 16 channels");
+    CacheConfiguration by_channel = configuration("key_favored:4:4");
+    by_channel.recipe.values.rule = by_channel.recipe.keys.rule;
+    EXPECT_EQ(
+        why(by_channel),
+        "values have grids per_channel over 128 tokens, and packed bits are read of grids per_token over "
+        "the head or multiples of 16 channels");
 }
 
 TEST(Capabilities, RefuseAConfigurationThatCannotBe) {

@@ -81,6 +81,8 @@ std::vector<std::string> fused_recipes() {
             "standard",
             "compact+recent=0",
             "kivi:2",
+            "block32:8",
+            "block32:4:rotated",
             "latent:3:3+fit_tokens=256",
             "latent:3:3+heads_together=1+fit_tokens=256",
             "weighted:3:3+fit_tokens=256"};

@@ -318,7 +318,8 @@ TEST_P(EditOfRecipe, NarrowedTilesHoldThePrefixOfTheirCodes) {
         }
 }
 
-INSTANTIATE_TEST_SUITE_P(Recipes, EditOfRecipe, testing::ValuesIn(thinned(recipe_names())), test_name);
+INSTANTIATE_TEST_SUITE_P(Recipes, EditOfRecipe,
+                         testing::ValuesIn(thinned(with(recipe_names(), token_grid_names()))), test_name);
 
 TEST(Narrowing, WidthsAreThePrefixesOfTheirPlanes) {
     EXPECT_EQ(narrower_widths(8), std::vector<int>{4});

@@ -125,9 +125,9 @@ TEST_P(Extremes, OneTokenFarAboveAllOthers) {
 
 INSTANTIATE_TEST_SUITE_P(Recipes, Extremes,
                          testing::ValuesIn(thinned(std::vector<std::string>{
-                             "fp16", "block32:8", "kivi:2", "key_favored:8:8", "key_favored:4:4",
-                             "key_favored:6:3", "key_favored:16:4", "key_favored:1:1", "standard",
-                             "key_favored:5:5+rotate_keys=1", "latent:3:3+fit_tokens=130",
+                             "fp16", "block32:8", "block32:7+key_scheme=min_max", "kivi:2", "key_favored:8:8",
+                             "key_favored:4:4", "key_favored:6:3", "key_favored:16:4", "key_favored:1:1",
+                             "standard", "key_favored:5:5+rotate_keys=1", "latent:3:3+fit_tokens=130",
                              "weighted:3:16+fit_tokens=150"})),
                          test_name);
 

@@ -697,7 +697,8 @@ TEST(TilePool, ServesCachesOfOtherShapesFromOneBudget) {
     EXPECT_EQ(to_bytes(cache), before);
 }
 
-INSTANTIATE_TEST_SUITE_P(Recipes, CacheOfRecipe, testing::ValuesIn(recipe_names()), test_name);
+INSTANTIATE_TEST_SUITE_P(Recipes, CacheOfRecipe, testing::ValuesIn(with(recipe_names(), token_grid_names())),
+                         test_name);
 
 TEST(Cache, DroppedTokensAreNotSeen) {
     std::mt19937_64 random(seed());

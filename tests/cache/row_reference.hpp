@@ -188,13 +188,14 @@ class RowReference {
             return query.cast<double>().norm() *
                    (key * unread.relative + std::sqrt(static_cast<double>(dim)) * unread.smallest);
         }
+        if (format.rule().granularity == Granularity::per_token)
+            return decodes ? token_grid_error(met, format, at, sequence_[tile]) : 0.0;
         double worst = 0.0;
-        const bool by_channel = format.rule().granularity == Granularity::per_channel;
-        const Index groups = by_channel ? tile_tokens / format.rule().group : 1;
+        const Index groups = tile_tokens / format.rule().group;
         for (Index g = 0; g < groups; ++g) {
             double magnitudes = met.offset, error = 0.0;
             for (const TileFormat::Placed& s : format.segments()) {
-                if (s.bits == 0 || s.bits == 16 || !by_channel) continue;
+                if (s.bits == 0 || s.bits == 16) continue;
                 const auto* const step =
                     reinterpret_cast<const Eigen::half*>(at + s.step_at) + g * s.channels;
                 const auto* const lower =
@@ -215,6 +216,35 @@ class RowReference {
                 if (decodes) error += factors_error(s, s.channels, largest);
             }
             worst = std::max(worst, error + rounding(format.channels() + query.size(), magnitudes));
+        }
+        return worst;
+    }
+    /// Of keys with grids by token, which are read in full.
+    double token_grid_error(const Met& met, const TileFormat& format, const std::byte* tile,
+                            const TilePlace& place) const {
+        double worst = 0.0;
+        Eigen::half room;
+        for (Index t = place.row; t < place.end_row(); ++t) {
+            double error = 0.0, magnitudes = 0.0;
+            for (const TileFormat::Placed& s : format.segments()) {
+                if (s.bits == 0 || s.bits == 16) continue;
+                const Index run = std::min(format.rule().group, s.channels);
+                for (Index first = 0, g = t; first < s.channels; first += run, g += tile_tokens) {
+                    const Index count = std::min(run, s.channels - first), channel = s.first_channel + first;
+                    const double width = std::abs(static_cast<double>(*steps_of(s, tile, g, 1, &room))),
+                                 lower =
+                                     has_lower(s.scheme)
+                                         ? std::abs(static_cast<double>(
+                                               reinterpret_cast<const Eigen::half*>(tile + s.lower_at)[g]))
+                                         : 0.0,
+                                 largest = static_cast<double>(
+                                     met.query.row(0).segment(channel, count).cwiseAbs().maxCoeff());
+                    error += width * factors_error(s, count, largest);
+                    magnitudes +=
+                        met.magnitudes.segment(channel, count).sum() * (std::ldexp(width, s.bits) + lower);
+                }
+            }
+            worst = std::max(worst, error + rounding(2 * format.channels(), magnitudes));
         }
         return worst;
     }

@@ -204,6 +204,7 @@ TEST_P(Shapes, AttendWithinT14OnAllInstructionSets) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Recipes, Shapes, testing::ValuesIn(recipe_names()), test_name);
+INSTANTIATE_TEST_SUITE_P(Recipes, Shapes, testing::ValuesIn(with(recipe_names(), token_grid_names())),
+                         test_name);
 
 }  // namespace

@@ -172,7 +172,8 @@ TEST_P(TokenWeights, OfManyQueries) {
     check(cache, Matrix(0, 6 * 32), {});
 }
 
-INSTANTIATE_TEST_SUITE_P(Recipes, TokenWeights, testing::ValuesIn(thinned(recipe_names())), test_name);
+INSTANTIATE_TEST_SUITE_P(Recipes, TokenWeights,
+                         testing::ValuesIn(thinned(with(recipe_names(), token_grid_names()))), test_name);
 
 /// Reads of part of the planes weigh what they read. Of fp16 that is close to the weights in double.
 TEST(TokenWeightsOfPolicies, AreThoseOfTheRead) {

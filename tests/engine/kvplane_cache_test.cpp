@@ -70,6 +70,16 @@ TEST_F(OnSmallModel, RefusesAWrongNumberOfRecipes) {
     refusal(ErrorCode::shape, [&] { kvplane_caches(model_.config(), {two}, pool_, threads_); });
 }
 
+TEST_F(OnSmallModel, SaysWhyTilesAreDecoded) {
+    const auto why = [&](const char* recipe) {
+        return decodes_tiles_because(model_.config(), LayerRecipes(model_, {}).parse(recipe));
+    };
+    for (const char* packed : {"block32:8", "standard", "latent:3:3"}) EXPECT_EQ(why(packed), "") << packed;
+    EXPECT_NE(why("svdq:2").find("before RoPE"), std::string::npos);
+    EXPECT_NE(why("only:1:svdq:2").find("before RoPE"), std::string::npos);
+    EXPECT_NE(why("latent:3:3@keys=1/8").find("scores all keys"), std::string::npos);
+}
+
 TEST_F(OnSmallModel, SizesAreOfAllLayers) {
     LayerCaches caches = kvplane_caches(model_.config(), {{kvplane::recipes::fp16()}}, pool_, threads_);
     model_.forward(tokens(128), caches, Logits::none);

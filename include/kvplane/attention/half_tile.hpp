@@ -119,17 +119,10 @@ KVPLANE_INLINE void half_block(const HalfBlock& block, const GroupsByDepth& unit
         }
 }
 
-/// What half_sums() multiplies and where its sums go.
-struct HalfProduct {
-    RowView<const float> x;  ///< [row][channels] (keys) or [row][tokens] (values)
-    bool fresh;              ///< whether sums replace what is there
-    const float* more;       ///< [row] added to fresh sums, or nullptr
-    RowView<float> to;       ///< [row][tokens] or [row][channels]
-};
-
 /// Sums of products with the fp16 values of one segment, for all its blocks.
 inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Placed& segment,
-                      const TileRead& read, const HalfProduct& product, AttentionScratch& scratch) noexcept {
+                      const TileRead& read, const SegmentProduct& product,
+                      AttentionScratch& scratch) noexcept {
     const bool keys = format.side() == TileSide::keys;
     const Index rows = product.x.rows, count = grouped_elements(format, segment),
                 groups = (count + half_depth - 1) / half_depth,

@@ -37,7 +37,8 @@ struct AttentionParameters {
     /// head; -infinity masks. nullptr: none.
     const Matrix* bias = nullptr;
     /// The share of the tokens in tiles whose keys take part, for each query: those of the largest scores by
-    /// the leading latents. Sinks and recent tokens always do. Below 1 for recipes with latents alone.
+    /// the leading latents. Sinks and recent tokens always do. Below 1 for recipes with latents alone, and then
+    /// tiles are decoded to floats (cache/prefill.hpp).
     double key_fraction = 1.0;
     Index selection_latents = 0;  ///< how many latents of a subspace choose; 0: a quarter of its channels
     /// Followed for up to 8 query tokens; more read all. Recipes that are not read by planes refuse every

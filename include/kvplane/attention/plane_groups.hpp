@@ -54,4 +54,12 @@ struct TileRead {
     const std::uint8_t* planes_of_next() const noexcept { return next_planes ? next_planes : planes; }
 };
 
+/// What a segment of a tile is multiplied by, and where the sums go.
+struct SegmentProduct {
+    RowView<const float> x;  ///< [row][channels] (keys) or [row][tokens] (values)
+    bool fresh;              ///< whether sums replace what is there
+    const float* more;       ///< [row] added to fresh sums, or nullptr
+    RowView<float> to;       ///< [row][tokens] or [row][channels]
+};
+
 }  // namespace kvplane::detail

@@ -9,6 +9,7 @@
 #include "kvplane/attention/factors.hpp"
 #include "kvplane/attention/kernels/plane_dot.hpp"
 #include "kvplane/attention/plane_groups.hpp"
+#include "kvplane/attention/query_factors.hpp"
 #include "kvplane/simd/line_vector.hpp"
 
 namespace kvplane::detail {
@@ -57,6 +58,7 @@ class AttentionScratch {
         active_.resize(groups / unit_lanes + 1);
         prefix_planes_.resize(groups);
         by_depth_.resize(2 * GroupsByDepth::depths * groups);
+        query_factors_.reserve(row_block_rows, depth);
         prefix_.groups = -1;
         depth_ = depth;  // last: where memory ends before, the arrays still fit the old depth
     }
@@ -64,14 +66,15 @@ class AttentionScratch {
     Index depth() const noexcept { return depth_; }
     /// [2 row_block_rows][depth]: factors, or their high halves, then low halves
     std::int8_t* factors(Index row) noexcept { return factors_.data() + row * depth_; }
-    float* folded() noexcept { return folded_.data(); }     ///< [4][depth]
-    std::int32_t* sums() noexcept { return sums_.data(); }  ///< [blocks][2 row_block_rows][16]
-    float* scores() noexcept { return scores_.data(); }     ///< [row_block_rows][128]
+    float* folded() noexcept { return folded_.data(); }                ///< [4][depth]
+    std::int32_t* sums() noexcept { return sums_.data(); }             ///< [blocks][2 row_block_rows][16]
+    float* scores() noexcept { return scores_.data(); }                ///< [row_block_rows][128]
+    QueryFactors& query_factors() noexcept { return query_factors_; }  ///< where grids of keys are by token
     // Where tokens have different widths:
     /// [row_block_rows][128] weights in the order of a tile's rows, and room for a vector behind them
     float* row_weights() noexcept { return row_weights_.data(); }
     float* below_middles() noexcept { return below_middles_.data(); }  ///< [128] of the codes of rows
-    Eigen::half* steps() noexcept { return steps_.data(); }            ///< [128] of values
+    Eigen::half* steps() noexcept { return steps_.data(); }            ///< [128] of grids by token
     RowView<float> rows() noexcept { return {rows_.data(), depth_, token_block}; }
 
     /// The groups of the tile that is read (which = 0) or of the one that is read next (1), by depth.
@@ -137,6 +140,7 @@ class AttentionScratch {
     LineVector<float> folded_, scores_, row_weights_, below_middles_, rows_;
     LineVector<std::int32_t> sums_;
     LineVector<Eigen::half> steps_;
+    QueryFactors query_factors_;
     // Of prefix reads.
     LineVector<float> unread_;                 ///< [2][depth]
     std::vector<std::uint8_t> prefix_planes_;  ///< the planes that prefix_ was made for

@@ -2,9 +2,9 @@
 //
 // With the grids' steps folded into the query, a score is a dot product of codes,
 //
-//   q.k' = sum_c q_c (lower_c + step_c / 2) + sum_c (q_c step_c) code_c,
+//   q.k' = sum_c q_c (lower_c + step_c / 2) + sum_c (q_c step_c) code_c
 //
-// and with the steps of values folded into the softmax weights, so is an output,
+// (where grids of keys are by token, their steps multiply the sums instead: token_grids.hpp), and with the steps of values folded into the softmax weights, so is an output,
 //
 //   sum_t w_t v'_tc = sum_t w_t (lower_t + step_t / 2) + sum_t (w_t step_t) code_tc.
 //
@@ -22,13 +22,15 @@
 
 namespace kvplane::detail {
 
-/// Whether tile_scores() reads tiles of keys of this format: fp16, or grids per channel.
+/// Whether tile_scores() reads tiles of keys of this format: fp16, grids per channel, or grids per token over the
+/// head or over multiples of 32 channels, which are whole units of all planes.
 bool reads_key_planes(const TileFormat& format) noexcept;
 /// Whether add_tile_values() reads tiles of values of this format: one segment of channels, of fp16, or of 1
 /// to 8 bits with grids per token over the head or over multiples of 16 channels, or such runs of tokens.
 bool reads_value_planes(const TileFormat& format) noexcept;
 
 /// scores[r * 128 + t] = offsets[r] + queries[r] . k'_t for all 128 tokens of a tile of keys.
+/// Where grids are per token, all of their planes are read.
 ///   queries  [row][channels], at most row_block_rows rows
 ///   offsets  [row]
 ///   scores   [row][128]

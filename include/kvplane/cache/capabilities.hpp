@@ -1,6 +1,7 @@
 // kvplane/cache/capabilities.hpp: what a configuration can do beyond storing and attending, as data.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "kvplane/cache/configuration.hpp"
@@ -11,9 +12,13 @@ namespace kvplane {
 /// What a cache of some configuration supports. What it does not is refused with a sentence by the call that
 /// asks for it.
 struct CacheCapabilities {
-    /// Up to 8 query tokens are attended on the packed bits, without allocation. Otherwise every attention
-    /// decodes tiles, as for more query tokens.
+    /// Attention reads the packed bits as they are, without allocation, but for a key_fraction. Otherwise it
+    /// decodes tiles to floats, which takes many times as long.
     bool decodes_packed = false;
+    /// Why tiles are decoded, in words that follow "because"; empty where packed bits are read.
+    std::string decodes_tiles_because;
+    /// Which of the two ways attention goes, in two words.
+    const char* path() const noexcept { return decodes_packed ? "packed bits" : "decoded tiles"; }
     /// ReadPolicy::fixed and aligned, of any number of bits; of a side in fp16, of 8 bits and more.
     bool reads_by_bits = false;
     bool reads_by_tolerance = false;  ///< ReadPolicy::tolerance

@@ -101,6 +101,11 @@ struct CacheConfiguration {
     Index group() const noexcept { return query_heads / kv_heads; }
     /// Whether tokens of values have different widths.
     bool widths_by_token() const noexcept { return !values_in_keys && !recipe.values.widths.empty(); }
+    /// Whether a grid of keys covers channels of one token.
+    bool keys_by_token() const noexcept {
+        return !recipe.latents && !recipe.keys.is_half() &&
+               recipe.keys.rule.granularity == Granularity::per_token;
+    }
     /// Numbers that one token adds to the layer.
     Index elements_per_token() const noexcept {
         return kv_heads * (key_head_dim + (values_in_keys ? 0 : value_head_dim));

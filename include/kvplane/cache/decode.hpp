@@ -32,7 +32,7 @@ inline constexpr Index decode_query_tokens = 8;
 /// in a core's cache.
 inline constexpr Index pass_query_tokens = 32;
 
-/// Whether DecodePass reads tiles of this layout: keys by channel or in latents of the tile's own frame or of
+/// Whether DecodePass reads tiles of this layout: keys in channels or in latents of the tile's own frame or of
 /// that of the input, values by token.
 inline bool decodes(const PageLayout& layout, const LatentKeys* latent) noexcept {
     return (layout.values_in_keys || reads_value_planes(layout.values)) &&

@@ -202,12 +202,12 @@ class KvCache {
     /// (query_heads * key_head_dim), or a tensor; output: query_tokens x (query_heads * value_head_dim), of
     /// any float type and layout. Throws Error (shape, option, not_finite) before it writes anything.
     ///
-    /// Up to 8 query tokens are decoding (cache/decode.hpp), which reads the packed bits as they are and
-    /// allocates nothing in a workspace that has seen the shape before. More, and recipes that it cannot read
-    /// (keys by token, latents before RoPE, a key_fraction), are prefill (cache/prefill.hpp), for which a
-    /// tile is decoded once for a block of query tokens, and which takes memory at every call
-    /// (std::bad_alloc). Either way the workspace's executor runs it, and results do not depend on how many
-    /// workers it has. Without a workspace the calling thread's own is used.
+    /// Packed bits are read as they are (cache/decode.hpp), which allocates nothing in a workspace that has
+    /// seen the shape before. What cannot be read so (capabilities() says of which recipes and why; a
+    /// key_fraction) takes many times as long: a tile is decoded to floats once for a block of query tokens
+    /// (cache/prefill.hpp), with memory that is taken at every call (std::bad_alloc). Either way the workspace's
+    /// executor runs it, and results do not depend on how many workers it has. Without a workspace the calling
+    /// thread's own is used.
     ///
     /// more: what else is wanted. It does not change a bit of the output. Sums of weights take memory: of up
     /// to 8 query tokens 2 bytes a query row and token, kept in the workspace; of more 4 bytes a token for

@@ -1,7 +1,12 @@
 // kvplane/cache/prefill.hpp: attention on decoded tiles: each is decoded once for a block of query tokens.
 //
-// It serves what DecodePass cannot read: keys by token, keys in latents before RoPE, and a share of the keys that
-// is chosen by latents (SVDq, arXiv 2502.15304). AttentionParameters::decode_tiles asks for it by name.
+// It serves what DecodePass cannot read. AttentionParameters::decode_tiles asks for it by name.
+//
+//   keys in latents before RoPE     each key has an angle of its own, so that it must be built before it is turned
+//   a share of the keys             (SVDq, arXiv 2502.15304) which are chosen by scores of all tokens in some latents,
+//                                   before the first score in all of them; most recipes that it is meant for have
+//                                   keys before RoPE
+//   grids by token of other runs    runs of channels that begin within units, for which kernels have no sums
 #pragma once
 
 #include <vector>

@@ -29,9 +29,11 @@ class ScoreRange {
   public:
     ScoreRange(const CacheShape& cache, const CacheState& state) noexcept
         : channels_(static_cast<double>(cache.configuration.key_head_dim)),
-          // The directions of latents are not at right angles, so that a latent may be larger than its key.
-          largest_key_((cache.recipe().latents ? 0x1p20 : 1.0) *
-                       std::max(1.0, state.extremes().largest.keys)) {}
+          // The directions of latents are not at right angles, so that a latent may be larger than its key. Codes
+          // of grids by token, up to 2^8, meet the query before their steps make them keys.
+          largest_key_(
+              (cache.recipe().latents ? 0x1p20 : 1.0) *
+              std::max(cache.configuration.keys_by_token() ? 0x1p8 : 1.0, state.extremes().largest.keys)) {}
 
     /// squares: the sum of the squares of a row's elements.
     bool holds(double squares, double scale) const noexcept {

@@ -256,7 +256,8 @@ double output_error_bound(double score_error, double radius, double value_error)
 
 /// T14: the most that rounding the factors adds to a sum of `count` products of a factor and a code of `bits`
 /// bits. A factor is the query times a channel's step, or a softmax weight times a token's step. `largest` is
-/// the largest magnitude of the factors.
+/// the largest magnitude of the factors. Where grids of keys are by token, the factors of a run of channels are
+/// the query itself, and this comes times the token's step.
 ///
 /// Codes count from their middle, so they are at most (2^bits - 1) / 2 in magnitude. Up to 4 bits, a factor
 /// is rounded to 8 bits and is off by largest / 254 at most. Above 4 bits, it is rounded to two parts of 8

@@ -93,8 +93,11 @@ inline void expect_both_planes(const kvplane::detail::PlaneDot& dot, int bits, R
             for (const bool extreme : {false, true}) {
                 const Index blocks = 3, low_rows = bits > 4 ? rows : 0, sum_rows = rows + low_rows;
                 const Index second_units = (units + ratio - 1) / ratio, stride = units * depth + 32;
-                const Tile first = random_plane(blocks * units, extreme, random),
-                           second = random_plane(blocks * second_units, extreme, random);
+                // Blocks of which not all units are summed, too.
+                const Index more = extreme ? 0 : 2, first_all = units + more,
+                            second_all = second_units + more;
+                const Tile first = random_plane(blocks * first_all, extreme, random),
+                           second = random_plane(blocks * second_all, extreme, random);
                 std::vector<std::int8_t> factors = random_factors(sum_rows, stride, extreme, random);
                 // What a last unit of the second plane holds beyond the first's channels counts nothing.
                 for (Index row = 0; row < sum_rows; ++row)
@@ -106,6 +109,8 @@ inline void expect_both_planes(const kvplane::detail::PlaneDot& dot, int bits, R
                                 .first_next = first.data(),
                                 .second_next = second.data(),
                                 .blocks = blocks,
+                                .first_block_units = first_all,
+                                .second_block_units = second_all,
                                 .first_units = units,
                                 .second_units = second_units,
                                 .factors = factors.data(),
@@ -116,11 +121,11 @@ inline void expect_both_planes(const kvplane::detail::PlaneDot& dot, int bits, R
                                 .sums = sums.data(),
                                 .sum_rows = sum_rows});
                 detail::scalar::plane_dots(
-                    split[0], {first.data(), first.data(), blocks, units, units, factors.data(), stride,
+                    split[0], {first.data(), first.data(), blocks, first_all, units, factors.data(), stride,
                                sum_rows, split.shift(0), expected.data(), sum_rows, false});
                 detail::scalar::plane_dots(
-                    split[1], {second.data(), second.data(), blocks, second_units, second_units,
-                               factors.data(), stride, rows, 0, expected.data(), sum_rows, true});
+                    split[1], {second.data(), second.data(), blocks, second_all, second_units, factors.data(),
+                               stride, rows, 0, expected.data(), sum_rows, true});
                 ASSERT_EQ(sums, expected)
                     << dot.name << ", " << bits << " bits, " << units << " units, " << rows << " rows";
             }

@@ -7,7 +7,9 @@
 #include "kvplane/attention/factors.hpp"
 #include "kvplane/attention/half_tile.hpp"
 #include "kvplane/attention/kernels/dispatch.hpp"
+#include "kvplane/attention/plane_range.hpp"
 #include "kvplane/attention/tile_attention.hpp"
+#include "kvplane/attention/token_grids.hpp"
 
 namespace kvplane::detail {
 
@@ -147,46 +149,17 @@ class PlaneSums {
         return segment_.plane_at[static_cast<std::size_t>(p)] + first * units(segment_.split[p]) * unit_bytes;
     }
 
-    void sum_all(Index first, Index blocks) noexcept {
-        const PlaneDot& dot = plane_dot_of(isa_);
-        const PlaneSplit& split = segment_.split;
-        if (const PlaneDot::Pair pair = dot.pair(segment_.bits)) {
-            const Index at[2] = {plane_at(0, first), plane_at(1, first)};
-            pair({.first = read_.tile + at[0],
-                  .second = read_.tile + at[1],
-                  .first_next = read_.next + at[0],
-                  .second_next = read_.next + at[1],
-                  .blocks = blocks,
-                  .first_units = units(split[0]),
-                  .second_units = units(split[1]),
-                  .factors = scratch_.factors(0),
-                  .factor_stride = scratch_.depth(),
-                  .rows = rows_,
-                  .low_rows = sum_rows() - rows_,
-                  .shift = split.shift(0),
-                  .sums = scratch_.sums(),
-                  .sum_rows = sum_rows()});
-            return;
-        }
-        for (int p = 0; p < split.count; ++p) sum_units(dot, p, first, blocks, 0, units(split[p]), p > 0);
+    /// Rows of factors from place `from` on.
+    FactorRows factor_rows_from(Index from) noexcept {
+        return {.factors = scratch_.factors(0) + from,
+                .stride = scratch_.depth(),
+                .rows = rows_,
+                .low_rows = sum_rows() - rows_,
+                .sums = scratch_.sums()};
     }
-    /// Adds units [from, from + count) of plane p. Low halves meet the first plane alone.
-    void sum_units(const PlaneDot& dot, int p, Index first, Index blocks, Index from, Index count,
-                   bool add) noexcept {
-        const int width = segment_.split[p];
-        const Index at = plane_at(p, first) + from * unit_bytes;
-        dot(width, {.plane = read_.tile + at,
-                    .next = read_.next + at,
-                    .blocks = blocks,
-                    .block_units = units(width),
-                    .units = count,
-                    .factors = scratch_.factors(0) + from * TileFormat::unit_depth(width),
-                    .factor_stride = scratch_.depth(),
-                    .rows = p == 0 ? sum_rows() : rows_,
-                    .shift = segment_.split.shift(p),
-                    .sums = scratch_.sums(),
-                    .sum_rows = sum_rows(),
-                    .add = add});
+    void sum_all(Index first, Index blocks) noexcept {
+        sum_planes(plane_dot_of(isa_), segment_, read_, {along_, 0, along_, first, blocks},
+                   factor_rows_from(0));
     }
 
     void sum_prefixes(Index first, Index blocks) noexcept {
@@ -219,7 +192,10 @@ class PlaneSums {
                 while (from < groups_ && read_.planes[from] <= p) ++from;
                 for (to = from; to < groups_ && read_.planes[to] > p;) ++to;
                 const Index count = std::min(to * each, all) - from * each;
-                if (count > 0) sum_units(dot, p, first, blocks, from * each, count, true);
+                const Index depth = TileFormat::unit_depth(split[p]), at = from * each * depth;
+                if (count > 0)
+                    sum_plane(dot, segment_, read_, {along_, at, count * depth, first, blocks},
+                              factor_rows_from(at), p, true);
             }
         }
     }
@@ -238,7 +214,8 @@ class PlaneSums {
 KVPLANE_FUNCTION bool reads_key_planes(const TileFormat& format) noexcept {
     return format.side() == TileSide::keys &&
            std::all_of(format.segments().begin(), format.segments().end(), [&](const TileFormat::Placed& s) {
-               return s.is_half() || format.rule().granularity == Granularity::per_channel;
+               return s.is_half() || format.rule().granularity == Granularity::per_channel ||
+                      reads_token_grids(format.rule().group, s);
            });
 }
 KVPLANE_FUNCTION bool reads_value_planes(const TileFormat& format) noexcept {
@@ -264,6 +241,10 @@ KVPLANE_FUNCTION void tile_scores(Isa isa, const TileFormat& format, const TileR
         if (segment.is_half()) {
             half_sums(isa, format, segment, part,
                       {.x = x, .fresh = fresh, .more = more, .to = {scores, tile_tokens, rows}}, scratch);
+        } else if (format.rule().granularity == Granularity::per_token) {
+            token_grid_scores(isa, format, segment, part,
+                              {.x = x, .fresh = fresh, .more = more, .to = {scores, tile_tokens, rows}},
+                              scratch);
         } else {
             PlaneSums sums(isa, segment, part, segment.channels, rows, scratch);
             for (Index g = 0; g * group < tile_tokens; ++g) {

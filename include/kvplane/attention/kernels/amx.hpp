@@ -62,8 +62,8 @@ KVPLANE_TARGET_AVX512 KVPLANE_INLINE void spread_pair(const PlanePairCall& call,
                                                       std::uint8_t* to) noexcept {
     constexpr int fields = 8 / width, fields_below = 8 / below, each = tile_rows / fields,
                   each_below = tile_rows / fields_below;
-    const Index at = block * call.first_units + chunk * each,
-                at_below = block * call.second_units + chunk * each_below,
+    const Index at = block * call.first_block_units + chunk * each,
+                at_below = block * call.second_block_units + chunk * each_below,
                 units_below = call.second_units - chunk * each_below;
     spread<width>(call.first + at * 64, call.first_next + at * 64, call.first_units - chunk * each, to);
     const __m512i mask = _mm512_set1_epi8((1 << below) - 1);
@@ -197,7 +197,7 @@ KVPLANE_TARGET_AVX512 inline void pair_dot_on(const PlanePairCall& call) noexcep
     plane_dot_on<Tiles, width>({.plane = call.first,
                                 .next = call.first_next,
                                 .blocks = call.blocks,
-                                .block_units = call.first_units,
+                                .block_units = call.first_block_units,
                                 .units = call.first_units,
                                 .factors = call.factors + call.rows * call.factor_stride,
                                 .factor_stride = call.factor_stride,

@@ -115,9 +115,9 @@ KVPLANE_TARGET_AVX512 inline void two_planes_block(const PlanePairCall& call, In
         sums.high_factors[r] = call.factors + (row + r) * call.factor_stride;
         sums.low_factors[r] = sums.high_factors[r] + call.rows * call.factor_stride;
     }
-    const std::byte *first = call.first + block * call.first_units * 64,
-                    *first_next = call.first_next + (first - call.first);
-    const Index second_at = block * call.second_units * 64;
+    const Index first_at = block * call.first_block_units * 64,
+                second_at = block * call.second_block_units * 64;
+    const std::byte *const first = call.first + first_at, *const first_next = call.first_next + first_at;
     for (Index u = 0; u < call.first_units; u += together) {
         const Index at = second_at + u / together * 64;
         _mm_prefetch(reinterpret_cast<const char*>(call.second_next + at), _MM_HINT_T1);
@@ -256,7 +256,8 @@ KVPLANE_TARGET_AVX512 inline void three_bits_block(const PlanePairCall& call, In
         for (int i = 0; i < 4; ++i) sums[i][r] = Words{};
         factors[r] = call.factors + (row + r) * call.factor_stride;
     }
-    const Index first_at = block * call.first_units * 64, second_at = block * call.second_units * 64;
+    const Index first_at = block * call.first_block_units * 64,
+                second_at = block * call.second_block_units * 64;
     for (Index u = 0; u < call.first_units; u += 2) {
         const Index at = first_at + u * 64, below_at = second_at + u / 2 * 64;
         const __m512i second = _mm512_loadu_si512(call.second + below_at);

@@ -41,10 +41,11 @@ struct PlaneDotCall {
 
 /// Two planes of the same codes together. The factors of row r meet whole codes. Those of row rows + r (there
 /// are low_rows of them: as many as rows, or none) meet the first plane alone, as in a call of shift `shift`.
+/// Blocks are *_block_units apart; the planes' units cover the same fields, but for the last of the second plane.
 struct PlanePairCall {
     const std::byte *first, *second;
     const std::byte *first_next, *second_next;
-    Index blocks, first_units, second_units;
+    Index blocks, first_block_units, second_block_units, first_units, second_units;
     const std::int8_t* factors;
     Index factor_stride, rows, low_rows;
     int shift;

@@ -285,6 +285,8 @@ KVPLANE_FUNCTION void KvCache::require_policy(const AttentionParameters& paramet
             "attend: values in keys are read in full; expected ReadPolicy::all()");
     require(read.kind == Kind::all || !configuration().widths_by_token(), ErrorCode::option,
             "attend: values whose tokens have different widths are read in full; expected ReadPolicy::all()");
+    require(read.kind == Kind::all || !configuration().keys_by_token(), ErrorCode::option, "attend: recipe '",
+            recipe.name, "' has grids of keys by token, which are read in full; expected ReadPolicy::all()");
     const bool half_keys = !recipe.latents && recipe.keys.is_half(), half_values = recipe.values.is_half();
     const bool by_bits = read.kind == Kind::fixed || read.kind == Kind::aligned;
     require(!by_bits || ((!half_keys || read.key_bits >= 8.0) && (!half_values || read.value_bits >= 8.0)),
