@@ -40,14 +40,9 @@ class TokenRows {
         return reinterpret_cast<const Eigen::half*>(page + row(side, head, 0));
     }
 
-    /// Stores tokens [first, first + count) of both matrices, tokens x (kv_heads * dim), from row `at` on.
-    void write(const Matrix& keys, const Matrix& values, Index first, Index count, Index at,
+    /// Stores tokens [first, first + count) of a side, tokens x (kv_heads * dim), from row `at` on.
+    void write(TileSide side, RowView<const float> rows, Index first, Index count, Index at,
                std::byte* page) {
-        write(TileSide::keys, keys, first, count, at, page);
-        if (!values_in_keys_) write(TileSide::values, values, first, count, at, page);
-    }
-    /// Those of one side.
-    void write(TileSide side, const Matrix& rows, Index first, Index count, Index at, std::byte* page) {
         for (Index head = 0; head < kv_heads_; ++head)
             half(side) ? write_half(rows, side, head, first, count, at, page)
                        : write_bytes(rows, side, head, first, count, at, page);
@@ -133,17 +128,16 @@ class TokenRows {
         return row_bytes() + keys + 2 * (head * capacity_ + at);
     }
 
-    void write_half(const Matrix& rows, TileSide side, Index head, Index first, Index count, Index at,
+    void write_half(RowView<const float> rows, TileSide side, Index head, Index first, Index count, Index at,
                     std::byte* page) {
         auto* to = reinterpret_cast<Eigen::half*>(page + row(side, head, at));
         const Isa isa = current_isa();
         for (Index t = 0; t < count; ++t)
-            narrow_row(isa, rows.data() + (first + t) * rows.cols() + head * dim(side), dim(side),
-                       to + t * dim(side));
+            narrow_row(isa, rows[first + t] + head * dim(side), dim(side), to + t * dim(side));
     }
-    void write_bytes(const Matrix& rows, TileSide side, Index head, Index first, Index count, Index at,
+    void write_bytes(RowView<const float> rows, TileSide side, Index head, Index first, Index count, Index at,
                      std::byte* page) {
-        quantizer_.quantize(head_rows(rows, kv_heads_),
+        quantizer_.quantize(rows_of_heads(rows, kv_heads_, dim(side)),
                             {.argument = side == TileSide::keys ? "keys" : "values",
                              .head = head,
                              .first = first,

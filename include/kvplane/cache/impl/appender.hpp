@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kvplane/cache/appender.hpp"
+#include "kvplane/cache/incoming_rows.hpp"
 #include "kvplane/cache/pages.hpp"
 #include "kvplane/cache/reader.hpp"
 #include "kvplane/cache/shape.hpp"
@@ -27,34 +28,10 @@
 
 namespace kvplane::detail {
 
-/// [token][heads * head_dim] as floats.
-inline void widen_rows(const AnyRows& input, Index first, Index count, Matrix& to) {
-    to.resize(count, input.channels());
-    if (to.size() == 0) return;
-    input.visit([&](const auto& rows) {
-        using Scalar = std::remove_cvref_t<decltype(*rows.data())>;
-        if constexpr (std::is_same_v<Scalar, Eigen::half>)
-            if (rows.channel_stride() == 1) {
-                const Isa isa = current_isa();
-                for (Index t = 0; t < count; ++t)
-                    for (Index h = 0; h < rows.heads(); ++h)
-                        widen_row(isa, rows.at(h, first + t), rows.head_dim(),
-                                  to.data() + t * to.cols() + h * rows.head_dim());
-                return;
-            }
-        const auto some = rows.middle_tokens(first, count);
-        for (Index h = 0; h < rows.heads(); ++h)
-            to.middleCols(h * rows.head_dim(), rows.head_dim()) = some.head(h).template cast<float>();
-    });
-}
 KVPLANE_FUNCTION Matrix widened(const AnyRows& input) {
     Matrix matrix;
     widen_rows(input, 0, input.tokens, matrix);
     return matrix;
-}
-
-inline const char* name_of(TileSide side) noexcept {
-    return side == TileSide::keys ? "keys" : "values";
 }
 
 /// Throws Error (shape) for input of other heads than the cache has.
@@ -62,41 +39,12 @@ inline void require_input(const AnyRows& rows, const char* argument, Index heads
     require(rows.heads == heads && rows.head_dim == dim, ErrorCode::shape, "append: ", argument, " of ",
             rows.heads, " heads of ", rows.head_dim, " channels, expected ", heads, " of ", dim);
 }
-/// Throws Error (not_finite, beyond_fp16), with the position, for what is no fp16 number.
-inline void require_fp16(const AnyRows& input, const char* argument) {
-    input.visit([&](const auto& rows) { require_storable(rows, argument); });
-}
-/// That every value can be stored, in the frame in which it is. Throws Error (not_finite, beyond_fp16).
-inline void require_magnitudes(const CacheShape& cache, const AnyRows& input, TileSide side) {
-    const char* const argument = name_of(side);
-    // Keys that are rotated tile by tile must be storable both ways.
-    const bool rotates = cache.may_rotate(side), by_tile = rotates && !cache.rotates(side);
-    const float largest = input.visit([](const auto&rows) { return largest_magnitude(rows); }),
-                most = cache.largest_magnitude();
-    if (!(largest <= fp16_max)) require_fp16(input, argument);
-    // A rotation makes no element larger than its head's norm.
-    if (largest * (rotates ? std::sqrt(static_cast<float>(cache.dim(side))) : 1.0f) <= most) return;
-    Matrix stored;
-    for (Index token = 0; token < input.tokens; ++token) {
-        widen_rows(input, token, 1, stored);
-        Index channel = 0;
-        float magnitude = by_tile ? stored.row(0).cwiseAbs().maxCoeff(&channel) : 0.0f;
-        if (magnitude <= most) {
-            if (rotates) cache.rotation(side).rotate(stored);
-            magnitude = stored.row(0).cwiseAbs().maxCoeff(&channel);
-        }
-        require(magnitude <= most, ErrorCode::beyond_fp16, "append: ", argument, ": token ", token,
-                ", channel ", channel, " has the magnitude ", magnitude,
-                " (after rotation, where the recipe rotates); expected at most ", most);
-    }
-}
-
 /// So many tokens at most look at a tile before it is made, the last of those that come behind it.
 inline constexpr Index looking_tokens = 32;
 
 class Appender {
   public:
-    Appender(const CacheShape& cache, const CacheState& state, TilePool& pool)
+    Appender(const CacheShape& cache, CacheState& state, TilePool& pool)
         : cache_(cache),
           state_(state),
           pool_(pool),
@@ -122,7 +70,7 @@ class Appender {
 
     /// Tokens of one piece in the stored frame.
     struct Piece {
-        Matrix keys, values;      ///< [token][kv_heads * dim]; no values where they are in keys
+        RowView<const float> keys, values;  ///< [token][kv_heads * dim]; no values where they are in keys
         Matrix queries;           ///< [token][query_heads * key dim] after RoPE, where they are looked at
         PerSide<double> largest;  ///< magnitudes
     };
@@ -131,10 +79,10 @@ class Appender {
         open_cut_tile();
         settled_extremes_.include({.largest = piece.largest, .excess = {}, .carried = {}});
         const Matrix learned_from = before_rope(piece.queries, tokens_);
-        for (Index done = 0, count; done < piece.keys.rows(); done += count) {
+        for (Index done = 0, count; done < piece.keys.rows; done += count) {
             // Not beyond the token at which the oldest tile is due, so that what is stored does not depend on
             // how the tokens came.
-            count = fill(piece, done, std::min(piece.keys.rows() - done, due() - tokens_), settled_extremes_);
+            count = fill(piece, done, std::min(piece.keys.rows - done, due() - tokens_), settled_extremes_);
             settled_ = tokens_;
             for (Index t = done; t < done + count; ++t) note_query(learned_from, t);
             note_attention(piece.queries, done, count);
@@ -187,9 +135,9 @@ class Appender {
         make_what_is_due();
     }
 
-    /// Makes all of it part of `state`, the one that it was begun with. Throws std::bad_alloc and then has
-    /// changed nothing.
-    void commit(CacheState& state) {
+    /// Makes all of it part of the state. Throws std::bad_alloc and then has changed nothing.
+    void commit() {
+        CacheState& state = state_;
         state.tile_pages.reserve(state.tile_pages.size() + tile_pages_.size());
         state.tiles.reserve(state.tiles.size() + tiles_.size());
         // Nothing below can fail.
@@ -266,10 +214,18 @@ class Appender {
                                                      : fill_recent(piece, first, count);
     }
 
+    /// Tokens [first, first + count) of both sides, from row `at` of a page on.
+    void write(TokenRows& rows, RowView<const float> keys, RowView<const float> values, Index first,
+               Index count, Index at, std::byte* page) {
+        rows.write(TileSide::keys, keys, first, count, at, page);
+        if (!cache_.configuration.values_in_keys)
+            rows.write(TileSide::values, values, first, count, at, page);
+    }
+
     Index fill_sinks(const Piece& piece, Index first, Index count) {
         count = std::min(count, cache_.recipe().sink_tokens - tokens_);
         sinks_ = sinks_ ? writable(sinks_) : pool_.page(sink_rows_.bytes());
-        sink_rows_.write(piece.keys, piece.values, first, count, tokens_, sinks_.data());
+        write(sink_rows_, piece.keys, piece.values, first, count, tokens_, sinks_.data());
         tokens_ += count;
         recent_first_ = tokens_;
         return count;
@@ -283,7 +239,7 @@ class Appender {
         else
             recent_[page] = writable(recent_[page]);
         count = std::min(count, recent_page_tokens - row);
-        recent_rows_.write(piece.keys, piece.values, first, count, row, recent_[page].data());
+        write(recent_rows_, piece.keys, piece.values, first, count, row, recent_[page].data());
         tokens_ += count;
         return count;
     }
@@ -383,8 +339,8 @@ class Appender {
             return recent_[page].data();
         };
         for (Index t = 0; t < run.count; t += recent_page_tokens)
-            recent_rows_.write(rows.keys, rows.values, t, std::min(recent_page_tokens, run.count - t), 0,
-                               page_of(t));
+            write(recent_rows_, row_view(rows.keys), row_view(rows.values), t,
+                  std::min(recent_page_tokens, run.count - t), 0, page_of(t));
         for (Index t = 0; t < count; ++t)
             recent_rows_.copy(behind[static_cast<std::size_t>(t / recent_page_tokens)].data(),
                               t % recent_page_tokens, page_of(run.count + t),
@@ -498,6 +454,8 @@ class Appender {
         } else if (old && !last_page_) {
             last_page_ = writable(state_.tile_pages.back());
             if (state_.stale) clear_tiles(state_.tiles.back(), last_page_.data());
+            // Until commit(): an append that fails leaves its tokens behind.
+            state_.stale = state_.stale || last_page_ == state_.tile_pages.back();
         }
         std::byte* const page = (tiles_.empty() ? last_page_ : tile_pages_.back()).data();
         count = std::min(count, tile_tokens - *tokens);
@@ -505,8 +463,8 @@ class Appender {
             const auto& at = side == TileSide::keys ? layout_->key_at : layout_->value_at;
             if (side == TileSide::values && layout_->values_in_keys) break;
             for (Index head = 0; head < cache_.configuration.kv_heads; ++head) {
-                coder(side).encode(head_rows(side == TileSide::keys ? piece.keys : piece.values,
-                                             cache_.configuration.kv_heads),
+                coder(side).encode(rows_of_heads(side == TileSide::keys ? piece.keys : piece.values,
+                                                 cache_.configuration.kv_heads, cache_.dim(side)),
                                    name_of(side),
                                    {.head = head, .first = first, .count = count, .tile_token = *tokens},
                                    page + at[static_cast<std::size_t>(head)]);
@@ -520,7 +478,7 @@ class Appender {
     }
 
     const CacheShape& cache_;
-    const CacheState& state_;
+    CacheState& state_;
     TilePool& pool_;
     // The state as it will be, but for tiles.
     std::shared_ptr<const PageLayout> layout_;
@@ -569,44 +527,49 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
     }
     if (keys.tokens == 0) return;
     const StandardFloatingPoint standard;
-    require_magnitudes(cache, keys, TileSide::keys);
-    if (values) require_magnitudes(cache, *values, TileSide::values);
     Appender appender(cache, state, pool);
-    const Isa isa = current_isa();
     if (!provisional) appender.settle(state.tokens - state.settled());
+    IncomingRows of_keys(cache, keys, TileSide::keys);
+    std::optional<IncomingRows> of_values;
+    if (values) of_values.emplace(cache, *values, TileSide::values);
     // In pieces that stay in a core's cache from one step to the next; of provisional tokens each has its own
     // extremes.
     const Index most = provisional ? 1 : recent_page_tokens;
+    bool checked = false;
     Appender::Piece piece;
     for (Index first = 0; first < keys.tokens; first += most) {
         const Index count = std::min(most, keys.tokens - first);
-        widen_rows(keys, first, count, piece.keys);
-        if (cache.recipe().keys.rotate) cache.key_rotation.rotate(piece.keys);
-        piece.largest.keys = largest_magnitude(isa, piece.keys.data(), piece.keys.size());
-        piece.largest.values = piece.largest.keys;
+        bool good = of_keys.take(first, count);
+        piece.keys = of_keys.rows();
+        piece.largest.keys = piece.largest.values = of_keys.largest();
         if (values) {
-            widen_rows(*values, first, count, piece.values);
-            if (cache.rotates(TileSide::values)) cache.value_rotation.rotate(piece.values);
-            piece.largest.values = largest_magnitude(isa, piece.values.data(), piece.values.size());
+            good = of_values->take(first, count) && good;
+            piece.values = of_values->rows();
+            piece.largest.values = of_values->largest();
+        }
+        if (!good && !checked) {
+            require_magnitudes(cache, keys, TileSide::keys);
+            if (values) require_magnitudes(cache, *values, TileSide::values);
+            checked = true;
         }
         if (queries) widen_rows(*queries, first, count, piece.queries);
         provisional ? appender.add_provisional(piece) : appender.add(piece);
     }
-    appender.commit(state);
+    appender.commit();
 }
 
 KVPLANE_FUNCTION void settle_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, Index count) {
     const StandardFloatingPoint standard;
     Appender appender(cache, state, pool);
     appender.settle(count);
-    appender.commit(state);
+    appender.commit();
 }
 
 KVPLANE_FUNCTION void fit_own_basis(const CacheShape& cache, CacheState& state, TilePool& pool, Index count) {
     const StandardFloatingPoint standard;
     Appender appender(cache, state, pool);
     appender.fit(count, false);
-    appender.commit(state);
+    appender.commit();
 }
 
 }  // namespace kvplane::detail

@@ -54,7 +54,8 @@ class RecentTokens {
         cache_.rope->turn(keys, -positions);
         if (rotates) cache_.key_rotation.rotate(keys);
         for (Index t = 0; t < count; ++t)
-            rows_.write(TileSide::keys, keys, t, 1, (at + t) % recent_page_tokens, page(next, at + t));
+            rows_.write(TileSide::keys, row_view(keys), t, 1, (at + t) % recent_page_tokens,
+                        page(next, at + t));
         StoredExtremes& extremes = next.settled_extremes;
         extremes.carried.keys =
             cache_.turn_growth() *
