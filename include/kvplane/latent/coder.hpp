@@ -27,6 +27,11 @@ class LatentCoder {
     /// deviations saturate.
     double encode(FramedKeys<KeyFrame::after_rope> keys, std::span<std::byte* const> tiles);
 
+    /// The same in parts, of which those of different subspaces may run at the same time: the keys in the basis'
+    /// frame, [tokens, kv_heads * head_dim], and of these one subspace.
+    Matrix in_frame(FramedKeys<KeyFrame::after_rope> keys) const;
+    double encode(Index s, const Matrix& in_frame, std::byte* tile);
+
     /// The first `tokens` latents of a subspace's tile [tokens, kept], valid until the next call.
     const Matrix& latents(Index s, const std::byte* tile, Index tokens);
     /// D of a subspace as floats [channels, kept].
@@ -37,12 +42,18 @@ class LatentCoder {
     Matrix reconstruct(Index kv_head, const std::byte* tile, Index tokens, Index first, Index most);
 
   private:
-    Matrix in_frame(FramedKeys<KeyFrame::after_rope> keys) const;
+    /// What encoding a subspace takes: E and D transposed, padded to whole vectors, and memory to work in.
+    struct Encoding {
+        Matrix to_latents;    // [channels, padded kept]
+        Matrix from_latents;  // [kept, padded channels]
+        Matrix centered, latents, decoded, close;
+    };
+    Encoding& prepare(Index s);
 
     std::shared_ptr<const LatentKeys> keys_;
     std::vector<detail::TileCoder> coders_;                    // [subspace]
     std::shared_ptr<const std::vector<Matrix>> from_latents_;  // [subspace] D
-    std::vector<Matrix> to_latents_;                           // [subspace] E, filled by the first encode()
+    std::vector<Encoding> encodings_;                          // [subspace] filled when it is first encoded
     Matrix latents_;
 };
 
