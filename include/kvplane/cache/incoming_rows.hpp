@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
+#include "kvplane/attention/executor.hpp"
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/matrix.hpp"
@@ -86,11 +88,28 @@ class IncomingRows {
 
     /// Takes the tokens [first, first + count). Returns false where one of them may be such that it cannot be
     /// stored, which require_magnitudes() then says.
-    bool take(Index first, Index count) {
-        largest_ = 0.0f;
-        return input_.visit([&](const auto& rows) {
-            return in_place_ ? check_in_place(rows, first, count) : widen(rows, first, count);
+    bool take(Index first, Index count, Executor& executor) {
+        if (!in_place_) {
+            taken_.resize(count, input_.channels());
+            rows_ = row_view(taken_);
+        }
+        const Index items = (count + item_tokens - 1) / item_tokens;
+        found_.assign(static_cast<std::size_t>(items), {});
+        input_.visit([&](const auto& input) {
+            if (in_place_) rows_ = in_place(input.middle_tokens(first, count));
+            run_items(executor, items, [&](Index item, Index) {
+                const Index begin = item * item_tokens, end = std::min(begin + item_tokens, count);
+                Found& found = found_[static_cast<std::size_t>(item)];
+                for (Index t = begin; t < end; ++t) take_token(input, first + t, t, found);
+            });
         });
+        Found all;
+        for (const Found& found : found_) {
+            all.largest = std::max(all.largest, found.largest);
+            all.good &= found.good;
+        }
+        largest_ = all.largest;
+        return all.good;
     }
 
     /// What was taken, [token][heads * head_dim], until the next is; the input itself where that has the form.
@@ -99,39 +118,42 @@ class IncomingRows {
     float largest() const noexcept { return largest_; }
 
   private:
-    template <class Scalar>
-    bool check_in_place(const HeadRows<Scalar>& input, Index first, Index count) {
+    /// What one body of an executor takes.
+    static constexpr Index item_tokens = 8;
+    struct Found {
+        float largest = 0.0f;
         bool good = true;
-        if constexpr (std::is_same_v<Scalar, float>) {
-            rows_ = {input.at(0, first), input.token_stride(), count};
-            for (Index t = 0; t < count; ++t)
-                good &= is_storable(largest_magnitude(isa_, rows_[t], input.channels()));
-        }
-        return good;
+    };
+
+    template <class Scalar>
+    static RowView<const float> in_place(const HeadRows<Scalar>& input) noexcept {
+        if constexpr (std::is_same_v<Scalar, float>)
+            return {input.data(), input.token_stride(), input.tokens()};
+        else
+            return {};
     }
     template <class Scalar>
-    bool widen(const HeadRows<Scalar>& input, Index first, Index count) {
-        taken_.resize(count, input.channels());
-        rows_ = row_view(taken_);
-        bool good = true;
-        for (Index t = 0; t < count; ++t) {
-            Eigen::Map<Eigen::RowVectorXf> row(taken_.data() + t * taken_.cols(), taken_.cols());
-            float magnitude = widen_token(isa_, input, first + t, row.data());
-            good &= magnitude <= fp16_max;
+    void take_token(const HeadRows<Scalar>& input, Index token, Index to, Found& found) {
+        float magnitude;
+        if (in_place_) {
+            magnitude = largest_magnitude(isa_, rows_[to], input.channels());
+        } else {
+            Eigen::Map<Eigen::RowVectorXf> row(taken_.data() + to * taken_.cols(), taken_.cols());
+            magnitude = widen_token(isa_, input, token, row.data());
+            found.good &= magnitude <= fp16_max;
             if (cache_.rotates(side_)) {
                 cache_.rotation(side_).rotate(row);
                 magnitude = largest_magnitude(isa_, row.data(), row.size());
             }
-            good &= is_storable(magnitude);
         }
-        return good;
+        found.good &= is_storable(magnitude);
+        found.largest = std::max(found.largest, magnitude);
     }
     /// Keys that are rotated tile by tile must be storable both ways, and a rotation makes no element larger than
     /// its head's norm.
-    bool is_storable(float magnitude) {
+    bool is_storable(float magnitude) const {
         const bool by_tile = cache_.may_rotate(side_) && !cache_.rotates(side_);
         const float growth = by_tile ? std::sqrt(static_cast<float>(input_.head_dim)) : 1.0f;
-        largest_ = std::max(largest_, magnitude);
         return magnitude * growth <= cache_.largest_magnitude();
     }
 
@@ -141,6 +163,7 @@ class IncomingRows {
     const bool in_place_;
     const Isa isa_ = current_isa();
     Matrix taken_;
+    std::vector<Found> found_;
     RowView<const float> rows_{};
     float largest_ = 0.0f;
 };

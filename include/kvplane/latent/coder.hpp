@@ -27,10 +27,9 @@ class LatentCoder {
     /// deviations saturate.
     double encode(FramedKeys<KeyFrame::after_rope> keys, std::span<std::byte* const> tiles);
 
-    /// The same in parts, of which those of different subspaces may run at the same time: the keys in the basis'
-    /// frame, [tokens, kv_heads * head_dim], and of these one subspace.
-    Matrix in_frame(FramedKeys<KeyFrame::after_rope> keys) const;
-    double encode(Index s, const Matrix& in_frame, std::byte* tile);
+    /// The same of one subspace: keys [tokens, subspace_channels]. Calls for other subspaces may run at the same
+    /// time.
+    double encode(Index s, FramedKeys<KeyFrame::after_rope> keys, std::byte* tile);
 
     /// The first `tokens` latents of a subspace's tile [tokens, kept], valid until the next call.
     const Matrix& latents(Index s, const std::byte* tile, Index tokens);
@@ -42,6 +41,7 @@ class LatentCoder {
     Matrix reconstruct(Index kv_head, const std::byte* tile, Index tokens, Index first, Index most);
 
   private:
+    Matrix in_frame(FramedKeys<KeyFrame::after_rope> keys) const;
     /// What encoding a subspace takes: E and D transposed, padded to whole vectors, and memory to work in.
     struct Encoding {
         Matrix to_latents;    // [channels, padded kept]

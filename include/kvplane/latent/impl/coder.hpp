@@ -56,19 +56,22 @@ KVPLANE_FUNCTION LatentCoder::Encoding& LatentCoder::prepare(Index s) {
 
 KVPLANE_FUNCTION double LatentCoder::encode(FramedKeys<KeyFrame::after_rope> keys,
                                             std::span<std::byte* const> tiles) {
-    const Matrix rows = in_frame(std::move(keys));
     double largest = 0.0;
+    const Index channels = keys_->subspace_channels();
     for (Index s = 0; s < keys_->subspaces(); ++s)
-        largest = std::max(largest, encode(s, rows, tiles[static_cast<std::size_t>(s)]));
+        largest =
+            std::max(largest, encode(s, {keys.rows.middleCols(s * channels, channels), keys.first_position},
+                                     tiles[static_cast<std::size_t>(s)]));
     return largest;
 }
 
-KVPLANE_FUNCTION double LatentCoder::encode(Index s, const Matrix& rows, std::byte* tile) {
+KVPLANE_FUNCTION double LatentCoder::encode(Index s, FramedKeys<KeyFrame::after_rope> keys, std::byte* tile) {
     constexpr float most = 30000.0f;
     const Isa isa = current_isa();
+    const Matrix rows = in_frame(std::move(keys));
     const Index channels = keys_->subspace_channels(), kept = keys_->subspace(s).kept(), tokens = rows.rows();
     Encoding& work = prepare(s);
-    work.centered = rows.middleCols(s * channels, channels).rowwise() - keys_->subspace(s).mean;
+    work.centered = rows.rowwise() - keys_->subspace(s).mean;
     if (kept == 0) return static_cast<double>(work.centered.cwiseAbs().maxCoeff());
     const auto multiply = [&](const Matrix& x, const Matrix& columns, Matrix& to) {
         to.resize(tokens, columns.cols());
