@@ -15,8 +15,14 @@ KVPLANE_INLINE void multiply_block(RowView<const float> x, RowView<const float> 
     simd::Floats<Lanes> sums[rows][strips]{}, column[strips];
     for (Index c = 0; c < columns.rows; ++c) {
         for (int s = 0; s < strips; ++s) simd::load(column[s], columns[c] + s * Lanes);
-        for (int r = 0; r < rows; ++r)
-            for (int s = 0; s < strips; ++s) simd::add_rounded_product<Lanes>(sums[r][s], column[s], x[r][c]);
+        for (int r = 0; r < rows; ++r) {
+            const simd::Floats<Lanes> factor = simd::Floats<Lanes>{} + x[r][c];
+            for (int s = 0; s < strips; ++s) {
+                simd::Floats<Lanes> product;
+                simd::multiply_rounded<Lanes>(product, column[s], factor);
+                sums[r][s] += product;
+            }
+        }
     }
     for (int r = 0; r < rows; ++r)
         for (int s = 0; s < strips; ++s) simd::store(to[r] + s * Lanes, sums[r][s]);

@@ -75,22 +75,21 @@ KVPLANE_INLINE void widen_doubles(Vector<double, Lanes>& to, const Floats<Lanes>
     to = __builtin_convertvector(from, Vector<double, Lanes>);
 }
 
-/// to += a b, the product rounded first on every instruction set, even where compilers contract the two to one
+/// product = a b, rounded on every instruction set, even where compilers contract a product and a sum to one
 /// operation.
 template <int Lanes>
-KVPLANE_INLINE void add_rounded_product(Floats<Lanes>& to, const Floats<Lanes>& a, float b) {
+KVPLANE_INLINE void multiply_rounded(Floats<Lanes>& product, const Floats<Lanes>& a, const Floats<Lanes>& b) {
 #if defined(__clang__)
 #pragma clang fp contract(off)
-    const Floats<Lanes> product = a * b;
+    product = a * b;
 #else
-    Floats<Lanes> product = a * b;
+    product = a * b;
 #if defined(KVPLANE_X86)
     asm("" : "+v"(product));  // g++ contracts across statements, but not across this
 #elif defined(__aarch64__)
     asm("" : "+w"(product));
 #endif
 #endif
-    to += product;
 }
 
 /// Whether all bits of all lanes are set.
