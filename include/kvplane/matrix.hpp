@@ -209,6 +209,17 @@ requires CacheScalar<typename Derived::Scalar> HeadRows<typename Derived::Scalar
 
 namespace detail {
 
+/// Rows of heads that stand side by side.
+template <CacheScalar Scalar>
+HeadRows<Scalar> rows_of_heads(RowView<const Scalar> rows, Index heads, Index head_dim) {
+    return {rows.data, heads, rows.rows, head_dim, head_dim, rows.stride, 1};
+}
+/// A matrix as rows.
+template <class Scalar>
+RowView<const Scalar> row_view(const RowMajorMatrix<Scalar>& matrix) {
+    return {matrix.data(), matrix.cols(), matrix.rows()};
+}
+
 template <class TensorLike>
 HeadRows<std::remove_const_t<typename TensorLike::Scalar>> tensor_head_rows(const TensorLike& tensor) {
     const Index heads = tensor.dimension(0), tokens = tensor.dimension(1), channels = tensor.dimension(2);

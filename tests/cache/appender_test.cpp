@@ -210,6 +210,42 @@ TEST_P(Appending, DraftsBehindATileThatWasCut) {
 
 INSTANTIATE_TEST_SUITE_P(Recipes, Appending, testing::ValuesIn(recipe_names()), test_name);
 
+/// What a refused append wrote behind the tokens of a tile that is being filled does not raise what is known of
+/// its largest numbers.
+TEST(Refusal, LeavesNoTraceInTheTileThatIsBeingFilled) {
+    for (const char* recipe : {"fp16", "block32:8:rotated"}) {
+        TilePool pool;
+        KvCache cache(configuration(recipe), pool), other(configuration(recipe), pool);
+        std::mt19937_64 random(seed());
+        const auto both = [&](Index count) {
+            const Matrix k = normal_matrix(random, count, 64), v = normal_matrix(random, count, 96);
+            cache.append(k, v);
+            other.append(k, v);
+        };
+        both(40);
+        const Matrix large = normal_matrix(random, 250, 64, 100.0f);
+        Matrix bad = normal_matrix(random, 250, 96, 100.0f);
+        bad(249, 95) = std::numeric_limits<float>::infinity();
+        EXPECT_NE(refusal(ErrorCode::not_finite, [&] { cache.append(large, bad); })
+                      .find("values: the value at token 249"),
+                  std::string::npos);
+        EXPECT_EQ(cache.tokens(), 40);
+        // Keys are looked at first, wherever they are bad.
+        Matrix bad_keys = large;
+        bad_keys(240, 3) = 1e6f;
+        EXPECT_NE(refusal(ErrorCode::beyond_fp16, [&] { cache.append(bad_keys, bad); })
+                      .find("keys: the value at token 240"),
+                  std::string::npos);
+        both(30);
+        const auto page = [](const KvCache& of) {
+            const TilePlace& tile = of.state().tiles.back();
+            return std::vector<std::byte>(tile.page, tile.page + tile.layout->bytes);
+        };
+        EXPECT_EQ(page(cache), page(other)) << recipe;
+        EXPECT_EQ(to_bytes(cache), to_bytes(other)) << recipe;
+    }
+}
+
 TEST(Provisional, AcceptChangesNothingWhereMemoryEnds) {
     FailingMemory memory;
     TilePool pool(&memory);

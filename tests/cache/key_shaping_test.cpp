@@ -116,8 +116,9 @@ struct Appended {
         const Matrix queries = tokens.after_rope(c);
         const detail::AnyRows values(head_rows(tokens.values, c.kv_heads)),
             looking(head_rows(queries, c.query_heads));
+        SerialExecutor executor;
         detail::append_tokens(shape, state, pool, head_rows(tokens.keys, c.kv_heads), &values, &looking,
-                              false);
+                              false, executor);
     }
     Matrix stored_keys(Index head) const {
         const Index dim = shape.dim(TileSide::keys);

@@ -76,6 +76,45 @@ TEST_P(Threads, ShareATeamFromWorkspacesOfTheirOwn) {
     EXPECT_EQ(wrong, 0);
 }
 
+/// All or nothing, and the same bytes, however many workers share the tokens and heads.
+TEST_P(Threads, AppendTheBytesOfOneThread) {
+    ThreadExecutor team(3);
+    AttentionWorkspace workspace(&team);
+    FailingMemory memory;
+    TilePool pool(&memory);
+    KvCache alone(configuration_, pool_), together(configuration_, pool);
+    const auto append_together = [&](const Matrix& k, const Matrix& v) {
+        if (looks_at_queries(together))
+            together.append(k, v, queries_of(configuration_, k), workspace);
+        else
+            together.append(k, v, workspace);
+    };
+    for (const Index count : {1, 150, 7, 9, 450, 64}) {
+        const Matrix k = keys(count);
+        Matrix v = values(count);
+        const std::vector<std::byte> before = to_bytes(together);
+        for (Index refused = 0;; ++refused) {
+            pool.trim();
+            memory.left = refused;
+            try {
+                append_together(k, v);
+                break;
+            } catch (const Error& error) {
+                ASSERT_EQ(error.code(), ErrorCode::out_of_memory) << error.what();
+            }
+            ASSERT_EQ(to_bytes(together), before) << "after the failure of allocation " << refused;
+        }
+        memory.left = std::numeric_limits<Index>::max();
+        append(alone, k, v);
+        ASSERT_EQ(to_bytes(together), to_bytes(alone)) << count << " tokens";
+        v(count - 1, 77) = std::numeric_limits<float>::quiet_NaN();
+        EXPECT_NE(refusal(ErrorCode::not_finite, [&] { append_together(k, v); })
+                      .find("values: the value at token " + std::to_string(count - 1)),
+                  std::string::npos);
+        ASSERT_EQ(to_bytes(together), to_bytes(alone)) << "after a refusal";
+    }
+}
+
 /// An engine's own loop over layers or sequences, in the team that attention is given as well.
 TEST_P(Threads, AttendWithinABodyOfTheTeam) {
     ThreadExecutor team(3);

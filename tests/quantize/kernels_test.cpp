@@ -472,4 +472,36 @@ TEST(LargestMagnitude, SeesEveryPlaceAndWhatIsNotFinite) {
     expect_largest<Eigen::bfloat16>();
 }
 
+TYPED_TEST(KernelsFrom, WideningSeesTheLargestMagnitudeAndWhatFp16CannotHold) {
+    using Scalar = TypeParam;
+    kvplane_test::Random random(kvplane_test::seed());
+    for (Index count = 0; count <= 70; ++count) {
+        const auto row = [&] {
+            const kvplane::Matrix values = kvplane_test::normal_matrix(1, count, random);
+            return kvplane::RowMajorMatrix<Scalar>(values.template cast<Scalar>());
+        }();
+        for_each_isa([&](Isa isa) {
+            std::vector<float> to(static_cast<std::size_t>(count) + 1, -99.0f);
+            float largest = 0.0f;
+            const float found = kvplane::detail::widen_checked(isa, row.data(), count, to.data());
+            for (Index i = 0; i < count; ++i) {
+                const auto x = static_cast<float>(row(0, i));
+                largest = std::max(largest, std::abs(x));
+                ASSERT_EQ(to[static_cast<std::size_t>(i)], x);
+            }
+            EXPECT_EQ(found, largest);
+            EXPECT_EQ(to.back(), -99.0f);
+            constexpr float infinity = std::numeric_limits<float>::infinity();
+            for (const float bad : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()})
+                for (Index at = 0; at < count; ++at) {
+                    auto with_bad = row;
+                    with_bad(0, at) = Scalar(bad);
+                    EXPECT_FALSE(kvplane::detail::widen_checked(isa, with_bad.data(), count, to.data()) <=
+                                 kvplane::fp16_max)
+                        << bad << " at " << at << " of " << count;
+                }
+        });
+    }
+}
+
 }  // namespace

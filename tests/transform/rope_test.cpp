@@ -171,6 +171,34 @@ TEST(RotaryEmbedding, TurnsBlocksInPlace) {
     EXPECT_EQ(kvplane_test::differing(column_major, row_major), 0);
 }
 
+/// Rows in one piece are turned by vectors, others pair by pair: with the same bits on every instruction set.
+TEST(RotaryEmbedding, TurnsByVectorsAsPairByPair) {
+    Random random(kvplane_test::seed());
+    for (const RopeLayout layout : {RopeLayout::interleaved, RopeLayout::halves})
+        for (const Index dim : {2, 6, 18, 40, 96, 128})
+            for (const Index dims : {dim, dim / 4 * 2})
+                for (const bool stands : {false, true}) {
+                    RopeSettings settings{.layout = layout, .dims = dims};
+                    if (dims == 0) continue;
+                    settings.frequencies.assign(static_cast<std::size_t>(dims / 2), 0.3);
+                    for (std::size_t i = 0; i < settings.frequencies.size(); ++i)
+                        settings.frequencies[i] = stands && i == settings.frequencies.size() / 2
+                                                      ? 0.0
+                                                      : 1.0 / static_cast<double>(i + 1);
+                    const RotaryEmbedding rope(dim, settings);
+                    const Matrix rows = normal_matrix(5, 3 * dim, random);
+                    Eigen::MatrixXf by_pairs = rows;  // by columns
+                    rope.rotate(by_pairs, 1234);
+                    rope.turn(by_pairs, -77);
+                    kvplane_test::for_each_isa([&](kvplane::Isa) {
+                        Matrix by_vectors = rows;
+                        rope.rotate(by_vectors, 1234);
+                        rope.turn(by_vectors, -77);
+                        EXPECT_EQ(by_vectors, by_pairs) << name(layout) << ", " << dims << " of " << dim;
+                    });
+                }
+}
+
 /// T6: q.k is the same in all three frames, wherever tokens stand.
 TEST(RotaryEmbedding, NoFrameChangesAScore) {
     Random random(kvplane_test::seed());

@@ -67,6 +67,14 @@ class FirstFailure {
 #endif
 };
 
+/// body(item, worker) for every item below `items`. Throws what the first body threw that did, after all have run.
+template <class Body>
+void run_throwing_items(Executor& executor, Index items, const Body& body) {
+    FirstFailure failure;
+    run_items(executor, items, [&](Index item, Index worker) { failure.guard([&] { body(item, worker); }); });
+    failure.rethrow();
+}
+
 }  // namespace detail
 
 /// Everything in the calling thread.

@@ -4,6 +4,7 @@
 // shared pages that go on being filled, and the numbers of the state. commit() then cannot fail.
 #pragma once
 
+#include "kvplane/attention/executor.hpp"
 #include "kvplane/cache/pages.hpp"
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
@@ -13,10 +14,10 @@
 namespace kvplane::detail {
 
 /// Appends tokens to `state`: as provisional ones, or as settled ones, in which case all others are settled
-/// first. values: nullptr where they are in keys. queries: [token][query_heads * key dim] after RoPE, or none.
+/// first. The executor's workers share it out by token and by head. values: nullptr where they are in keys. queries: [token][query_heads * key dim] after RoPE, or none.
 /// Throws Error (shape, not_finite, beyond_fp16, out_of_memory) and then has changed nothing.
 void append_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, const AnyRows& keys,
-                   const AnyRows* values, const AnyRows* queries, bool provisional);
+                   const AnyRows* values, const AnyRows* queries, bool provisional, Executor& executor);
 
 /// Settles the first `count` provisional tokens. Throws Error (out_of_memory) and then has changed nothing.
 void settle_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, Index count);

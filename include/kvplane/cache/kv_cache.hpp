@@ -143,20 +143,33 @@ class KvCache {
     /// have different widths, they are looked at for good, but need not be given.
     ///
     /// All provisional tokens are accepted first.
+    ///
+    /// With a workspace its executor's workers share the tokens and the heads among them. What is stored does not
+    /// depend on how many there are. Without one the calling thread does it alone.
     template <class K, class V>
     void append(const K& keys, const V& values) {
-        const auto value_heads = heads_of_kv(values);  // may own what it is a view of
-        const detail::AnyRows rows(value_heads);
-        append_rows(heads_of_kv(keys), &rows, nullptr, false);
+        append_both(keys, values, serial());
+    }
+    template <class K, class V>
+    void append(const K& keys, const V& values, AttentionWorkspace& workspace) {
+        append_both(keys, values, workspace.executor());
     }
     /// Where values are in keys: the keys are all there is. append() with values is then refused (option).
     template <class K>
     void append(const K& keys) {
-        append_rows(heads_of_kv(keys), nullptr, nullptr, false);
+        append_rows(heads_of_kv(keys), nullptr, nullptr, false, serial());
+    }
+    template <class K>
+    void append(const K& keys, AttentionWorkspace& workspace) {
+        append_rows(heads_of_kv(keys), nullptr, nullptr, false, workspace.executor());
     }
     template <class K, class V, class Q>
     void append(const K& keys, const V& values, const Q& queries) {
-        append_with(keys, values, queries, false);
+        append_with(keys, values, queries, false, serial());
+    }
+    template <class K, class V, class Q>
+    void append(const K& keys, const V& values, const Q& queries, AttentionWorkspace& workspace) {
+        append_with(keys, values, queries, false, workspace.executor());
     }
 
     /// The same for tokens that may yet be taken back: drafts, or tokens of a step that another layer may
@@ -166,15 +179,15 @@ class KvCache {
     void append_provisional(const K& keys, const V& values) {
         const auto value_heads = heads_of_kv(values);
         const detail::AnyRows rows(value_heads);
-        append_rows(heads_of_kv(keys), &rows, nullptr, true);
+        append_rows(heads_of_kv(keys), &rows, nullptr, true, serial());
     }
     template <class K>
     void append_provisional(const K& keys) {
-        append_rows(heads_of_kv(keys), nullptr, nullptr, true);
+        append_rows(heads_of_kv(keys), nullptr, nullptr, true, serial());
     }
     template <class K, class V, class Q>
     void append_provisional(const K& keys, const V& values, const Q& queries) {
-        append_with(keys, values, queries, true);
+        append_with(keys, values, queries, true, serial());
     }
     /// Tokens at the end of the sequence that are provisional.
     Index provisional_tokens() const noexcept { return tokens() - state_.settled(); }
@@ -324,15 +337,22 @@ class KvCache {
     auto heads_of_kv(const Input& input) const {
         return input_heads(input, configuration().kv_heads);
     }
+    static Executor& serial() noexcept { return thread_workspace().executor(); }
+    template <class K, class V>
+    void append_both(const K& keys, const V& values, Executor& executor) {
+        const auto value_heads = heads_of_kv(values);  // may own what it is a view of
+        const detail::AnyRows rows(value_heads);
+        append_rows(heads_of_kv(keys), &rows, nullptr, false, executor);
+    }
     template <class K, class V, class Q>
-    void append_with(const K& keys, const V& values, const Q& queries, bool provisional) {
+    void append_with(const K& keys, const V& values, const Q& queries, bool provisional, Executor& executor) {
         const auto value_heads = heads_of_kv(values);
         const detail::AnyRows value_rows(value_heads);
         if (!needs_queries() && !configuration().widths_by_token())
-            return append_rows(heads_of_kv(keys), &value_rows, nullptr, provisional);
+            return append_rows(heads_of_kv(keys), &value_rows, nullptr, provisional, executor);
         const auto query_heads = input_heads(queries, configuration().query_heads);
         const detail::AnyRows query_rows(query_heads);
-        append_rows(heads_of_kv(keys), &value_rows, &query_rows, provisional);
+        append_rows(heads_of_kv(keys), &value_rows, &query_rows, provisional, executor);
     }
     static AttentionWorkspace& thread_workspace();
     template <class Derived>
@@ -347,7 +367,7 @@ class KvCache {
 
     // Below the seam: inputs have become rows of heads.
     void append_rows(const detail::AnyRows& keys, const detail::AnyRows* values,
-                     const detail::AnyRows* queries, bool provisional);
+                     const detail::AnyRows* queries, bool provisional, Executor& executor);
     void attend_rows(const detail::AnyRows& queries, const detail::OutputSink& output,
                      const AttentionParameters& parameters, AttentionWorkspace& workspace) const;
     static void attend_batch_rows(std::span<const KvCache* const> caches, std::span<const Index> offsets,

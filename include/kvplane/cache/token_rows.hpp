@@ -40,17 +40,14 @@ class TokenRows {
         return reinterpret_cast<const Eigen::half*>(page + row(side, head, 0));
     }
 
-    /// Stores tokens [first, first + count) of both matrices, tokens x (kv_heads * dim), from row `at` on.
-    void write(const Matrix& keys, const Matrix& values, Index first, Index count, Index at,
-               std::byte* page) {
-        write(TileSide::keys, keys, first, count, at, page);
-        if (!values_in_keys_) write(TileSide::values, values, first, count, at, page);
-    }
-    /// Those of one side.
-    void write(TileSide side, const Matrix& rows, Index first, Index count, Index at, std::byte* page) {
-        for (Index head = 0; head < kv_heads_; ++head)
-            half(side) ? write_half(rows, side, head, first, count, at, page)
-                       : write_bytes(rows, side, head, first, count, at, page);
+    /// Whether a side has rows of its own.
+    bool stores(TileSide side) const noexcept { return stored(side) == side; }
+    /// Stores tokens [first, first + count) of one head of a side, of rows tokens x (kv_heads * dim), from row `at`
+    /// on. Calls for other heads or sides may run at the same time, each with a quantizer of its own.
+    void write(TileSide side, Index head, RowView<const float> rows, Index first, Index count, Index at,
+               std::byte* page, BlockQuantizer& quantizer) const {
+        half(side) ? write_half(rows, side, head, first, count, at, page)
+                   : write_bytes(rows, side, head, first, count, at, page, quantizer);
     }
 
     /// Rows [at, at + count) of one head and side as floats, `stride` apart.
@@ -120,7 +117,7 @@ class TokenRows {
     template <class Body>
     void each_row(const Body& body) const noexcept {
         for (const TileSide side : {TileSide::keys, TileSide::values})
-            for (Index head = 0; head < kv_heads_ && stored(side) == side; ++head) body(side, head);
+            for (Index head = 0; head < kv_heads_ && stores(side); ++head) body(side, head);
     }
     /// Bytes before a row.
     Index row(TileSide side, Index head, Index at) const noexcept {
@@ -133,27 +130,26 @@ class TokenRows {
         return row_bytes() + keys + 2 * (head * capacity_ + at);
     }
 
-    void write_half(const Matrix& rows, TileSide side, Index head, Index first, Index count, Index at,
-                    std::byte* page) {
+    void write_half(RowView<const float> rows, TileSide side, Index head, Index first, Index count, Index at,
+                    std::byte* page) const {
         auto* to = reinterpret_cast<Eigen::half*>(page + row(side, head, at));
         const Isa isa = current_isa();
         for (Index t = 0; t < count; ++t)
-            narrow_row(isa, rows.data() + (first + t) * rows.cols() + head * dim(side), dim(side),
-                       to + t * dim(side));
+            narrow_row(isa, rows[first + t] + head * dim(side), dim(side), to + t * dim(side));
     }
-    void write_bytes(const Matrix& rows, TileSide side, Index head, Index first, Index count, Index at,
-                     std::byte* page) {
-        quantizer_.quantize(head_rows(rows, kv_heads_),
-                            {.argument = side == TileSide::keys ? "keys" : "values",
-                             .head = head,
-                             .first = first,
-                             .count = count,
-                             .channels = dim(side),
-                             .rule = {Granularity::per_token, dim(side), Scheme::symmetric, Clip::none},
-                             .bits = 8,
-                             .codes = reinterpret_cast<std::uint8_t*>(page + row(side, head, at)),
-                             .code_stride = dim(side)});
-        std::copy(quantizer_.step().begin(), quantizer_.step().end(),
+    void write_bytes(RowView<const float> rows, TileSide side, Index head, Index first, Index count, Index at,
+                     std::byte* page, BlockQuantizer& quantizer) const {
+        quantizer.quantize(rows_of_heads(rows, kv_heads_, dim(side)),
+                           {.argument = side == TileSide::keys ? "keys" : "values",
+                            .head = head,
+                            .first = first,
+                            .count = count,
+                            .channels = dim(side),
+                            .rule = {Granularity::per_token, dim(side), Scheme::symmetric, Clip::none},
+                            .bits = 8,
+                            .codes = reinterpret_cast<std::uint8_t*>(page + row(side, head, at)),
+                            .code_stride = dim(side)});
+        std::copy(quantizer.step().begin(), quantizer.step().end(),
                   reinterpret_cast<Eigen::half*>(page + step_at(side, head, at)));
     }
 
@@ -162,7 +158,6 @@ class TokenRows {
     bool values_in_keys_;
     Index capacity_;
     PerSide<int> bits_;
-    BlockQuantizer quantizer_;
 };
 
 }  // namespace kvplane::detail

@@ -27,6 +27,10 @@ class LatentCoder {
     /// deviations saturate.
     double encode(FramedKeys<KeyFrame::after_rope> keys, std::span<std::byte* const> tiles);
 
+    /// The same of one subspace: keys [tokens, subspace_channels]. Calls for other subspaces may run at the same
+    /// time.
+    double encode(Index s, FramedKeys<KeyFrame::after_rope> keys, std::byte* tile);
+
     /// The first `tokens` latents of a subspace's tile [tokens, kept], valid until the next call.
     const Matrix& latents(Index s, const std::byte* tile, Index tokens);
     /// D of a subspace as floats [channels, kept].
@@ -38,11 +42,18 @@ class LatentCoder {
 
   private:
     Matrix in_frame(FramedKeys<KeyFrame::after_rope> keys) const;
+    /// What encoding a subspace takes: E and D transposed, padded to whole vectors, and memory to work in.
+    struct Encoding {
+        Matrix to_latents;    // [channels, padded kept]
+        Matrix from_latents;  // [kept, padded channels]
+        Matrix centered, latents, decoded, close;
+    };
+    Encoding& prepare(Index s);
 
     std::shared_ptr<const LatentKeys> keys_;
     std::vector<detail::TileCoder> coders_;                    // [subspace]
     std::shared_ptr<const std::vector<Matrix>> from_latents_;  // [subspace] D
-    std::vector<Matrix> to_latents_;                           // [subspace] E, filled by the first encode()
+    std::vector<Encoding> encodings_;                          // [subspace] filled when it is first encoded
     Matrix latents_;
 };
 

@@ -169,26 +169,19 @@ class BlockQuantizer {
         };
         std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : block.codes;
         const Index stride = source.padded ? source.channels : block.code_stride;
-        const TokenRuns token_runs{source.rows, count, source.channels, source.group};
         if (rule_.scheme == Scheme::unbiased) {
-            unbiased_cells(isa_, token_runs, {group, channels}, bits_, unbiased_grids());
+            excess_ =
+                encode_unbiased(isa_, {source.rows, count, source.channels, source.group, group, channels},
+                                bits_, to, stride, stored_step_.data());
+            std::fill_n(stored_lower_.begin(), count_, Eigen::half(0.0f));
         } else {
             fit(padded_channels(count * runs), count * runs, block);
             if (rule_.clip == Clip::mse_optimal)
                 each_group([&](Index g, Index size, const auto& value) { shrink(g, size, value); });
             else if (rule_.scheme == Scheme::full_range)
                 each_group([&](Index g, Index size, const auto& value) { note_outside(g, size, value); });
-        }
-        const auto encode = [&] {
             encode_rows(isa_, source.rows, count, source.channels, source.group, bits_, fp_lower_.data(),
                         inverse_.data(), to, stride);
-        };
-        encode();
-        if (rule_.scheme == Scheme::unbiased) {
-            unbiased_steps(isa_, token_runs, to, stride, bits_, unbiased_grids());
-            if (bits_ > 1) encode();  // codes of 1 bit are signs, whatever the cells
-            excess_ = unbiased_excess(isa_, token_runs, to, stride, bits_, stored_step_.data());
-            std::fill_n(stored_lower_.begin(), count_, Eigen::half(0.0f));
         }
         std::copy_n(stored_lower_.begin(), count_, lower_.begin());
         std::copy_n(stored_step_.begin(), count_, step_.begin());
@@ -203,12 +196,8 @@ class BlockQuantizer {
         const auto size = static_cast<std::size_t>(grids);
         if (min_.size() >= size) return;
         for (auto* floats : {&min_, &max_, &fp_lower_, &fp_step_, &inverse_}) floats->resize(size);
-        squared_.resize(size);
         stored_lower_.resize(size);
         stored_step_.resize(size);
-    }
-    UnbiasedGrids unbiased_grids() noexcept {
-        return {squared_.data(), fp_lower_.data(), inverse_.data(), stored_step_.data()};
     }
 
     std::uint8_t* padded_codes(Index tokens, Index channels) {
@@ -289,7 +278,6 @@ class BlockQuantizer {
     ClipExcess excess_;
     std::vector<Eigen::half> lower_, step_, stored_lower_, stored_step_;
     std::vector<float> min_, max_, fp_lower_, fp_step_, inverse_;
-    std::vector<double> squared_;  ///< norms of runs, for unbiased grids
     std::vector<std::uint8_t> codes_;
     std::vector<std::byte> source_;
 };

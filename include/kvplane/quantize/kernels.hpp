@@ -186,16 +186,22 @@ KVPLANE_INLINE void fit_grids(Scheme scheme, int bits, Index count, const float*
 }
 
 /// The position lies within the cells, or a few beyond if values were clipped, so it fits an integer.
+template <int Lanes>
+KVPLANE_INLINE void cells_of(const Floats<Lanes>& x, const Floats<Lanes>& lower, const Floats<Lanes>& inverse,
+                             int last, Ints<Lanes>& cells) {
+    const Ints<Lanes> zero{}, top = zero + last;
+    const Ints<Lanes> cell = __builtin_convertvector((x - lower) * inverse, Ints<Lanes>),
+                      above = cell > zero ? cell : zero;
+    cells = above < top ? above : top;
+}
 template <int Lanes, class Scalar>
 KVPLANE_INLINE void encode_lanes(const Scalar* from, const Floats<Lanes>& lower, const Floats<Lanes>& inverse,
                                  int last, std::uint8_t* codes) {
-    const Ints<Lanes> zero{}, top = zero + last;
     Floats<Lanes> x;
     widen<Lanes>(x, from);
-    Ints<Lanes> cell = __builtin_convertvector((x - lower) * inverse, Ints<Lanes>);
-    cell = cell > zero ? cell : zero;
-    cell = cell < top ? cell : top;
-    simd::store_low_bytes<Lanes>(codes, cell);
+    Ints<Lanes> cells;
+    cells_of<Lanes>(x, lower, inverse, last, cells);
+    simd::store_low_bytes<Lanes>(codes, cells);
 }
 
 template <int Lanes, class Scalar>
@@ -230,11 +236,9 @@ KVPLANE_INLINE void encode_rows(const Scalar* data, Index stride, Index tokens, 
 template <int Lanes>
 KVPLANE_INLINE void decode_lanes(const std::uint8_t* codes, const Floats<Lanes>& lower,
                                  const Floats<Lanes>& step, float* values) {
-    Vector<std::uint8_t, Lanes> narrow;
-    load(narrow, codes);
-    const Floats<Lanes> code =
-        __builtin_convertvector(__builtin_convertvector(narrow, Ints<Lanes>), Floats<Lanes>);
-    store(values, lower + step * (code + 0.5f));
+    Ints<Lanes> code;
+    simd::load_bytes<Lanes>(code, codes);
+    store(values, lower + step * (__builtin_convertvector(code, Floats<Lanes>) + 0.5f));
 }
 
 template <int Lanes>
@@ -354,6 +358,35 @@ float largest_magnitude(Isa isa, const Scalar* from, Index count) noexcept {
         Scalar result;
         std::memcpy(static_cast<void*>(&result), &all, sizeof all);
         return static_cast<float>(result);
+    });
+}
+
+/// `count` numbers to float. Returns the largest magnitude, or 0 if there are none; one that is not at most
+/// fp16_max if a number is NaN, infinite or beyond fp16.
+template <CacheScalar Scalar>
+float widen_checked(Isa isa, const Scalar* from, Index count, float* to) noexcept {
+    return run_on(isa, [=](auto lanes) KVPLANE_BODY {
+        namespace simd = simd;
+        constexpr std::int32_t magnitude = std::numeric_limits<std::int32_t>::max();
+        simd::Ints<lanes> largest{};
+        simd::Floats<lanes> x;
+        Index i = 0;
+        for (; i + lanes <= count; i += lanes) {
+            simd::widen<lanes>(x, from + i);
+            simd::store(to + i, x);
+            const auto bits = (simd::Ints<lanes>)x & magnitude;
+            largest = largest < bits ? bits : largest;
+        }
+        std::int32_t all = 0, one;
+        for (int lane = 0; lane < lanes; ++lane) all = std::max<std::int32_t>(all, largest[lane]);
+        for (; i < count; ++i) {
+            to[i] = static_cast<float>(from[i]);
+            std::memcpy(&one, to + i, sizeof one);
+            all = std::max<std::int32_t>(all, one & magnitude);
+        }
+        float result;
+        std::memcpy(&result, &all, sizeof all);
+        return result;
     });
 }
 

@@ -54,6 +54,44 @@ KVPLANE_INLINE void store_low_bytes(std::uint8_t* to, const Ints<Lanes>& from) {
     }
 }
 
+/// Lanes bytes as integers.
+template <int Lanes>
+KVPLANE_INLINE void load_bytes(Ints<Lanes>& to, const std::uint8_t* from) {
+    Vector<std::uint8_t, Lanes> bytes;
+    load(bytes, from);
+    // In two steps, as in store_low_bytes().
+    to = __builtin_convertvector(__builtin_convertvector(bytes, Vector<std::uint16_t, Lanes>), Ints<Lanes>);
+}
+
+/// To doubles.
+template <int Lanes>
+KVPLANE_INLINE void widen_doubles(Vector<double, Lanes>& to, const Floats<Lanes>& from) {
+#if defined(KVPLANE_X86) && !defined(__clang__)
+    if constexpr (Lanes == 8) {  // only AVX-512 has vectors of 8 doubles; g++ 12 makes two halves of them
+        asm("vcvtps2pd %1, %0" : "=v"(to) : "v"(from));
+        return;
+    }
+#endif
+    to = __builtin_convertvector(from, Vector<double, Lanes>);
+}
+
+/// product = a b, rounded on every instruction set, even where compilers contract a product and a sum to one
+/// operation.
+template <int Lanes>
+KVPLANE_INLINE void multiply_rounded(Floats<Lanes>& product, const Floats<Lanes>& a, const Floats<Lanes>& b) {
+#if defined(__clang__)
+#pragma clang fp contract(off)
+    product = a * b;
+#else
+    product = a * b;
+#if defined(KVPLANE_X86)
+    asm("" : "+v"(product));  // g++ contracts across statements, but not across this
+#elif defined(__aarch64__)
+    asm("" : "+w"(product));
+#endif
+#endif
+}
+
 /// Whether all bits of all lanes are set.
 template <int Lanes>
 KVPLANE_INLINE bool all_set(const Ints<Lanes>& good) {

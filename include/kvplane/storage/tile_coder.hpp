@@ -21,6 +21,7 @@
 #include "kvplane/quantize/rule.hpp"
 #include "kvplane/quantize/shaped.hpp"
 #include "kvplane/simd/isa.hpp"
+#include "kvplane/storage/half_bytes.hpp"
 #include "kvplane/storage/tile_format.hpp"
 #include "kvplane/storage/tile_planes.hpp"
 #include "kvplane/storage/tile_sequence.hpp"
@@ -119,14 +120,14 @@ class TileCoder {
     BlockQuantizer quantizer_;
     std::optional<ShapedQuantizer> shaped_;
     ClipExcess excess_;
-    std::vector<double> weights_;                     ///< [token], or none
-    std::vector<float> gathered_;                     ///< [token or row][channel]
-    std::vector<TileCodes> codes_;                    ///< one a segment
-    std::vector<float> lower_, step_;                 ///< all grids of a segment, as floats
-    std::vector<Eigen::half> half_steps_;             ///< the same steps where a byte each is stored
-    std::vector<float> row_lower_, row_step_;         ///< [channel] those of one row
-    std::vector<float> decoded_;                      ///< rows padded to what kernels take
-    std::vector<std::uint16_t> half_bits_, largest_;  ///< [channel] of one token; over all tokens
+    std::vector<double> weights_;              ///< [token], or none
+    std::vector<float> gathered_;              ///< [token or row][channel]
+    std::vector<TileCodes> codes_;             ///< one a segment
+    std::vector<float> lower_, step_;          ///< all grids of a segment, as floats
+    std::vector<Eigen::half> half_steps_;      ///< the same steps where a byte each is stored
+    std::vector<float> row_lower_, row_step_;  ///< [channel] those of one row
+    std::vector<float> decoded_;               ///< rows padded to what kernels take
+    std::vector<std::uint16_t> largest_;       ///< [channel] fp16 bits of the largest magnitude
 };
 
 /// Leaves the tiles of a page no more than the tokens of a place.
@@ -490,25 +491,27 @@ inline void TileCoder::spread_row(Index row, const Segment& segment) {
 template <CacheScalar Scalar>
 void TileCoder::split_half(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
                            const Segment& segment, TileCodes& codes, std::byte* tile) {
+    const Isa isa = current_isa();
     const auto channels = static_cast<std::size_t>(segment.channels);
-    std::vector<std::uint16_t>& bits = half_bits_;
-    bits.resize(channels);
     largest_.assign(channels, 0);
     for (Index t = 0; t < tokens.count; ++t) {
-        for (std::size_t c = 0; c < channels; ++c) {
-            const auto channel = segment.first_channel + static_cast<Index>(c);
-            const auto x = static_cast<float>(*rows.at(tokens.head, tokens.first + t, channel));
-            if (!(std::abs(x) <= fp16_max))
-                refuse_value(rows, argument, tokens.head, tokens.first + t, channel);
-            bits[c] = Eigen::half(x).x;
-        }
+        const auto value = [&](Index c) {
+            return rows.at(tokens.head, tokens.first + t, segment.first_channel + c);
+        };
         std::uint8_t* const high = &codes.at(tokens.tile_token + t, 0, 0);
         std::uint8_t* const low = &codes.at(tokens.tile_token + t, 0, 1);
-        for (std::size_t c = 0; c < channels; ++c) {
-            high[c] = static_cast<std::uint8_t>(bits[c] >> 8);
-            low[c] = static_cast<std::uint8_t>(bits[c] & 0xFF);
-            largest_[c] = std::max(largest_[c], static_cast<std::uint16_t>(bits[c] & 0x7FFF));
+        bool good = true;
+        if (rows.channel_stride() == 1) {
+            good = split_halves(isa, value(0), segment.channels, high, low, largest_.data());
+        } else {
+            gathered_.resize(channels);
+            for (std::size_t c = 0; c < channels; ++c)
+                gathered_[c] = static_cast<float>(*value(static_cast<Index>(c)));
+            good = split_halves(isa, gathered_.data(), segment.channels, high, low, largest_.data());
         }
+        for (Index c = 0; !good && c < segment.channels; ++c)
+            if (!(std::abs(static_cast<float>(*value(c))) <= fp16_max))
+                refuse_value(rows, argument, tokens.head, tokens.first + t, segment.first_channel + c);
     }
     if (format_.side() != TileSide::keys) return;
     for (std::size_t c = 0; c < channels; ++c) {

@@ -77,17 +77,63 @@ std::uint32_t key_lane(const std::uint8_t* codes, int shift) noexcept {
     return static_cast<std::uint32_t>(pairs | pairs >> (32 - width));
 }
 
+using Words4 = simd::Vector<std::uint32_t, 4>;
+
+/// The lanes of one token in four units.
+template <int width>
+void key_lanes(const std::uint8_t* codes, int shift, Words4& lanes) noexcept {
+    if constexpr (width == 8) {
+        simd::load(lanes, codes);
+    } else if constexpr (width == 4) {
+        using Pairs = simd::Vector<std::uint64_t, 2>;
+        Pairs pairs[2];
+        for (int i = 0; i < 2; ++i) {
+            simd::load(pairs[i], codes + 16 * i);
+            pairs[i] = pairs[i] >> static_cast<std::uint64_t>(shift) & 0x0F0F0F0F0F0F0F0Full;
+            pairs[i] |= pairs[i] >> 28;
+        }
+        lanes = __builtin_shufflevector((Words4)pairs[0], (Words4)pairs[1], 0, 2, 4, 6);
+    } else {
+        std::uint32_t lane[4];
+        for (int u = 0; u < 4; ++u)
+            lane[u] = key_lane<width>(codes + u * TileFormat::unit_depth(width), shift);
+        simd::load(lanes, lane);
+    }
+}
+
+/// Four tokens of four units: a row of `from` is a token's, a row of `to` a unit's.
+inline void transpose(const Words4 (&from)[4], Words4 (&to)[4]) noexcept {
+    const Words4 a = __builtin_shufflevector(from[0], from[1], 0, 4, 1, 5),
+                 b = __builtin_shufflevector(from[0], from[1], 2, 6, 3, 7),
+                 c = __builtin_shufflevector(from[2], from[3], 0, 4, 1, 5),
+                 d = __builtin_shufflevector(from[2], from[3], 2, 6, 3, 7);
+    to[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+    to[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+    to[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+    to[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
+
 /// One plane of a segment, keys.
 template <int width>
 void pack_key_plane(CodeRows from, Index first_token, Index tokens, Index channels, int shift,
                     std::byte* plane) noexcept {
     constexpr Index depth = TileFormat::unit_depth(width);
-    const Index units = (channels + depth - 1) / depth;
-    for (Index t = first_token; t < first_token + tokens; ++t) {
-        const std::uint8_t* row = from.codes + t * from.stride;
-        std::byte* lane = plane + t / unit_lanes * units * unit_bytes + t % unit_lanes * 4;
-        for (Index u = 0; u < units; ++u)
-            store_u32(lane + u * unit_bytes, key_lane<width>(row + u * depth, shift));
+    const Index units = (channels + depth - 1) / depth, end = first_token + tokens;
+    const auto row = [&](Index t, Index u) { return from.codes + t * from.stride + u * depth; };
+    const auto lane = [&](Index t, Index u) {
+        return plane + (t / unit_lanes * units + u) * unit_bytes + t % unit_lanes * 4;
+    };
+    for (Index t = first_token, count; t < end; t += count) {
+        Index u = 0;
+        count = t % 4 == 0 && end - t >= 4 ? 4 : 1;
+        for (; count == 4 && u + 4 <= units; u += 4) {
+            Words4 of_token[4], of_unit[4];
+            for (int i = 0; i < 4; ++i) key_lanes<width>(row(t + i, u), shift, of_token[i]);
+            transpose(of_token, of_unit);
+            for (int i = 0; i < 4; ++i) simd::store(lane(t, u + i), of_unit[i]);
+        }
+        for (; u < units; ++u)
+            for (Index i = t; i < t + count; ++i) store_u32(lane(i, u), key_lane<width>(row(i, u), shift));
     }
 }
 
@@ -151,21 +197,56 @@ inline void separate_rows(const std::byte* unit, Bytes16 (&row)[4]) noexcept {
 #undef KVPLANE_ODD
 }
 
-/// One plane of a segment, values, all of its rows: four tokens of a channel make one 32-bit lane.
+/// Which rows of a unit of values: [begin, end) of `depth`.
+struct UnitRows {
+    Index begin, end;
+};
+
+/// 16 channels of some tokens into a unit: four tokens of a channel make one 32-bit lane. The unit's other tokens
+/// stay as they are.
 template <int width>
-void pack_value_plane(CodeRows from, Index rows, Index channels, int shift, std::byte* plane) noexcept {
+void pack_value_unit(const std::uint8_t* codes, Index stride, UnitRows rows, int shift,
+                     std::byte* unit) noexcept {
     constexpr Index depth = TileFormat::unit_depth(width);
     constexpr auto mask = static_cast<std::uint8_t>((1u << width) - 1);
-    for (Index c = 0; c < channels; c += unit_lanes)
-        for (Index t = 0; t < rows; t += depth, plane += unit_bytes) {
-            Bytes16 row[4]{};
-            for (Index i = 0; i < depth; ++i) {
-                Bytes16 codes;
-                simd::load(codes, from.codes + (t + i) * from.stride + c);
-                row[i % 4] |= (codes >> static_cast<std::uint8_t>(shift) & mask)
-                              << static_cast<std::uint8_t>(i / 4 * width);
-            }
-            interleave_rows(row, plane);
+    Bytes16 row[4]{}, written[4]{};
+    for (Index i = rows.begin; i < rows.end; ++i) {
+        const auto up = static_cast<std::uint8_t>(i / 4 * width);
+        Bytes16 code;
+        simd::load(code, codes + i * stride);
+        row[i % 4] |= (code >> static_cast<std::uint8_t>(shift) & mask) << up;
+        written[i % 4] |= static_cast<std::uint8_t>(mask << up);
+    }
+    if (rows.end - rows.begin == depth) return interleave_rows(row, unit);
+    std::byte codes_of_unit[unit_bytes], mask_of_unit[unit_bytes];
+    interleave_rows(row, codes_of_unit);
+    interleave_rows(written, mask_of_unit);
+    for (Index i = 0; i < unit_bytes; i += 16) {
+        Bytes16 old, put, where;
+        simd::load(old, unit + i);
+        simd::load(put, codes_of_unit + i);
+        simd::load(where, mask_of_unit + i);
+        simd::store(unit + i, (old & ~where) | put);
+    }
+}
+
+/// One plane of a segment, values; other rows stay as they are.
+template <int width>
+void pack_value_plane(CodeRows from, const TileFormat::Placed& segment, Index first_row, Index rows,
+                      int shift, std::byte* plane) noexcept {
+    constexpr Index depth = TileFormat::unit_depth(width);
+    const Index end = first_row + rows;
+    for (Index c = 0; c < segment.channels; c += unit_lanes, plane += segment.rows / depth * unit_bytes)
+        for (Index t = first_row / depth * depth; t < end; t += depth) {
+            const std::uint8_t* const codes = from.codes + t * from.stride + c;
+            std::byte* const unit = plane + t / depth * unit_bytes;
+            // What is whole has its bounds known to the compiler.
+            if (t >= first_row && t + depth <= end)
+                pack_value_unit<width>(codes, from.stride, {0, depth}, shift, unit);
+            else
+                pack_value_unit<width>(codes, from.stride,
+                                       {std::max<Index>(0, first_row - t), std::min(depth, end - t)}, shift,
+                                       unit);
         }
 }
 
@@ -191,23 +272,6 @@ void unpack_value_plane(const std::byte* plane, Index rows, Index channels, bool
         }
 }
 
-/// Some tokens of a value plane whose other tokens stay as they are.
-inline void merge_value_plane(CodeRows from, const TileFormat::Placed& segment, Index first_token,
-                              Index tokens, int width, int shift, std::byte* plane) noexcept {
-    const Index depth = TileFormat::unit_depth(width);
-    const unsigned mask = (1u << width) - 1;
-    for (Index t = first_token; t < first_token + tokens; ++t) {
-        const Index i = t % depth;
-        const auto up = static_cast<unsigned>(i / 4 * width);
-        for (Index c = 0; c < segment.channels; ++c) {
-            std::byte& byte = plane[(c / unit_lanes * (segment.rows / depth) + t / depth) * unit_bytes +
-                                    c % unit_lanes * 4 + i % 4];
-            const unsigned code = static_cast<unsigned>(from.codes[t * from.stride + c]) >> shift & mask;
-            byte = static_cast<std::byte>((static_cast<unsigned>(byte) & ~(mask << up)) | code << up);
-        }
-    }
-}
-
 /// Calls body(width as an integral constant).
 template <class Body>
 void with_width(int width, const Body& body) {
@@ -228,10 +292,8 @@ inline void pack_plane(TileSide side, CodeRows from, const TileFormat::Placed& s
     with_width(width, [&](auto w) {
         if (side == TileSide::keys)
             pack_key_plane<w>(from, first_token, tokens, segment.channels, shift, plane);
-        else if (tokens == segment.rows)
-            pack_value_plane<w>(from, segment.rows, segment.channels, shift, plane);
         else
-            merge_value_plane(from, segment, first_token, tokens, width, shift, plane);
+            pack_value_plane<w>(from, segment, first_token, tokens, shift, plane);
     });
 }
 

@@ -17,6 +17,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "kvplane/compiled.hpp"
@@ -117,12 +118,26 @@ class RotaryEmbedding {
     void leave(Index first);
     /// [pair] cosine and sine of the angle that the pair turns by over `positions` positions.
     void angles_at(double positions, std::vector<std::array<double, 2>>& angles) const;
+    template <class Scalar>
+    static void turn_pair(Scalar& x, Scalar& y, const std::array<double, 2>& angle) {
+        const auto cosine = static_cast<Scalar>(angle[0]), sine = static_cast<Scalar>(angle[1]);
+        const Scalar turned = x * cosine - y * sine;
+        y = x * sine + y * cosine;
+        x = turned;
+    }
+    /// Turns a row of floats, of as many heads as it holds.
+    void turn_row(float* row, Index channels, const std::vector<std::array<double, 2>>& angles,
+                  const std::vector<float>& vectors) const;
+    /// The cosines, then the sines, that go with the channels that turn_row() turns as vectors.
+    void vectors_of(const std::vector<std::array<double, 2>>& angles, std::vector<float>& vectors) const;
     /// Turns row i by sign (first + i stride) positions.
     template <class Derived>
     void turn_rows(Eigen::MatrixBase<Derived>& rows, Index first, Index stride, double sign) const;
 
     Index head_dim_ = 0;
     std::vector<Pair> pairs_;
+    RopeLayout layout_ = RopeLayout::interleaved;
+    std::size_t turning_ = 0;  ///< leading pairs that stand as the layout says and turn
 };
 
 template <class Derived>
@@ -131,20 +146,24 @@ void RotaryEmbedding::turn_rows(Eigen::MatrixBase<Derived>& rows, Index first, I
     using Scalar = typename Derived::Scalar;
     require(rows.cols() % head_dim_ == 0, ErrorCode::shape, "RoPE: rows of ", rows.cols(),
             " channels, expected a multiple of ", head_dim_);
+    constexpr bool by_vectors =
+        std::is_same_v<Scalar, float> && detail::has_memory<Derived> && Derived::IsRowMajor;
     std::vector<std::array<double, 2>> angles;
+    std::vector<float> vectors;
     for (Index r = 0; r < rows.rows(); ++r) {
-        if (r == 0 || stride != 0) angles_at(sign * static_cast<double>(first + r * stride), angles);
-        for (Index head = 0; head < rows.cols(); head += head_dim_)
-            for (std::size_t i = 0; i < pairs_.size(); ++i) {
-                if (pairs_[i].frequency == 0.0) continue;
-                const auto cosine = static_cast<Scalar>(angles[i][0]),
-                           sine = static_cast<Scalar>(angles[i][1]);
-                Scalar& x = rows(r, head + pairs_[i].first);
-                Scalar& y = rows(r, head + pairs_[i].second);
-                const Scalar turned = x * cosine - y * sine;
-                y = x * sine + y * cosine;
-                x = turned;
+        const bool other = r == 0 || stride != 0;
+        if (other) angles_at(sign * static_cast<double>(first + r * stride), angles);
+        if constexpr (by_vectors)
+            if (rows.derived().innerStride() == 1) {
+                if (other) vectors_of(angles, vectors);
+                turn_row(rows.derived().data() + r * rows.derived().outerStride(), rows.cols(), angles,
+                         vectors);
+                continue;
             }
+        for (Index head = 0; head < rows.cols(); head += head_dim_)
+            for (std::size_t i = 0; i < pairs_.size(); ++i)
+                if (pairs_[i].frequency != 0.0)
+                    turn_pair(rows(r, head + pairs_[i].first), rows(r, head + pairs_[i].second), angles[i]);
     }
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kvplane/cache/appender.hpp"
+#include "kvplane/cache/incoming_rows.hpp"
 #include "kvplane/cache/pages.hpp"
 #include "kvplane/cache/reader.hpp"
 #include "kvplane/cache/shape.hpp"
@@ -27,34 +28,10 @@
 
 namespace kvplane::detail {
 
-/// [token][heads * head_dim] as floats.
-inline void widen_rows(const AnyRows& input, Index first, Index count, Matrix& to) {
-    to.resize(count, input.channels());
-    if (to.size() == 0) return;
-    input.visit([&](const auto& rows) {
-        using Scalar = std::remove_cvref_t<decltype(*rows.data())>;
-        if constexpr (std::is_same_v<Scalar, Eigen::half>)
-            if (rows.channel_stride() == 1) {
-                const Isa isa = current_isa();
-                for (Index t = 0; t < count; ++t)
-                    for (Index h = 0; h < rows.heads(); ++h)
-                        widen_row(isa, rows.at(h, first + t), rows.head_dim(),
-                                  to.data() + t * to.cols() + h * rows.head_dim());
-                return;
-            }
-        const auto some = rows.middle_tokens(first, count);
-        for (Index h = 0; h < rows.heads(); ++h)
-            to.middleCols(h * rows.head_dim(), rows.head_dim()) = some.head(h).template cast<float>();
-    });
-}
 KVPLANE_FUNCTION Matrix widened(const AnyRows& input) {
     Matrix matrix;
     widen_rows(input, 0, input.tokens, matrix);
     return matrix;
-}
-
-inline const char* name_of(TileSide side) noexcept {
-    return side == TileSide::keys ? "keys" : "values";
 }
 
 /// Throws Error (shape) for input of other heads than the cache has.
@@ -62,44 +39,18 @@ inline void require_input(const AnyRows& rows, const char* argument, Index heads
     require(rows.heads == heads && rows.head_dim == dim, ErrorCode::shape, "append: ", argument, " of ",
             rows.heads, " heads of ", rows.head_dim, " channels, expected ", heads, " of ", dim);
 }
-/// Throws Error (not_finite, beyond_fp16), with the position, for what is no fp16 number.
-inline void require_fp16(const AnyRows& input, const char* argument) {
-    input.visit([&](const auto& rows) { require_storable(rows, argument); });
-}
-/// That every value can be stored, in the frame in which it is. Throws Error (not_finite, beyond_fp16).
-inline void require_magnitudes(const CacheShape& cache, const AnyRows& input, TileSide side) {
-    const char* const argument = name_of(side);
-    // Keys that are rotated tile by tile must be storable both ways.
-    const bool rotates = cache.may_rotate(side), by_tile = rotates && !cache.rotates(side);
-    const float largest = input.visit([](const auto&rows) { return largest_magnitude(rows); }),
-                most = cache.largest_magnitude();
-    if (!(largest <= fp16_max)) require_fp16(input, argument);
-    // A rotation makes no element larger than its head's norm.
-    if (largest * (rotates ? std::sqrt(static_cast<float>(cache.dim(side))) : 1.0f) <= most) return;
-    Matrix stored;
-    for (Index token = 0; token < input.tokens; ++token) {
-        widen_rows(input, token, 1, stored);
-        Index channel = 0;
-        float magnitude = by_tile ? stored.row(0).cwiseAbs().maxCoeff(&channel) : 0.0f;
-        if (magnitude <= most) {
-            if (rotates) cache.rotation(side).rotate(stored);
-            magnitude = stored.row(0).cwiseAbs().maxCoeff(&channel);
-        }
-        require(magnitude <= most, ErrorCode::beyond_fp16, "append: ", argument, ": token ", token,
-                ", channel ", channel, " has the magnitude ", magnitude,
-                " (after rotation, where the recipe rotates); expected at most ", most);
-    }
-}
-
 /// So many tokens at most look at a tile before it is made, the last of those that come behind it.
 inline constexpr Index looking_tokens = 32;
+/// So many tokens are taken at a time.
+inline constexpr Index piece_tokens = 64;
 
 class Appender {
   public:
-    Appender(const CacheShape& cache, const CacheState& state, TilePool& pool)
+    Appender(const CacheShape& cache, CacheState& state, TilePool& pool, Executor& executor)
         : cache_(cache),
           state_(state),
           pool_(pool),
+          executor_(executor),
           layout_(state.layout),
           latent_(state.latent),
           queries_(state.queries),
@@ -114,7 +65,8 @@ class Appender {
           provisional_queries_(state.provisional_queries),
           attention_(state.attention),
           sink_rows_(cache.sink_rows()),
-          recent_rows_(cache.recent_rows()) {
+          recent_rows_(cache.recent_rows()),
+          packers_(static_cast<std::size_t>(executor.workers())) {
         if (!state.tiles.empty()) last_tokens_ = state.tiles.back().tokens;
         const CacheConfiguration& c = cache.configuration;
         if (c.widths_by_token()) attention_.resize(static_cast<std::size_t>(c.kv_heads * tile_tokens));
@@ -122,7 +74,7 @@ class Appender {
 
     /// Tokens of one piece in the stored frame.
     struct Piece {
-        Matrix keys, values;      ///< [token][kv_heads * dim]; no values where they are in keys
+        PerSide<RowView<const float>> rows;  ///< [token][kv_heads * dim]; no values where they are in keys
         Matrix queries;           ///< [token][query_heads * key dim] after RoPE, where they are looked at
         PerSide<double> largest;  ///< magnitudes
     };
@@ -131,10 +83,11 @@ class Appender {
         open_cut_tile();
         settled_extremes_.include({.largest = piece.largest, .excess = {}, .carried = {}});
         const Matrix learned_from = before_rope(piece.queries, tokens_);
-        for (Index done = 0, count; done < piece.keys.rows(); done += count) {
+        for (Index done = 0, count; done < piece.rows.keys.rows; done += count) {
             // Not beyond the token at which the oldest tile is due, so that what is stored does not depend on
             // how the tokens came.
-            count = fill(piece, done, std::min(piece.keys.rows() - done, due() - tokens_), settled_extremes_);
+            count =
+                fill(piece, done, std::min(piece.rows.keys.rows - done, due() - tokens_), settled_extremes_);
             settled_ = tokens_;
             for (Index t = done; t < done + count; ++t) note_query(learned_from, t);
             note_attention(piece.queries, done, count);
@@ -176,7 +129,7 @@ class Appender {
         const RotaryEmbedding rope =
             c.rope ? RotaryEmbedding(c.key_head_dim, *c.rope) : RotaryEmbedding::none(c.key_head_dim);
         SecondMoments keys(c.kv_heads * c.key_head_dim);
-        keys.add(rope.before({recent_keys(count), recent_first_}).rows, "keys");
+        keys.add(rope.before({recent_keys(0, c.kv_heads, count), recent_first_}).rows, "keys");
         const CacheState::QueryMoments none(static_cast<std::size_t>(c.kv_heads),
                                             SecondMoments(c.key_head_dim));
         const LatentStatistics statistics(c.query_heads, std::move(keys), queries_ ? *queries_ : none);
@@ -187,9 +140,9 @@ class Appender {
         make_what_is_due();
     }
 
-    /// Makes all of it part of `state`, the one that it was begun with. Throws std::bad_alloc and then has
-    /// changed nothing.
-    void commit(CacheState& state) {
+    /// Makes all of it part of the state. Throws std::bad_alloc and then has changed nothing.
+    void commit() {
+        CacheState& state = state_;
         state.tile_pages.reserve(state.tile_pages.size() + tile_pages_.size());
         state.tiles.reserve(state.tiles.size() + tiles_.size());
         // Nothing below can fail.
@@ -238,10 +191,48 @@ class Appender {
         if (!state_.tile_pages.empty()) own += state_.tile_pages.back() == page;
         return page.references() > own;
     }
-    TileCoder& coder(TileSide side) {
-        std::optional<TileCoder>& coder = coders_[side];
+    /// What one worker packs with.
+    struct Packer {
+        PerSide<std::optional<TileCoder>> coders;  ///< made when a tile is
+        BlockQuantizer quantizer;                  ///< of tokens outside tiles
+        ShapedQuantizer chooser;                   ///< of rotation tile by tile
+        Matrix gathered;
+        RowMajorMatrix<Eigen::half> halves;
+        PerSide<double> excess;  ///< the largest of what it packed since take_excess()
+    };
+    TileCoder& coder(TileSide side, Packer& packer) {
+        std::optional<TileCoder>& coder = packer.coders[side];
         if (!coder) coder.emplace(side == TileSide::keys ? layout_->keys[0] : layout_->values);
         return *coder;
+    }
+    /// body(item, packer) for every item below `items`, each by one worker.
+    template <class Body>
+    void pack_items(Index items, Index tokens, const Body& body) {
+        // To wake others takes longer than few tokens do.
+        if (tokens < 8) {
+            for (Index item = 0; item < items; ++item) body(item, packers_[0]);
+            return;
+        }
+        run_throwing_items(executor_, items, [&](Index item, Index worker) {
+            const StandardFloatingPoint standard;
+            body(item, packers_[static_cast<std::size_t>(worker)]);
+        });
+    }
+    /// body(side, head, packer) for all that is stored by head.
+    template <class Body>
+    void pack_heads(Index tokens, const Body& body) {
+        const Index heads = cache_.configuration.kv_heads;
+        pack_items(cache_.configuration.values_in_keys ? heads : 2 * heads, tokens,
+                   [&](Index item, Packer& packer) {
+                       body(item < heads ? TileSide::keys : TileSide::values, item % heads, packer);
+                   });
+    }
+    /// By how much clipped values were off.
+    void take_excess(StoredExtremes& extremes) {
+        for (Packer& packer : packers_)
+            for (const TileSide side : {TileSide::keys, TileSide::values})
+                extremes.excess[side] =
+                    std::max(extremes.excess[side], std::exchange(packer.excess[side], 0.0));
     }
     void add_tile(PageReference page, Index first, Index count) {
         tiles_.push_back({.page = page.data(), .layout = layout_.get(), .first = first, .tokens = count});
@@ -269,23 +260,40 @@ class Appender {
     Index fill_sinks(const Piece& piece, Index first, Index count) {
         count = std::min(count, cache_.recipe().sink_tokens - tokens_);
         sinks_ = sinks_ ? writable(sinks_) : pool_.page(sink_rows_.bytes());
-        sink_rows_.write(piece.keys, piece.values, first, count, tokens_, sinks_.data());
+        pack_heads(count, [&](TileSide side, Index head, Packer& packer) {
+            sink_rows_.write(side, head, piece.rows[side], first, count, tokens_, sinks_.data(),
+                             packer.quantizer);
+        });
         tokens_ += count;
         recent_first_ = tokens_;
         return count;
     }
 
     Index fill_recent(const Piece& piece, Index first, Index count) {
-        const Index at = tokens_ - recent_first_, row = at % recent_page_tokens;
-        const auto page = static_cast<std::size_t>(at / recent_page_tokens);
-        if (page == recent_.size())
-            recent_.push_back(pool_.page(recent_rows_.bytes()));
-        else
-            recent_[page] = writable(recent_[page]);
-        count = std::min(count, recent_page_tokens - row);
-        recent_rows_.write(piece.keys, piece.values, first, count, row, recent_[page].data());
+        const Index at = tokens_ - recent_first_;
+        for (Index t = at / recent_page_tokens * recent_page_tokens; t < at + count;
+             t += recent_page_tokens) {
+            const auto page = static_cast<std::size_t>(t / recent_page_tokens);
+            if (page == recent_.size())
+                recent_.push_back(pool_.page(recent_rows_.bytes()));
+            else
+                recent_[page] = writable(recent_[page]);
+        }
+        write_recent(piece.rows, first, count, at);
         tokens_ += count;
         return count;
+    }
+    /// Tokens [first, first + count) of some rows as recent ones from `at` on, whose pages are there.
+    void write_recent(const PerSide<RowView<const float>>& rows, Index first, Index count, Index at) {
+        pack_heads(count, [&](TileSide side, Index head, Packer& packer) {
+            for (Index t = at, some; t < at + count; t += some) {
+                const Index row = t % recent_page_tokens;
+                some = std::min(recent_page_tokens - row, at + count - t);
+                recent_rows_.write(side, head, rows[side], first + t - at, some, row,
+                                   recent_[static_cast<std::size_t>(t / recent_page_tokens)].data(),
+                                   packer.quantizer);
+            }
+        });
     }
 
     /// Whether something is still to be learned from queries.
@@ -382,9 +390,8 @@ class Appender {
             if (page == recent_.size()) recent_.push_back(pool_.page(recent_rows_.bytes()));
             return recent_[page].data();
         };
-        for (Index t = 0; t < run.count; t += recent_page_tokens)
-            recent_rows_.write(rows.keys, rows.values, t, std::min(recent_page_tokens, run.count - t), 0,
-                               page_of(t));
+        for (Index t = 0; t < run.count; t += recent_page_tokens) page_of(t);
+        write_recent({row_view(rows.keys), row_view(rows.values)}, 0, run.count, 0);
         for (Index t = 0; t < count; ++t)
             recent_rows_.copy(behind[static_cast<std::size_t>(t / recent_page_tokens)].data(),
                               t % recent_page_tokens, page_of(run.count + t),
@@ -394,12 +401,12 @@ class Appender {
         opened_ = true;
     }
 
-    /// [count][kv_heads * key dim] the oldest recent keys as attention takes them.
-    Matrix recent_keys(Index count) {
-        const Index dim = cache_.dim(TileSide::keys), heads = cache_.configuration.kv_heads;
+    /// [count][heads * key dim] the oldest recent keys of some heads as attention takes them.
+    Matrix recent_keys(Index first_head, Index heads, Index count) const {
+        const Index dim = cache_.dim(TileSide::keys);
         Matrix keys(count, heads * dim);
         for (Index head = 0; head < heads; ++head)
-            read_recent(TileSide::keys, head, count, keys.data() + head * dim, keys.cols());
+            read_recent(TileSide::keys, first_head + head, count, keys.data() + head * dim, keys.cols());
         if (cache_.recipe().keys.rotate) cache_.key_rotation.rotate_back(keys);
         return keys;
     }
@@ -411,37 +418,47 @@ class Appender {
 
     /// The oldest 128 recent tokens become a tile.
     void make_tile() {
-        const Index heads = cache_.configuration.kv_heads;
         PageReference page = pool_.page(layout_->bytes);
-        if (latent_) {
-            if (!latents_) latents_.emplace(latent_);
-            std::vector<std::byte*> tiles;
-            for (const Index at : layout_->key_at) tiles.push_back(page.data() + at);
-            const double off = latents_->encode({recent_keys(tile_tokens), recent_first_}, tiles);
-            settled_extremes_.excess.keys = std::max(settled_extremes_.excess.keys, off);
-        } else {
-            const auto shaping = shaping_ || !queries_
-                                     ? shaping_
-                                     : std::make_shared<const KeyShaping>(cache_.configuration, *queries_);
-            for (Index head = 0; head < heads; ++head) {
-                const bool rotate = layout_->rotates_by_tile() && shaping && rotation_helps(*shaping, head);
-                if (rotate) page.data()[layout_->rotated_at + head] = std::byte{1};
-                if (shaping)
-                    coder(TileSide::keys)
-                        .shape(weight(*shaping, head, rotate || cache_.rotates(TileSide::keys)));
-                encode_recent(TileSide::keys, head,
-                              page.data() + layout_->key_at[static_cast<std::size_t>(head)], rotate);
-            }
-        }
-        for (Index head = 0; head < heads && !layout_->values_in_keys; ++head) {
-            if (!attention_.empty()) coder(TileSide::values).weigh(attention_by_token(attention_, head));
-            encode_recent(TileSide::values, head,
-                          page.data() + layout_->value_at[static_cast<std::size_t>(head)]);
-        }
+        if (latent_ && !latents_) latents_.emplace(latent_);
+        const auto shaping = latent_ || shaping_ || !queries_
+                                 ? shaping_
+                                 : std::make_shared<const KeyShaping>(cache_.configuration, *queries_);
+        const auto keys = static_cast<Index>(layout_->key_at.size()),
+                   values = layout_->values_in_keys ? 0 : cache_.configuration.kv_heads;
+        pack_items(keys + values, tile_tokens, [&](Index item, Packer& packer) {
+            if (item >= keys)
+                pack_values(item - keys, page.data(), packer);
+            else if (latent_)
+                pack_latents(item, page.data(), packer);
+            else
+                pack_keys(item, shaping.get(), page.data(), packer);
+        });
+        take_excess(settled_extremes_);
         std::fill(attention_.begin(), attention_.end(), 0);
         add_tile(std::move(page), recent_first_, tile_tokens);
         recent_.erase(recent_.begin(), recent_.begin() + tile_tokens / recent_page_tokens);
         recent_first_ += tile_tokens;
+    }
+    void pack_latents(Index subspace, std::byte* page, Packer& packer) {
+        const Index heads = cache_.configuration.kv_heads / latent_->subspaces();
+        const double off =
+            latents_->encode(subspace, {recent_keys(subspace * heads, heads, tile_tokens), recent_first_},
+                             page + layout_->key_at[static_cast<std::size_t>(subspace)]);
+        packer.excess.keys = std::max(packer.excess.keys, off);
+    }
+    void pack_keys(Index head, const KeyShaping* shaping, std::byte* page, Packer& packer) {
+        const bool rotate = layout_->rotates_by_tile() && shaping && rotation_helps(*shaping, head, packer);
+        if (rotate) page[layout_->rotated_at + head] = std::byte{1};
+        if (shaping)
+            coder(TileSide::keys, packer)
+                .shape(weight(*shaping, head, rotate || cache_.rotates(TileSide::keys)));
+        encode_recent(TileSide::keys, head, page + layout_->key_at[static_cast<std::size_t>(head)], packer,
+                      rotate);
+    }
+    void pack_values(Index head, std::byte* page, Packer& packer) {
+        if (!attention_.empty()) coder(TileSide::values, packer).weigh(attention_by_token(attention_, head));
+        encode_recent(TileSide::values, head, page + layout_->value_at[static_cast<std::size_t>(head)],
+                      packer, false);
     }
     /// E[u u^T] of queries that meet a head's keys of the next tile.
     MatrixD weight(const KeyShaping& shaping, Index head, bool rotated) const {
@@ -450,38 +467,37 @@ class Appender {
     }
     /// Whether rotation makes the expected error of scores with a head's keys of the next tile smaller. Their
     /// steps are as wide as channels are, apart from a factor.
-    bool rotation_helps(const KeyShaping& shaping, Index head) {
-        gathered_.resize(tile_tokens, cache_.dim(TileSide::keys));
-        read_recent(TileSide::keys, head, tile_tokens, gathered_.data(), gathered_.cols());
+    bool rotation_helps(const KeyShaping& shaping, Index head, Packer& packer) const {
+        Matrix& keys = packer.gathered;
+        keys.resize(tile_tokens, cache_.dim(TileSide::keys));
+        read_recent(TileSide::keys, head, tile_tokens, keys.data(), keys.cols());
         const auto expected = [&](bool rotated) {
-            chooser_.set_weight(weight(shaping, head, rotated));
-            const Eigen::VectorXf width = gathered_.colwise().maxCoeff() - gathered_.colwise().minCoeff();
-            return chooser_.expected_error(width).shaped;
+            packer.chooser.set_weight(weight(shaping, head, rotated));
+            const Eigen::VectorXf width = keys.colwise().maxCoeff() - keys.colwise().minCoeff();
+            return packer.chooser.expected_error(width).shaped;
         };
         const double plain = expected(false);
-        cache_.key_rotation.rotate(gathered_);
+        cache_.key_rotation.rotate(keys);
         return expected(true) < plain;
     }
     /// The oldest 128 recent tokens of one side and head, into their tile.
-    void encode_recent(TileSide side, Index head, std::byte* tile, bool rotate = false) {
+    void encode_recent(TileSide side, Index head, std::byte* tile, Packer& packer, bool rotate) {
         const Index dim = cache_.dim(side);
-        const auto encode = [&](const auto& rows) {
-            coder(side).encode(head_rows(rows), name_of(side), {}, tile);
-        };
+        TileCoder& coder = this->coder(side, packer);
+        const auto encode = [&](const auto& rows) { coder.encode(head_rows(rows), name_of(side), {}, tile); };
         if (recent_rows_.half(side) && !rotate) {
-            halves_.resize(tile_tokens, dim);
+            packer.halves.resize(tile_tokens, dim);
             for (Index p = 0; p < tile_tokens / recent_page_tokens; ++p)
                 std::copy_n(recent_rows_.half_rows(recent_[static_cast<std::size_t>(p)].data(), side, head),
-                            recent_page_tokens * dim, halves_.data() + p * recent_page_tokens * dim);
-            encode(halves_);
+                            recent_page_tokens * dim, packer.halves.data() + p * recent_page_tokens * dim);
+            encode(packer.halves);
         } else {
-            gathered_.resize(tile_tokens, dim);
-            read_recent(side, head, tile_tokens, gathered_.data(), dim);
-            if (rotate) cache_.rotation(side).rotate(gathered_);
-            encode(gathered_);
+            packer.gathered.resize(tile_tokens, dim);
+            read_recent(side, head, tile_tokens, packer.gathered.data(), dim);
+            if (rotate) cache_.rotation(side).rotate(packer.gathered);
+            encode(packer.gathered);
         }
-        double& excess = settled_extremes_.excess[side];
-        excess = std::max(excess, coder(side).excess().largest);
+        packer.excess[side] = std::max(packer.excess[side], coder.excess().largest);
     }
 
     /// Whether a tile of every_token recipes can take more tokens: its own stand as new ones will.
@@ -498,21 +514,20 @@ class Appender {
         } else if (old && !last_page_) {
             last_page_ = writable(state_.tile_pages.back());
             if (state_.stale) clear_tiles(state_.tiles.back(), last_page_.data());
+            // Until commit(): an append that fails leaves its tokens behind.
+            state_.stale = state_.stale || last_page_ == state_.tile_pages.back();
         }
         std::byte* const page = (tiles_.empty() ? last_page_ : tile_pages_.back()).data();
         count = std::min(count, tile_tokens - *tokens);
-        for (const TileSide side : {TileSide::keys, TileSide::values}) {
+        pack_heads(count, [&](TileSide side, Index head, Packer& packer) {
             const auto& at = side == TileSide::keys ? layout_->key_at : layout_->value_at;
-            if (side == TileSide::values && layout_->values_in_keys) break;
-            for (Index head = 0; head < cache_.configuration.kv_heads; ++head) {
-                coder(side).encode(head_rows(side == TileSide::keys ? piece.keys : piece.values,
-                                             cache_.configuration.kv_heads),
-                                   name_of(side),
-                                   {.head = head, .first = first, .count = count, .tile_token = *tokens},
-                                   page + at[static_cast<std::size_t>(head)]);
-                extremes.excess[side] = std::max(extremes.excess[side], coder(side).excess().largest);
-            }
-        }
+            TileCoder& coder = this->coder(side, packer);
+            coder.encode(rows_of_heads(piece.rows[side], cache_.configuration.kv_heads, cache_.dim(side)),
+                         name_of(side), {.head = head, .first = first, .count = count, .tile_token = *tokens},
+                         page + at[static_cast<std::size_t>(head)]);
+            packer.excess[side] = std::max(packer.excess[side], coder.excess().largest);
+        });
+        take_excess(extremes);
         *tokens += count;
         tokens_ += count;
         recent_first_ = tokens_;
@@ -520,8 +535,9 @@ class Appender {
     }
 
     const CacheShape& cache_;
-    const CacheState& state_;
+    CacheState& state_;
     TilePool& pool_;
+    Executor& executor_;
     // The state as it will be, but for tiles.
     std::shared_ptr<const PageLayout> layout_;
     std::shared_ptr<const LatentKeys> latent_;
@@ -542,18 +558,15 @@ class Appender {
     bool opened_ = false;      ///< whether the last old tile is recent tokens now
 
     std::shared_ptr<CacheState::QueryMoments> own_queries_;  ///< this appender's own copy
-    PerSide<std::optional<TileCoder>> coders_;               ///< made when a tile is
     std::optional<LatentCoder> latents_;
     TokenRows sink_rows_, recent_rows_;
     AttentionMeter meter_;
-    ShapedQuantizer chooser_;  ///< of rotation tile by tile
-    Matrix gathered_;
-    RowMajorMatrix<Eigen::half> halves_;
+    std::vector<Packer> packers_;  ///< [worker]
 };
 
 KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, TilePool& pool,
                                     const AnyRows& keys, const AnyRows* values, const AnyRows* queries,
-                                    bool provisional) {
+                                    bool provisional, Executor& executor) {
     const CacheConfiguration& c = cache.configuration;
     if (queries) {
         require_input(*queries, "queries", c.query_heads, c.key_head_dim);
@@ -569,44 +582,51 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
     }
     if (keys.tokens == 0) return;
     const StandardFloatingPoint standard;
-    require_magnitudes(cache, keys, TileSide::keys);
-    if (values) require_magnitudes(cache, *values, TileSide::values);
-    Appender appender(cache, state, pool);
-    const Isa isa = current_isa();
+    Appender appender(cache, state, pool, executor);
     if (!provisional) appender.settle(state.tokens - state.settled());
+    IncomingRows of_keys(cache, keys, TileSide::keys);
+    std::optional<IncomingRows> of_values;
+    if (values) of_values.emplace(cache, *values, TileSide::values);
     // In pieces that stay in a core's cache from one step to the next; of provisional tokens each has its own
     // extremes.
-    const Index most = provisional ? 1 : recent_page_tokens;
+    const Index most = provisional ? 1 : piece_tokens;
+    bool checked = false;
     Appender::Piece piece;
     for (Index first = 0; first < keys.tokens; first += most) {
         const Index count = std::min(most, keys.tokens - first);
-        widen_rows(keys, first, count, piece.keys);
-        if (cache.recipe().keys.rotate) cache.key_rotation.rotate(piece.keys);
-        piece.largest.keys = largest_magnitude(isa, piece.keys.data(), piece.keys.size());
-        piece.largest.values = piece.largest.keys;
+        bool good = of_keys.take(first, count, executor);
+        piece.rows.keys = of_keys.rows();
+        piece.largest.keys = piece.largest.values = of_keys.largest();
         if (values) {
-            widen_rows(*values, first, count, piece.values);
-            if (cache.rotates(TileSide::values)) cache.value_rotation.rotate(piece.values);
-            piece.largest.values = largest_magnitude(isa, piece.values.data(), piece.values.size());
+            good = of_values->take(first, count, executor) && good;
+            piece.rows.values = of_values->rows();
+            piece.largest.values = of_values->largest();
+        }
+        if (!good && !checked) {
+            require_magnitudes(cache, keys, TileSide::keys);
+            if (values) require_magnitudes(cache, *values, TileSide::values);
+            checked = true;
         }
         if (queries) widen_rows(*queries, first, count, piece.queries);
         provisional ? appender.add_provisional(piece) : appender.add(piece);
     }
-    appender.commit(state);
+    appender.commit();
 }
 
 KVPLANE_FUNCTION void settle_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, Index count) {
     const StandardFloatingPoint standard;
-    Appender appender(cache, state, pool);
+    SerialExecutor executor;
+    Appender appender(cache, state, pool, executor);
     appender.settle(count);
-    appender.commit(state);
+    appender.commit();
 }
 
 KVPLANE_FUNCTION void fit_own_basis(const CacheShape& cache, CacheState& state, TilePool& pool, Index count) {
     const StandardFloatingPoint standard;
-    Appender appender(cache, state, pool);
+    SerialExecutor executor;
+    Appender appender(cache, state, pool, executor);
     appender.fit(count, false);
-    appender.commit(state);
+    appender.commit();
 }
 
 }  // namespace kvplane::detail

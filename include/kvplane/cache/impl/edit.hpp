@@ -53,8 +53,11 @@ class RecentTokens {
         if (rotates) cache_.key_rotation.rotate_back(keys);
         cache_.rope->turn(keys, -positions);
         if (rotates) cache_.key_rotation.rotate(keys);
+        BlockQuantizer quantizer;
         for (Index t = 0; t < count; ++t)
-            rows_.write(TileSide::keys, keys, t, 1, (at + t) % recent_page_tokens, page(next, at + t));
+            for (Index head = 0; head < heads; ++head)
+                rows_.write(TileSide::keys, head, row_view(keys), t, 1, (at + t) % recent_page_tokens,
+                            page(next, at + t), quantizer);
         StoredExtremes& extremes = next.settled_extremes;
         extremes.carried.keys =
             cache_.turn_growth() *

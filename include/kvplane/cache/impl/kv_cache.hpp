@@ -155,7 +155,8 @@ KVPLANE_FUNCTION CacheErrorBound KvCache::error_bound() const {
 // Appending and forgetting ---------------------------------------------------------------------------------
 
 KVPLANE_FUNCTION void KvCache::append_rows(const detail::AnyRows& keys, const detail::AnyRows* values,
-                                           const detail::AnyRows* queries, bool provisional) {
+                                           const detail::AnyRows* queries, bool provisional,
+                                           Executor& executor) {
     require((values == nullptr) == configuration().values_in_keys, ErrorCode::option,
             values ? "append: values, but the configuration has them in keys; expected append(keys)"
                    : "append: keys alone, but the configuration does not have values in keys; expected "
@@ -163,7 +164,7 @@ KVPLANE_FUNCTION void KvCache::append_rows(const detail::AnyRows& keys, const de
     require(queries || !needs_queries(), ErrorCode::option, "append: recipe '", shape_->recipe().name,
             "' learns from the sequence's own queries; expected append(keys, values, queries), or ",
             shape_->recipe().shaped_keys ? "moments of queries" : "a basis", " in the configuration");
-    detail::append_tokens(*shape_, state_, *pool_, keys, values, queries, provisional);
+    detail::append_tokens(*shape_, state_, *pool_, keys, values, queries, provisional, executor);
 }
 
 KVPLANE_FUNCTION void KvCache::accept(Index count) {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kvplane/latent/coder.hpp"
+#include "kvplane/latent/products.hpp"
 
 namespace kvplane {
 
@@ -21,6 +22,7 @@ KVPLANE_FUNCTION LatentCoder::LatentCoder(std::shared_ptr<const LatentKeys> keys
         from_latents.push_back(keys_->from_latents(s));
     }
     from_latents_ = std::make_shared<const std::vector<Matrix>>(std::move(from_latents));
+    encodings_.resize(coders_.size());
 }
 
 KVPLANE_FUNCTION const Matrix& LatentCoder::latents(Index s, const std::byte* tile, Index tokens) {
@@ -41,31 +43,50 @@ KVPLANE_FUNCTION Matrix LatentCoder::in_frame(FramedKeys<KeyFrame::after_rope> k
     }
 }
 
+KVPLANE_FUNCTION LatentCoder::Encoding& LatentCoder::prepare(Index s) {
+    Encoding& encoding = encodings_[static_cast<std::size_t>(s)];
+    if (encoding.to_latents.size() > 0) return encoding;
+    const Index channels = keys_->subspace_channels(), kept = keys_->subspace(s).kept();
+    encoding.to_latents.setZero(channels, detail::padded_channels(kept));
+    encoding.to_latents.leftCols(kept) = keys_->to_latents(s);
+    encoding.from_latents.setZero(kept, detail::padded_channels(channels));
+    encoding.from_latents.leftCols(channels) = from_latents(s).transpose();
+    return encoding;
+}
+
 KVPLANE_FUNCTION double LatentCoder::encode(FramedKeys<KeyFrame::after_rope> keys,
                                             std::span<std::byte* const> tiles) {
-    constexpr float most = 30000.0f;
-    if (to_latents_.empty())
-        for (Index s = 0; s < keys_->subspaces(); ++s) to_latents_.push_back(keys_->to_latents(s));
-    const Matrix rows = in_frame(std::move(keys));
-    const Index channels = keys_->subspace_channels();
     double largest = 0.0;
-    for (Index s = 0; s < keys_->subspaces(); ++s) {
-        const Matrix centered = rows.middleCols(s * channels, channels).rowwise() - keys_->subspace(s).mean;
-        const Index kept = keys_->subspace(s).kept();
-        if (kept == 0) {
-            largest = std::max(largest, static_cast<double>(centered.cwiseAbs().maxCoeff()));
-            continue;
-        }
-        Matrix latents(rows.rows(), kept);
-        latents.noalias() = centered * to_latents_[static_cast<std::size_t>(s)];
-        latents = latents.cwiseMax(-most).cwiseMin(most);
-        std::byte* const tile = tiles[static_cast<std::size_t>(s)];
-        coders_[static_cast<std::size_t>(s)].encode(head_rows(latents), "latents", {.count = rows.rows()},
-                                                    tile);
-        const Matrix close = this->latents(s, tile, rows.rows()) * from_latents(s).transpose();
-        largest = std::max(largest, static_cast<double>((centered - close).cwiseAbs().maxCoeff()));
-    }
+    const Index channels = keys_->subspace_channels();
+    for (Index s = 0; s < keys_->subspaces(); ++s)
+        largest =
+            std::max(largest, encode(s, {keys.rows.middleCols(s * channels, channels), keys.first_position},
+                                     tiles[static_cast<std::size_t>(s)]));
     return largest;
+}
+
+KVPLANE_FUNCTION double LatentCoder::encode(Index s, FramedKeys<KeyFrame::after_rope> keys, std::byte* tile) {
+    constexpr float most = 30000.0f;
+    const Isa isa = current_isa();
+    const Matrix rows = in_frame(std::move(keys));
+    const Index channels = keys_->subspace_channels(), kept = keys_->subspace(s).kept(), tokens = rows.rows();
+    Encoding& work = prepare(s);
+    work.centered = rows.rowwise() - keys_->subspace(s).mean;
+    if (kept == 0) return static_cast<double>(work.centered.cwiseAbs().maxCoeff());
+    const auto multiply = [&](const Matrix& x, const Matrix& columns, Matrix& to) {
+        to.resize(tokens, columns.cols());
+        detail::multiply_rows(isa, detail::row_view(x), detail::row_view(columns), columns.cols(),
+                              {to.data(), to.cols(), tokens});
+    };
+    multiply(work.centered, work.to_latents, work.latents);
+    work.latents = work.latents.cwiseMax(-most).cwiseMin(most);
+    detail::TileCoder& coder = coders_[static_cast<std::size_t>(s)];
+    coder.encode(head_rows(work.latents.leftCols(kept)), "latents", {.count = tokens}, tile);
+    work.decoded.resize(tokens, kept);
+    coder.decode(tile, tokens, work.decoded.data(), kept);
+    multiply(work.decoded, work.from_latents, work.close);
+    return detail::largest_difference(isa, detail::row_view(work.centered), detail::row_view(work.close),
+                                      channels);
 }
 
 KVPLANE_FUNCTION Matrix LatentCoder::reconstruct(Index kv_head, const std::byte* tile, Index tokens,

@@ -6,6 +6,7 @@
 #include "kvplane/error.hpp"
 #include "kvplane/latent/keys.hpp"
 #include "kvplane/quantize/grid.hpp"
+#include "kvplane/simd/half.hpp"
 
 namespace kvplane {
 
@@ -40,7 +41,8 @@ inline Matrix widened(const LatentKeys::Subspace& subspace, const RowMajorMatrix
                 scale[static_cast<Index>(j)];
         return columns;
     }
-    Matrix columns = stored.cast<float>();
+    Matrix columns(stored.rows(), stored.cols());
+    widen_row(current_isa(), stored.data(), stored.size(), columns.data());
     columns.array().rowwise() *= scale.array();
     return columns;
 }
