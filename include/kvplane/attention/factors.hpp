@@ -72,15 +72,13 @@ inline constexpr float no_factor = 1e-30f;
 KVPLANE_INLINE float scale_of(const Factors& f, float top) noexcept {
     return top > no_factor ? largest_factor(f) / top : 0.0f;
 }
-/// What some rows' factors stand for, corrected for what rounding does to the middle of all codes. A function of its
-/// own, so that every instruction set rounds alike here.
+/// What some rows' factors stand for, corrected for what rounding does to the middle of all codes.
 ///   top            the largest magnitudes of the products
 ///   sum            x times the middles of the grids
 ///   whole, high    the sums of the rounded factors and of their high halves
 ///   unread         their sum times what is unread
-__attribute__((noinline)) inline void finish_rows(const Factors& f, int rows, const float* top,
-                                                  const float* sum, const float* whole, const float* high,
-                                                  const float* unread) noexcept {
+KVPLANE_INLINE void finish_rows(const Factors& f, int rows, const float* top, const float* sum,
+                                const float* whole, const float* high, const float* unread) {
     for (int r = 0; r < rows; ++r) {
         const float worth = top[r] > no_factor ? top[r] / largest_factor(f) : 0.0f;
         f.worth[r] = worth;

@@ -44,10 +44,9 @@ struct HalfBlock {
     const std::byte* next[PlaneSplit::max_planes];
 };
 
-/// sums[row] += the products of 8 values of 16 / Lanes vectors of lanes, of which `have` planes are read.
-template <int Lanes, int rows, int have>
-KVPLANE_INLINE void half_unit(const HalfBlock& block, Index unit, const float* const* factors,
-                              Floats<Lanes> (&sums)[rows][unit_lanes / Lanes]) {
+/// body(i, v, x) for the 8 values x of a unit in each of 16 / Lanes vectors of lanes, of which `have` planes are read.
+template <int Lanes, int have, class Body>
+KVPLANE_INLINE void for_half_values(const HalfBlock& block, Index unit, const Body& body) {
     for (int v = 0; v < unit_lanes / Lanes; ++v) {
         Words<Lanes> first[2], second{}, third{};
         const Index at = unit * unit_bytes + v * Lanes * 4;
@@ -65,10 +64,27 @@ KVPLANE_INLINE void half_unit(const HalfBlock& block, Index unit, const float* c
             if constexpr (have > 2)
                 bits |= (nibble < 13 ? third << (13 - nibble) : third >> (nibble - 13)) & 0x0001E000u;
             if constexpr (have < 3) bits |= have == 1 ? 0x00100000u : 0x00010000u;
-            const auto x = (Floats<Lanes>)bits;
-            for (int r = 0; r < rows; ++r) sums[r][v] += x * factors[r][unit * half_depth + i];
+            body(i, v, (Floats<Lanes>)bits);
         }
     }
+}
+
+/// sums[row] += the products of 8 values.
+template <int Lanes, int rows, int have>
+KVPLANE_INLINE void half_unit(const HalfBlock& block, Index unit, const float* const* factors,
+                              Floats<Lanes> (&sums)[rows][unit_lanes / Lanes]) {
+    for_half_values<Lanes, have>(block, unit, [&](int i, int v, const Floats<Lanes>& x) KVPLANE_BODY {
+        for (int r = 0; r < rows; ++r) sums[r][v] += x * factors[r][unit * half_depth + i];
+    });
+}
+
+/// Fetches the planes of one unit that is read next.
+template <int have>
+KVPLANE_INLINE void fetch_half_unit(const HalfBlock& block, Index unit) {
+    __builtin_prefetch(block.next[0] + 2 * unit * unit_bytes, 0, 2);
+    __builtin_prefetch(block.next[0] + (2 * unit + 1) * unit_bytes, 0, 2);
+    if (have > 1) __builtin_prefetch(block.next[1] + unit * unit_bytes, 0, 2);
+    if (have > 2) __builtin_prefetch(block.next[2] + unit * unit_bytes, 0, 2);
 }
 
 /// The groups of one depth. What is read next is fetched in step, because all fetches at once would wait for
@@ -78,45 +94,80 @@ KVPLANE_INLINE void half_units(const HalfBlock& block, const GroupsByDepth& unit
                                const float* const* factors, Floats<Lanes> (&sums)[rows][unit_lanes / Lanes]) {
     const Index count = units.count[have], fetched = next.count[have];
     for (Index i = 0; i < std::max(count, fetched); ++i) {
-        if (i < fetched) {
-            const Index u = next.group[have][i];
-            __builtin_prefetch(block.next[0] + 2 * u * unit_bytes, 0, 2);
-            __builtin_prefetch(block.next[0] + (2 * u + 1) * unit_bytes, 0, 2);
-            if (have > 1) __builtin_prefetch(block.next[1] + u * unit_bytes, 0, 2);
-            if (have > 2) __builtin_prefetch(block.next[2] + u * unit_bytes, 0, 2);
-        }
+        if (i < fetched) fetch_half_unit<have>(block, next.group[have][i]);
         if (i < count) half_unit<Lanes, rows, have>(block, units.group[have][i], factors, sums);
     }
 }
 
-/// to[r][lane] = more[r] (or, without fresh, what is there) + the sums of one block. units: the groups of
-/// which 1, 2 and 3 planes are read, taken one depth after another, because a branch on each would be a
-/// guess. next: the same of the block that is read next.
-///   factors  [row][8 groups], times their part of the scale
-///   scale    [row] the sums' part of it
+/// Where the sums of some rows go: to[r][lane] = more[r] (or, without fresh, what is there) + the sums.
+struct HalfSums {
+    const float* scale;  ///< [row] the sums' part of the scale
+    bool fresh;
+    const float* more;
+    RowView<float> to;
+
+    HalfSums from_row(Index row) const noexcept {
+        return {scale + row, fresh, more ? more + row : nullptr, to.from(row)};
+    }
+};
 template <int Lanes, int rows>
-KVPLANE_INLINE void half_block(const HalfBlock& block, const GroupsByDepth& units, const GroupsByDepth& next,
-                               RowView<const float> factors, const float* scale, bool fresh,
-                               const float* more, RowView<float> to) {
-    constexpr int vectors = unit_lanes / Lanes;
-    Floats<Lanes> sums[rows][vectors]{};
-    const float* row[rows];
-    for (int r = 0; r < rows; ++r) row[r] = factors[r];
-    half_units<Lanes, rows, 3>(block, units, next, row, sums);
-    half_units<Lanes, rows, 2>(block, units, next, row, sums);
-    half_units<Lanes, rows, 1>(block, units, next, row, sums);
+KVPLANE_INLINE void store_half_sums(const Floats<Lanes> (&sums)[rows][unit_lanes / Lanes],
+                                    const HalfSums& where) {
     for (int r = 0; r < rows; ++r)
-        for (int v = 0; v < vectors; ++v) {
-            float* const at = to[r] + v * Lanes;
-            Floats<Lanes> sum = sums[r][v] * scale[r], there;
-            if (fresh) {
-                if (more) sum += more[r];
+        for (int v = 0; v < unit_lanes / Lanes; ++v) {
+            float* const at = where.to[r] + v * Lanes;
+            Floats<Lanes> sum = sums[r][v] * where.scale[r], there;
+            if (where.fresh) {
+                if (where.more) sum += where.more[r];
             } else {
                 load(there, at);
                 sum += there;
             }
             store(at, sum);
         }
+}
+
+/// The sums of one block. units: the groups of which 1, 2 and 3 planes are read, taken one depth after another,
+/// because a branch on each would be a guess. next: the same of the block that is read next.
+///   factors  [row][8 groups], times their part of the scale
+template <int Lanes, int rows>
+KVPLANE_INLINE void half_block(const HalfBlock& block, const GroupsByDepth& units, const GroupsByDepth& next,
+                               RowView<const float> factors, const HalfSums& where) {
+    Floats<Lanes> sums[rows][unit_lanes / Lanes]{};
+    const float* row[rows];
+    for (int r = 0; r < rows; ++r) row[r] = factors[r];
+    half_units<Lanes, rows, 3>(block, units, next, row, sums);
+    half_units<Lanes, rows, 2>(block, units, next, row, sums);
+    half_units<Lanes, rows, 1>(block, units, next, row, sums);
+    store_half_sums<Lanes, rows>(sums, where);
+}
+
+/// From so many rows on a block's values are put together once for all of them.
+inline constexpr Index least_half_rows = 8;
+/// The values of one block, of which all planes are read, to [8 groups][16].
+template <int Lanes>
+KVPLANE_INLINE void put_together(const HalfBlock& block, Index groups, float* to) {
+    for (Index u = 0; u < groups; ++u) {
+        fetch_half_unit<3>(block, u);
+        for_half_values<Lanes, 3>(block, u, [&](int i, int v, const Floats<Lanes>& x) KVPLANE_BODY {
+            store(to + (u * half_depth + i) * unit_lanes + v * Lanes, x);
+        });
+    }
+}
+/// The sums of one block, of `count` values put together: those of half_block(), bit for bit.
+template <int Lanes, int rows>
+KVPLANE_INLINE void sum_together(const float* values, Index count, RowView<const float> factors,
+                                 const HalfSums& where) {
+    Floats<Lanes> sums[rows][unit_lanes / Lanes]{};
+    const float* row[rows];
+    for (int r = 0; r < rows; ++r) row[r] = factors[r];
+    for (Index i = 0; i < count; ++i)
+        for (int v = 0; v < unit_lanes / Lanes; ++v) {
+            Floats<Lanes> x;
+            load(x, values + i * unit_lanes + v * Lanes);
+            for (int r = 0; r < rows; ++r) sums[r][v] += x * row[r][i];
+        }
+    store_half_sums<Lanes, rows>(sums, where);
 }
 
 /// Sums of products with the fp16 values of one segment, for all its blocks.
@@ -149,19 +200,38 @@ inline void half_sums(Isa isa, const TileFormat& format, const TileFormat::Place
                         next = read.planes_of_next() == read.planes
                                    ? have
                                    : scratch.by_depth(1, read.next_planes, groups, segment.split.count);
-    run_on(isa, [=](auto lanes) KVPLANE_BODY {
-        by_rows(rows, [=](auto together, Index row) KVPLANE_BODY {
-            HalfBlock block = first;
-            RowView<float> to = product.to.from(row);
-            for (Index b = 0; b < blocks; ++b) {
-                half_block<lanes, together>(block, have, next, x.from(row), back.data() + row, product.fresh,
-                                            product.more ? product.more + row : nullptr, to);
-                to.data += unit_lanes;
-                for (int p = 0; p < PlaneSplit::max_planes; ++p) {
-                    block.plane[p] += block_bytes[p];
-                    block.next[p] += block_bytes[p];
-                }
+    const auto each_block = [=](const auto& body) KVPLANE_BODY {
+        HalfBlock block = first;
+        HalfSums where{back.data(), product.fresh, product.more, product.to};
+        for (Index b = 0; b < blocks; ++b) {
+            body(block, where);
+            where.to.data += unit_lanes;
+            for (int p = 0; p < PlaneSplit::max_planes; ++p) {
+                block.plane[p] += block_bytes[p];
+                block.next[p] += block_bytes[p];
             }
+        }
+    };
+    if (rows >= least_half_rows && have.count[3] == groups) {
+        run_on(isa, [&, values = scratch.values()](auto lanes) KVPLANE_BODY {
+            constexpr int together = lanes == 16 ? 8 : 4;  // as many sums as an addition takes cycles, twice
+            each_block([&](const HalfBlock& block, const HalfSums& where) KVPLANE_BODY {
+                put_together<lanes>(block, groups, values);
+                Index row = 0;
+                for (; row + together <= rows; row += together)
+                    sum_together<lanes, together>(values, groups * half_depth, x.from(row),
+                                                  where.from_row(row));
+                for (; row < rows; ++row)
+                    sum_together<lanes, 1>(values, groups * half_depth, x.from(row), where.from_row(row));
+            });
+        });
+        return;
+    }
+    run_on(isa, [&](auto lanes) KVPLANE_BODY {
+        by_rows(rows, [&](auto together, Index row) KVPLANE_BODY {
+            each_block([&](const HalfBlock& block, const HalfSums& where) KVPLANE_BODY {
+                half_block<lanes, together>(block, have, next, x.from(row), where.from_row(row));
+            });
         });
     });
 }

@@ -53,6 +53,7 @@ class AttentionScratch {
         row_weights_.resize(scores_.size() + unit_lanes);
         below_middles_.resize(static_cast<std::size_t>(tile_tokens));
         rows_.resize(static_cast<std::size_t>(token_block * depth));
+        values_.resize(static_cast<std::size_t>(unit_lanes * depth));
         steps_.resize(static_cast<std::size_t>(tile_tokens));
         unread_.resize(2 * groups);
         active_.resize(groups / unit_lanes + 1);
@@ -76,6 +77,7 @@ class AttentionScratch {
     float* below_middles() noexcept { return below_middles_.data(); }  ///< [128] of the codes of rows
     Eigen::half* steps() noexcept { return steps_.data(); }            ///< [128] of grids by token
     RowView<float> rows() noexcept { return {rows_.data(), depth_, token_block}; }
+    float* values() noexcept { return values_.data(); }  ///< [depth][16] of one block of an fp16 tile
 
     /// The groups of the tile that is read (which = 0) or of the one that is read next (1), by depth.
     GroupsByDepth by_depth(int which, const std::uint8_t* planes, Index groups, int all) noexcept {
@@ -137,7 +139,7 @@ class AttentionScratch {
 
     Index depth_ = 0;
     LineVector<std::int8_t> factors_;
-    LineVector<float> folded_, scores_, row_weights_, below_middles_, rows_;
+    LineVector<float> folded_, scores_, row_weights_, below_middles_, rows_, values_;
     LineVector<std::int32_t> sums_;
     LineVector<Eigen::half> steps_;
     QueryFactors query_factors_;
