@@ -181,7 +181,7 @@ class DecodePass {
     }
 
   private:
-    /// Once for each.
+    /// The output of a row. The states of its chunks end in the first one's, so that it can be asked for once.
     Output output(Index head, Index token) noexcept {
         const Index row = head * shape_.query_tokens + token, value_dim = cache_.dim(TileSide::values);
         const SoftmaxState state = work_.states.of(0, row);
@@ -291,6 +291,7 @@ class DecodePass {
             }
         });
     }
+    /// body(row block) for each.
     template <class Body>
     void for_blocks(const Blocks& blocks, const Body& body) noexcept {
         for (Index b = blocks.first; b < blocks.end; ++b) body(shape_.row_block(b));
