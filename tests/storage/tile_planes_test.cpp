@@ -70,6 +70,12 @@ TEST(TileLayout, HoldsEveryCodeAtItsPlace) {
                         for (Index channel = 0; channel < channels; ++channel)
                             ASSERT_EQ(documented.code(tile, 0, t, channel), code(t, channel))
                                 << "token " << t << ", channel " << channel;
+                    // In pieces of any size, which leave the other tokens as they are.
+                    Tile in_pieces(tile.size(), std::byte{0});
+                    for (Index first = 0, piece = start % 5 + 1; first < 128;
+                         first += piece, piece = piece % 11 + 1)
+                        pack_segment(format, 0, codes, first, std::min(piece, 128 - first), in_pieces.data());
+                    ASSERT_EQ(in_pieces, tile);
                     // A prefix of the planes is a prefix of the code, at every depth that is read.
                     for (int depth = bits == 16 ? 8 : 1; depth <= bits; depth += bits == 16 ? 4 : 1) {
                         TileCodes read(channels);
