@@ -22,4 +22,5 @@ run() {
 export -f compile run
 [ -e "$folder/gtest.o" ] || compile -c /usr/src/googletest/googletest/src/gtest-all.cc -o "$folder/gtest.o"
 printf '%s\n' simd/isa simd/half simd/vector attention/kernels/plane_dot attention/softmax attention/tile_attention \
-    quantize/kernels quantize/shaped quantize/unbiased storage/token_runs | xargs -P "$(nproc)" -I TEST bash -c 'run TEST'
+    quantize/kernels quantize/shaped quantize/unbiased storage/token_runs storage/half_bytes \
+    storage/tile_planes latent/products | xargs -P "$(nproc)" -I TEST bash -c 'run TEST'
