@@ -4,7 +4,8 @@
 //
 //   q.k' = sum_c q_c (lower_c + step_c / 2) + sum_c (q_c step_c) code_c
 //
-// (where grids of keys are by token, their steps multiply the sums instead: token_grids.hpp), and with the steps of values folded into the softmax weights, so is an output,
+// (where grids of keys are by token, their steps multiply the sums instead: token_grids.hpp), and with the steps of
+// values folded into the softmax weights, so is an output,
 //
 //   sum_t w_t v'_tc = sum_t w_t (lower_t + step_t / 2) + sum_t (w_t step_t) code_tc.
 //

@@ -14,8 +14,10 @@
 namespace kvplane::detail {
 
 /// Appends tokens to `state`: as provisional ones, or as settled ones, in which case all others are settled
-/// first. The executor's workers share it out by token and by head. values: nullptr where they are in keys. queries: [token][query_heads * key dim] after RoPE, or none.
-/// Throws Error (shape, not_finite, beyond_fp16, out_of_memory) and then has changed nothing.
+/// first. The executor's workers share it out by token and by head. Throws Error (shape, not_finite, beyond_fp16,
+/// out_of_memory) and then has changed nothing.
+///   values   nullptr where they are in keys
+///   queries  [token][query_heads * key dim] after RoPE, or nullptr
 void append_tokens(const CacheShape& cache, CacheState& state, TilePool& pool, const AnyRows& keys,
                    const AnyRows* values, const AnyRows* queries, bool provisional, Executor& executor);
 
