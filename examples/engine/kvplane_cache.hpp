@@ -38,7 +38,9 @@ class KvplaneCache final : public LayerCache {
     void append(const Matrix& keys, const Matrix& values, const Matrix& queries) override {
         drop_unseen();
         const Index sure = std::min(sure_.value_or(keys.rows()), keys.rows()), drafts = keys.rows() - sure;
-        if (sure > 0) cache_.append(keys.topRows(sure), values.topRows(sure), queries.topRows(sure));
+        if (sure > 0)
+            cache_.append(keys.topRows(sure), values.topRows(sure), queries.topRows(sure),
+                          shared_->workspace);
         if (drafts > 0)
             cache_.append_provisional(keys.bottomRows(drafts), values.bottomRows(drafts),
                                       queries.bottomRows(drafts));
