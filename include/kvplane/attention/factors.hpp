@@ -30,6 +30,12 @@ constexpr Index padded_depth(Index count) noexcept {
     return (count + 31) / 32 * 32;
 }
 
+/// The middle of all codes of a grid, in steps above its lower end; above 0 for schemes that store none.
+inline float centre_of(Scheme scheme, int bits) noexcept {
+    const float middle = 0.5f * power_of_two(bits);
+    return has_lower(scheme) ? middle : middle + lower_in_steps(scheme, bits);
+}
+
 /// The factors of some rows: what goes in, and where what comes out goes.
 struct Factors {
     const float* x;  ///< [row][stride], of which `count` are used

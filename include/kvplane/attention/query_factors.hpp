@@ -13,7 +13,7 @@
 #include <numeric>
 #include <vector>
 
-#include "kvplane/attention/factors.hpp"
+#include "kvplane/attention/round_factors.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/simd/line_vector.hpp"
 #include "kvplane/storage/tile_format.hpp"
@@ -44,16 +44,13 @@ class QueryFactors {
         made_ = wanted;
         for (Index r = 0; r < queries.rows; ++r)
             std::copy_n(queries[r], segment.channels, queries_.data() + r * stride_);
-        const float middle = 0.5f * power_of_two(segment.bits);
         Factors all{.x = queries_.data(),
                     .stride = stride_,
                     .count = 0,
                     .step = ones_.data(),
                     .lower = nullptr,
-                    .centre = has_lower(segment.scheme)
-                                  ? middle
-                                  : middle + lower_in_steps(segment.scheme, segment.bits),
-                    .middle = middle - 0.5f,
+                    .centre = centre_of(segment.scheme, segment.bits),
+                    .middle = 0.5f * (power_of_two(segment.bits) - 1.0f),
                     .middle_below = 0.5f * (power_of_two(segment.split.shift(0)) - 1.0f),
                     .depth = 0,
                     .folded = folded_.data(),
@@ -112,10 +109,7 @@ class QueryFactors {
         return true;
     }
     void make_run(Isa isa, const Factors& all, float* sums) const noexcept {
-        run_on(isa, [&, rows = made_.rows](auto lanes) KVPLANE_BODY {
-            by_rows(rows, [&](auto together, Index first)
-                              KVPLANE_BODY { factor_rows<lanes, together>(all.from_row(first)); });
-        });
+        round_factors(isa, all, made_.rows);
         for (Index r = 0; r < made_.rows; ++r)
             sums[r] = std::accumulate(all.x + r * all.stride, all.x + r * all.stride + all.count, 0.0f);
     }

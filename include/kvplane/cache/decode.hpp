@@ -122,7 +122,7 @@ class DecodePass {
         share_rows(shape_.rows() >= 128,
                    [&](Index first, Index end) { work_.queries.take(queries, cache_, state_, first, end); });
         if (planner_ && !planner_->samples().empty()) {
-            each(together_ ? 1 : shape_.heads, [this](Index head, Index worker) { sample(head, worker); });
+            each(across(), [this](Index item, Index worker) { sample(item, worker); });
             planner_->sampled();
         }
         const Index tile_items = this->tile_items();
@@ -272,11 +272,15 @@ class DecodePass {
         const Index each = shape_.blocks_per_head() / parts_;
         return {i * each, (i + 1) * each};
     }
+    /// Those of item i of a chunk's.
+    Blocks blocks_across(Index i) const noexcept {
+        return together_ ? Blocks{0, shape_.row_blocks()} : blocks_of_part(i);
+    }
     Work work_of(Index item) const noexcept {
         const Index chunk = chunk_of(item), first = chunk * DecodeShape::chunk_tiles;
         return {.item = item,
                 .chunk = chunk,
-                .blocks = together_ ? Blocks{0, shape_.row_blocks()} : blocks_of_part(item % across()),
+                .blocks = blocks_across(item % across()),
                 .first_tile = std::max(first, first_tile_),
                 .end_tile = end_of(chunk)};
     }
@@ -296,19 +300,14 @@ class DecodePass {
     void for_blocks(const Blocks& blocks, const Body& body) noexcept {
         for (Index b = blocks.first; b < blocks.end; ++b) body(shape_.row_block(b));
     }
-    /// The row blocks of one head, or of all where they go together.
-    Blocks blocks_of_head(Index head) const noexcept {
-        if (together_) return {0, shape_.row_blocks()};
-        return {head * shape_.blocks_per_head(), (head + 1) * shape_.blocks_per_head()};
-    }
     WorkerScratch& scratch(Index worker) noexcept { return work_.workers[static_cast<std::size_t>(worker)]; }
 
     /// Shows the planner the queries of one head (or of all) as some tiles see them.
-    void sample(Index head, Index worker) noexcept {
+    void sample(Index item, Index worker) noexcept {
         WorkerScratch& own = scratch(worker);
         for (const Index t : planner_->samples()) {
             if (state_.latent) own.projection.turn_to(isa_, *state_.latent, tiles_, t, 1, false);
-            for_blocks(blocks_of_head(head), [&](const RowBlock& block) {
+            for_blocks(blocks_across(item), [&](const RowBlock& block) {
                 std::array<float, row_block_rows> offsets{};
                 if (state_.latent)
                     own.projection.project(isa_, *state_.latent, work_.queries, block, 1, offsets.data());

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -151,10 +150,9 @@ class IncomingRows {
     }
     /// Keys that are rotated tile by tile must be storable both ways, and a rotation makes no element larger than
     /// its head's norm.
-    bool is_storable(float magnitude) const {
-        const bool by_tile = cache_.may_rotate(side_) && !cache_.rotates(side_);
-        const float growth = by_tile ? std::sqrt(static_cast<float>(input_.head_dim)) : 1.0f;
-        return magnitude * growth <= cache_.largest_magnitude();
+    bool is_storable(float magnitude) const noexcept {
+        return static_cast<double>(magnitude) * cache_.packing_growth(side_) <=
+               static_cast<double>(cache_.largest_magnitude());
     }
 
     const CacheShape& cache_;

@@ -148,11 +148,11 @@ class KvCache {
     /// depend on how many there are. Without one the calling thread does it alone.
     template <class K, class V>
     void append(const K& keys, const V& values) {
-        append_both(keys, values, serial());
+        append_both(keys, values, false, serial());
     }
     template <class K, class V>
     void append(const K& keys, const V& values, AttentionWorkspace& workspace) {
-        append_both(keys, values, workspace.executor());
+        append_both(keys, values, false, workspace.executor());
     }
     /// Where values are in keys: the keys are all there is. append() with values is then refused (option).
     template <class K>
@@ -177,9 +177,7 @@ class KvCache {
     /// have. Recipes that quantize every token pack these too.
     template <class K, class V>
     void append_provisional(const K& keys, const V& values) {
-        const auto value_heads = heads_of_kv(values);
-        const detail::AnyRows rows(value_heads);
-        append_rows(heads_of_kv(keys), &rows, nullptr, true, serial());
+        append_both(keys, values, true, serial());
     }
     template <class K>
     void append_provisional(const K& keys) {
@@ -339,17 +337,17 @@ class KvCache {
     }
     static Executor& serial() noexcept { return thread_workspace().executor(); }
     template <class K, class V>
-    void append_both(const K& keys, const V& values, Executor& executor) {
+    void append_both(const K& keys, const V& values, bool provisional, Executor& executor) {
         const auto value_heads = heads_of_kv(values);  // may own what it is a view of
         const detail::AnyRows rows(value_heads);
-        append_rows(heads_of_kv(keys), &rows, nullptr, false, executor);
+        append_rows(heads_of_kv(keys), &rows, nullptr, provisional, executor);
     }
     template <class K, class V, class Q>
     void append_with(const K& keys, const V& values, const Q& queries, bool provisional, Executor& executor) {
+        if (!needs_queries() && !configuration().widths_by_token())
+            return append_both(keys, values, provisional, executor);
         const auto value_heads = heads_of_kv(values);
         const detail::AnyRows value_rows(value_heads);
-        if (!needs_queries() && !configuration().widths_by_token())
-            return append_rows(heads_of_kv(keys), &value_rows, nullptr, provisional, executor);
         const auto query_heads = input_heads(queries, configuration().query_heads);
         const detail::AnyRows query_rows(query_heads);
         append_rows(heads_of_kv(keys), &value_rows, &query_rows, provisional, executor);

@@ -8,6 +8,7 @@
 #include "kvplane/attention/half_tile.hpp"
 #include "kvplane/attention/kernels/dispatch.hpp"
 #include "kvplane/attention/plane_range.hpp"
+#include "kvplane/attention/round_factors.hpp"
 #include "kvplane/attention/tile_attention.hpp"
 #include "kvplane/attention/token_grids.hpp"
 
@@ -22,20 +23,8 @@ struct GridView {
 inline GridView grids_of(const TileFormat::Placed& segment, const std::byte* tile, Index first, Index count,
                          AttentionScratch& scratch) noexcept {
     const auto* const lower = reinterpret_cast<const Eigen::half*>(tile + segment.lower_at);
-    const bool lowers = has_lower(segment.scheme);
-    const float middle = 0.5f * power_of_two(segment.bits);
-    return {steps_of(segment, tile, first, count, scratch.steps()), lowers ? lower + first : nullptr,
-            lowers ? middle : middle + lower_in_steps(segment.scheme, segment.bits)};
-}
-
-/// Makes the factors of `rows` rows.
-inline void round_factors(Isa isa, const Factors& all, Index rows) noexcept {
-    const PlaneDot& kernels = plane_dot_of(isa);
-    if (kernels.factors && !all.active && !(all.low && all.unread)) return kernels.factors(all, rows);
-    run_on(isa, [&](auto lanes) KVPLANE_BODY {
-        by_rows(rows, [&](auto together, Index first)
-                          KVPLANE_BODY { factor_rows<lanes, together>(all.from_row(first)); });
-    });
+    return {steps_of(segment, tile, first, count, scratch.steps()),
+            has_lower(segment.scheme) ? lower + first : nullptr, centre_of(segment.scheme, segment.bits)};
 }
 
 /// The factors of several rows, and the sums of their products with the planes of one segment, in one run of

@@ -142,36 +142,35 @@ class Appender {
 
     /// Makes all of it part of the state. Throws std::bad_alloc and then has changed nothing.
     void commit() {
-        CacheState& state = state_;
-        state.tile_pages.reserve(state.tile_pages.size() + tile_pages_.size());
-        state.tiles.reserve(state.tiles.size() + tiles_.size());
+        state_.tile_pages.reserve(state_.tile_pages.size() + tile_pages_.size());
+        state_.tiles.reserve(state_.tiles.size() + tiles_.size());
         // Nothing below can fail.
         if (opened_) {
-            state.tiles.pop_back();
-            state.tile_pages.pop_back();
-            state.stale = false;
-        } else if (!state.tiles.empty()) {
-            state.tiles.back().tokens = last_tokens_;
+            state_.tiles.pop_back();
+            state_.tile_pages.pop_back();
+            state_.stale = false;
+        } else if (!state_.tiles.empty()) {
+            state_.tiles.back().tokens = last_tokens_;
         }
         if (last_page_) {
-            state.tile_pages.back() = std::move(last_page_);
-            state.tiles.back().page = state.tile_pages.back().data();
-            state.stale = false;
+            state_.tile_pages.back() = std::move(last_page_);
+            state_.tiles.back().page = state_.tile_pages.back().data();
+            state_.stale = false;
         }
-        std::move(tile_pages_.begin(), tile_pages_.end(), std::back_inserter(state.tile_pages));
-        state.tiles.insert(state.tiles.end(), tiles_.begin(), tiles_.end());
-        state.layout = std::move(layout_);
-        state.latent = std::move(latent_);
-        state.queries = std::move(queries_);
-        state.shaping = std::move(shaping_);
-        state.tokens = tokens_;
-        state.recent_first = recent_first_;
-        state.sinks = std::move(sinks_);
-        state.recent = std::move(recent_);
-        state.settled_extremes = settled_extremes_;
-        state.provisional = std::move(provisional_);
-        state.provisional_queries = std::move(provisional_queries_);
-        state.attention = std::move(attention_);
+        std::move(tile_pages_.begin(), tile_pages_.end(), std::back_inserter(state_.tile_pages));
+        state_.tiles.insert(state_.tiles.end(), tiles_.begin(), tiles_.end());
+        state_.layout = std::move(layout_);
+        state_.latent = std::move(latent_);
+        state_.queries = std::move(queries_);
+        state_.shaping = std::move(shaping_);
+        state_.tokens = tokens_;
+        state_.recent_first = recent_first_;
+        state_.sinks = std::move(sinks_);
+        state_.recent = std::move(recent_);
+        state_.settled_extremes = settled_extremes_;
+        state_.provisional = std::move(provisional_);
+        state_.provisional_queries = std::move(provisional_queries_);
+        state_.attention = std::move(attention_);
     }
 
   private:
