@@ -12,7 +12,7 @@
 #include "kvplane/latent/keys.hpp"
 #include "kvplane/latent/schedule.hpp"
 #include "kvplane/matrix.hpp"
-#include "kvplane/quantize/block.hpp"
+#include "kvplane/quantize/rule.hpp"
 #include "kvplane/storage/tile_format.hpp"
 #include "kvplane/transform/rope.hpp"
 

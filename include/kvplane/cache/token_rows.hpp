@@ -11,10 +11,12 @@
 
 #include "kvplane/cache/configuration.hpp"
 #include "kvplane/cache/state.hpp"
+#include "kvplane/compiled.hpp"
 #include "kvplane/matrix.hpp"
-#include "kvplane/quantize/block.hpp"
 
 namespace kvplane::detail {
+
+class BlockQuantizer;
 
 class TokenRows {
   public:
@@ -45,31 +47,11 @@ class TokenRows {
     /// Stores tokens [first, first + count) of one head of a side, of rows tokens x (kv_heads * dim), from row `at`
     /// on. Calls for other heads or sides may run at the same time, each with a quantizer of its own.
     void write(TileSide side, Index head, RowView<const float> rows, Index first, Index count, Index at,
-               std::byte* page, BlockQuantizer& quantizer) const {
-        half(side) ? write_half(rows, side, head, first, count, at, page)
-                   : write_bytes(rows, side, head, first, count, at, page, quantizer);
-    }
+               std::byte* page, BlockQuantizer& quantizer) const;
 
     /// Rows [at, at + count) of one head and side as floats, `stride` apart.
     void read(const std::byte* page, TileSide side, Index head, Index at, Index count, float* out,
-              Index stride) const {
-        const Index channels = dim(side);
-        const TileSide from_side = stored(side);
-        if (half(from_side)) {
-            const auto* from = reinterpret_cast<const Eigen::half*>(page + row(from_side, head, at));
-            const Isa isa = current_isa();
-            for (Index t = 0; t < count; ++t)
-                widen_row(isa, from + t * dim(from_side), channels, out + t * stride);
-            return;
-        }
-        const auto* codes = reinterpret_cast<const std::uint8_t*>(page + row(from_side, head, at));
-        for (Index t = 0; t < count; ++t, codes += dim(from_side)) {
-            const auto step = static_cast<float>(
-                *reinterpret_cast<const Eigen::half*>(page + step_at(from_side, head, at + t)));
-            for (Index c = 0; c < channels; ++c)
-                out[t * stride + c] = step * static_cast<float>(static_cast<int>(codes[c]) - 128);
-        }
-    }
+              Index stride) const;
 
     /// Copies a token of all heads, bit by bit, to row `to` of another page.
     void copy(const std::byte* from_page, Index from, std::byte* to_page, Index to) const noexcept {
@@ -131,27 +113,9 @@ class TokenRows {
     }
 
     void write_half(RowView<const float> rows, TileSide side, Index head, Index first, Index count, Index at,
-                    std::byte* page) const {
-        auto* to = reinterpret_cast<Eigen::half*>(page + row(side, head, at));
-        const Isa isa = current_isa();
-        for (Index t = 0; t < count; ++t)
-            narrow_row(isa, rows[first + t] + head * dim(side), dim(side), to + t * dim(side));
-    }
+                    std::byte* page) const;
     void write_bytes(RowView<const float> rows, TileSide side, Index head, Index first, Index count, Index at,
-                     std::byte* page, BlockQuantizer& quantizer) const {
-        quantizer.quantize(rows_of_heads(rows, kv_heads_, dim(side)),
-                           {.argument = side == TileSide::keys ? "keys" : "values",
-                            .head = head,
-                            .first = first,
-                            .count = count,
-                            .channels = dim(side),
-                            .rule = {Granularity::per_token, dim(side), Scheme::symmetric, Clip::none},
-                            .bits = 8,
-                            .codes = reinterpret_cast<std::uint8_t*>(page + row(side, head, at)),
-                            .code_stride = dim(side)});
-        std::copy(quantizer.step().begin(), quantizer.step().end(),
-                  reinterpret_cast<Eigen::half*>(page + step_at(side, head, at)));
-    }
+                     std::byte* page, BlockQuantizer& quantizer) const;
 
     Index kv_heads_;
     PerSide<Index> dim_;
@@ -161,3 +125,7 @@ class TokenRows {
 };
 
 }  // namespace kvplane::detail
+
+#if !defined(KVPLANE_COMPILED)
+#include "kvplane/cache/impl/token_rows.hpp"
+#endif

@@ -34,7 +34,7 @@
 #include <cstdint>
 
 #include "kvplane/error.hpp"
-#include "kvplane/simd/half.hpp"
+#include "kvplane/simd/half_number.hpp"
 
 namespace kvplane {
 

@@ -1,5 +1,4 @@
-// kvplane/simd/half.hpp: fp16 arithmetic: widening, rounding in every direction, narrowing, of numbers and of
-// vectors of them.
+// kvplane/simd/half.hpp: fp16 arithmetic of vectors: widening, rounding in every direction, narrowing.
 //
 // All of it is exact or rounds once, as IEEE 754 says, and gives the same bits on every instruction set. It
 // also does so in a thread that flushes subnormal numbers (torch, ONNX Runtime and objects linked with
@@ -13,28 +12,11 @@
 #include <limits>
 #include <utility>
 
+#include "kvplane/simd/half_number.hpp"
 #include "kvplane/simd/isa.hpp"
 #include "kvplane/simd/vector.hpp"
 
 namespace kvplane {
-
-using Index = Eigen::Index;
-
-/// The largest finite fp16 magnitude; inputs beyond it are refused.
-inline constexpr float fp16_max = 65504.0f;
-
-/// The nearest fp16 values not above and not below x, for |x| <= fp16_max; infinite beyond it.
-inline Eigen::half half_below(float x) {
-    Eigen::half h(x);
-    if (static_cast<float>(h) <= x) return h;
-    const std::uint16_t bits = h.x;
-    if (bits == 0x0000) return Eigen::numext::bit_cast<Eigen::half>(std::uint16_t{0x8001});
-    return Eigen::numext::bit_cast<Eigen::half>(
-        static_cast<std::uint16_t>((bits & 0x8000) ? bits + 1 : bits - 1));
-}
-inline Eigen::half half_above(float x) {
-    return -half_below(-x);
-}
 
 namespace detail::simd {
 

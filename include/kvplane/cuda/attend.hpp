@@ -1,0 +1,268 @@
+// kvplane/cuda/attend.hpp: attention of a batch of sequences on packed tiles in device memory, by one launch.
+//
+//   AttendWorkspace workspace;
+//   workspace.plan(layer, sequences, 1, parameters, stream);          // what each block does
+//   workspace.attend(queries, output, nullptr, stream);               // may be captured in a CUDA graph
+//
+// A block takes some tiles of one sequence and key head, for eight query rows; each of its warps takes every so
+// manyth of these. Which is which is fixed by the plan, so that results repeat bit for bit on one card. The last
+// block of a head to end puts the parts together, in their order.
+//
+// For the host's compiler; the kernels are in cuda/attend.cuh, for nvcc.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kvplane/attention/parameters.hpp"
+#include "kvplane/cuda/attend_arguments.hpp"
+#include "kvplane/cuda/error.cuh"
+
+namespace kvplane::cuda {
+
+/// One of a batch: what a cache in device memory holds.
+struct DeviceSequence {
+    std::span<const DeviceTile> tiles;     ///< on the host
+    const DeviceTile* device_tiles = nullptr;  ///< the same in device memory
+    const std::byte* sinks = nullptr;
+    std::span<const std::byte* const> recent;  ///< pages, on the host
+    Index sink_count = 0, recent_first = 0, tokens = 0;
+    Index hidden_from = 0, hidden_to = 0;
+};
+
+/// Memory and plans of attention. Each call works on the stream that it is given; nothing waits for the device, but
+/// for a plan whose predecessor has not been copied yet.
+class AttendWorkspace {
+  public:
+    /// For the current device. Throws Error (io) where there is none.
+    AttendWorkspace() {
+        using detail::require_cuda;
+        require_cuda(cudaGetDevice(&device_), "find a device");
+        int most = 0;
+        require_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_), "ask the device");
+        require_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "ask the device");
+        shared_bytes_ = static_cast<std::uint32_t>(most);
+        require_cuda(cudaEventCreateWithFlags(&copied_, cudaEventDisableTiming), "make an event");
+    }
+    AttendWorkspace(const AttendWorkspace&) = delete;
+    AttendWorkspace& operator=(const AttendWorkspace&) = delete;
+    ~AttendWorkspace() {
+        cudaEventDestroy(copied_);
+        cudaFreeHost(staging_);
+        cudaFree(memory_);
+    }
+
+    /// Plans attention of `query_tokens` tokens of each sequence, 1 to 8, by default its last. Sequences stay as they
+    /// are until attend() has run. Parameters: of the bias the address is of device memory, as are sink_logits and
+    /// alibi_slopes; the bias is [sum of query tokens][keys] where all sequences have as many. Throws Error (shape,
+    /// option, out_of_memory).
+    void plan(const LayerView& layer, std::span<const DeviceSequence> sequences, Index query_tokens,
+              const AttentionParameters& parameters, cudaStream_t stream) {
+        require(query_tokens >= 1 && query_tokens <= 8, ErrorCode::shape, "cuda attention: ", query_tokens,
+                " query tokens of each sequence, expected 1 to 8");
+        require(!sequences.empty(), ErrorCode::shape, "cuda attention: no sequences");
+        take(layer, parameters);
+        std::vector<detail::SequenceTask> tasks;
+        std::vector<const std::byte*> recent;
+        Index row = 0;
+        for (const DeviceSequence& sequence : sequences) {
+            tasks.push_back(task(sequence, parameters, query_tokens, row));
+            row += query_tokens;
+            recent.insert(recent.end(), sequence.recent.begin(), sequence.recent.end());
+        }
+        const std::vector<detail::WorkItem> items = share_out(sequences, tasks, query_tokens);
+        upload(items, tasks, recent, sequences, stream);
+    }
+
+    /// Attends: queries [sum of query tokens][query_heads][key_head_dim], output [..][query_heads][value_head_dim],
+    /// log_sum_exp (nullptr: none) [..][query_heads]. Can be captured in a CUDA graph, whose launches then use the
+    /// plan that is there. Throws Error (io).
+    void attend(const DeviceRows& queries, const DeviceRows& output, float* log_sum_exp, cudaStream_t stream) {
+        require(blocks_ > 0, ErrorCode::option, "cuda attention: no plan");
+        arguments_.queries = queries;
+        arguments_.output = output;
+        arguments_.log_sum_exp = log_sum_exp;
+        detail::require_cuda(static_cast<cudaError_t>(detail::launch(arguments_, blocks_, warps_, bytes_, stream)),
+                             "attend");
+    }
+
+    /// Blocks and warps a block of the plan.
+    int blocks() const noexcept { return blocks_; }
+    int warps() const noexcept { return warps_; }
+
+  private:
+    void take(const LayerView& layer, const AttentionParameters& parameters) {
+        detail::AttendArguments& a = arguments_;
+        a = {};
+        a.layer = layer;
+        a.scale = static_cast<float>(parameters.scale > 0.0 ? parameters.scale
+                                                            : 1.0 / std::sqrt(static_cast<double>(layer.key_head_dim)));
+        a.softcap = parameters.softcap < 1e30 ? static_cast<float>(parameters.softcap) : 0.0f;
+        a.window = static_cast<std::int32_t>(parameters.sliding_window);
+        a.window_sinks = static_cast<std::int32_t>(parameters.sinks);
+        a.causal = parameters.causal;
+        a.sink_logits = parameters.sink_logits.empty() ? nullptr : parameters.sink_logits.data();
+        a.alibi_slopes = parameters.alibi_slopes.empty() ? nullptr : parameters.alibi_slopes.data();
+        a.query_stride = static_cast<std::uint32_t>(layer.key_head_dim + 4) * 4;
+        a.slot_bytes = static_cast<std::uint32_t>((std::max(layer.keys.bytes, layer.values.bytes) + 127) / 128 * 128);
+        // The warps' outputs go through their slots.
+        a.slot_bytes = std::max(a.slot_bytes, static_cast<std::uint32_t>(layer.value_head_dim * 16 + 127) / 128 * 128);
+        const std::uint32_t rows = std::max(
+            (layer.rotates_keys == Rotation::none ? 1u : 2u) * 8u * a.query_stride,
+            8u * static_cast<std::uint32_t>(layer.value_head_dim + 2) * 4u);
+        const std::uint32_t fixed = rows + 2048;
+        warps_ = 0;
+        for (const int warps : {8, 4, 3, 2, 1})
+            if (warps_ == 0 && fixed + static_cast<std::uint32_t>(2 * warps) * a.slot_bytes <= shared_bytes_) warps_ = warps;
+        require(warps_ > 0, ErrorCode::option, "cuda attention: tiles of ", a.slot_bytes,
+                " bytes, of which two do not fit the memory of a block (", shared_bytes_, ")");
+        bytes_ = rows + static_cast<std::uint32_t>(2 * warps_) * a.slot_bytes;
+    }
+
+    detail::SequenceTask task(const DeviceSequence& sequence, const AttentionParameters& parameters, Index query_tokens,
+                              Index row) const {
+        const Index position = parameters.first_position(sequence.tokens, query_tokens);
+        require(position >= 0 || !parameters.causal, ErrorCode::shape, "cuda attention: ", query_tokens,
+                " query tokens over ", sequence.tokens, " cached ones, expected the last of them, or a position");
+        detail::SequenceTask task{};
+        task.tiles = sequence.device_tiles;
+        // Tiles that lie before every window, and behind what stays visible in spite of it.
+        task.skip_from = static_cast<std::int32_t>(sequence.tiles.size());
+        if (parameters.sliding_window > 0) {
+            const Index seen = position - parameters.sliding_window + 1;
+            std::size_t from = 0, to = 0;
+            while (from < sequence.tiles.size() && sequence.tiles[from].first < parameters.sinks) ++from;
+            for (to = from; to < sequence.tiles.size() && sequence.tiles[to].first + sequence.tiles[to].tokens <= seen;) ++to;
+            task.skip_from = static_cast<std::int32_t>(from);
+            task.skip = static_cast<std::int32_t>(to - from);
+        }
+        for (const DeviceTile& tile : sequence.tiles)
+            require(tile.shift == 0, ErrorCode::option,
+                    "cuda attention: tiles whose tokens have moved since they were stored");
+        task.sinks = sequence.sinks;
+        task.sink_count = static_cast<std::int32_t>(sequence.sink_count);
+        task.recent_first = static_cast<std::int32_t>(sequence.recent_first);
+        task.recent_count = static_cast<std::int32_t>(sequence.tokens - sequence.recent_first);
+        if (sequence.recent.empty()) task.recent_count = 0;
+        task.hidden_from = static_cast<std::int32_t>(sequence.hidden_from);
+        task.hidden_to = static_cast<std::int32_t>(sequence.hidden_to);
+        task.position = static_cast<std::int32_t>(position);
+        task.query_row = static_cast<std::int32_t>(row);
+        task.query_tokens = static_cast<std::int32_t>(query_tokens);
+        task.keys = static_cast<std::int32_t>(sequence.tokens);
+        return task;
+    }
+
+    std::vector<detail::WorkItem> share_out(std::span<const DeviceSequence> sequences,
+                                            std::span<const detail::SequenceTask> tasks, Index query_tokens) {
+        const LayerView& layer = arguments_.layer;
+        const Index rows = query_tokens * (layer.query_heads / layer.kv_heads);
+        const Index heads = layer.kv_heads * ((rows + detail::rows_of_block - 1) / detail::rows_of_block);
+        const auto tiles = [&](std::size_t i) { return static_cast<Index>(sequences[i].tiles.size()) - tasks[i].skip; };
+        Index all = 0;
+        for (std::size_t i = 0; i < tasks.size(); ++i) all += heads * tiles(i);
+        const auto parts = [&](std::size_t i, Index most) { return std::max<Index>(1, (tiles(i) + most - 1) / most); };
+        const auto count = [&](Index most) {
+            Index sum = 0;
+            for (std::size_t i = 0; i < tasks.size(); ++i) sum += heads * parts(i, most);
+            return sum;
+        };
+        // As few tiles a part as give no more parts than there are multiprocessors.
+        const Index wanted = std::max<Index>(multiprocessors_, heads * static_cast<Index>(tasks.size()));
+        Index most = std::max<Index>(1, (all + multiprocessors_ - 1) / multiprocessors_);
+        while (count(most) > wanted) ++most;
+
+        std::vector<detail::WorkItem> items;
+        partials_ = counters_ = 0;
+        for (std::size_t i = 0; i < tasks.size(); ++i)
+            for (std::int32_t head = 0; head < layer.kv_heads; ++head)
+                for (Index row = 0; row < rows; row += detail::rows_of_block) {
+                    const Index n = parts(i, most);
+                    for (Index p = 0; p < n; ++p)
+                        items.push_back({static_cast<std::int32_t>(i), head, static_cast<std::int32_t>(row),
+                                         static_cast<std::int32_t>(tiles(i) * p / n),
+                                         static_cast<std::int32_t>(tiles(i) * (p + 1) / n), static_cast<std::int32_t>(p),
+                                         static_cast<std::int32_t>(n), static_cast<std::int32_t>(partials_),
+                                         static_cast<std::int32_t>(counters_)});
+                    partials_ += n;
+                    ++counters_;
+                }
+        // The longest first, so that the last ones to start are short.
+        std::stable_sort(items.begin(), items.end(), [](const detail::WorkItem& a, const detail::WorkItem& b) {
+            return a.end_tile - a.first_tile > b.end_tile - b.first_tile;
+        });
+        return items;
+    }
+
+    void upload(const std::vector<detail::WorkItem>& items, std::vector<detail::SequenceTask>& tasks,
+                const std::vector<const std::byte*>& recent, std::span<const DeviceSequence> sequences,
+                cudaStream_t stream) {
+        using detail::require_cuda;
+        const auto aligned = [](std::size_t bytes) { return (bytes + 255) / 256 * 256; };
+        const std::size_t item_bytes = aligned(items.size() * sizeof(items[0])),
+                          task_bytes = aligned(tasks.size() * sizeof(tasks[0])),
+                          page_bytes = aligned(recent.size() * sizeof(recent[0]) + 1),
+                          copied_bytes = item_bytes + task_bytes + page_bytes,
+                          counter_bytes = aligned(static_cast<std::size_t>(counters_) * 4),
+                          partial_bytes = static_cast<std::size_t>(partials_) * 8 *
+                                          static_cast<std::size_t>(arguments_.layer.value_head_dim + 2) * 4;
+        if (pending_) require_cuda(cudaEventSynchronize(copied_), "wait for the plan before");
+        pending_ = false;
+        blocks_ = 0;
+        if (copied_bytes > staging_bytes_) {
+            require_cuda(cudaFreeHost(staging_), "free memory");
+            staging_ = nullptr;
+            staging_bytes_ = 0;
+            require_cuda(cudaMallocHost(&staging_, 2 * copied_bytes), "take memory for a plan");
+            staging_bytes_ = 2 * copied_bytes;
+        }
+        const std::size_t all = copied_bytes + counter_bytes + partial_bytes;
+        if (all > memory_bytes_) {
+            // Work that uses the memory may be under way on any stream: cudaFree waits for it.
+            require_cuda(cudaFree(memory_), "free memory");
+            memory_ = nullptr;
+            memory_bytes_ = 0;
+            require_cuda(cudaMalloc(&memory_, 2 * all), "take memory for attention");
+            memory_bytes_ = 2 * all;
+        }
+        auto* const device = static_cast<std::byte*>(memory_);
+        auto* const host = static_cast<std::byte*>(staging_);
+        auto* const pages = reinterpret_cast<const std::byte**>(device + item_bytes + task_bytes);
+        Index page = 0;
+        for (std::size_t i = 0; i < tasks.size(); ++i) {
+            tasks[i].recent = pages + page;
+            page += static_cast<Index>(sequences[i].recent.size());
+        }
+        std::copy_n(reinterpret_cast<const std::byte*>(items.data()), items.size() * sizeof(items[0]), host);
+        std::copy_n(reinterpret_cast<const std::byte*>(tasks.data()), tasks.size() * sizeof(tasks[0]), host + item_bytes);
+        std::copy_n(reinterpret_cast<const std::byte*>(recent.data()), recent.size() * sizeof(recent[0]),
+                    host + item_bytes + task_bytes);
+        require_cuda(cudaMemcpyAsync(device, host, copied_bytes, cudaMemcpyHostToDevice, stream), "copy a plan");
+        require_cuda(cudaEventRecord(copied_, stream), "mark a plan as copied");
+        pending_ = true;
+        require_cuda(cudaMemsetAsync(device + copied_bytes, 0, counter_bytes, stream), "clear counters");
+        arguments_.items = reinterpret_cast<const detail::WorkItem*>(device);
+        arguments_.sequences = reinterpret_cast<const detail::SequenceTask*>(device + item_bytes);
+        arguments_.counters = reinterpret_cast<std::uint32_t*>(device + copied_bytes);
+        arguments_.partials = reinterpret_cast<float*>(device + copied_bytes + counter_bytes);
+        blocks_ = static_cast<int>(items.size());
+    }
+
+    int device_ = 0, multiprocessors_ = 0;
+    std::uint32_t shared_bytes_ = 0, bytes_ = 0;
+    int warps_ = 0, blocks_ = 0;
+    Index partials_ = 0, counters_ = 0;
+    detail::AttendArguments arguments_{};
+    void *staging_ = nullptr, *memory_ = nullptr;
+    std::size_t staging_bytes_ = 0, memory_bytes_ = 0;
+    cudaEvent_t copied_{};
+    bool pending_ = false;
+};
+
+}  // namespace kvplane::cuda

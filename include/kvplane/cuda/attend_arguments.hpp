@@ -1,0 +1,71 @@
+// kvplane/cuda/attend_arguments.hpp: what attention kernels take: plain structs of pointers and numbers, and the seam
+// between the host's compiler, which plans attention (cuda/attend.hpp), and nvcc, which compiles the kernels
+// (cuda/attend.cuh).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kvplane/cuda/tile_views.hpp"
+
+struct CUstream_st;
+
+namespace kvplane::cuda {
+
+enum class Number : std::uint8_t { fp32, fp16, bf16 };
+
+/// Rows of heads in device memory, [tokens][heads][head_dim]: distances in numbers; channels are neighbours.
+struct DeviceRows {
+    void* data = nullptr;
+    Number number = Number::fp16;
+    std::int64_t token_stride = 0, head_stride = 0;
+};
+
+namespace detail {
+
+/// Query rows that a block takes, and warps that it has at most.
+inline constexpr int rows_of_block = 8, most_warps = 8;
+
+/// What one block does.
+struct WorkItem {
+    std::int32_t sequence, head, first_row;
+    std::int32_t first_tile, end_tile;
+    std::int32_t part, parts;
+    std::int32_t partial;  ///< the first of the head's parts among all
+    std::int32_t counter;  ///< of the head's parts that have ended
+};
+
+/// One of the batch, in device memory.
+struct SequenceTask {
+    const DeviceTile* tiles;
+    std::int32_t skip_from, skip;  ///< behind so many tiles, that many are seen by no query
+    const std::byte* sinks;
+    const std::byte* const* recent;  ///< pages
+    std::int32_t sink_count, recent_first, recent_count;
+    std::int32_t hidden_from, hidden_to;
+    std::int32_t position, query_row, query_tokens;
+    std::int32_t bias_row, keys;  ///< of the bias: its first row, and numbers a row
+};
+
+struct AttendArguments {
+    LayerView layer;
+    const WorkItem* items;
+    const SequenceTask* sequences;
+    float* partials;  ///< [part][8][value_head_dim + 2]
+    std::uint32_t* counters;
+    DeviceRows queries, output;
+    float* log_sum_exp;  ///< [query row][query head]
+    float scale, softcap;
+    std::int32_t window, window_sinks;
+    bool causal, bias_of_heads;
+    const float *sink_logits, *alibi_slopes, *bias;
+    const float *key_signs, *value_signs;  ///< of the rotations
+    std::uint32_t slot_bytes, query_stride;
+};
+
+/// Launches attention with the kernel that is made for the layer's widths, or that for all. `bytes`: of shared memory.
+/// Returns a cudaError_t. Defined by cuda/attend.cuh.
+int launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes, CUstream_st* stream);
+
+}  // namespace detail
+}  // namespace kvplane::cuda

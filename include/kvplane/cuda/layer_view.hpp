@@ -1,0 +1,66 @@
+// kvplane/cuda/layer_view.hpp: the caches of one layer as kernels take them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kvplane/cache/shape.hpp"
+#include "kvplane/cache/token_rows.hpp"
+#include "kvplane/cuda/attend_arguments.hpp"
+#include "kvplane/cuda/tile_views.hpp"
+
+namespace kvplane::cuda {
+
+/// How many planes of each side are read.
+struct PlanesRead {
+    int keys = PlaneSplit::max_planes, values = PlaneSplit::max_planes;
+};
+
+namespace detail {
+
+inline OutsideView outside_view(const CacheConfiguration& c, Index capacity, int key_bits, int value_bits) {
+    const auto side = [&](Index dim, int bits, Index rows_at, Index steps_at) {
+        return TokenRowsView{bits == 16, static_cast<std::int32_t>(capacity), static_cast<std::int32_t>(dim * bits / 8),
+                             rows_at, steps_at};
+    };
+    const Index rows = capacity * c.kv_heads, key_bytes = rows * c.key_head_dim * key_bits / 8,
+                all_bytes = key_bytes + rows * c.value_head_dim * value_bits / 8;
+    return {side(c.key_head_dim, key_bits, 0, all_bytes),
+            side(c.value_head_dim, value_bits, key_bytes, all_bytes + (key_bits == 16 ? 0 : 2 * rows))};
+}
+
+}  // namespace detail
+
+/// Throws Error (option) for a configuration whose tiles the kernels do not read: keys in latents, values in keys,
+/// and what key_tile_view() and value_tile_view() refuse; for heads of other than a multiple of 8 channels up to 256.
+inline LayerView layer_view(const kvplane::detail::CacheShape& shape, const PlanesRead& read = {}) {
+    const CacheConfiguration& c = shape.configuration;
+    require(!c.recipe.latents, ErrorCode::option, "cuda: keys in latents, expected keys in channels");
+    require(!c.values_in_keys, ErrorCode::option, "cuda: values in keys, expected values of their own");
+    const auto dim = [](Index d, const char* side) {
+        require(d >= 8 && d <= 256 && d % 8 == 0, ErrorCode::option, "cuda: heads of ", d, " channels of ", side,
+                ", expected a multiple of 8 up to 256");
+        return static_cast<std::int32_t>(d);
+    };
+    const PageLayout& layout = *shape.layout;
+    LayerView view{};
+    view.kv_heads = static_cast<std::int32_t>(c.kv_heads);
+    view.query_heads = static_cast<std::int32_t>(c.query_heads);
+    view.key_head_dim = dim(c.key_head_dim, "keys");
+    view.value_head_dim = dim(c.value_head_dim, "values");
+    view.keys = key_tile_view(layout.key_format(0), read.keys);
+    view.values = value_tile_view(layout.values, read.values);
+    view.value_offset = static_cast<std::int32_t>(layout.value_at[0]);
+    view.head_stride = static_cast<std::int32_t>(layout.key_format(0).bytes() + layout.values.bytes());
+    view.rotated_at = static_cast<std::int32_t>(layout.rotated_at);
+    view.rotates_keys = layout.rotates_by_tile()          ? Rotation::by_tile
+                        : shape.rotates(TileSide::keys) ? Rotation::all
+                                                        : Rotation::none;
+    view.rotates_values = shape.rotates(TileSide::values);
+    view.sinks = detail::outside_view(c, c.recipe.sink_tokens, 16, 16);
+    view.recent = detail::outside_view(c, kvplane::detail::recent_page_tokens, c.recipe.recent_bits_of(TileSide::keys),
+                                       c.recipe.recent_bits_of(TileSide::values));
+    return view;
+}
+
+}  // namespace kvplane::cuda

@@ -1,0 +1,152 @@
+// kvplane/cuda/tile_views.hpp: tiles as kernels take them: plain numbers, made from TileFormat.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kvplane/cuda/device.hpp"
+#include "kvplane/error.hpp"
+#include "kvplane/quantize/grid.hpp"
+#include "kvplane/storage/tile_format.hpp"
+
+namespace kvplane::cuda {
+
+/// A tile of a sequence, in device memory. Its tokens are the rows [row, row + tokens) of the page.
+struct DeviceTile {
+    const std::byte* page;
+    std::int32_t first;   ///< position of the first token
+    std::int32_t row;
+    std::int32_t tokens;
+    std::int32_t shift;   ///< TilePlace::shift
+};
+
+/// Channels of one width, and where their planes and grids stand in a tile.
+struct SegmentView {
+    std::int32_t first_channel, channels;
+    std::int32_t bits;  ///< that are read of each code: 1 to 8; 16: fp16
+    std::int32_t plane_at[PlaneSplit::max_planes];
+    std::int32_t step_at, lower_at;  ///< lower_at -1: there are none
+    std::int32_t step_bytes;         ///< 2, or 1 where the upper byte of an fp16 number is stored
+    float step_scale;                ///< 2^(bits that are not read)
+    float lower_in_steps;            ///< where there are no lowers: of the step that is read
+
+    bool operator==(const SegmentView&) const = default;
+};
+
+/// A tile of keys.
+struct KeyTileView {
+    static constexpr int max_segments = 8;
+    std::int32_t segments;
+    std::int32_t groups;  ///< of tokens, each with grids of its own: 1, 2 or 4
+    std::int32_t bytes;   ///< from the tile's begin on that are read
+    SegmentView segment[max_segments];
+};
+
+/// A tile of values.
+struct ValueTileView {
+    SegmentView all;
+    std::int32_t run_blocks;  ///< blocks of 32 channels that share a grid
+    std::int32_t bytes;       ///< from the tile's begin on that are read
+};
+
+/// Rows of one side in a page of tokens outside tiles (cache/token_rows.hpp).
+struct TokenRowsView {
+    bool half;               ///< fp16; otherwise bytes with a step a row
+    std::int32_t capacity;   ///< rows a head
+    std::int32_t row_bytes;
+    std::int64_t rows_at, steps_at;  ///< of head 0, in the page
+};
+struct OutsideView {
+    TokenRowsView keys, values;
+};
+
+enum class Rotation : std::uint8_t { none, all, by_tile };
+
+/// All that a kernel knows of a layer.
+struct LayerView {
+    std::int32_t kv_heads, query_heads, key_head_dim, value_head_dim;
+    KeyTileView keys;
+    ValueTileView values;
+    std::int32_t head_stride, value_offset;  ///< in a page: from head to head, and from a head's keys to its values
+    std::int32_t rotated_at;                 ///< where Rotation::by_tile: the page's byte for head 0
+    Rotation rotates_keys;
+    bool rotates_values;
+    OutsideView sinks, recent;
+};
+
+namespace detail {
+
+/// The first `planes` planes of a segment.
+inline SegmentView segment_view(const TileFormat::Placed& placed, int planes) {
+    SegmentView view{};
+    view.first_channel = static_cast<std::int32_t>(placed.first_channel);
+    view.channels = static_cast<std::int32_t>(placed.channels);
+    view.bits = placed.split.prefix_bits(planes);
+    for (int p = 0; p < planes; ++p)
+        view.plane_at[p] = static_cast<std::int32_t>(placed.plane_at[static_cast<std::size_t>(p)]);
+    if (!placed.has_grids()) return view;
+    const float unread = power_of_two(placed.bits - view.bits);
+    view.step_at = static_cast<std::int32_t>(placed.step_at);
+    view.lower_at = has_lower(placed.scheme) ? static_cast<std::int32_t>(placed.lower_at) : -1;
+    view.step_bytes = step_bytes(placed.scheme);
+    view.step_scale = unread;
+    view.lower_in_steps = has_lower(placed.scheme) ? 0.0f : lower_in_steps(placed.scheme, placed.bits) / unread;
+    return view;
+}
+
+/// Where the planes of a segment that are read end.
+inline Index read_end(const TileFormat& format, const TileFormat::Placed& placed, int planes) {
+    Index end = format.grid_bytes();
+    for (int p = 0; p < planes; ++p)
+        end = std::max(end, placed.plane_at[static_cast<std::size_t>(p)] +
+                                format.plane_bytes(placed, placed.split[p]));
+    return end;
+}
+
+}  // namespace detail
+
+/// planes: how many planes of each segment are read at most. Throws Error (option) for what kernels do not read:
+/// grids by token, more than 8 segments.
+inline KeyTileView key_tile_view(const TileFormat& format, int planes = PlaneSplit::max_planes) {
+    KeyTileView view{};
+    Index end = 0;
+    for (const TileFormat::Placed& placed : format.segments()) {
+        if (placed.bits == 0) continue;
+        require(view.segments < KeyTileView::max_segments, ErrorCode::option,
+                "cuda: keys in more than ", KeyTileView::max_segments, " widths");
+        require(placed.is_half() || format.rule().granularity == Granularity::per_channel, ErrorCode::option,
+                "cuda: grids of keys ", name(format.rule().granularity), ", expected per channel");
+        const int read = std::min(planes, placed.split.count);
+        view.segment[view.segments++] = detail::segment_view(placed, read);
+        end = std::max(end, detail::read_end(format, placed, read));
+    }
+    view.groups = format.grids_span_tokens() ? static_cast<std::int32_t>(tile_tokens / format.rule().group) : 1;
+    view.bytes = static_cast<std::int32_t>(end);
+    return view;
+}
+
+/// Throws Error (option) for what kernels do not read: tokens of different widths, grids with negative steps,
+/// grids over other runs of channels than multiples of 32 or the whole head.
+inline ValueTileView value_tile_view(const TileFormat& format, int planes = PlaneSplit::max_planes) {
+    require(!format.by_token(), ErrorCode::option,
+            "cuda: values of different widths by token, expected one width");
+    require(format.segments().size() == 1, ErrorCode::option, "cuda: values in ", format.segments().size(),
+            " segments, expected one");
+    const TileFormat::Placed& placed = format.segments()[0];
+    require(placed.bits > 0, ErrorCode::option, "cuda: values of no bits, expected 1 to 8 or 16");
+    const Index run = std::min(format.rule().group, format.channels());
+    require(placed.is_half() || (format.rule().granularity == Granularity::per_token &&
+                                 (run % 32 == 0 || run == format.channels())),
+            ErrorCode::option, "cuda: grids of values ", name(format.rule().granularity), " over ", run,
+            ", expected per token over a multiple of 32 channels or the whole head");
+    require(placed.scheme != Scheme::full_range, ErrorCode::option,
+            "cuda: grids of values of the scheme full_range, whose steps may be negative; expected another");
+    const int read = std::min(planes, placed.split.count);
+    ValueTileView view{};
+    view.all = detail::segment_view(placed, read);
+    view.run_blocks = static_cast<std::int32_t>((run + 31) / 32);
+    view.bytes = static_cast<std::int32_t>(detail::read_end(format, placed, read));
+    return view;
+}
+
+}  // namespace kvplane::cuda

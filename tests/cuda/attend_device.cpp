@@ -1,0 +1,236 @@
+// Attention on a device, against double precision over what the caches store. For machines with one; without a
+// device it says so and tests nothing.
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kvplane/attention/reference.hpp"
+#include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/cuda/attend.hpp"
+#include "kvplane/cuda/layer_view.hpp"
+#include "kvplane/recipe_names.hpp"
+#include "kvplane/recipes.hpp"
+#include "test_inputs.hpp"
+#include "test_support.hpp"
+
+namespace {
+
+using namespace kvplane;
+using kvplane::cuda::AttendWorkspace;
+using kvplane::cuda::DeviceSequence;
+using kvplane::cuda::DeviceTile;
+using kvplane_test::Random;
+
+bool has_device() {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0) return true;
+    (void)cudaGetLastError();
+    return false;
+}
+#define KVPLANE_NEEDS_DEVICE()                                                        \
+    do {                                                                              \
+        if (!has_device()) GTEST_SKIP() << "NOT TESTED: no CUDA device on this machine"; \
+    } while (false)
+
+void expect_ok(cudaError_t status) { ASSERT_EQ(status, cudaSuccess) << cudaGetErrorString(status); }
+
+/// Memory of the device.
+class DeviceBytes {
+  public:
+    explicit DeviceBytes(std::size_t bytes) : bytes_(bytes) {
+        EXPECT_EQ(cudaMalloc(&data_, std::max<std::size_t>(bytes, 16)), cudaSuccess);
+        // NaN in every type: what a kernel leaves out is seen.
+        EXPECT_EQ(cudaMemset(data_, 0xFF, std::max<std::size_t>(bytes, 16)), cudaSuccess);
+    }
+    DeviceBytes(const void* from, std::size_t bytes) : DeviceBytes(bytes) {
+        EXPECT_EQ(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice), cudaSuccess);
+    }
+    DeviceBytes(DeviceBytes&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+    DeviceBytes(const DeviceBytes&) = delete;
+    DeviceBytes& operator=(const DeviceBytes&) = delete;
+    ~DeviceBytes() { cudaFree(data_); }
+    template <class T = std::byte>
+    T* as() const {
+        return static_cast<T*>(data_);
+    }
+    template <class T>
+    std::vector<T> read() const {
+        std::vector<T> to(bytes_ / sizeof(T));
+        EXPECT_EQ(cudaMemcpy(to.data(), data_, bytes_, cudaMemcpyDeviceToHost), cudaSuccess);
+        return to;
+    }
+
+  private:
+    void* data_ = nullptr;
+    std::size_t bytes_;
+};
+
+/// A cache's pages on the device.
+class Uploaded {
+  public:
+    explicit Uploaded(const KvCache& cache) {
+        const kvplane::detail::CacheState& state = cache.state();
+        const auto page = [&](const PageReference& reference) {
+            pages_.emplace_back(reference.data(), static_cast<std::size_t>(reference.bytes()));
+            return static_cast<const std::byte*>(pages_.back().as());
+        };
+        for (std::size_t t = 0; t < state.tiles.size(); ++t) {
+            const TilePlace& tile = state.tiles[t];
+            tiles_.push_back({page(state.tile_pages[t]), static_cast<std::int32_t>(tile.first),
+                              static_cast<std::int32_t>(tile.row), static_cast<std::int32_t>(tile.tokens),
+                              static_cast<std::int32_t>(tile.shift)});
+        }
+        for (const PageReference& recent : state.recent) recent_.push_back(page(recent));
+        if (state.sinks) sequence.sinks = page(state.sinks);
+        pages_.emplace_back(tiles_.data(), tiles_.size() * sizeof(DeviceTile));
+        sequence.tiles = tiles_;
+        sequence.device_tiles = pages_.back().as<DeviceTile>();
+        sequence.recent = recent_;
+        sequence.sink_count = state.sink_count(cache.configuration().recipe);
+        sequence.recent_first = state.recent_first;
+        sequence.tokens = state.tokens;
+        sequence.hidden_from = state.kept_sinks;
+        sequence.hidden_to = state.dropped;
+    }
+    DeviceSequence sequence;
+
+  private:
+    std::vector<DeviceBytes> pages_;
+    std::vector<DeviceTile> tiles_;
+    std::vector<const std::byte*> recent_;
+};
+
+struct Case {
+    std::string recipe;
+    Index kv_heads = 2, query_heads = 8, key_dim = 128, value_dim = 128;
+    std::vector<Index> tokens = {700};
+    Index query_tokens = 1;
+    AttentionParameters parameters = {};
+    Index drop = 0;
+    bool sinks = false, alibi = false, bias = false;
+};
+
+CacheConfiguration configuration_of(const Case& c) {
+    CacheConfiguration configuration{.kv_heads = c.kv_heads,
+                                     .query_heads = c.query_heads,
+                                     .key_head_dim = c.key_dim,
+                                     .value_head_dim = c.value_dim,
+                                     .recipe = recipes::parse(c.recipe),
+                                     .rotation_seed = 7};
+    return configuration;
+}
+
+void expect_attention(const Case& c, std::uint64_t seed) {
+    SCOPED_TRACE(c.recipe + ", heads " + std::to_string(c.query_heads) + "/" + std::to_string(c.kv_heads) + " of " +
+                 std::to_string(c.key_dim) + "/" + std::to_string(c.value_dim) + ", " +
+                 std::to_string(c.query_tokens) + " query tokens, " + std::to_string(c.tokens.size()) + " sequences");
+    Random random(seed);
+    const CacheConfiguration configuration = configuration_of(c);
+    TilePool pool;
+    std::vector<KvCache> caches;
+    std::vector<Uploaded> uploaded;
+    std::vector<DeviceSequence> sequences;
+    for (const Index tokens : c.tokens) {
+        KvCache& cache = caches.emplace_back(configuration, pool);
+        Matrix keys = kvplane_test::normal_matrix(tokens, c.kv_heads * c.key_dim, random);
+        for (Index i = 0; i < keys.cols(); i += 7) keys.col(i) *= 4.0f;
+        cache.append(keys, kvplane_test::normal_matrix(tokens, c.kv_heads * c.value_dim, random));
+        if (c.drop > 0) cache.drop_before(c.drop, 4);
+        uploaded.emplace_back(cache);
+    }
+    for (const Uploaded& one : uploaded) sequences.push_back(one.sequence);
+
+    const auto rows = static_cast<Index>(c.tokens.size()) * c.query_tokens;
+    const Matrix queries = kvplane_test::normal_matrix(rows, c.query_heads * c.key_dim, random);
+    const RowMajorMatrix<Eigen::half> half_queries = queries.cast<Eigen::half>();
+    const auto bytes_of = [](const auto& matrix) {
+        return static_cast<std::size_t>(matrix.size()) * sizeof(*matrix.data());
+    };
+    const DeviceBytes device_queries(half_queries.data(), bytes_of(half_queries));
+    const DeviceBytes output(static_cast<std::size_t>(rows * c.query_heads * c.value_dim) * 4);
+    const DeviceBytes log_sum_exp(static_cast<std::size_t>(rows * c.query_heads) * 4);
+
+    AttentionParameters parameters = c.parameters, device_parameters = c.parameters;
+    std::normal_distribution<float> normal;
+    std::vector<float> sinks(static_cast<std::size_t>(c.query_heads)), slopes(sinks.size());
+    for (float& sink : sinks) sink = normal(random);
+    for (float& slope : slopes) slope = 0.01f * std::abs(normal(random));
+    const DeviceBytes device_sinks(sinks.data(), sinks.size() * 4), device_slopes(slopes.data(), slopes.size() * 4);
+    if (c.sinks) {
+        parameters.sink_logits = sinks;
+        device_parameters.sink_logits = {device_sinks.as<float>(), sinks.size()};
+    }
+    if (c.alibi) {
+        parameters.alibi_slopes = slopes;
+        device_parameters.alibi_slopes = {device_slopes.as<float>(), slopes.size()};
+    }
+
+    AttendWorkspace workspace;
+    workspace.plan(kvplane::cuda::layer_view(caches[0].shape()), sequences, c.query_tokens, device_parameters, nullptr);
+    const kvplane::cuda::DeviceRows in{device_queries.as(), kvplane::cuda::Number::fp16, c.query_heads * c.key_dim, c.key_dim};
+    const kvplane::cuda::DeviceRows out{output.as(), kvplane::cuda::Number::fp32, c.query_heads * c.value_dim, c.value_dim};
+    std::vector<float> first;
+    for (int call = 0; call < 2; ++call) {
+        workspace.attend(in, out, log_sum_exp.as<float>(), nullptr);
+        expect_ok(cudaDeviceSynchronize());
+        const std::vector<float> found = output.read<float>();
+        if (call == 0) first = found;
+        ASSERT_EQ(std::memcmp(first.data(), found.data(), found.size() * 4), 0) << "calls differ";
+    }
+    for (std::size_t s = 0; s < caches.size(); ++s) {
+        const auto row = static_cast<Index>(s) * c.query_tokens;
+        const Index tokens = caches[s].tokens();
+        AttentionParameters exact = parameters;
+        Matrix bias = Matrix::Zero(c.query_tokens, tokens);
+        if (c.drop > 0) {
+            for (Index t = 4; t < c.drop; ++t) bias.col(t).setConstant(-std::numeric_limits<float>::infinity());
+            exact.bias = &bias;
+        }
+        const MatrixD expected = reference_attention(caches[s].stored_keys(0, tokens), caches[s].stored_values(0, tokens),
+                                                     half_queries.middleRows(row, c.query_tokens).cast<float>().eval(),
+                                                     c.query_heads, c.kv_heads, exact);
+        const Eigen::Map<const Matrix> found(first.data(), rows, c.query_heads * c.value_dim);
+        const auto mine = found.middleRows(row, c.query_tokens).cast<double>();
+        const double error = (mine - expected).cwiseAbs().maxCoeff(), size = expected.cwiseAbs().maxCoeff();
+        EXPECT_LE(error, 1e-3 * size) << "sequence " << s;
+        EXPECT_TRUE(mine.allFinite());
+    }
+}
+
+std::vector<Case> cases() {
+    std::vector<Case> all;
+    for (const char* recipe : {"fp16", "key_favored:4:4", "key_favored:8:8", "key_favored:2:2", "key_favored:5:3", "key_favored:4:2",
+                               "key_favored:3:3", "key_favored:1:1", "key_favored:6:7", "standard", "compact", "kivi:4",
+                               "kivi:2:32", "kivi:8:64", "key_favored:7:1"})
+        for (const Index dim : {Index{128}, Index{64}, Index{80}, Index{96}, Index{256}})
+            all.push_back({.recipe = recipe, .key_dim = dim, .value_dim = dim, .tokens = {900}});
+    for (const char* recipe : {"fp16", "standard", "key_favored:4:4", "kivi:4:32"}) {
+        all.push_back({.recipe = recipe, .kv_heads = 1, .query_heads = 1, .tokens = {1, 3, 31, 129, 5000, 300}});
+        all.push_back({.recipe = recipe, .kv_heads = 3, .query_heads = 9, .key_dim = 64, .value_dim = 64, .tokens = {2000, 10}, .query_tokens = 5});
+        all.push_back({.recipe = recipe, .kv_heads = 2, .query_heads = 32, .tokens = {1000}, .query_tokens = 8});
+        all.push_back({.recipe = recipe, .kv_heads = 8, .query_heads = 32, .tokens = {4096, 20000, 700}, .query_tokens = 2});
+        all.push_back({.recipe = recipe, .key_dim = 96, .value_dim = 128, .tokens = {777}});
+        all.push_back({.recipe = recipe, .tokens = {3000}, .query_tokens = 3, .parameters = {.softcap = 20.0}});
+        all.push_back({.recipe = recipe, .tokens = {3000}, .query_tokens = 3, .parameters = {.sliding_window = 300, .sinks = 4}});
+        all.push_back({.recipe = recipe, .tokens = {3000}, .query_tokens = 4, .parameters = {.sliding_window = 1000}, .sinks = true});
+        all.push_back({.recipe = recipe, .tokens = {3000}, .alibi = true});
+        all.push_back({.recipe = recipe, .tokens = {3000}, .parameters = {.position = 100}});
+        all.push_back({.recipe = recipe, .tokens = {1500}, .query_tokens = 7, .parameters = {.causal = false}});
+        all.push_back({.recipe = recipe, .tokens = {3000}, .drop = 1000});
+    }
+    return all;
+}
+
+TEST(CudaAttention, EqualsDoublePrecisionOverWhatIsStored) {
+    KVPLANE_NEEDS_DEVICE();
+    std::uint64_t seed = kvplane_test::seed();
+    for (const Case& c : cases()) expect_attention(c, seed++);
+}
+
+}  // namespace
