@@ -23,7 +23,6 @@ struct AppendCase {
     std::string recipe;
     AppendShape shape;
     bool values_in_keys = false;
-    int latent_bits = 0;  ///< of a basis that is fitted to the first tokens, where the recipe has latents
 };
 
 /// Every path through the kernels: granularities, schemes, widths, rows outside tiles, rotations, odd shapes.
@@ -76,8 +75,8 @@ inline std::vector<AppendCase> latent_cases() {
           "latent:3:3+fit_tokens=130+context=100000",
           "latent:2:4+frame=after_rope+heads_together=1+fit_tokens=200",
           "weighted:3:16+fit_tokens=150+recent=0", "latent:4:2+fit_tokens=160+rotate_keys=1"})
-        cases.push_back({recipe, {2, 32, 48}, false, 1});
-    cases.push_back({"latent:3:3+fit_tokens=200", {2, 64, 64}, false, 1});
+        cases.push_back({recipe, {2, 32, 48}});
+    cases.push_back({"latent:3:3+fit_tokens=200", {2, 64, 64}});
     return cases;
 }
 

@@ -23,7 +23,6 @@ namespace detail {
 
 /// Tokens of a tile, of a page of recent ones, and of what a block takes to its shared memory at a time.
 inline constexpr int tile_rows = 128, recent_rows = 32, step_rows = 32;
-inline constexpr int most_segments_of_rotation = 32;
 
 /// Elements of input, kvplane::ScalarType as numbers.
 enum : std::int32_t { input_float, input_half, input_bfloat };
