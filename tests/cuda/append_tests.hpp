@@ -240,6 +240,10 @@ class AppendTest : public testing::TestWithParam<AppendCase> {
             }
         append_both(expected, cache, 60);
         EXPECT_EQ(to_bytes(machine_.download(cache, host_)), to_bytes(expected));
+        // Tiles keep nothing of what was refused, not even where no token is.
+        if (configuration_.recipe.every_token) {
+            EXPECT_EQ(difference(cache, expected), "");
+        }
     }
 
     void any_operations_in_any_order() {
