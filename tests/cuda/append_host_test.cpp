@@ -41,8 +41,11 @@ struct HostMachine {
     std::vector<const std::byte*> recent_pages(const Cache& cache) {
         return {cache.device_recent_pages(), cache.device_recent_pages() + cache.recent_pages().size()};
     }
-    /// Blocks of other sizes.
-    void shuffle(int round) { queue.threads = round % 3 == 0 ? 32 : round % 3 == 1 ? 256 : 96; }
+    /// Blocks of other sizes, and whose threads come in another order.
+    void shuffle(int round) {
+        queue.threads = round % 3 == 0 ? 32 : round % 3 == 1 ? 256 : 96;
+        queue.backwards = round % 2 == 0;
+    }
 };
 
 using AppendOnHost = AppendTest<HostMachine>;

@@ -28,7 +28,8 @@ class DirtyMemory : public std::pmr::memory_resource {
 
 class HostQueue : public kvplane::cuda::detail::Queue {
   public:
-    int threads = 64;  ///< of a block
+    bool backwards = false;  ///< the last thread first
+    int threads = 64;        ///< of a block
     int most_shared = 227 * 1024;
     int waits = 0, launches = 0;
 
@@ -45,23 +46,24 @@ class HostQueue : public kvplane::cuda::detail::Queue {
         ++launches;
         for (int place = 0; place < y; ++place)
             for (int batch = 0; batch < x; ++batch)
-                write_rows(kvplane::cuda::detail::HostBlock{threads}, a, batch, place, dirty(shared));
+                write_rows(kvplane::cuda::detail::HostBlock{threads, backwards}, a, batch, place,
+                           dirty(shared));
     }
     void run(const kvplane::cuda::detail::TilesArguments& a, int blocks, int shared) override {
         ++launches;
         // Blocks have no order: the last may be the first.
         for (int block = blocks - 1; block >= 0; --block)
-            encode_tile(kvplane::cuda::detail::HostBlock{threads}, a, block, dirty(shared));
+            encode_tile(kvplane::cuda::detail::HostBlock{threads, backwards}, a, block, dirty(shared));
     }
     void run(const kvplane::cuda::detail::CentreArguments& a, int blocks, int shared) override {
         ++launches;
         for (int block = 0; block < blocks; ++block)
-            centre_keys(kvplane::cuda::detail::HostBlock{threads}, a, block, dirty(shared));
+            centre_keys(kvplane::cuda::detail::HostBlock{threads, backwards}, a, block, dirty(shared));
     }
     void run(const kvplane::cuda::detail::ProductArguments& a, int blocks, int shared) override {
         ++launches;
         for (int block = 0; block < blocks; ++block)
-            multiply_keys(kvplane::cuda::detail::HostBlock{threads}, a, block, dirty(shared));
+            multiply_keys(kvplane::cuda::detail::HostBlock{threads, backwards}, a, block, dirty(shared));
     }
 
   private:

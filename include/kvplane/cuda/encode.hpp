@@ -6,7 +6,7 @@
 // nothing is kept but shared and global memory.
 //
 // Shared memory of a tile's block: the rows of the group of tokens that share grids, as fp16 or floats; their
-// grids; codes of one byte; partial results. Rows are longer by 4 elements for each 32, so that the passes of a
+// grids; partial results, and in their place codes of one byte. Rows are longer by 4 elements for each 32, so that the passes of a
 // rotation meet all banks.
 #pragma once
 
@@ -22,10 +22,11 @@ namespace kvplane::cuda::detail {
 /// A block of threads that one thread of the host stands for.
 struct HostBlock {
     int threads = 64;
+    bool backwards = false;  ///< the last thread first: a phase in which threads wait for each other shows
 
     template <class Phase>
     void run(const Phase& phase) const {
-        for (int thread = 0; thread < threads; ++thread) phase(thread, threads);
+        for (int i = 0; i < threads; ++i) phase(backwards ? threads - 1 - i : i, threads);
     }
 };
 
@@ -95,8 +96,9 @@ KVPLANE_DEVICE constexpr int whole_units_of(int channels) {
 struct SharedPlan {
     int resident, staging, codes, low_codes, lower, inverse, step, partial, row_grids, found, bytes;
     int pitch, staging_pitch, code_pitch, grids;
+    int in_place;  ///< whether rows stay where they were staged
 };
-inline constexpr int grid_parts = 8, most_unbiased = 64;
+inline constexpr int grid_parts = 8, most_unbiased = 32;
 
 KVPLANE_DEVICE inline SharedPlan shared_plan(const Item& item, const Segment* segments, int dim) {
     SharedPlan plan{};
@@ -127,18 +129,21 @@ KVPLANE_DEVICE inline SharedPlan shared_plan(const Item& item, const Segment* se
     plan.staging_pitch = pitch_of(dim);
     plan.code_pitch = code_columns + 4;
     plan.resident = take(item.resident_rows * plan.pitch * (item.halves ? 2 : 4));
-    plan.staging = take(item.staged ? step_rows * plan.staging_pitch * 4 : 0);
-    plan.codes = take(item.code_rows * plan.code_pitch);
-    plan.low_codes = take(halves ? item.code_rows * plan.code_pitch : 0);
+    plan.in_place = item.staged && !item.halves && item.resident_rows == step_rows && item.channels == dim;
+    plan.staging = plan.in_place ? plan.resident : take(item.staged ? step_rows * plan.staging_pitch * 4 : 0);
     plan.lower = take(plan.grids * 4);
     plan.inverse = take(plan.grids * 4);
     plan.step = take(plan.grids * 4);
+    plan.row_grids = take(step_rows * 3 * 4);
+    plan.found = take(static_cast<int>(sizeof(Findings)));
+    // Grids are known when codes are made, so that these take the place of what led to them.
     int partial = 2 * grid_parts * plan.grids * 4;
     if (unbiased && partial < most_unbiased * 16 * 8 * 2) partial = most_unbiased * 16 * 8 * 2;
     if (partial < step_rows * grid_parts * 4) partial = step_rows * grid_parts * 4;
-    plan.partial = take(partial);
-    plan.row_grids = take(step_rows * 3 * 4);
-    plan.found = take(static_cast<int>(sizeof(Findings)));
+    plan.partial = plan.codes = bytes;
+    const int codes = (item.code_rows * plan.code_pitch + 15) / 16 * 16;
+    plan.low_codes = plan.codes + codes;
+    (void)take(partial < codes * (halves ? 2 : 1) ? codes * (halves ? 2 : 1) : partial);
     plan.bytes = bytes;
     return plan;
 }
@@ -188,6 +193,50 @@ KVPLANE_DEVICE inline void load_four(const InputView& input, std::int64_t token,
     }
     for (int i = 0; i < 4; ++i)
         x[i] = c + i < channels ? number_of(input, at + i * input.channel_stride) : 0.0f;
+}
+
+KVPLANE_DEVICE inline float number(std::uint16_t x) {
+    return widened(x);
+}
+KVPLANE_DEVICE inline float number(float x) {
+    return x;
+}
+KVPLANE_DEVICE inline void put(std::uint16_t* to, float x) {
+    *to = nearest_half(x);
+}
+KVPLANE_DEVICE inline void put(float* to, float x) {
+    *to = x;
+}
+KVPLANE_DEVICE inline void four_numbers(const std::uint16_t* from, float (&x)[4]) {
+    const FourHalves four = *reinterpret_cast<const FourHalves*>(from);
+    for (int i = 0; i < 4; ++i) x[i] = widened(four.at[i]);
+}
+KVPLANE_DEVICE inline void four_numbers(const float* from, float (&x)[4]) {
+    const FourFloats four = *reinterpret_cast<const FourFloats*>(from);
+    for (int i = 0; i < 4; ++i) x[i] = four.at[i];
+}
+KVPLANE_DEVICE inline void put_four(std::uint16_t* to, const float (&x)[4]) {
+    FourHalves four;
+    for (int i = 0; i < 4; ++i) four.at[i] = nearest_half(x[i]);
+    *reinterpret_cast<FourHalves*>(to) = four;
+}
+KVPLANE_DEVICE inline void put_four(float* to, const float (&x)[4]) {
+    FourFloats four;
+    for (int i = 0; i < 4; ++i) four.at[i] = x[i];
+    *reinterpret_cast<FourFloats*>(to) = four;
+}
+
+/// load(i, x), then use(i, x), for the items below `count` that are a thread's: four loads before the first use.
+template <class Load, class Use>
+KVPLANE_DEVICE void loads_ahead(int thread, int threads, int count, const Load& load, const Use& use) {
+    constexpr int ahead = 4;
+    for (int first = thread; first < count; first += ahead * threads) {
+        float x[ahead][4];
+        for (int u = 0; u < ahead; ++u)
+            if (first + u * threads < count) load(first + u * threads, x[u]);
+        for (int u = 0; u < ahead; ++u)
+            if (first + u * threads < count) use(first + u * threads, x[u]);
+    }
 }
 
 // Rotation ---------------------------------------------------------------------------------------------------
@@ -268,18 +317,21 @@ KVPLANE_DEVICE void stage_rows(const Block& block, const Side& side, int head, s
     if (begin >= end) return;
     block.run([&](int thread, int threads) {
         const int fours = (side.dim + 3) / 4;
-        for (int item = thread; item < (end - begin) * fours; item += threads) {
-            const int row = begin + item / fours, c = item % fours * 4;
-            float x[4];
-            load_four(side.input, first + row, head, c, side.dim, x);
-            bool good = true;
-            for (int i = 0; i < 4; ++i) {
-                good &= magnitude_of(x[i]) <= 65504.0f;
-                if (side.signs && c + i < side.dim) x[i] = product_of(x[i], side.signs[c + i]);
-                rows[row * pitch + place_of(c + i)] = x[i];
-            }
-            if (!good) raise(bad, ~static_cast<std::uint32_t>(first + row));
-        }
+        loads_ahead(
+            thread, threads, (end - begin) * fours,
+            [&](int item, float(&x)[4]) {
+                load_four(side.input, first + begin + item / fours, head, item % fours * 4, side.dim, x);
+            },
+            [&](int item, float(&x)[4]) {
+                const int row = begin + item / fours, c = item % fours * 4;
+                bool good = true;
+                for (int i = 0; i < 4; ++i) {
+                    good &= magnitude_of(x[i]) <= 65504.0f;
+                    if (side.signs && c + i < side.dim) x[i] = product_of(x[i], side.signs[c + i]);
+                }
+                put_four(rows + row * pitch + place_of(c), x);
+                if (!good) raise(bad, ~static_cast<std::uint32_t>(first + row));
+            });
     });
     if (side.signs) rotate_rows(block, rows, pitch, begin, end, side.dim, nullptr);
     block.run([&](int thread, int threads) {
@@ -378,37 +430,6 @@ struct Rows {
 
     KVPLANE_DEVICE Value* at(int row, int c) const { return data + row * pitch + place_of(c); }
 };
-KVPLANE_DEVICE inline float number(std::uint16_t x) {
-    return widened(x);
-}
-KVPLANE_DEVICE inline float number(float x) {
-    return x;
-}
-KVPLANE_DEVICE inline void put(std::uint16_t* to, float x) {
-    *to = nearest_half(x);
-}
-KVPLANE_DEVICE inline void put(float* to, float x) {
-    *to = x;
-}
-KVPLANE_DEVICE inline void four_numbers(const std::uint16_t* from, float (&x)[4]) {
-    const FourHalves four = *reinterpret_cast<const FourHalves*>(from);
-    for (int i = 0; i < 4; ++i) x[i] = widened(four.at[i]);
-}
-KVPLANE_DEVICE inline void four_numbers(const float* from, float (&x)[4]) {
-    const FourFloats four = *reinterpret_cast<const FourFloats*>(from);
-    for (int i = 0; i < 4; ++i) x[i] = four.at[i];
-}
-KVPLANE_DEVICE inline void put_four(std::uint16_t* to, const float (&x)[4]) {
-    FourHalves four;
-    for (int i = 0; i < 4; ++i) four.at[i] = nearest_half(x[i]);
-    *reinterpret_cast<FourHalves*>(to) = four;
-}
-KVPLANE_DEVICE inline void put_four(float* to, const float (&x)[4]) {
-    FourFloats four;
-    for (int i = 0; i < 4; ++i) four.at[i] = x[i];
-    *reinterpret_cast<FourFloats*>(to) = four;
-}
-
 /// Up to four channels of a token that was stored outside tiles before.
 KVPLANE_DEVICE inline void load_recent(const Side& side, const std::byte* page, int head, int row, int c,
                                        float (&x)[4]) {
@@ -514,29 +535,34 @@ KVPLANE_DEVICE void load_tokens(const Block& block, const TileWork<Value>& work,
     if (!item.staged) {
         block.run([&](int thread, int threads) {
             float most = 0.0f;
-            for (int i = thread; i < item.resident_rows * fours; i += threads) {
-                const int row = i / fours, c = i % fours * 4, token = base + row,
-                          channel = item.first_channel + c;
-                float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                if (work.covers(token) && c < item.channels) {
-                    const std::int64_t from = work.first() + token;
-                    if (from < 0) {
+            const std::int64_t first = work.first();
+            loads_ahead(
+                thread, threads, item.resident_rows * fours,
+                [&](int i, float(&x)[4]) {
+                    const int c = i % fours * 4, token = base + i / fours, channel = item.first_channel + c;
+                    if (!work.covers(token) || c >= item.channels)
+                        x[0] = x[1] = x[2] = x[3] = 0.0f;
+                    else if (first + token < 0)
                         load_recent(work.side, recent[token / recent_rows], item.head, token, channel, x);
-                    } else {
-                        load_four(work.side.input, from, item.head, channel, work.side.dim, x);
+                    else
+                        load_four(work.side.input, first + token, item.head, channel, work.side.dim, x);
+                },
+                [&](int i, float(&x)[4]) {
+                    const int c = i % fours * 4, row = i / fours;
+                    // Recent tokens have been looked at.
+                    if (first + base + row >= 0) {
                         bool good = true;
                         for (int j = 0; j < 4; ++j) {
                             const float magnitude = magnitude_of(x[j]);
                             good &= magnitude <= work.side.largest;
                             most = most < magnitude ? magnitude : most;
                         }
-                        if (!good) raise(bad, ~static_cast<std::uint32_t>(from));
+                        if (!good) raise(bad, ~static_cast<std::uint32_t>(first + base + row));
                         if (!item.halves && work.side.recent.bits == 16)
                             for (int j = 0; j < 4; ++j) x[j] = widened(nearest_half(x[j]));
                     }
-                }
-                put_four(work.rows.at(row, c), x);
-            }
+                    put_four(work.rows.at(row, c), x);
+                });
             raise_together(largest, bits_of(most));
         });
         return;
@@ -549,11 +575,14 @@ KVPLANE_DEVICE void load_tokens(const Block& block, const TileWork<Value>& work,
             stage_tokens(block, work.side, item.head, work.first(), low, begin, end, recent, staging,
                          work.plan.staging_pitch, work.template part<float>(work.plan.partial),
                          work.template part<float>(work.plan.row_grids), bad, largest);
+        if (work.plan.in_place && begin == 0 && end == step_rows) continue;
         block.run([&](int thread, int threads) {
             for (int i = thread; i < step_rows * fours; i += threads) {
                 const int row = i / fours, c = i % fours * 4;
+                const bool given = row >= begin && row < end;
+                if (given && work.plan.in_place) continue;
                 float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                if (row >= begin && row < end)
+                if (given)
                     for (int j = 0; j < 4; ++j)
                         if (c + j < item.channels)
                             x[j] =
@@ -781,6 +810,18 @@ KVPLANE_DEVICE void fit_unbiased(const Block& block, const TileWork<Value>& work
 
 // Codes ------------------------------------------------------------------------------------------------------
 
+/// By how much the error of a code exceeds half a step.
+KVPLANE_DEVICE inline double excess_of(const Segment& segment, float x, int code, float lower, float step) {
+    if (segment.scheme == scheme_unbiased) {
+        const float q = static_cast<float>(code) + (0.5f - static_cast<float>(1 << (segment.bits - 1)));
+        return difference_of(magnitude_of(difference_of(x, product_of(q, step))), 0.5f * step);
+    }
+    if (step == 0.0f) return 0.0;
+    const float upper = sum_of(lower, product_of(step, static_cast<float>(1 << segment.bits)));
+    const double least = lower < upper ? lower : upper, most = lower < upper ? upper : lower, value = x;
+    return value < least ? least - value : value - most;
+}
+
 /// Codes of the resident rows [first_row, first_row + code_rows), zero where a token is not written.
 template <class Value, class Block>
 KVPLANE_DEVICE void make_codes(const Block& block, const TileWork<Value>& work, const SegmentPart& part,
@@ -807,38 +848,52 @@ KVPLANE_DEVICE void make_codes(const Block& block, const TileWork<Value>& work, 
                 else
                     for (int j = 0; j < 4; ++j)
                         x[j] = c + j < part.channels ? number(*work.rows.at(row, part.column + c + j)) : 0.0f;
-                for (int j = 0; j < 4; ++j) {
-                    if (c + j >= part.channels) break;
-                    if (half) {
+                const int left = part.channels - c < 4 ? part.channels - c : 4;
+                if (half) {
+                    for (int j = 0; j < left; ++j) {
                         const std::uint32_t bits = nearest_half(x[j]);
                         high |= bits >> 8 << 8 * j;
                         low |= (bits & 0xFFu) << 8 * j;
-                        continue;
                     }
-                    const int g = segment.by_channel  ? c + j
-                                  : segment.runs == 1 ? row
-                                                      : (c + j) / segment.group * rows + row;
-                    const int code = code_of(x[j], lower[g], inverse[g], last);
-                    high |= static_cast<std::uint32_t>(code) << 8 * j;
+                } else {
+                    float least[4], scale[4];
+                    int grid = c;  // of the first channel
+                    if (segment.by_channel) {
+                        four_numbers(lower + c, least);
+                        four_numbers(inverse + c, scale);
+                    } else {
+                        grid = segment.runs == 1 ? row : c / segment.group * rows + row;
+                        for (int j = 0; j < 4; ++j) {
+                            least[j] = lower[grid];
+                            scale[j] = inverse[grid];
+                        }
+                        if (segment.runs > 1 && segment.group % 4 != 0)
+                            for (int j = 0; j < left; ++j) {
+                                const int g = (c + j) / segment.group * rows + row;
+                                least[j] = lower[g];
+                                scale[j] = inverse[g];
+                            }
+                    }
+                    int code[4];
+                    for (int j = 0; j < 4; ++j) {
+                        code[j] = code_of(x[j], least[j], scale[j], last);
+                        if (j < left) high |= static_cast<std::uint32_t>(code[j]) << 8 * j;
+                    }
                     if (latent)
-                        latents[static_cast<std::int64_t>(base + row) * work.item.latent_stride +
-                                work.item.first_channel + part.column + c + j] =
-                            sum_of(lower[g], product_of(steps[g], static_cast<float>(code) + 0.5f));
-                    if (!measured) continue;
-                    double over = 0.0;
-                    if (segment.scheme == scheme_unbiased) {
-                        const float q =
-                            static_cast<float>(code) + (0.5f - static_cast<float>(1 << (segment.bits - 1)));
-                        over = difference_of(magnitude_of(difference_of(x[j], product_of(q, steps[g]))),
-                                             0.5f * steps[g]);
-                    } else if (steps[g] != 0.0f) {
-                        const float upper =
-                            sum_of(lower[g], product_of(steps[g], static_cast<float>(last + 1)));
-                        const double least = lower[g] < upper ? lower[g] : upper,
-                                     most = lower[g] < upper ? upper : lower[g], value = x[j];
-                        over = value < least ? least - value : value - most;
-                    }
-                    excess = excess < over ? over : excess;
+                        for (int j = 0; j < left; ++j)
+                            latents[static_cast<std::int64_t>(base + row) * work.item.latent_stride +
+                                    work.item.first_channel + part.column + c + j] =
+                                sum_of(least[j],
+                                       product_of(steps[c + j], static_cast<float>(code[j]) + 0.5f));
+                    if (measured)
+                        for (int j = 0; j < left; ++j) {
+                            const float step =
+                                steps[segment.by_channel  ? c + j
+                                      : segment.runs == 1 ? row
+                                                          : (c + j) / segment.group * rows + row];
+                            const double over = excess_of(segment, x[j], code[j], least[j], step);
+                            excess = excess < over ? over : excess;
+                        }
                 }
             }
             auto* const to = work.shared + code_row * work.plan.code_pitch + part.code_column + c;
