@@ -13,6 +13,7 @@
 #include "kvplane/attention/reference.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cuda/attend.hpp"
+#include "kvplane/cuda/device_cache.cuh"
 #include "kvplane/cuda/layer_view.hpp"
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/recipes.hpp"
@@ -71,41 +72,6 @@ class DeviceBytes {
     std::size_t bytes_;
 };
 
-/// A cache's pages on the device.
-class Uploaded {
-  public:
-    explicit Uploaded(const KvCache& cache) {
-        const kvplane::detail::CacheState& state = cache.state();
-        const auto page = [&](const PageReference& reference) {
-            pages_.emplace_back(reference.data(), static_cast<std::size_t>(reference.bytes()));
-            return static_cast<const std::byte*>(pages_.back().as());
-        };
-        for (std::size_t t = 0; t < state.tiles.size(); ++t) {
-            const TilePlace& tile = state.tiles[t];
-            tiles_.push_back({page(state.tile_pages[t]), static_cast<std::int32_t>(tile.first),
-                              static_cast<std::int32_t>(tile.row), static_cast<std::int32_t>(tile.tokens),
-                              static_cast<std::int32_t>(tile.shift)});
-        }
-        for (const PageReference& recent : state.recent) recent_.push_back(page(recent));
-        if (state.sinks) sequence.sinks = page(state.sinks);
-        pages_.emplace_back(tiles_.data(), tiles_.size() * sizeof(DeviceTile));
-        sequence.tiles = tiles_;
-        sequence.device_tiles = pages_.back().as<DeviceTile>();
-        sequence.recent = recent_;
-        sequence.sink_count = state.sink_count(cache.configuration().recipe);
-        sequence.recent_first = state.recent_first;
-        sequence.tokens = state.tokens;
-        sequence.hidden_from = state.kept_sinks;
-        sequence.hidden_to = state.dropped;
-    }
-    DeviceSequence sequence;
-
-  private:
-    std::vector<DeviceBytes> pages_;
-    std::vector<DeviceTile> tiles_;
-    std::vector<const std::byte*> recent_;
-};
-
 struct Case {
     std::string recipe;
     Index kv_heads = 2, query_heads = 8, key_dim = 128, value_dim = 128;
@@ -134,7 +100,10 @@ void expect_attention(const Case& c, std::uint64_t seed) {
     const CacheConfiguration configuration = configuration_of(c);
     TilePool pool;
     std::vector<KvCache> caches;
-    std::vector<Uploaded> uploaded;
+    caches.reserve(c.tokens.size());
+    kvplane::cuda::DeviceMemory memory;
+    TilePool device_pool(&memory);
+    std::vector<kvplane::cuda::DeviceCache> uploaded;
     std::vector<DeviceSequence> sequences;
     for (const Index tokens : c.tokens) {
         KvCache& cache = caches.emplace_back(configuration, pool);
@@ -142,9 +111,9 @@ void expect_attention(const Case& c, std::uint64_t seed) {
         for (Index i = 0; i < keys.cols(); i += 7) keys.col(i) *= 4.0f;
         cache.append(keys, kvplane_test::normal_matrix(tokens, c.kv_heads * c.value_dim, random));
         if (c.drop > 0) cache.drop_before(c.drop, 4);
-        uploaded.emplace_back(cache);
+        uploaded.push_back(kvplane::cuda::DeviceCache::upload(cache, device_pool, nullptr));
     }
-    for (const Uploaded& one : uploaded) sequences.push_back(one.sequence);
+    for (const kvplane::cuda::DeviceCache& one : uploaded) sequences.push_back(one.sequence());
 
     const auto rows = static_cast<Index>(c.tokens.size()) * c.query_tokens;
     const Matrix queries = kvplane_test::normal_matrix(rows, c.query_heads * c.key_dim, random);
@@ -172,9 +141,11 @@ void expect_attention(const Case& c, std::uint64_t seed) {
     }
 
     AttendWorkspace workspace;
-    workspace.plan(kvplane::cuda::layer_view(caches[0].shape()), sequences, c.query_tokens, device_parameters, nullptr);
-    const kvplane::cuda::DeviceRows in{device_queries.as(), kvplane::cuda::Number::fp16, c.query_heads * c.key_dim, c.key_dim};
-    const kvplane::cuda::DeviceRows out{output.as(), kvplane::cuda::Number::fp32, c.query_heads * c.value_dim, c.value_dim};
+    workspace.plan(kvplane::cuda::attend_layer(caches[0].shape()), sequences, c.query_tokens, device_parameters, nullptr);
+    const kvplane::cuda::DeviceRows in{device_queries.as(), ScalarType::float16, rows, c.query_heads,
+                                       c.query_heads * c.key_dim, c.key_dim};
+    const kvplane::cuda::DeviceOutput out{output.as(), ScalarType::float32, rows, c.query_heads,
+                                          c.query_heads * c.value_dim, c.value_dim};
     std::vector<float> first;
     for (int call = 0; call < 2; ++call) {
         workspace.attend(in, out, log_sum_exp.as<float>(), nullptr);

@@ -6,7 +6,7 @@ cd "$1"
 
 # From the lowest floor to the highest. A header beside the folders is a floor of its own; impl/X.hpp counts as X.hpp.
 floors=(version.hpp compiled.hpp error.hpp simd matrix.hpp metrics.hpp quantize storage theory transform allocate latent
-        attention read cache recipes.hpp recipe_names.hpp io kvplane.hpp c)
+        attention read cache recipes.hpp recipe_names.hpp cuda io kvplane.hpp c)
 declare -A rank
 for i in "${!floors[@]}"; do rank[${floors[$i]}]=$i; done
 

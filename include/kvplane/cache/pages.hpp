@@ -97,6 +97,21 @@ class TilePool {
         return page;
     }
 
+    /// A page that holds anything: of memory that the host does not write, or that is written whole anyway.
+    /// Throws as page().
+    PageReference unfilled(Index bytes) {
+        detail::PageHeader* page = nullptr;
+        {
+            const std::lock_guard lock(mutex_);
+            page = reuse(bytes);
+            if (!page) page = make(bytes);
+            if (page) used_bytes_ += bytes + PageReference::header_bytes;
+        }
+        if (!page) fail(ErrorCode::out_of_memory, "tile pool: no memory for a page of ", bytes, " bytes");
+        page->references.store(1, std::memory_order_relaxed);
+        return PageReference(page);
+    }
+
     /// Gives the memory of unused pages back to the resource.
     void trim() noexcept {
         const std::lock_guard lock(mutex_);
@@ -130,20 +145,6 @@ class TilePool {
 
   private:
     static constexpr std::size_t alignment = 64;
-
-    /// A page that holds anything.
-    PageReference unfilled(Index bytes) {
-        detail::PageHeader* page = nullptr;
-        {
-            const std::lock_guard lock(mutex_);
-            page = reuse(bytes);
-            if (!page) page = make(bytes);
-            if (page) used_bytes_ += bytes + PageReference::header_bytes;
-        }
-        if (!page) fail(ErrorCode::out_of_memory, "tile pool: no memory for a page of ", bytes, " bytes");
-        page->references.store(1, std::memory_order_relaxed);
-        return PageReference(page);
-    }
 
     // Each of these holds the lock.
     void give_back() noexcept {

@@ -42,6 +42,19 @@ class TokenRows {
         return reinterpret_cast<const Eigen::half*>(page + row(side, head, 0));
     }
 
+    /// Bytes before a row.
+    Index row(TileSide side, Index head, Index at) const noexcept {
+        const Index keys = side == TileSide::keys ? 0 : side_bytes(TileSide::keys);
+        return keys + (head * capacity_ + at) * dim(side) * element_bytes(side);
+    }
+    /// Bytes before the fp16 step of a row.
+    Index step_at(TileSide side, Index head, Index at) const noexcept {
+        const Index keys = side == TileSide::keys ? 0 : step_bytes(TileSide::keys);
+        return row_bytes() + keys + 2 * (head * capacity_ + at);
+    }
+    /// Bits of a channel: 16 or 8.
+    int bits(TileSide side) const noexcept { return bits_[side]; }
+
     /// Whether a side has rows of its own.
     bool stores(TileSide side) const noexcept { return stored(side) == side; }
     /// Stores tokens [first, first + count) of one head of a side, of rows tokens x (kv_heads * dim), from row `at`
@@ -100,16 +113,6 @@ class TokenRows {
     void each_row(const Body& body) const noexcept {
         for (const TileSide side : {TileSide::keys, TileSide::values})
             for (Index head = 0; head < kv_heads_ && stores(side); ++head) body(side, head);
-    }
-    /// Bytes before a row.
-    Index row(TileSide side, Index head, Index at) const noexcept {
-        const Index keys = side == TileSide::keys ? 0 : side_bytes(TileSide::keys);
-        return keys + (head * capacity_ + at) * dim(side) * element_bytes(side);
-    }
-    /// Bytes before the fp16 step of a row.
-    Index step_at(TileSide side, Index head, Index at) const noexcept {
-        const Index keys = side == TileSide::keys ? 0 : step_bytes(TileSide::keys);
-        return row_bytes() + keys + 2 * (head * capacity_ + at);
     }
 
     void write_half(RowView<const float> rows, TileSide side, Index head, Index first, Index count, Index at,

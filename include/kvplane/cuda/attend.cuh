@@ -21,15 +21,15 @@ namespace detail {
 
 constexpr float log2_e = 1.44269504f;
 
-__device__ inline float load_number(const DeviceRows& rows, std::int64_t at) {
-    if (rows.number == Number::fp32) return static_cast<const float*>(rows.data)[at];
-    if (rows.number == Number::fp16) return __half2float(static_cast<const __half*>(rows.data)[at]);
+__device__ inline float load_number(const NumbersView& rows, std::int64_t at) {
+    if (rows.type == input_float) return static_cast<const float*>(rows.data)[at];
+    if (rows.type == input_half) return __half2float(static_cast<const __half*>(rows.data)[at]);
     return __bfloat162float(static_cast<const __nv_bfloat16*>(rows.data)[at]);
 }
-__device__ inline void store_number(const DeviceRows& rows, std::int64_t at, float x) {
-    if (rows.number == Number::fp32)
+__device__ inline void store_number(const NumbersView& rows, std::int64_t at, float x) {
+    if (rows.type == input_float)
         static_cast<float*>(rows.data)[at] = x;
-    else if (rows.number == Number::fp16)
+    else if (rows.type == input_half)
         static_cast<__half*>(rows.data)[at] = __float2half_rn(x);
     else
         static_cast<__nv_bfloat16*>(rows.data)[at] = __float2bfloat16_rn(x);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
                                 (head * group + row % group) * arguments.queries.head_stride;
         bool good = true;
         for (int c = lane; c < layer.key_head_dim; c += 32) {
-            const float x = r < rows ? load_number(arguments.queries, at + c) * in_score : 0.0f;
+            const float x = r < rows ? load_number(arguments.queries, at + c * arguments.queries.channel_stride) * in_score : 0.0f;
             good = good && fabsf(x) <= 1e30f;
             plain[r * stride + c] = x;
         }

@@ -22,19 +22,12 @@
 
 #include "kvplane/attention/parameters.hpp"
 #include "kvplane/cuda/attend_arguments.hpp"
+#include "kvplane/cuda/device_rows.hpp"
+#include "kvplane/cuda/device_sequence.hpp"
 #include "kvplane/cuda/error.cuh"
+#include "kvplane/cuda/layer_view.hpp"
 
 namespace kvplane::cuda {
-
-/// One of a batch: what a cache in device memory holds.
-struct DeviceSequence {
-    std::span<const DeviceTile> tiles;     ///< on the host
-    const DeviceTile* device_tiles = nullptr;  ///< the same in device memory
-    const std::byte* sinks = nullptr;
-    std::span<const std::byte* const> recent;  ///< pages, on the host
-    Index sink_count = 0, recent_first = 0, tokens = 0;
-    Index hidden_from = 0, hidden_to = 0;
-};
 
 /// Memory and plans of attention. Each call works on the stream that it is given; nothing waits for the device, but
 /// for a plan whose predecessor has not been copied yet.
@@ -42,13 +35,12 @@ class AttendWorkspace {
   public:
     /// For the current device. Throws Error (io) where there is none.
     AttendWorkspace() {
-        using detail::require_cuda;
-        require_cuda(cudaGetDevice(&device_), "find a device");
+        require_cuda(cudaGetDevice(&device_), "looking for a device");
         int most = 0;
-        require_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_), "ask the device");
-        require_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "ask the device");
+        require_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_), "asking the device");
+        require_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "asking the device");
         shared_bytes_ = static_cast<std::uint32_t>(most);
-        require_cuda(cudaEventCreateWithFlags(&copied_, cudaEventDisableTiming), "make an event");
+        require_cuda(cudaEventCreateWithFlags(&copied_, cudaEventDisableTiming), "making an event");
     }
     AttendWorkspace(const AttendWorkspace&) = delete;
     AttendWorkspace& operator=(const AttendWorkspace&) = delete;
@@ -62,12 +54,13 @@ class AttendWorkspace {
     /// are until attend() has run. Parameters: of the bias the address is of device memory, as are sink_logits and
     /// alibi_slopes; the bias is [sum of query tokens][keys] where all sequences have as many. Throws Error (shape,
     /// option, out_of_memory).
-    void plan(const LayerView& layer, std::span<const DeviceSequence> sequences, Index query_tokens,
+    void plan(const AttendLayer& layer, std::span<const DeviceSequence> sequences, Index query_tokens,
               const AttentionParameters& parameters, cudaStream_t stream) {
         require(query_tokens >= 1 && query_tokens <= 8, ErrorCode::shape, "cuda attention: ", query_tokens,
                 " query tokens of each sequence, expected 1 to 8");
         require(!sequences.empty(), ErrorCode::shape, "cuda attention: no sequences");
-        take(layer, parameters);
+        take(layer.view, parameters);
+        query_rows_ = static_cast<Index>(sequences.size()) * query_tokens;
         std::vector<detail::SequenceTask> tasks;
         std::vector<const std::byte*> recent;
         Index row = 0;
@@ -77,19 +70,29 @@ class AttendWorkspace {
             recent.insert(recent.end(), sequence.recent.begin(), sequence.recent.end());
         }
         const std::vector<detail::WorkItem> items = share_out(sequences, tasks, query_tokens);
-        upload(items, tasks, recent, sequences, stream);
+        upload(items, tasks, recent, layer, sequences, stream);
     }
 
     /// Attends: queries [sum of query tokens][query_heads][key_head_dim], output [..][query_heads][value_head_dim],
     /// log_sum_exp (nullptr: none) [..][query_heads]. Can be captured in a CUDA graph, whose launches then use the
     /// plan that is there. Throws Error (io).
-    void attend(const DeviceRows& queries, const DeviceRows& output, float* log_sum_exp, cudaStream_t stream) {
+    void attend(const DeviceRows& queries, const DeviceOutput& output, float* log_sum_exp, cudaStream_t stream) {
         require(blocks_ > 0, ErrorCode::option, "cuda attention: no plan");
-        arguments_.queries = queries;
-        arguments_.output = output;
+        const LayerView& layer = arguments_.layer;
+        const auto fits = [&](const auto& rows, const char* what) {
+            require(rows.data && rows.tokens == query_rows_ && rows.heads == layer.query_heads, ErrorCode::shape,
+                    "cuda attention: ", what, " of ", rows.tokens, " tokens and ", rows.heads, " heads, expected ",
+                    query_rows_, " and ", layer.query_heads, ", as planned");
+        };
+        fits(queries, "queries");
+        fits(output, "output");
+        arguments_.queries = {const_cast<void*>(queries.data), static_cast<std::int32_t>(queries.type),
+                              queries.token_stride, queries.head_stride, queries.channel_stride};
+        arguments_.output = {output.data, static_cast<std::int32_t>(output.type), output.token_stride,
+                             output.head_stride, 1};
         arguments_.log_sum_exp = log_sum_exp;
-        detail::require_cuda(static_cast<cudaError_t>(detail::launch(arguments_, blocks_, warps_, bytes_, stream)),
-                             "attend");
+        require_cuda(static_cast<cudaError_t>(detail::launch(arguments_, blocks_, warps_, bytes_, stream)),
+                     "starting attention");
     }
 
     /// Blocks and warps a block of the plan.
@@ -201,34 +204,34 @@ class AttendWorkspace {
     }
 
     void upload(const std::vector<detail::WorkItem>& items, std::vector<detail::SequenceTask>& tasks,
-                const std::vector<const std::byte*>& recent, std::span<const DeviceSequence> sequences,
-                cudaStream_t stream) {
-        using detail::require_cuda;
+                const std::vector<const std::byte*>& recent, const AttendLayer& layer,
+                std::span<const DeviceSequence> sequences, cudaStream_t stream) {
         const auto aligned = [](std::size_t bytes) { return (bytes + 255) / 256 * 256; };
         const std::size_t item_bytes = aligned(items.size() * sizeof(items[0])),
                           task_bytes = aligned(tasks.size() * sizeof(tasks[0])),
                           page_bytes = aligned(recent.size() * sizeof(recent[0]) + 1),
-                          copied_bytes = item_bytes + task_bytes + page_bytes,
+                          sign_bytes = aligned((layer.key_signs.size() + layer.value_signs.size()) * 4),
+                          copied_bytes = item_bytes + task_bytes + page_bytes + sign_bytes,
                           counter_bytes = aligned(static_cast<std::size_t>(counters_) * 4),
                           partial_bytes = static_cast<std::size_t>(partials_) * 8 *
                                           static_cast<std::size_t>(arguments_.layer.value_head_dim + 2) * 4;
-        if (pending_) require_cuda(cudaEventSynchronize(copied_), "wait for the plan before");
+        if (pending_) require_cuda(cudaEventSynchronize(copied_), "waiting for the plan before");
         pending_ = false;
         blocks_ = 0;
         if (copied_bytes > staging_bytes_) {
-            require_cuda(cudaFreeHost(staging_), "free memory");
+            require_cuda(cudaFreeHost(staging_), "giving memory back");
             staging_ = nullptr;
             staging_bytes_ = 0;
-            require_cuda(cudaMallocHost(&staging_, 2 * copied_bytes), "take memory for a plan");
+            require_cuda(cudaMallocHost(&staging_, 2 * copied_bytes), "taking memory for a plan");
             staging_bytes_ = 2 * copied_bytes;
         }
         const std::size_t all = copied_bytes + counter_bytes + partial_bytes;
         if (all > memory_bytes_) {
             // Work that uses the memory may be under way on any stream: cudaFree waits for it.
-            require_cuda(cudaFree(memory_), "free memory");
+            require_cuda(cudaFree(memory_), "giving memory back");
             memory_ = nullptr;
             memory_bytes_ = 0;
-            require_cuda(cudaMalloc(&memory_, 2 * all), "take memory for attention");
+            require_cuda(cudaMalloc(&memory_, 2 * all), "taking memory for attention");
             memory_bytes_ = 2 * all;
         }
         auto* const device = static_cast<std::byte*>(memory_);
@@ -243,10 +246,16 @@ class AttendWorkspace {
         std::copy_n(reinterpret_cast<const std::byte*>(tasks.data()), tasks.size() * sizeof(tasks[0]), host + item_bytes);
         std::copy_n(reinterpret_cast<const std::byte*>(recent.data()), recent.size() * sizeof(recent[0]),
                     host + item_bytes + task_bytes);
-        require_cuda(cudaMemcpyAsync(device, host, copied_bytes, cudaMemcpyHostToDevice, stream), "copy a plan");
-        require_cuda(cudaEventRecord(copied_, stream), "mark a plan as copied");
+        const std::size_t signs_at = copied_bytes - sign_bytes;
+        std::copy(layer.key_signs.begin(), layer.key_signs.end(), reinterpret_cast<float*>(host + signs_at));
+        std::copy(layer.value_signs.begin(), layer.value_signs.end(),
+                  reinterpret_cast<float*>(host + signs_at) + layer.key_signs.size());
+        arguments_.key_signs = reinterpret_cast<const float*>(device + signs_at);
+        arguments_.value_signs = arguments_.key_signs + layer.key_signs.size();
+        require_cuda(cudaMemcpyAsync(device, host, copied_bytes, cudaMemcpyHostToDevice, stream), "copying a plan");
+        require_cuda(cudaEventRecord(copied_, stream), "marking a plan as copied");
         pending_ = true;
-        require_cuda(cudaMemsetAsync(device + copied_bytes, 0, counter_bytes, stream), "clear counters");
+        require_cuda(cudaMemsetAsync(device + copied_bytes, 0, counter_bytes, stream), "clearing counters");
         arguments_.items = reinterpret_cast<const detail::WorkItem*>(device);
         arguments_.sequences = reinterpret_cast<const detail::SequenceTask*>(device + item_bytes);
         arguments_.counters = reinterpret_cast<std::uint32_t*>(device + copied_bytes);
@@ -257,7 +266,7 @@ class AttendWorkspace {
     int device_ = 0, multiprocessors_ = 0;
     std::uint32_t shared_bytes_ = 0, bytes_ = 0;
     int warps_ = 0, blocks_ = 0;
-    Index partials_ = 0, counters_ = 0;
+    Index partials_ = 0, counters_ = 0, query_rows_ = 0;
     detail::AttendArguments arguments_{};
     void *staging_ = nullptr, *memory_ = nullptr;
     std::size_t staging_bytes_ = 0, memory_bytes_ = 0;

@@ -6,22 +6,21 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kvplane/cuda/arguments.hpp"
 #include "kvplane/cuda/tile_views.hpp"
 
 struct CUstream_st;
 
 namespace kvplane::cuda {
 
-enum class Number : std::uint8_t { fp32, fp16, bf16 };
-
-/// Rows of heads in device memory, [tokens][heads][head_dim]: distances in numbers; channels are neighbours.
-struct DeviceRows {
-    void* data = nullptr;
-    Number number = Number::fp16;
-    std::int64_t token_stride = 0, head_stride = 0;
-};
-
 namespace detail {
+
+/// Numbers of heads, [tokens][heads][head_dim], of a type of arguments.hpp; strides in elements.
+struct NumbersView {
+    void* data;
+    std::int32_t type;
+    std::int64_t token_stride, head_stride, channel_stride;
+};
 
 /// Query rows that a block takes, and warps that it has at most.
 inline constexpr int rows_of_block = 8, most_warps = 8;
@@ -53,7 +52,7 @@ struct AttendArguments {
     const SequenceTask* sequences;
     float* partials;  ///< [part][8][value_head_dim + 2]
     std::uint32_t* counters;
-    DeviceRows queries, output;
+    NumbersView queries, output;
     float* log_sum_exp;  ///< [query row][query head]
     float scale, softcap;
     std::int32_t window, window_sinks;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/token_rows.hpp"
@@ -18,22 +19,30 @@ struct PlanesRead {
 
 namespace detail {
 
-inline OutsideView outside_view(const CacheConfiguration& c, Index capacity, int key_bits, int value_bits) {
-    const auto side = [&](Index dim, int bits, Index rows_at, Index steps_at) {
-        return TokenRowsView{bits == 16, static_cast<std::int32_t>(capacity), static_cast<std::int32_t>(dim * bits / 8),
-                             rows_at, steps_at};
+inline OutsideView outside_view(const kvplane::detail::TokenRows& rows, const CacheConfiguration& c) {
+    const auto side = [&](TileSide side, Index dim) {
+        const int bits = rows.bits(side);
+        return TokenRowsView{bits == 16,
+                             static_cast<std::int32_t>(rows.capacity()),
+                             static_cast<std::int32_t>(dim * bits / 8),
+                             rows.row(side, 0, 0),
+                             bits == 16 ? 0 : rows.step_at(side, 0, 0)};
     };
-    const Index rows = capacity * c.kv_heads, key_bytes = rows * c.key_head_dim * key_bits / 8,
-                all_bytes = key_bytes + rows * c.value_head_dim * value_bits / 8;
-    return {side(c.key_head_dim, key_bits, 0, all_bytes),
-            side(c.value_head_dim, value_bits, key_bytes, all_bytes + (key_bits == 16 ? 0 : 2 * rows))};
+    return {side(TileSide::keys, c.key_head_dim), side(TileSide::values, c.value_head_dim)};
 }
 
 }  // namespace detail
 
+/// What attention knows of the caches of a layer.
+struct AttendLayer {
+    LayerView view;
+    /// Of the rotations of keys and of values, where some are rotated: one sign a channel.
+    std::vector<float> key_signs, value_signs;
+};
+
 /// Throws Error (option) for a configuration whose tiles the kernels do not read: keys in latents, values in keys,
 /// and what key_tile_view() and value_tile_view() refuse; for heads of other than a multiple of 8 channels up to 256.
-inline LayerView layer_view(const kvplane::detail::CacheShape& shape, const PlanesRead& read = {}) {
+inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const PlanesRead& read = {}) {
     const CacheConfiguration& c = shape.configuration;
     require(!c.recipe.latents, ErrorCode::option, "cuda: keys in latents, expected keys in channels");
     require(!c.values_in_keys, ErrorCode::option, "cuda: values in keys, expected values of their own");
@@ -43,7 +52,9 @@ inline LayerView layer_view(const kvplane::detail::CacheShape& shape, const Plan
         return static_cast<std::int32_t>(d);
     };
     const PageLayout& layout = *shape.layout;
-    LayerView view{};
+    AttendLayer layer;
+    LayerView& view = layer.view;
+    view = {};
     view.kv_heads = static_cast<std::int32_t>(c.kv_heads);
     view.query_heads = static_cast<std::int32_t>(c.query_heads);
     view.key_head_dim = dim(c.key_head_dim, "keys");
@@ -57,10 +68,11 @@ inline LayerView layer_view(const kvplane::detail::CacheShape& shape, const Plan
                         : shape.rotates(TileSide::keys) ? Rotation::all
                                                         : Rotation::none;
     view.rotates_values = shape.rotates(TileSide::values);
-    view.sinks = detail::outside_view(c, c.recipe.sink_tokens, 16, 16);
-    view.recent = detail::outside_view(c, kvplane::detail::recent_page_tokens, c.recipe.recent_bits_of(TileSide::keys),
-                                       c.recipe.recent_bits_of(TileSide::values));
-    return view;
+    view.sinks = detail::outside_view(shape.sink_rows(), c);
+    view.recent = detail::outside_view(shape.recent_rows(), c);
+    if (view.rotates_keys != Rotation::none) layer.key_signs = shape.rotation(TileSide::keys).signs();
+    if (view.rotates_values) layer.value_signs = shape.rotation(TileSide::values).signs();
+    return layer;
 }
 
 }  // namespace kvplane::cuda

@@ -4,21 +4,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kvplane/cuda/arguments.hpp"
 #include "kvplane/cuda/device.hpp"
 #include "kvplane/error.hpp"
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/storage/tile_format.hpp"
 
 namespace kvplane::cuda {
-
-/// A tile of a sequence, in device memory. Its tokens are the rows [row, row + tokens) of the page.
-struct DeviceTile {
-    const std::byte* page;
-    std::int32_t first;   ///< position of the first token
-    std::int32_t row;
-    std::int32_t tokens;
-    std::int32_t shift;   ///< TilePlace::shift
-};
 
 /// Channels of one width, and where their planes and grids stand in a tile.
 struct SegmentView {

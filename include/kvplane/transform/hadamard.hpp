@@ -28,6 +28,8 @@ class Hadamard {
     explicit Hadamard(Index channels, std::uint64_t seed = 0);
 
     Index channels() const noexcept { return static_cast<Index>(signs_.size()); }
+    /// The diagonal of D: 1 and -1.
+    const std::vector<float>& signs() const noexcept { return signs_; }
 
     /// Rotates every row of `rows` [tokens, heads * channels] in place, each head by itself. Throws Error
     /// (shape).

@@ -185,7 +185,7 @@ int main(int count, char** arguments) {
                            Row{"key_favored:3:3", false}, Row{"kivi:4:32", false}, Row{"key_favored:6:6", false}, Row{"fp16", true}}) {
         const kvplane::detail::CacheShape shape({.kv_heads = 8, .query_heads = 32, .key_head_dim = 128,
                                                  .value_head_dim = 128, .recipe = recipes::parse(row.recipe)});
-        LayerView layer = layer_view(shape, row.read);
+        const AttendLayer layer = attend_layer(shape, row.read);
         for (const Shape& of : shapes) {
             if (!row.all && of.tokens * of.sequences < 131072) continue;
             if (std::string(row.recipe) == "fp16" && of.tokens * of.sequences > 262144) continue;
@@ -200,10 +200,11 @@ int main(int count, char** arguments) {
             must(cudaMemcpy(in, queries.data(), queries.size() * 2, cudaMemcpyHostToDevice), "copy");
             AttendWorkspace workspace;
             workspace.plan(layer, batch.sequences(), 1, {}, nullptr);
-            const DeviceRows q{in, Number::fp16, 32 * 128, 128}, o{out, Number::fp16, 32 * 128, 128};
+            const DeviceRows q{in, ScalarType::float16, of.sequences, 32, 32 * 128, 128};
+            const DeviceOutput o{out, ScalarType::float16, of.sequences, 32, 32 * 128, 128};
             const double us = time_of([&] { workspace.attend(q, o, nullptr, nullptr); }, other);
             const double bytes = static_cast<double>(of.sequences * of.tokens / 128 * 8) *
-                                 static_cast<double>(layer.keys.bytes + layer.values.bytes);
+                                 static_cast<double>(layer.view.keys.bytes + layer.view.values.bytes);
             const double plain = time_of(
                 [&] {
                     read_all<<<1056, 256>>>(reinterpret_cast<const uint4*>(batch.memory()),
