@@ -1,6 +1,6 @@
 // Attention on packed tiles in device memory: time, and the time that plainly reading as many bytes takes.
 //
-//   cuda_bench [csv file]     widths and shapes of bench/README.md, 32 query heads over 8 key heads of 128
+//   cuda_attend_bench [recipes]     widths and shapes of bench/README.md, 32 query heads over 8 key heads of 128
 //
 // Times are medians of 31 launches, from event to event, with a second-level cache that holds nothing of the pages:
 // a kernel reads as much other memory before each. Pages are random bytes behind random pointers, with grids that
@@ -14,6 +14,7 @@
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -103,10 +104,13 @@ class Batch {
             tiles_.push_back({memory_ + order[static_cast<std::size_t>(i)] * layout.bytes,
                               static_cast<std::int32_t>(i % tiles * tile_tokens), 0, 128, 0});
         must(cudaMalloc(&device_tiles_, tiles_.size() * sizeof(DeviceTile)), "memory");
-        must(cudaMemcpy(device_tiles_, tiles_.data(), tiles_.size() * sizeof(DeviceTile), cudaMemcpyHostToDevice), "copy");
+        must(cudaMemcpy(device_tiles_, tiles_.data(), tiles_.size() * sizeof(DeviceTile),
+                        cudaMemcpyHostToDevice),
+             "copy");
         for (Index s = 0; s < shape.sequences; ++s) {
             DeviceSequence& sequence = sequences_.emplace_back();
-            sequence.tiles = std::span(tiles_).subspan(static_cast<std::size_t>(s * tiles), static_cast<std::size_t>(tiles));
+            sequence.tiles = std::span(tiles_).subspan(static_cast<std::size_t>(s * tiles),
+                                                       static_cast<std::size_t>(tiles));
             sequence.device_tiles = device_tiles_ + s * tiles;
             sequence.tokens = sequence.recent_first = shape.tokens;
         }
@@ -130,7 +134,8 @@ class Batch {
                     // High bytes of small numbers.
                     if (s.is_half())
                         for (Index i = 0; i < 128 * s.channels; ++i)
-                            tile[s.plane_at[0] + i] = static_cast<std::byte>((random() & 0x80) | 0x2C | (random() & 3));
+                            tile[s.plane_at[0] + i] =
+                                static_cast<std::byte>((random() & 0x80) | 0x2C | (random() & 3));
                     continue;
                 }
                 for (Index g = 0; g < s.grids; ++g) {
@@ -162,17 +167,18 @@ class Batch {
 
 }  // namespace
 
-int main(int count, char** arguments) {
+int main(int count, char** arguments) try {
+    std::setvbuf(stdout, nullptr, _IOLBF, 0);
     cudaDeviceProp device{};
     must(cudaGetDeviceProperties(&device, 0), "device");
-    std::printf("%s, %d multiprocessors, L2 %d MB\n", device.name, device.multiProcessorCount, device.l2CacheSize >> 20);
+    std::printf("%s, %d multiprocessors, L2 %d MB\n", device.name, device.multiProcessorCount,
+                device.l2CacheSize >> 20);
     std::byte* other = nullptr;
     must(cudaMalloc(&other, flush_bytes), "memory");
     must(cudaMemset(other, 1, flush_bytes), "fill");
-    std::FILE* const csv = count > 1 ? std::fopen(arguments[1], "w") : nullptr;
-    if (csv) std::fprintf(csv, "recipe,sequences,tokens,bytes,microseconds,plain_read\n");
     std::printf("empty launch %.1f us\n", time_of([] { read_all<<<1, 32>>>(nullptr, 0, nullptr); }, other));
-    std::printf("%-18s %3s %7s %7s %9s %10s %7s %6s\n", "recipe", "B", "N", "MB", "us", "plain read", "TB/s", "share");
+    std::printf("%-18s %3s %7s %7s %9s %10s %7s %6s\n", "recipe", "B", "N", "MB", "us", "plain read", "TB/s",
+                "share");
     const std::vector<Shape> shapes = {{1, 4096}, {1, 32768}, {8, 8192}, {1, 131072}, {8, 32768}};
     struct Row {
         const char* recipe;
@@ -180,11 +186,21 @@ int main(int count, char** arguments) {
         PlanesRead read = {};
         const char* note = "";
     };
-    for (const Row& row : {Row{"key_favored:4:4", true}, Row{"key_favored:8:8", false}, Row{"key_favored:8:8", false, {1, 1}, " first planes"},
-                           Row{"key_favored:2:2", false}, Row{"key_favored:5:3", true}, Row{"key_favored:4:2", false},
-                           Row{"key_favored:3:3", false}, Row{"kivi:4:32", false}, Row{"key_favored:6:6", false}, Row{"fp16", true}}) {
-        const kvplane::detail::CacheShape shape({.kv_heads = 8, .query_heads = 32, .key_head_dim = 128,
-                                                 .value_head_dim = 128, .recipe = recipes::parse(row.recipe)});
+    for (const Row& row :
+         {Row{"key_favored:4:4", true}, Row{"key_favored:8:8", false},
+          Row{"key_favored:8:8", false, {1, 1}, " first planes"}, Row{"key_favored:2:2", false},
+          Row{"key_favored:5:3", true}, Row{"key_favored:4:2", false}, Row{"key_favored:3:3", false},
+          Row{"kivi:4:32", false}, Row{"key_favored:6:6", false}, Row{"fp16", true}}) {
+        const auto named = std::span(arguments, static_cast<std::size_t>(count)).subspan(1);
+        if (!named.empty() && std::none_of(named.begin(), named.end(), [&](const char* name) {
+                return std::strcmp(name, row.recipe) == 0;
+            }))
+            continue;
+        const kvplane::detail::CacheShape shape({.kv_heads = 8,
+                                                 .query_heads = 32,
+                                                 .key_head_dim = 128,
+                                                 .value_head_dim = 128,
+                                                 .recipe = recipes::parse(row.recipe)});
         const AttendLayer layer = attend_layer(shape, row.read);
         for (const Shape& of : shapes) {
             if (!row.all && of.tokens * of.sequences < 131072) continue;
@@ -211,15 +227,14 @@ int main(int count, char** arguments) {
                                             static_cast<std::size_t>(bytes) / 16, nullptr);
                 },
                 other);
-            std::printf("%-18s %3d %7d %7.1f %9.1f %10.1f %7.2f %6.2f  %d x %d warps%s\n", row.recipe, static_cast<int>(of.sequences),
-                        static_cast<int>(of.tokens), bytes / 1e6, us, plain, bytes / us / 1e6, plain / us,
-                        workspace.blocks(), workspace.warps(), row.note);
-            if (csv)
-                std::fprintf(csv, "%s%s,%d,%d,%.0f,%.2f,%.2f\n", row.recipe, row.note, static_cast<int>(of.sequences),
-                             static_cast<int>(of.tokens), bytes, us, plain);
+            std::printf("%-18s %3d %7d %7.1f %9.1f %10.1f %7.2f %6.2f  %d x %d warps%s\n", row.recipe,
+                        static_cast<int>(of.sequences), static_cast<int>(of.tokens), bytes / 1e6, us, plain,
+                        bytes / us / 1e6, plain / us, workspace.blocks(), workspace.warps(), row.note);
             cudaFree(in);
             cudaFree(out);
         }
     }
-    if (csv) std::fclose(csv);
+} catch (const kvplane::Error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
 }

@@ -34,12 +34,14 @@ bool has_device() {
     (void)cudaGetLastError();
     return false;
 }
-#define KVPLANE_NEEDS_DEVICE()                                                        \
-    do {                                                                              \
+#define KVPLANE_NEEDS_DEVICE()                                                           \
+    do {                                                                                 \
         if (!has_device()) GTEST_SKIP() << "NOT TESTED: no CUDA device on this machine"; \
     } while (false)
 
-void expect_ok(cudaError_t status) { ASSERT_EQ(status, cudaSuccess) << cudaGetErrorString(status); }
+void expect_ok(cudaError_t status) {
+    ASSERT_EQ(status, cudaSuccess) << cudaGetErrorString(status);
+}
 
 /// Memory of the device.
 class DeviceBytes {
@@ -52,7 +54,8 @@ class DeviceBytes {
     DeviceBytes(const void* from, std::size_t bytes) : DeviceBytes(bytes) {
         EXPECT_EQ(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice), cudaSuccess);
     }
-    DeviceBytes(DeviceBytes&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+    DeviceBytes(DeviceBytes&& other) noexcept
+        : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
     DeviceBytes(const DeviceBytes&) = delete;
     DeviceBytes& operator=(const DeviceBytes&) = delete;
     ~DeviceBytes() { cudaFree(data_); }
@@ -93,9 +96,10 @@ CacheConfiguration configuration_of(const Case& c) {
 }
 
 void expect_attention(const Case& c, std::uint64_t seed) {
-    SCOPED_TRACE(c.recipe + ", heads " + std::to_string(c.query_heads) + "/" + std::to_string(c.kv_heads) + " of " +
-                 std::to_string(c.key_dim) + "/" + std::to_string(c.value_dim) + ", " +
-                 std::to_string(c.query_tokens) + " query tokens, " + std::to_string(c.tokens.size()) + " sequences");
+    SCOPED_TRACE(c.recipe + ", heads " + std::to_string(c.query_heads) + "/" + std::to_string(c.kv_heads) +
+                 " of " + std::to_string(c.key_dim) + "/" + std::to_string(c.value_dim) + ", " +
+                 std::to_string(c.query_tokens) + " query tokens, " + std::to_string(c.tokens.size()) +
+                 " sequences");
     Random random(seed);
     const CacheConfiguration configuration = configuration_of(c);
     TilePool pool;
@@ -130,7 +134,8 @@ void expect_attention(const Case& c, std::uint64_t seed) {
     std::vector<float> sinks(static_cast<std::size_t>(c.query_heads)), slopes(sinks.size());
     for (float& sink : sinks) sink = normal(random);
     for (float& slope : slopes) slope = 0.01f * std::abs(normal(random));
-    const DeviceBytes device_sinks(sinks.data(), sinks.size() * 4), device_slopes(slopes.data(), slopes.size() * 4);
+    const DeviceBytes device_sinks(sinks.data(), sinks.size() * 4),
+        device_slopes(slopes.data(), slopes.size() * 4);
     if (c.sinks) {
         parameters.sink_logits = sinks;
         device_parameters.sink_logits = {device_sinks.as<float>(), sinks.size()};
@@ -141,11 +146,12 @@ void expect_attention(const Case& c, std::uint64_t seed) {
     }
 
     AttendWorkspace workspace;
-    workspace.plan(kvplane::cuda::attend_layer(caches[0].shape()), sequences, c.query_tokens, device_parameters, nullptr);
-    const kvplane::cuda::DeviceRows in{device_queries.as(), ScalarType::float16, rows, c.query_heads,
-                                       c.query_heads * c.key_dim, c.key_dim};
-    const kvplane::cuda::DeviceOutput out{output.as(), ScalarType::float32, rows, c.query_heads,
-                                          c.query_heads * c.value_dim, c.value_dim};
+    workspace.plan(kvplane::cuda::attend_layer(caches[0].shape()), sequences, c.query_tokens,
+                   device_parameters, nullptr);
+    const kvplane::cuda::DeviceRows in{device_queries.as(), ScalarType::float16,       rows,
+                                       c.query_heads,       c.query_heads * c.key_dim, c.key_dim};
+    const kvplane::cuda::DeviceOutput out{output.as(),   ScalarType::float32,         rows,
+                                          c.query_heads, c.query_heads * c.value_dim, c.value_dim};
     std::vector<float> first;
     for (int call = 0; call < 2; ++call) {
         workspace.attend(in, out, log_sum_exp.as<float>(), nullptr);
@@ -157,42 +163,67 @@ void expect_attention(const Case& c, std::uint64_t seed) {
     for (std::size_t s = 0; s < caches.size(); ++s) {
         const auto row = static_cast<Index>(s) * c.query_tokens;
         const Index tokens = caches[s].tokens();
-        AttentionParameters exact = parameters;
-        Matrix bias = Matrix::Zero(c.query_tokens, tokens);
-        if (c.drop > 0) {
-            for (Index t = 4; t < c.drop; ++t) bias.col(t).setConstant(-std::numeric_limits<float>::infinity());
-            exact.bias = &bias;
-        }
-        const MatrixD expected = reference_attention(caches[s].stored_keys(0, tokens), caches[s].stored_values(0, tokens),
-                                                     half_queries.middleRows(row, c.query_tokens).cast<float>().eval(),
-                                                     c.query_heads, c.kv_heads, exact);
+        const auto seen = [&](auto stored) {
+            if (c.drop == 0) return stored(0, tokens);
+            Matrix all(4 + tokens - c.drop, stored(0, 1).cols());
+            all << stored(0, 4), stored(c.drop, tokens - c.drop);
+            return all;
+        };
+        const Matrix keys = seen([&](Index first, Index count) { return caches[s].stored_keys(first, count); });
+        const Matrix values = seen([&](Index first, Index count) { return caches[s].stored_values(first, count); });
+        const MatrixD expected =
+            reference_attention(keys, values, half_queries.middleRows(row, c.query_tokens).cast<float>().eval(),
+                                c.query_heads, c.kv_heads, parameters);
         const Eigen::Map<const Matrix> found(first.data(), rows, c.query_heads * c.value_dim);
         const auto mine = found.middleRows(row, c.query_tokens).cast<double>();
-        const double error = (mine - expected).cwiseAbs().maxCoeff(), size = expected.cwiseAbs().maxCoeff();
-        EXPECT_LE(error, 1e-3 * size) << "sequence " << s;
+        // Keys and values are of about 1 (some of 4): scores err by up to 5e-4 where codes have 8 bits.
+        EXPECT_LE((mine - expected).cwiseAbs().maxCoeff(), 2e-4 * static_cast<double>(values.cwiseAbs().maxCoeff()))
+            << "sequence " << s;
         EXPECT_TRUE(mine.allFinite());
     }
 }
 
 std::vector<Case> cases() {
     std::vector<Case> all;
-    for (const char* recipe : {"fp16", "key_favored:4:4", "key_favored:8:8", "key_favored:2:2", "key_favored:5:3", "key_favored:4:2",
-                               "key_favored:3:3", "key_favored:1:1", "key_favored:6:7", "standard", "compact", "kivi:4",
-                               "kivi:2:32", "kivi:8:64", "key_favored:7:1"})
+    for (const char* recipe :
+         {"fp16", "key_favored:4:4", "key_favored:8:8", "key_favored:2:2", "key_favored:5:3",
+          "key_favored:4:2", "key_favored:3:3", "key_favored:1:1", "key_favored:6:7", "standard", "compact",
+          "kivi:4", "kivi:2:32", "kivi:8:64", "key_favored:7:1"})
         for (const Index dim : {Index{128}, Index{64}, Index{80}, Index{96}, Index{256}})
             all.push_back({.recipe = recipe, .key_dim = dim, .value_dim = dim, .tokens = {900}});
     for (const char* recipe : {"fp16", "standard", "key_favored:4:4", "kivi:4:32"}) {
-        all.push_back({.recipe = recipe, .kv_heads = 1, .query_heads = 1, .tokens = {1, 3, 31, 129, 5000, 300}});
-        all.push_back({.recipe = recipe, .kv_heads = 3, .query_heads = 9, .key_dim = 64, .value_dim = 64, .tokens = {2000, 10}, .query_tokens = 5});
-        all.push_back({.recipe = recipe, .kv_heads = 2, .query_heads = 32, .tokens = {1000}, .query_tokens = 8});
-        all.push_back({.recipe = recipe, .kv_heads = 8, .query_heads = 32, .tokens = {4096, 20000, 700}, .query_tokens = 2});
+        all.push_back(
+            {.recipe = recipe, .kv_heads = 1, .query_heads = 1, .tokens = {1, 3, 31, 129, 5000, 300}});
+        all.push_back({.recipe = recipe,
+                       .kv_heads = 3,
+                       .query_heads = 9,
+                       .key_dim = 64,
+                       .value_dim = 64,
+                       .tokens = {2000, 10},
+                       .query_tokens = 5});
+        all.push_back(
+            {.recipe = recipe, .kv_heads = 2, .query_heads = 32, .tokens = {1000}, .query_tokens = 8});
+        all.push_back({.recipe = recipe,
+                       .kv_heads = 8,
+                       .query_heads = 32,
+                       .tokens = {4096, 20000, 700},
+                       .query_tokens = 2});
         all.push_back({.recipe = recipe, .key_dim = 96, .value_dim = 128, .tokens = {777}});
-        all.push_back({.recipe = recipe, .tokens = {3000}, .query_tokens = 3, .parameters = {.softcap = 20.0}});
-        all.push_back({.recipe = recipe, .tokens = {3000}, .query_tokens = 3, .parameters = {.sliding_window = 300, .sinks = 4}});
-        all.push_back({.recipe = recipe, .tokens = {3000}, .query_tokens = 4, .parameters = {.sliding_window = 1000}, .sinks = true});
+        all.push_back(
+            {.recipe = recipe, .tokens = {3000}, .query_tokens = 3, .parameters = {.softcap = 20.0}});
+        all.push_back({.recipe = recipe,
+                       .tokens = {3000},
+                       .query_tokens = 3,
+                       .parameters = {.sliding_window = 300, .sinks = 4}});
+        all.push_back({.recipe = recipe,
+                       .tokens = {3000},
+                       .query_tokens = 4,
+                       .parameters = {.sliding_window = 1000},
+                       .sinks = true});
         all.push_back({.recipe = recipe, .tokens = {3000}, .alibi = true});
         all.push_back({.recipe = recipe, .tokens = {3000}, .parameters = {.position = 100}});
-        all.push_back({.recipe = recipe, .tokens = {1500}, .query_tokens = 7, .parameters = {.causal = false}});
+        all.push_back(
+            {.recipe = recipe, .tokens = {1500}, .query_tokens = 7, .parameters = {.causal = false}});
         all.push_back({.recipe = recipe, .tokens = {3000}, .drop = 1000});
     }
     return all;

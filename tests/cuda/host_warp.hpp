@@ -22,10 +22,8 @@ struct Lanes {
 
     Lanes() = default;
     template <class U>
-        requires std::is_arithmetic_v<U>
-    explicit Lanes(U all) {
-        at.fill(static_cast<T>(all));
-    }
+    requires std::is_arithmetic_v<U>
+    explicit Lanes(U all) { at.fill(static_cast<T>(all)); }
     T operator[](int lane) const { return at[static_cast<std::size_t>(lane)]; }
     T& operator[](int lane) { return at[static_cast<std::size_t>(lane)]; }
 };
@@ -43,13 +41,13 @@ auto each(const F& f) {
         return each<T>([&](int i) { return a[i] op b[i]; });              \
     }                                                                     \
     template <class T, class U>                                           \
-        requires std::is_arithmetic_v<U>                                  \
-    Lanes<T> operator op(const Lanes<T>& a, U b) {                        \
+    requires std::is_arithmetic_v<U> Lanes<T>                             \
+    operator op(const Lanes<T>& a, U b) {                                 \
         return each<T>([&](int i) { return a[i] op static_cast<T>(b); }); \
     }                                                                     \
     template <class T, class U>                                           \
-        requires std::is_arithmetic_v<U>                                  \
-    Lanes<T> operator op(U a, const Lanes<T>& b) {                        \
+    requires std::is_arithmetic_v<U> Lanes<T>                             \
+    operator op(U a, const Lanes<T>& b) {                                 \
         return each<T>([&](int i) { return static_cast<T>(a) op b[i]; }); \
     }
 KVPLANE_LANES_OPERATOR(+)
@@ -64,14 +62,14 @@ KVPLANE_LANES_OPERATOR(>>)
 KVPLANE_LANES_OPERATOR(<<)
 #undef KVPLANE_LANES_OPERATOR
 
-#define KVPLANE_LANES_COMPARISON(op)                                      \
-    template <class T>                                                    \
-    Lanes<bool> operator op(const Lanes<T>& a, const Lanes<T>& b) {       \
-        return each<bool>([&](int i) { return a[i] op b[i]; });           \
-    }                                                                     \
-    template <class T, class U>                                           \
-        requires std::is_arithmetic_v<U>                                  \
-    Lanes<bool> operator op(const Lanes<T>& a, U b) {                     \
+#define KVPLANE_LANES_COMPARISON(op)                                         \
+    template <class T>                                                       \
+    Lanes<bool> operator op(const Lanes<T>& a, const Lanes<T>& b) {          \
+        return each<bool>([&](int i) { return a[i] op b[i]; });              \
+    }                                                                        \
+    template <class T, class U>                                              \
+    requires std::is_arithmetic_v<U> Lanes<bool>                             \
+    operator op(const Lanes<T>& a, U b) {                                    \
         return each<bool>([&](int i) { return a[i] op static_cast<T>(b); }); \
     }
 KVPLANE_LANES_COMPARISON(<)
@@ -118,15 +116,15 @@ struct HostWarp {
         return to[0];
     }
     static Word load2(const std::byte* base, const Word& at) {
-        return each<std::uint32_t>([&](int i) { return check<2>(base + at[i]), read<std::uint16_t>(base, at[i]); });
+        return each<std::uint32_t>(
+            [&](int i) { return check<2>(base + at[i]), read<std::uint16_t>(base, at[i]); });
     }
     static Word load1(const std::byte* base, const Word& at) {
         return each<std::uint32_t>([&](int i) { return read<std::uint8_t>(base, at[i]); });
     }
     static Float load_bias(const float* bias, const Word& row, const Int& key, const Flag& there) {
-        return each<float>([&](int i) {
-            return there[i] ? bias[row[i] + static_cast<std::uint32_t>(key[i])] : 0.0f;
-        });
+        return each<float>(
+            [&](int i) { return there[i] ? bias[row[i] + static_cast<std::uint32_t>(key[i])] : 0.0f; });
     }
 
     static Float as_float(const Word& x) {
@@ -156,7 +154,8 @@ struct HostWarp {
             const std::uint64_t both = std::uint64_t{b[i]} << 32 | a[i];
             std::uint32_t to = 0;
             for (int byte = 0; byte < 4; ++byte)
-                to |= static_cast<std::uint32_t>(both >> (8 * (selector >> (4 * byte) & 7)) & 0xFF) << (8 * byte);
+                to |= static_cast<std::uint32_t>(both >> (8 * (selector >> (4 * byte) & 7)) & 0xFF)
+                      << (8 * byte);
             return to;
         });
     }
@@ -169,7 +168,9 @@ struct HostWarp {
     static Float multiply_add(const Float& a, const Float& b, const Float& c) {
         return each<float>([&](int i) { return std::fma(a[i], b[i], c[i]); });
     }
-    static Float multiply_add(const Float& a, float b, const Float& c) { return multiply_add(a, Float(b), c); }
+    static Float multiply_add(const Float& a, float b, const Float& c) {
+        return multiply_add(a, Float(b), c);
+    }
     static Float maximum(const Float& a, const Float& b) {
         return each<float>([&](int i) { return std::fmax(a[i], b[i]); });
     }
@@ -196,25 +197,35 @@ struct HostWarp {
         return each<bool>([&](int i) { return a[i] || b[i]; });
     }
 
-    static bool any(const Flag& flag) { return std::any_of(flag.at.begin(), flag.at.end(), [](bool x) { return x; }); }
+    static bool any(const Flag& flag) {
+        return std::any_of(flag.at.begin(), flag.at.end(), [](bool x) { return x; });
+    }
     static Float shuffle_xor(const Float& x, int lanes) {
         return each<float>([&](int i) { return x[i ^ lanes]; });
     }
 
     /// sums += A B; a_at and b_at give what stands in a row (column) and a place along the product.
-    template <class Sum, class A, class B>
-    static void multiply(Lanes<Sum> (&sums)[4], int depth, const A& a_at, const B& b_at) {
-        for (int row = 0; row < 16; ++row)
-            for (int column = 0; column < 8; ++column) {
-                Sum sum = 0;
-                for (int k = 0; k < depth; ++k) sum += a_at(row, k) * b_at(k, column);
-                sums[row / 8 * 2 + column % 2][row % 8 * 4 + column / 2] += sum;
+    template <int depth, class Sum, class A, class B>
+    static void multiply(Lanes<Sum> (&sums)[4], const A& a_at, const B& b_at) {
+        Sum b[depth][8];
+        for (int k = 0; k < depth; ++k)
+            for (int column = 0; column < 8; ++column) b[k][column] = b_at(k, column);
+        for (int row = 0; row < 16; ++row) {
+            Sum sum[8] = {};
+            for (int k = 0; k < depth; ++k) {
+                const Sum a = a_at(row, k);
+                for (int column = 0; column < 8; ++column) sum[column] += a * b[k][column];
             }
+            for (int column = 0; column < 8; ++column)
+                sums[row / 8 * 2 + column % 2][row % 8 * 4 + column / 2] += sum[column];
+        }
     }
-    static std::uint32_t byte_of(const Word& word, int lane, int byte) { return word[lane] >> (8 * byte) & 0xFFu; }
+    static std::uint32_t byte_of(const Word& word, int lane, int byte) {
+        return word[lane] >> (8 * byte) & 0xFFu;
+    }
     static void multiply_signed(Int (&sums)[4], const Word (&a)[4], const Word (&b)[2]) {
-        multiply(
-            sums, 32,
+        multiply<32>(
+            sums,
             [&](int row, int k) {
                 return static_cast<std::int32_t>(static_cast<std::int8_t>(
                     byte_of(a[row / 8 + 2 * (k / 16)], row % 8 * 4 + k % 16 / 4, k % 4)));
@@ -224,19 +235,22 @@ struct HostWarp {
             });
     }
     static void multiply_unsigned(Int (&sums)[4], const Word (&a)[4], const Word (&b)[2]) {
-        multiply(
-            sums, 32,
+        multiply<32>(
+            sums,
             [&](int row, int k) {
-                return static_cast<std::int32_t>(byte_of(a[row / 8 + 2 * (k / 16)], row % 8 * 4 + k % 16 / 4, k % 4));
+                return static_cast<std::int32_t>(
+                    byte_of(a[row / 8 + 2 * (k / 16)], row % 8 * 4 + k % 16 / 4, k % 4));
             },
             [&](int k, int column) {
                 return static_cast<std::int32_t>(byte_of(b[k / 16], column * 4 + k % 16 / 4, k % 4));
             });
     }
     static void multiply_halves(Float (&sums)[4], const Word (&a)[4], const Word& b0, const Word& b1) {
-        const auto at = [](const Word& word, int lane, int k) { return half(word[lane] >> (16 * (k % 2)) & 0xFFFFu); };
-        multiply(
-            sums, 16, [&](int row, int k) { return at(a[row / 8 + 2 * (k / 8)], row % 8 * 4 + k % 8 / 2, k); },
+        const auto at = [](const Word& word, int lane, int k) {
+            return half(word[lane] >> (16 * (k % 2)) & 0xFFFFu);
+        };
+        multiply<16>(
+            sums, [&](int row, int k) { return at(a[row / 8 + 2 * (k / 8)], row % 8 * 4 + k % 8 / 2, k); },
             [&](int k, int column) { return at(k < 8 ? b0 : b1, column * 4 + k % 8 / 2, k); });
     }
 };

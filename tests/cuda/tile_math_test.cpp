@@ -79,36 +79,60 @@ Matrix rows_of(Random& random, Index tokens, Index channels) {
     return rows;
 }
 
-/// Scores of a tile against those of its decoded keys. bits: the widest.
+/// The most by which scores of a row may be off for a group of tokens [first, end): every factor, a query times the
+/// step of a channel, is off by half a unit, the largest of them over 32512, and meets codes of up to 2^bits.
+double score_bound(const KeyTileView& view, const Matrix& keys, const Matrix& queries, Index row, Index first,
+                   Index end) {
+    double largest = 0.0, codes = 0.0;
+    for (int i = 0; i < view.segments; ++i) {
+        const SegmentView& s = view.segment[i];
+        if (s.bits == 16) return 0.0;
+        for (Index c = s.first_channel; c < s.first_channel + s.channels; ++c) {
+            const auto column = keys.col(c).segment(first, end - first);
+            // Of tokens that reach both ends, as all groups here do, the range is at least half of all cells but
+            // one; fp16 rounds steps up by 2^-10 of them.
+            const double cells = std::ldexp(1.0, s.bits), range = column.maxCoeff() - column.minCoeff();
+            largest = std::max(largest, std::abs(queries(row, c)) * 2.0 * range / std::max(1.0, cells - 1.0));
+            codes += cells - 1.0;
+        }
+    }
+    return 0.5 * largest / 32512.0 * codes;
+}
+
+/// body(lane, row, token, m, s, j) for every score that a lane has.
+template <class Math, class Body>
+void each_score(const Body& body) {
+    const auto row = Math::row();
+    for (int m = 0; m < 4; ++m)
+        for (int j = 0; j < Math::own; ++j) {
+            const auto token = score_token(m, Math::column(j), Math::value_chunk);
+            for (int s = 0; s < 4; ++s)
+                for (int lane = 0; lane < 32; ++lane)
+                    body(lane, static_cast<Index>(row[lane]), static_cast<Index>(token[lane]) + s, m, s, j);
+        }
+}
+
+/// Scores of a tile against those of its decoded keys.
 template <class Math>
-void expect_scores(Tile& tile, const KeyTileView& view, const Matrix& queries, int bits, int depth,
+void expect_scores(Tile& tile, const KeyTileView& view, const Matrix& queries, int depth,
                    const std::string& name) {
     QueryMemory memory(queries, queries.cols());
     typename Math::Scores score;
     Math::score(memory.view(), tile.bytes.data(), view, score);
     const Matrix keys = tile.decoded(depth);
     const Eigen::MatrixXd exact = queries.cast<double>() * keys.cast<double>().transpose();
-    for (int m = 0; m < 4; ++m)
-        for (int s = 0; s < 4; ++s)
-            for (int j = 0; j < 2; ++j)
-                for (int lane = 0; lane < 32; ++lane) {
-                    const int row = lane / 4;
-                    const auto token = static_cast<Index>(score_token(
-                                           m, static_cast<std::uint32_t>(lane % 4 * 2 + j), Math::value_chunk)) +
-                                       s;
-                    // Every factor is off by half a unit; a unit is the largest factor over 32512. A code's
-                    // factor is its query times the step, which is at most a cell of the range of keys.
-                    double most = 0.0, size = 0.0;
-                    for (Index c = 0; c < keys.cols(); ++c) {
-                        const double range = keys.col(c).maxCoeff() - keys.col(c).minCoeff();
-                        most = std::max(most, std::abs(queries(row, c)) * 2.0 * (range + 0.01 * std::abs(keys(token, c))));
-                        size += std::abs(queries(row, c) * keys(token, c));
-                    }
-                    // Fewer codes mean larger steps: range (2^bits - 1) / 2^bits at most counts.
-                    const double bound = bits == 16 ? 3e-6 * size
-                                                    : 0.5 * static_cast<double>(keys.cols()) * most / 32512.0 + 2e-6 * size;
-                    ASSERT_NEAR(score[m][s][j][lane], exact(row, token), bound) << name << " row " << row << " token " << token;
-                }
+    const Eigen::MatrixXd sizes =
+        queries.cast<double>().cwiseAbs() * keys.cast<double>().cwiseAbs().transpose();
+    const Index group = 128 / view.groups;
+    Eigen::MatrixXd bound(8, view.groups);
+    for (Index row = 0; row < 8; ++row)
+        for (Index g = 0; g < view.groups; ++g)
+            bound(row, g) = score_bound(view, keys, queries, row, g * group, (g + 1) * group);
+    each_score<Math>([&](int lane, Index row, Index token, int m, int s, int j) {
+        ASSERT_NEAR(score[m][s][j][lane], exact(row, token),
+                    bound(row, token / group) + 3e-6 * sizes(row, token))
+            << name << " row " << row << " token " << token;
+    });
 }
 
 TEST(TileMath, ScoresAreThoseOfDecodedKeysAtEveryWidth) {
@@ -118,10 +142,14 @@ TEST(TileMath, ScoresAreThoseOfDecodedKeysAtEveryWidth) {
         Tile tile(TileFormat(TileSide::keys, channels, bits, rule), rows_of(random, 128, channels));
         const Matrix queries = rows_of(random, 8, channels);
         const std::string name = std::to_string(bits) + " bits, " + std::to_string(channels) + " channels";
-        using Made = TileMath<HostWarp, bits, octets_of(channels, bits == 16 ? 8 : least_chunk(bits)), bits, 4>;
-        expect_scores<Made>(tile, key_tile_view(tile.format), queries, bits, 16, name);
-        using General = TileMath<HostWarp, 0, 8, 0, 4>;
-        expect_scores<General>(tile, key_tile_view(tile.format), queries, bits, 16, name + ", run time");
+        using Made = TileMath<HostWarp, bits, channels, bits, 128>;
+        expect_scores<Made>(tile, key_tile_view(tile.format), queries, 16, name);
+        using Paired = TileMath<HostWarp, bits, channels, bits, 128, true>;
+        Matrix twice = queries;
+        twice.bottomRows(4) = queries.topRows(4);
+        expect_scores<Paired>(tile, key_tile_view(tile.format), twice, 16, name + ", paired");
+        using General = TileMath<HostWarp, 0, 256, 0, 128>;
+        expect_scores<General>(tile, key_tile_view(tile.format), queries, 16, name + ", run time");
     };
     const auto every_width = [&]<int channels>() {
         check.template operator()<1, channels>();
@@ -143,15 +171,17 @@ TEST(TileMath, ScoresAreThoseOfDecodedKeysAtEveryWidth) {
 
 TEST(TileMath, GroupsOfTokensSegmentsAndPrefixesAreRead) {
     Random random(kvplane_test::seed());
-    using General = TileMath<HostWarp, 0, 8, 0, 4>;
+    using General = TileMath<HostWarp, 0, 256, 0, 128>;
     for (const Index group : {32, 64, 128}) {
         const GridRule rule{Granularity::per_channel, group, Scheme::min_max, Clip::none};
-        for (const std::vector<ChannelSegment>& segments :
-             {std::vector<ChannelSegment>{{64, 4}}, {{8, 8}, {8, 6}, {16, 4}, {32, 2}}, {{5, 7}, {40, 3}, {11, 0}, {72, 1}}}) {
+        for (const std::vector<ChannelSegment>& segments : {std::vector<ChannelSegment>{{64, 4}},
+                                                            {{8, 8}, {8, 6}, {16, 4}, {32, 2}},
+                                                            {{5, 7}, {40, 3}, {11, 0}, {72, 1}}}) {
             const TileFormat format(TileSide::keys, segments, rule);
             Tile tile(format, rows_of(random, 128, format.channels()));
             Matrix queries = rows_of(random, 8, format.channels());
-            expect_scores<General>(tile, key_tile_view(format), queries, 8, 16, "group " + std::to_string(group));
+            expect_scores<General>(tile, key_tile_view(format), queries, 16,
+                                   "group " + std::to_string(group));
         }
     }
     for (const int bits : {3, 5, 6, 7, 8}) {
@@ -159,30 +189,27 @@ TEST(TileMath, GroupsOfTokensSegmentsAndPrefixesAreRead) {
         Tile tile(TileFormat(TileSide::keys, 128, bits, rule), rows_of(random, 128, 128));
         const PlaneSplit split = plane_split(bits);
         for (int planes = 1; planes < split.count; ++planes)
-            expect_scores<General>(tile, key_tile_view(tile.format, planes), rows_of(random, 8, 128), bits,
-                                   split.prefix_bits(planes), std::to_string(planes) + " planes of " + std::to_string(bits));
+            expect_scores<General>(tile, key_tile_view(tile.format, planes), rows_of(random, 8, 128),
+                                   split.prefix_bits(planes),
+                                   std::to_string(planes) + " planes of " + std::to_string(bits));
     }
 }
 
 /// Output of one tile against that of its decoded values, for given scores.
 template <class Math>
-void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, int depth, const std::string& name) {
+void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, int depth,
+                   const std::string& name) {
     typename Math::Scores score;
-    for (int m = 0; m < 4; ++m)
-        for (int s = 0; s < 4; ++s)
-            for (int j = 0; j < 2; ++j)
-                for (int lane = 0; lane < 32; ++lane)
-                    score[m][s][j][lane] = scores(
-                        lane / 4, static_cast<Index>(score_token(m, static_cast<std::uint32_t>(lane % 4 * 2 + j),
-                                                                 Math::value_chunk)) +
-                                      s);
+    each_score<Math>([&](int lane, Index row, Index token, int m, int s, int j) {
+        score[m][s][j][lane] = scores(row, token);
+    });
     typename Math::State state;
     Math::begin(state);
     const auto factor = Math::weigh(score, state);
     Math::add_values(tile.bytes.data(), view, score, factor, state);
     Math::finish(state);
     const Matrix values = tile.decoded(depth);
-    for (int row = 0; row < 8; ++row) {
+    for (int row = 0; row < (Math::shares_rows ? 4 : 8); ++row) {
         const Eigen::VectorXd weights = (scores.row(row).cast<double>().array() - scores.row(row).maxCoeff())
                                             .unaryExpr([](double x) { return std::exp2(x); })
                                             .matrix();
@@ -192,7 +219,8 @@ void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, 
             const double exact = weights.dot(values.col(c).cast<double>()) / sum;
             const auto block = static_cast<std::size_t>(c / 32);
             const int in_block = static_cast<int>(c % 32);
-            const double found = state.out[block][in_block % 4][in_block % 8 / 4][4 * row + in_block / 8] / sum;
+            const double found =
+                state.out[block][in_block % 4][in_block % 8 / 4][4 * row + in_block / 8] / sum;
             // A weight is off by half of 1 / 65500 of the largest step; a step is at most a token's range.
             double bound = 3e-6 * values.cwiseAbs().maxCoeff();
             for (Index t = 0; t < 128; ++t)
@@ -215,12 +243,17 @@ TEST(TileMath, ValuesAreWeighedAtEveryWidth) {
                 for (Index i = 0; i < scores.size(); ++i) scores.data()[i] = 3.0f * normal(random);
                 const GridRule rule{Granularity::per_token, run, scheme, Clip::none};
                 Tile tile(TileFormat(TileSide::values, channels, bits, rule), rows_of(random, 128, channels));
-                const std::string name = std::to_string(bits) + " bits, " + std::to_string(channels) + " channels, " +
-                                         kvplane::name(scheme) + " over " + std::to_string(run);
-                using Made = TileMath<HostWarp, 4, 4, bits, (channels + 31) / 32>;
+                const std::string name = std::to_string(bits) + " bits, " + std::to_string(channels) +
+                                         " channels, " + kvplane::name(scheme) + " over " +
+                                         std::to_string(run);
+                using General = TileMath<HostWarp, 0, 256, 0, channels>;
+                if (scheme == scheme_for(bits) || bits == 16)
+                    expect_values<General>(tile, value_tile_view(tile.format), scores, 16, name + ", run time");
+                if (run != whole_head) continue;
+                using Made = TileMath<HostWarp, 4, 128, bits, channels>;
                 expect_values<Made>(tile, value_tile_view(tile.format), scores, 16, name);
-                using General = TileMath<HostWarp, 0, 8, 0, (channels + 31) / 32>;
-                expect_values<General>(tile, value_tile_view(tile.format), scores, 16, name + ", run time");
+                using Paired = TileMath<HostWarp, 4, 128, bits, channels, true>;
+                expect_values<Paired>(tile, value_tile_view(tile.format), scores, 16, name + ", paired");
                 if (bits == 16) return;
             }
     };
@@ -237,6 +270,154 @@ TEST(TileMath, ValuesAreWeighedAtEveryWidth) {
     };
     every_width.template operator()<80>();
     every_width.template operator()<128>();
+}
+
+/// Attention of a cache as the kernel does it, with `warps` warps that take turns.
+template <class Math>
+Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const AttentionParameters& parameters,
+                       int warps) {
+    const CacheConfiguration& c = cache.configuration();
+    const LayerView layer = attend_layer(cache.shape()).view;
+    const auto& state = cache.state();
+    const Index group = c.group(), rows = queries.rows() * group;
+    const Index position = parameters.first_position(cache.tokens(), queries.rows());
+    Matrix output(queries.rows(), c.query_heads * c.value_head_dim);
+    for (Index head = 0; head < c.kv_heads; ++head)
+        for (Index first = 0; first < rows; first += 8) {
+            const Index count = std::min<Index>(8, rows - first);
+            const auto row_of = [&](Index r) { return std::min(first + r, rows - 1); };
+            Matrix plain = Matrix::Zero(8, c.key_head_dim);
+            for (Index r = 0; r < count; ++r)
+                plain.row(r) =
+                    queries.row(row_of(r) / group)
+                        .segment((head * group + row_of(r) % group) * c.key_head_dim, c.key_head_dim) *
+                    (log2_e / std::sqrt(static_cast<float>(c.key_head_dim)));
+            Matrix rotated = plain;
+            cache.shape().rotation(TileSide::keys).rotate(rotated);
+            QueryMemory as_given(plain, c.key_head_dim), turned(rotated, c.key_head_dim);
+            ScoreRules<HostWarp> rules{};
+            rules.position =
+                each<std::int32_t>([&](int lane) { return position + row_of(lane / 4) / group; });
+            rules.slope = rules.softcap = HostWarp::Float(0.0f);
+            rules.softcap = HostWarp::Float(static_cast<float>(parameters.softcap) * log2_e);
+            rules.window = static_cast<std::int32_t>(parameters.sliding_window);
+            rules.window_sinks = static_cast<std::int32_t>(parameters.sinks);
+            rules.causal = parameters.causal;
+            rules.changes_scores = parameters.softcap > 0.0;
+            std::vector<typename Math::State> states(static_cast<std::size_t>(warps));
+            for (int w = 0; w < warps; ++w) {
+                typename Math::State& mine = states[static_cast<std::size_t>(w)];
+                Math::begin(mine);
+                const auto loose = [&](const OutsideView& view, const std::byte* page, int row, Index at) {
+                    const TokenRow<HostWarp> value =
+                        token_row<HostWarp>(view.values, page, static_cast<int>(head), row);
+                    auto score =
+                        Math::score_row(layer.rotates_keys == Rotation::all ? turned.view() : as_given.view(),
+                                        token_row<HostWarp>(view.keys, page, static_cast<int>(head), row),
+                                        static_cast<int>(c.key_head_dim));
+                    score = Math::ruled(rules, score, HostWarp::Int(at), HostWarp::Flag(true));
+                    Math::add_rows(&value, &score, 1, static_cast<int>(c.value_head_dim), mine);
+                };
+                for (Index t = w; t < state.sink_count(c.recipe); t += warps)
+                    loose(layer.sinks, state.sinks.data(), static_cast<int>(t), t);
+                for (Index t = state.recent_first + w; !state.recent.empty() && t < cache.tokens();
+                     t += warps)
+                    loose(layer.recent,
+                          state.recent[static_cast<std::size_t>((t - state.recent_first) / 32)].data(),
+                          static_cast<int>((t - state.recent_first) % 32), t);
+                for (std::size_t t = static_cast<std::size_t>(w); t < state.tiles.size();
+                     t += static_cast<std::size_t>(warps)) {
+                    const TilePlace& tile = state.tiles[t];
+                    const bool is_turned =
+                        layer.rotates_keys == Rotation::all ||
+                        (layer.rotates_keys == Rotation::by_tile && tile.layout->rotated(tile.page, head));
+                    typename Math::Scores scores;
+                    Math::score(is_turned ? turned.view() : as_given.view(),
+                                tile.page + head * layer.head_stride, layer.keys, scores);
+                    Math::apply(
+                        rules,
+                        {false, static_cast<std::int32_t>(tile.origin()), static_cast<std::int32_t>(tile.row),
+                         static_cast<std::int32_t>(tile.end_row())},
+                        scores);
+                    const auto factor = Math::weigh(scores, mine);
+                    Math::add_values(tile.page + head * layer.head_stride + layer.value_offset, layer.values,
+                                     scores, factor, mine);
+                }
+                Math::finish(mine);
+            }
+            for (Index r = 0; r < count; ++r) {
+                const int lane = static_cast<int>(4 * r);
+                float largest = -1e30f, sum = 0.0f;
+                for (const auto& s : states) largest = std::max(largest, s.softmax.largest[lane]);
+                for (const auto& s : states)
+                    sum += std::exp2(s.softmax.largest[lane] - largest) * s.softmax.sum[lane];
+                Matrix out = Matrix::Zero(1, c.value_head_dim);
+                for (const auto& s : states)
+                    for (Index channel = 0; channel < c.value_head_dim; ++channel) {
+                        const int in_block = static_cast<int>(channel % 32);
+                        out(0, channel) +=
+                            std::exp2(s.softmax.largest[lane] - largest) *
+                            s.out[channel / 32][in_block % 4][in_block % 8 / 4][lane + in_block / 8] / sum;
+                    }
+                if (layer.rotates_values) cache.shape().rotation(TileSide::values).rotate_back(out);
+                output.row(row_of(r) / group)
+                    .segment((head * group + row_of(r) % group) * c.value_head_dim, c.value_head_dim) = out;
+            }
+        }
+    return output;
+}
+
+TEST(TileMath, WholeCachesAreAttended) {
+    Random random(kvplane_test::seed());
+    for (const char* name : {"fp16", "standard", "key_favored:4:4", "kivi:2:32", "key_favored:8:1"})
+        for (const auto& [query_tokens, parameters] : {std::pair<Index, AttentionParameters>{1, {}},
+                                                       {5, {.softcap = 15.0}},
+                                                       {3, {.sliding_window = 200, .sinks = 4}},
+                                                       {2, {.position = 150}},
+                                                       {2, {.causal = false}}}) {
+            TilePool pool;
+            KvCache cache({.kv_heads = 2,
+                           .query_heads = 6,
+                           .key_head_dim = 64,
+                           .value_head_dim = 96,
+                           .recipe = recipes::parse(name),
+                           .rotation_seed = 5},
+                          pool);
+            cache.append(kvplane_test::normal_matrix(500, 2 * 64, random),
+                         kvplane_test::normal_matrix(500, 2 * 96, random));
+            cache.truncate(478);  // where nothing is left outside tiles, the last of which is cut
+            const Matrix queries = kvplane_test::normal_matrix(query_tokens, 6 * 64, random);
+            using Math = TileMath<HostWarp, 0, 256, 0, 96>;
+            const Matrix found = attend_as_warps<Math>(cache, queries, parameters, 3);
+            const MatrixD exact = reference_attention(cache.stored_keys(0, 478), cache.stored_values(0, 478),
+                                                      queries, 6, 2, parameters);
+            EXPECT_LE((found.cast<double>() - exact).cwiseAbs().maxCoeff(),
+                      2e-4 * exact.cwiseAbs().maxCoeff())
+                << name << ", " << query_tokens << " query tokens";
+        }
+}
+
+/// What attention does not read is refused by name.
+TEST(TileMath, OtherTilesAreRefused) {
+    using kvplane_test::refusal;
+    const auto layer = [](const CacheConfiguration& c) {
+        return attend_layer(kvplane::detail::CacheShape(c));
+    };
+    const CacheConfiguration good{
+        .kv_heads = 2, .query_heads = 4, .key_head_dim = 64, .value_head_dim = 64, .recipe = {}};
+    const auto with = [&](const char* name) {
+        CacheConfiguration c = good;
+        c.recipe = recipes::parse(name);
+        return c;
+    };
+    EXPECT_NE(refusal(ErrorCode::option, [&] { layer(with("smallest")); }).find("different widths by token"),
+              std::string::npos);
+    EXPECT_NE(refusal(ErrorCode::option, [&] { layer(with("block32:8")); }).find("per_token"),
+              std::string::npos);
+    CacheConfiguration odd = good;
+    odd.key_head_dim = 100;
+    EXPECT_NE(refusal(ErrorCode::option, [&] { layer(odd); }).find("100 channels of keys"),
+              std::string::npos);
 }
 
 }  // namespace

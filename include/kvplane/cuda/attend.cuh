@@ -60,12 +60,21 @@ __device__ inline void rotate_row(float* row, int channels, const float* signs, 
     }
 }
 
+__device__ inline void add_share(float4& sum, float share, const float4& x) {
+    sum.x += share * x.x;
+    sum.y += share * x.y;
+    sum.z += share * x.z;
+    sum.w += share * x.w;
+}
+
 template <class Math>
-__global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid_constant__ AttendArguments arguments) {
+__global__ void __launch_bounds__(32 * most_warps, 1)
+    attend_kernel(const __grid_constant__ AttendArguments arguments) {
     using State = typename Math::State;
     extern __shared__ __align__(128) std::byte memory[];
     __shared__ std::uint64_t barriers[2 * most_warps];
     __shared__ float row_largest[most_warps][rows_of_block], row_sum[most_warps][rows_of_block];
+    __shared__ float row_total[2][rows_of_block];
     __shared__ bool finite[rows_of_block];
     __shared__ std::uint32_t ended;
 
@@ -106,12 +115,16 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
     float* const rotated = plain + rows_of_block * stride;
     const float in_score = arguments.scale * log2_e;
     for (int r = warp; r < rows_of_block; r += warps) {
-        const int row = item.first_row + r;
+        // Of paired rows 4 to 7 are rows 0 to 3 once more.
+        const int of = Math::shares_rows ? r & 3 : r, row = item.first_row + of;
         const std::int64_t at = (sequence.query_row + row / group) * arguments.queries.token_stride +
                                 (head * group + row % group) * arguments.queries.head_stride;
         bool good = true;
         for (int c = lane; c < layer.key_head_dim; c += 32) {
-            const float x = r < rows ? load_number(arguments.queries, at + c * arguments.queries.channel_stride) * in_score : 0.0f;
+            const float x =
+                of < rows
+                    ? load_number(arguments.queries, at + c * arguments.queries.channel_stride) * in_score
+                    : 0.0f;
             good = good && fabsf(x) <= 1e30f;
             plain[r * stride + c] = x;
         }
@@ -127,11 +140,12 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
     }
     __syncthreads();
     const auto queries_of = [&](bool turned) {
-        return QueryRowsView{reinterpret_cast<const std::byte*>(turned ? rotated : plain), arguments.query_stride};
+        return QueryRowsView{reinterpret_cast<const std::byte*>(turned ? rotated : plain),
+                             arguments.query_stride};
     };
 
-    const int row = item.first_row + (lane >> 2), row_token = min(row / group, sequence.query_tokens - 1),
-              row_head = head * group + row % group;
+    const int row = item.first_row + static_cast<int>(Math::row()),
+              row_token = min(row / group, sequence.query_tokens - 1), row_head = head * group + row % group;
     ScoreRules<DeviceWarp> rules{};
     rules.position = sequence.position + row_token;
     rules.softcap = arguments.softcap * log2_e;
@@ -159,12 +173,14 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
         for (int i = 0; i < count; ++i) {
             const int n = first + i, at = n - sequence.sink_count;
             const bool sink = at < 0;
-            const std::byte* const page = sink ? sequence.sinks : sequence.recent[at / layer.recent.keys.capacity];
+            const std::byte* const page =
+                sink ? sequence.sinks : sequence.recent[at / layer.recent.keys.capacity];
             const OutsideView& view = sink ? layer.sinks : layer.recent;
             const int in_page = sink ? n : at % layer.recent.keys.capacity;
             of_values[i] = token_row<DeviceWarp>(view.values, page, head, in_page);
-            score[i] = Math::score_row(queries_of(layer.rotates_keys == Rotation::all),
-                                       token_row<DeviceWarp>(view.keys, page, head, in_page), layer.key_head_dim);
+            score[i] =
+                Math::score_row(queries_of(layer.rotates_keys == Rotation::all),
+                                token_row<DeviceWarp>(view.keys, page, head, in_page), layer.key_head_dim);
             score[i] = Math::ruled(rules, score[i], sink ? n : sequence.recent_first + at, true);
         }
         Math::add_rows(of_values, score, count, layer.value_head_dim, state);
@@ -172,9 +188,9 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
 
     for (; tile < item.end_tile; tile += warps) {
         const bool more = tile + warps < item.end_tile;
-        const bool turned = layer.rotates_keys == Rotation::all ||
-                            (layer.rotates_keys == Rotation::by_tile &&
-                             now.page[layer.rotated_at + head] != std::byte{0});
+        const bool turned =
+            layer.rotates_keys == Rotation::all ||
+            (layer.rotates_keys == Rotation::by_tile && now.page[layer.rotated_at + head] != std::byte{0});
         typename Math::Scores scores;
         Math::score(queries_of(turned), keys.wait(), layer.keys, scores);
         __syncwarp();
@@ -200,51 +216,64 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
     }
     Math::finish(state);
 
-    // The warps' parts, each in its own slots.
-    const int channels = layer.value_head_dim;
+    // The warps' parts, each in its own slots; then those of the block, four channels a thread.
+    const int channels = layer.value_head_dim, fours = channels / 4;
     {
         float* const own = reinterpret_cast<float*>(slots);
         const int g = lane >> 2, t = lane & 3;
-KVPLANE_UNROLL
-        for (int b = 0; b < Math::blocks; ++b)
-KVPLANE_UNROLL
-            for (int i = 0; i < 8; ++i) {
-                const int channel = 32 * b + 8 * t + i;
-                if (channel < channels) own[g * channels + channel] = state.out[b][i % 4][i / 4];
+        if (!Math::shares_rows || g < 4) {
+            KVPLANE_UNROLL
+            for (int b = 0; b < Math::blocks; ++b) KVPLANE_UNROLL
+            for (int j = 0; j < 2; ++j) {
+                const int channel = 32 * b + 8 * t + 4 * j;
+                if (channel < channels)
+                    *reinterpret_cast<float4*>(own + g * channels + channel) = make_float4(
+                        state.out[b][0][j], state.out[b][1][j], state.out[b][2][j], state.out[b][3][j]);
             }
-        if (t == 0) {
-            row_largest[warp][g] = state.softmax.largest;
-            row_sum[warp][g] = state.softmax.sum;
+            if (t == 0) {
+                row_largest[warp][g] = state.softmax.largest;
+                row_sum[warp][g] = state.softmax.sum;
+            }
         }
     }
     __syncthreads();
-    float* const partial = arguments.partials + static_cast<std::int64_t>(item.partial + item.part) * rows_of_block * (channels + 2);
-    float* const joined = plain;  // queries are done with; rows of channels + 2 numbers
-    for (int i = static_cast<int>(threadIdx.x); i < rows_of_block * channels; i += static_cast<int>(blockDim.x)) {
-        const int r = i / channels, c = i % channels;
-        float largest = row_largest[0][r];
+    // What each warp's sums are multiplied by, and the largest score and the sum of each row.
+    if (threadIdx.x < rows) {
+        const auto r = threadIdx.x;
+        float largest = row_largest[0][r], sum = 0.0f;
         for (int w = 1; w < warps; ++w) largest = fmaxf(largest, row_largest[w][r]);
-        float sum = 0.0f, out = 0.0f;
         for (int w = 0; w < warps; ++w) {
             const float share = DeviceWarp::exp2(row_largest[w][r] - largest);
             sum += share * row_sum[w][r];
-            out += share * reinterpret_cast<const float*>(memory + w * 2 * arguments.slot_bytes)[r * channels + c];
+            row_largest[w][r] = share;
         }
-        float* const to = item.parts == 1 ? joined : partial;
-        const auto put = [&](int at, float x) {
-            if (item.parts == 1)
-                to[r * (channels + 2) + at] = x;
-            else
-                __stcg(to + r * (channels + 2) + at, x);
-        };
-        put(c, out);
-        if (c == 0) {
-            put(channels, largest);
-            put(channels + 1, sum);
-        }
+        row_total[0][r] = largest;
+        row_total[1][r] = sum;
     }
     __syncthreads();
+    // Of a head's part: [row][channels], then the largest scores, then the sums.
+    const int part_size = rows_of_block * (channels + 2);
+    float* const joined = plain;  // queries are done with
+    float* const partial =
+        arguments.partials + static_cast<std::int64_t>(item.partial + item.part) * part_size;
+    for (int i = static_cast<int>(threadIdx.x); i < rows * fours; i += static_cast<int>(blockDim.x)) {
+        const int r = i / fours;
+        float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int w = 0; w < warps; ++w)
+            add_share(out, row_largest[w][r],
+                      reinterpret_cast<const float4*>(memory + w * 2 * arguments.slot_bytes)[i]);
+        if (item.parts == 1)
+            reinterpret_cast<float4*>(joined)[i] = out;
+        else
+            __stcg(reinterpret_cast<float4*>(partial) + i, out);
+    }
     if (item.parts > 1) {
+        if (threadIdx.x < rows) {
+            __stcg(partial + rows_of_block * channels + threadIdx.x, row_total[0][threadIdx.x]);
+            __stcg(partial + rows_of_block * channels + rows_of_block + threadIdx.x,
+                   row_total[1][threadIdx.x]);
+        }
+        __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();
             ended = atomicAdd(arguments.counters + item.counter, 1u);
@@ -252,35 +281,50 @@ KVPLANE_UNROLL
         }
         __syncthreads();
         if (ended + 1 < static_cast<std::uint32_t>(item.parts)) return;
+        // The last block of the head puts the parts together, as many at a time as there is room for their shares.
         if (threadIdx.x == 0) arguments.counters[item.counter] = 0;  // for the next launch
-        const float* const parts = arguments.partials + static_cast<std::int64_t>(item.partial) * rows_of_block * (channels + 2);
-        const int size = rows_of_block * (channels + 2);
-        for (int i = static_cast<int>(threadIdx.x); i < rows_of_block * channels; i += static_cast<int>(blockDim.x)) {
-            const int r = i / channels, c = i % channels;
-            const float* const of_row = parts + r * (channels + 2);
-            float largest = -1e30f, sum = 0.0f, out = 0.0f;
-            for (int p = 0; p < item.parts; ++p) largest = fmaxf(largest, __ldcg(of_row + p * size + channels));
-KVPLANE_UNROLL
-            for (int p = 0; p < item.parts; ++p) {
-                const float share = DeviceWarp::exp2(__ldcg(of_row + p * size + channels) - largest);
-                sum += share * __ldcg(of_row + p * size + channels + 1);
-                out += share * __ldcg(of_row + p * size + c);
-            }
-            joined[r * (channels + 2) + c] = out;
-            if (c == 0) {
-                joined[r * (channels + 2) + channels] = largest;
-                joined[r * (channels + 2) + channels + 1] = sum;
-            }
+        const float* const parts = arguments.partials + static_cast<std::int64_t>(item.partial) * part_size;
+        float* const shares = reinterpret_cast<float*>(memory);  // [part][row]
+        for (int i = static_cast<int>(threadIdx.x); i < item.parts * rows_of_block;
+             i += static_cast<int>(blockDim.x)) {
+            const int p = i / rows_of_block, r = i % rows_of_block;
+            const float* const numbers =
+                parts + static_cast<std::int64_t>(p) * part_size + rows_of_block * channels + r;
+            shares[i] = r < rows ? __ldcg(numbers) : 0.0f;
+            shares[item.parts * rows_of_block + i] = r < rows ? __ldcg(numbers + rows_of_block) : 0.0f;
         }
         __syncthreads();
+        if (threadIdx.x < rows) {
+            const auto r = threadIdx.x;
+            float largest = -1e30f, sum = 0.0f;
+            for (int p = 0; p < item.parts; ++p) largest = fmaxf(largest, shares[p * rows_of_block + r]);
+            for (int p = 0; p < item.parts; ++p) {
+                float& share = shares[p * rows_of_block + r];
+                share = DeviceWarp::exp2(share - largest);
+                sum += share * shares[(item.parts + p) * rows_of_block + r];
+            }
+            row_total[0][r] = largest;
+            row_total[1][r] = sum;
+        }
+        __syncthreads();
+        for (int i = static_cast<int>(threadIdx.x); i < rows * fours; i += static_cast<int>(blockDim.x)) {
+            const int r = i / fours;
+            float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 16
+            for (int p = 0; p < item.parts; ++p)
+                add_share(
+                    out, shares[p * rows_of_block + r],
+                    __ldcg(reinterpret_cast<const float4*>(parts + static_cast<std::int64_t>(p) * part_size) +
+                           i));
+            reinterpret_cast<float4*>(joined)[i] = out;
+        }
     }
+    __syncthreads();
 
     for (int r = warp; r < rows; r += warps) {
-        float* const from = joined + r * (channels + 2);
+        float* const from = joined + r * channels;
         const int at_row = item.first_row + r, at_head = head * group + at_row % group;
-        float largest = from[channels], sum = from[channels + 1];
-        __syncwarp();
-        float shrink = 1.0f;
+        float largest = row_total[0][r], sum = row_total[1][r], shrink = 1.0f;
         if (arguments.sink_logits) {
             const float sink = arguments.sink_logits[at_head] * log2_e, raised = fmaxf(largest, sink);
             shrink = DeviceWarp::exp2(largest - raised);
@@ -295,58 +339,75 @@ KVPLANE_UNROLL
                                 at_head * arguments.output.head_stride;
         for (int c = lane; c < channels; c += 32) store_number(arguments.output, at + c, from[c]);
         if (arguments.log_sum_exp && lane == 0)
-            arguments.log_sum_exp[static_cast<std::int64_t>(sequence.query_row + at_row / group) * layer.query_heads + at_head] =
+            arguments.log_sum_exp[static_cast<std::int64_t>(sequence.query_row + at_row / group) *
+                                      layer.query_heads +
+                                  at_head] =
                 finite[r] ? (sum > 0.0f ? (largest + log2f(sum)) / log2_e : -INFINITY) : nanf("");
     }
 }
 
 template <class Math>
-int launch_kernel(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes, cudaStream_t stream) {
+int launch_kernel(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
+                  cudaStream_t stream) {
     const cudaError_t status = cudaFuncSetAttribute(
         attend_kernel<Math>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (status != cudaSuccess) return status;
-    attend_kernel<Math><<<static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps), bytes, stream>>>(arguments);
+    attend_kernel<Math>
+        <<<static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps), bytes, stream>>>(arguments);
     return cudaGetLastError();
 }
 
-/// A kernel made for one width of all channels of keys and one of values, 16: fp16.
-template <int key_bits, int value_bits, int key_head_dim, int value_head_dim = key_head_dim>
+/// A kernel made for one width of all channels of keys and one of values, 16: fp16, with one grid a token of values;
+/// paired: for at most four query rows of a key head.
+template <int key_bits, int value_bits, int key_head_dim, bool paired, int value_head_dim = key_head_dim>
 struct Made {
-    static constexpr int chunk = key_bits == 16 ? 8 : least_chunk(key_bits);
-    using Math = TileMath<DeviceWarp, key_bits, octets_of(key_head_dim, chunk), value_bits, (value_head_dim + 31) / 32>;
+    using Math = TileMath<DeviceWarp, key_bits, key_head_dim, value_bits, value_head_dim, paired>;
 
-    static bool fits(const LayerView& layer) {
+    static bool fits(const AttendArguments& arguments) {
+        const LayerView& layer = arguments.layer;
         return layer.keys.segments == 1 && layer.keys.groups == 1 && layer.keys.segment[0].bits == key_bits &&
                layer.values.all.bits == value_bits && layer.key_head_dim == key_head_dim &&
-               layer.value_head_dim == value_head_dim;
+               layer.value_head_dim == value_head_dim && layer.values.run_blocks >= Math::blocks &&
+               (!paired || arguments.most_rows <= 4);
     }
 };
+/// For few query rows, and for more.
+template <int key_bits, int value_bits, int head_dim>
+using Few = Made<key_bits, value_bits, head_dim, true>;
+template <int key_bits, int value_bits, int head_dim>
+using Many = Made<key_bits, value_bits, head_dim, false>;
 /// Of the first kernel that fits: its launch.
 template <class... M>
 struct Kernels {
     static bool launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
                        cudaStream_t stream, int& status) {
-        return ((M::fits(arguments.layer) &&
+        return ((M::fits(arguments) &&
                  (status = launch_kernel<typename M::Math>(arguments, blocks, warps, bytes, stream), true)) ||
                 ...);
     }
 };
 /// Those that are compiled beside the ones for widths that are known at run time, which are slower.
-using StandardKernels = Kernels<Made<4, 4, 128>, Made<8, 8, 128>, Made<5, 3, 128>, Made<4, 2, 128>, Made<3, 3, 128>,
-                                Made<2, 2, 128>, Made<16, 16, 128>, Made<4, 4, 64>, Made<5, 3, 64>, Made<4, 2, 64>>;
+using StandardKernels =
+    Kernels<Few<4, 4, 128>, Few<8, 8, 128>, Few<5, 3, 128>, Few<4, 2, 128>, Few<3, 3, 128>, Few<2, 2, 128>,
+            Few<16, 16, 128>, Few<4, 4, 64>, Few<5, 3, 64>, Few<4, 2, 64>, Many<4, 4, 128>, Many<8, 8, 128>,
+            Many<5, 3, 128>, Many<4, 2, 128>, Many<16, 16, 128>>;
 
 #if !defined(KVPLANE_CUDA_KERNELS)
 #define KVPLANE_CUDA_KERNELS StandardKernels
 #endif
 
-int launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes, CUstream_st* stream) {
+int launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
+           CUstream_st* stream) {
     int status = cudaSuccess;
     if (KVPLANE_CUDA_KERNELS::launch(arguments, blocks, warps, bytes, stream, status)) return status;
     const std::int32_t dim = arguments.layer.value_head_dim;
-    if (dim <= 64) return launch_kernel<TileMath<DeviceWarp, 0, 8, 0, 2>>(arguments, blocks, warps, bytes, stream);
-    if (dim <= 96) return launch_kernel<TileMath<DeviceWarp, 0, 8, 0, 3>>(arguments, blocks, warps, bytes, stream);
-    if (dim <= 128) return launch_kernel<TileMath<DeviceWarp, 0, 8, 0, 4>>(arguments, blocks, warps, bytes, stream);
-    return launch_kernel<TileMath<DeviceWarp, 0, 8, 0, 8>>(arguments, blocks, warps, bytes, stream);
+    if (dim <= 64)
+        return launch_kernel<TileMath<DeviceWarp, 0, 256, 0, 64>>(arguments, blocks, warps, bytes, stream);
+    if (dim <= 96)
+        return launch_kernel<TileMath<DeviceWarp, 0, 256, 0, 96>>(arguments, blocks, warps, bytes, stream);
+    if (dim <= 128)
+        return launch_kernel<TileMath<DeviceWarp, 0, 256, 0, 128>>(arguments, blocks, warps, bytes, stream);
+    return launch_kernel<TileMath<DeviceWarp, 0, 256, 0, 256>>(arguments, blocks, warps, bytes, stream);
 }
 
 }  // namespace detail

@@ -37,8 +37,10 @@ class AttendWorkspace {
     AttendWorkspace() {
         require_cuda(cudaGetDevice(&device_), "looking for a device");
         int most = 0;
-        require_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_), "asking the device");
-        require_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "asking the device");
+        require_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_),
+                     "asking the device");
+        require_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_),
+                     "asking the device");
         shared_bytes_ = static_cast<std::uint32_t>(most);
         require_cuda(cudaEventCreateWithFlags(&copied_, cudaEventDisableTiming), "making an event");
     }
@@ -76,13 +78,14 @@ class AttendWorkspace {
     /// Attends: queries [sum of query tokens][query_heads][key_head_dim], output [..][query_heads][value_head_dim],
     /// log_sum_exp (nullptr: none) [..][query_heads]. Can be captured in a CUDA graph, whose launches then use the
     /// plan that is there. Throws Error (io).
-    void attend(const DeviceRows& queries, const DeviceOutput& output, float* log_sum_exp, cudaStream_t stream) {
+    void attend(const DeviceRows& queries, const DeviceOutput& output, float* log_sum_exp,
+                cudaStream_t stream) {
         require(blocks_ > 0, ErrorCode::option, "cuda attention: no plan");
         const LayerView& layer = arguments_.layer;
         const auto fits = [&](const auto& rows, const char* what) {
-            require(rows.data && rows.tokens == query_rows_ && rows.heads == layer.query_heads, ErrorCode::shape,
-                    "cuda attention: ", what, " of ", rows.tokens, " tokens and ", rows.heads, " heads, expected ",
-                    query_rows_, " and ", layer.query_heads, ", as planned");
+            require(rows.data && rows.tokens == query_rows_ && rows.heads == layer.query_heads,
+                    ErrorCode::shape, "cuda attention: ", what, " of ", rows.tokens, " tokens and ",
+                    rows.heads, " heads, expected ", query_rows_, " and ", layer.query_heads, ", as planned");
         };
         fits(queries, "queries");
         fits(output, "output");
@@ -104,8 +107,9 @@ class AttendWorkspace {
         detail::AttendArguments& a = arguments_;
         a = {};
         a.layer = layer;
-        a.scale = static_cast<float>(parameters.scale > 0.0 ? parameters.scale
-                                                            : 1.0 / std::sqrt(static_cast<double>(layer.key_head_dim)));
+        a.scale = static_cast<float>(parameters.scale > 0.0
+                                         ? parameters.scale
+                                         : 1.0 / std::sqrt(static_cast<double>(layer.key_head_dim)));
         a.softcap = parameters.softcap < 1e30 ? static_cast<float>(parameters.softcap) : 0.0f;
         a.window = static_cast<std::int32_t>(parameters.sliding_window);
         a.window_sinks = static_cast<std::int32_t>(parameters.sinks);
@@ -113,26 +117,30 @@ class AttendWorkspace {
         a.sink_logits = parameters.sink_logits.empty() ? nullptr : parameters.sink_logits.data();
         a.alibi_slopes = parameters.alibi_slopes.empty() ? nullptr : parameters.alibi_slopes.data();
         a.query_stride = static_cast<std::uint32_t>(layer.key_head_dim + 4) * 4;
-        a.slot_bytes = static_cast<std::uint32_t>((std::max(layer.keys.bytes, layer.values.bytes) + 127) / 128 * 128);
+        a.slot_bytes =
+            static_cast<std::uint32_t>((std::max(layer.keys.bytes, layer.values.bytes) + 127) / 128 * 128);
         // The warps' outputs go through their slots.
-        a.slot_bytes = std::max(a.slot_bytes, static_cast<std::uint32_t>(layer.value_head_dim * 16 + 127) / 128 * 128);
-        const std::uint32_t rows = std::max(
-            (layer.rotates_keys == Rotation::none ? 1u : 2u) * 8u * a.query_stride,
-            8u * static_cast<std::uint32_t>(layer.value_head_dim + 2) * 4u);
+        a.slot_bytes =
+            std::max(a.slot_bytes, static_cast<std::uint32_t>(layer.value_head_dim * 16 + 127) / 128 * 128);
+        const std::uint32_t rows =
+            std::max((layer.rotates_keys == Rotation::none ? 1u : 2u) * 8u * a.query_stride,
+                     8u * static_cast<std::uint32_t>(layer.value_head_dim + 2) * 4u);
         const std::uint32_t fixed = rows + 2048;
         warps_ = 0;
         for (const int warps : {8, 4, 3, 2, 1})
-            if (warps_ == 0 && fixed + static_cast<std::uint32_t>(2 * warps) * a.slot_bytes <= shared_bytes_) warps_ = warps;
+            if (warps_ == 0 && fixed + static_cast<std::uint32_t>(2 * warps) * a.slot_bytes <= shared_bytes_)
+                warps_ = warps;
         require(warps_ > 0, ErrorCode::option, "cuda attention: tiles of ", a.slot_bytes,
                 " bytes, of which two do not fit the memory of a block (", shared_bytes_, ")");
         bytes_ = rows + static_cast<std::uint32_t>(2 * warps_) * a.slot_bytes;
     }
 
-    detail::SequenceTask task(const DeviceSequence& sequence, const AttentionParameters& parameters, Index query_tokens,
-                              Index row) const {
+    detail::SequenceTask task(const DeviceSequence& sequence, const AttentionParameters& parameters,
+                              Index query_tokens, Index row) const {
         const Index position = parameters.first_position(sequence.tokens, query_tokens);
         require(position >= 0 || !parameters.causal, ErrorCode::shape, "cuda attention: ", query_tokens,
-                " query tokens over ", sequence.tokens, " cached ones, expected the last of them, or a position");
+                " query tokens over ", sequence.tokens,
+                " cached ones, expected the last of them, or a position");
         detail::SequenceTask task{};
         task.tiles = sequence.device_tiles;
         // Tiles that lie before every window, and behind what stays visible in spite of it.
@@ -141,7 +149,9 @@ class AttendWorkspace {
             const Index seen = position - parameters.sliding_window + 1;
             std::size_t from = 0, to = 0;
             while (from < sequence.tiles.size() && sequence.tiles[from].first < parameters.sinks) ++from;
-            for (to = from; to < sequence.tiles.size() && sequence.tiles[to].first + sequence.tiles[to].tokens <= seen;) ++to;
+            for (to = from;
+                 to < sequence.tiles.size() && sequence.tiles[to].first + sequence.tiles[to].tokens <= seen;)
+                ++to;
             task.skip_from = static_cast<std::int32_t>(from);
             task.skip = static_cast<std::int32_t>(to - from);
         }
@@ -166,11 +176,16 @@ class AttendWorkspace {
                                             std::span<const detail::SequenceTask> tasks, Index query_tokens) {
         const LayerView& layer = arguments_.layer;
         const Index rows = query_tokens * (layer.query_heads / layer.kv_heads);
+        arguments_.most_rows = static_cast<std::int32_t>(rows);
         const Index heads = layer.kv_heads * ((rows + detail::rows_of_block - 1) / detail::rows_of_block);
-        const auto tiles = [&](std::size_t i) { return static_cast<Index>(sequences[i].tiles.size()) - tasks[i].skip; };
+        const auto tiles = [&](std::size_t i) {
+            return static_cast<Index>(sequences[i].tiles.size()) - tasks[i].skip;
+        };
         Index all = 0;
         for (std::size_t i = 0; i < tasks.size(); ++i) all += heads * tiles(i);
-        const auto parts = [&](std::size_t i, Index most) { return std::max<Index>(1, (tiles(i) + most - 1) / most); };
+        const auto parts = [&](std::size_t i, Index most) {
+            return std::max<Index>(1, (tiles(i) + most - 1) / most);
+        };
         const auto count = [&](Index most) {
             Index sum = 0;
             for (std::size_t i = 0; i < tasks.size(); ++i) sum += heads * parts(i, most);
@@ -190,16 +205,18 @@ class AttendWorkspace {
                     for (Index p = 0; p < n; ++p)
                         items.push_back({static_cast<std::int32_t>(i), head, static_cast<std::int32_t>(row),
                                          static_cast<std::int32_t>(tiles(i) * p / n),
-                                         static_cast<std::int32_t>(tiles(i) * (p + 1) / n), static_cast<std::int32_t>(p),
-                                         static_cast<std::int32_t>(n), static_cast<std::int32_t>(partials_),
+                                         static_cast<std::int32_t>(tiles(i) * (p + 1) / n),
+                                         static_cast<std::int32_t>(p), static_cast<std::int32_t>(n),
+                                         static_cast<std::int32_t>(partials_),
                                          static_cast<std::int32_t>(counters_)});
                     partials_ += n;
                     ++counters_;
                 }
         // The longest first, so that the last ones to start are short.
-        std::stable_sort(items.begin(), items.end(), [](const detail::WorkItem& a, const detail::WorkItem& b) {
-            return a.end_tile - a.first_tile > b.end_tile - b.first_tile;
-        });
+        std::stable_sort(items.begin(), items.end(),
+                         [](const detail::WorkItem& a, const detail::WorkItem& b) {
+                             return a.end_tile - a.first_tile > b.end_tile - b.first_tile;
+                         });
         return items;
     }
 
@@ -243,7 +260,8 @@ class AttendWorkspace {
             page += static_cast<Index>(sequences[i].recent.size());
         }
         std::copy_n(reinterpret_cast<const std::byte*>(items.data()), items.size() * sizeof(items[0]), host);
-        std::copy_n(reinterpret_cast<const std::byte*>(tasks.data()), tasks.size() * sizeof(tasks[0]), host + item_bytes);
+        std::copy_n(reinterpret_cast<const std::byte*>(tasks.data()), tasks.size() * sizeof(tasks[0]),
+                    host + item_bytes);
         std::copy_n(reinterpret_cast<const std::byte*>(recent.data()), recent.size() * sizeof(recent[0]),
                     host + item_bytes + task_bytes);
         const std::size_t signs_at = copied_bytes - sign_bytes;
@@ -252,7 +270,8 @@ class AttendWorkspace {
                   reinterpret_cast<float*>(host + signs_at) + layer.key_signs.size());
         arguments_.key_signs = reinterpret_cast<const float*>(device + signs_at);
         arguments_.value_signs = arguments_.key_signs + layer.key_signs.size();
-        require_cuda(cudaMemcpyAsync(device, host, copied_bytes, cudaMemcpyHostToDevice, stream), "copying a plan");
+        require_cuda(cudaMemcpyAsync(device, host, copied_bytes, cudaMemcpyHostToDevice, stream),
+                     "copying a plan");
         require_cuda(cudaEventRecord(copied_, stream), "marking a plan as copied");
         pending_ = true;
         require_cuda(cudaMemsetAsync(device + copied_bytes, 0, counter_bytes, stream), "clearing counters");

@@ -50,7 +50,7 @@ struct AttendArguments {
     LayerView layer;
     const WorkItem* items;
     const SequenceTask* sequences;
-    float* partials;  ///< [part][8][value_head_dim + 2]
+    float* partials;  ///< [part]: [8][value_head_dim], then 8 largest scores and 8 sums
     std::uint32_t* counters;
     NumbersView queries, output;
     float* log_sum_exp;  ///< [query row][query head]
@@ -60,6 +60,7 @@ struct AttendArguments {
     const float *sink_logits, *alibi_slopes, *bias;
     const float *key_signs, *value_signs;  ///< of the rotations
     std::uint32_t slot_bytes, query_stride;
+    std::int32_t most_rows;  ///< query rows of a key head
 };
 
 /// Launches attention with the kernel that is made for the layer's widths, or that for all. `bytes`: of shared memory.

@@ -31,7 +31,9 @@
 namespace kvplane::cuda {
 
 /// The planes of a width; of 16 bits those of an fp16 number.
-constexpr PlaneSplit split_of(int bits) noexcept { return plane_split(bits); }
+constexpr PlaneSplit split_of(int bits) noexcept {
+    return plane_split(bits);
+}
 
 /// Codes in a 32-bit word of the narrowest plane of a width.
 constexpr int least_chunk(int bits) noexcept {
@@ -49,7 +51,8 @@ constexpr int octets_of(int channels, int chunk) noexcept {
 template <class Word>
 KVPLANE_DEVICE constexpr Word octet_channel(int octet, Word quarter, int chunk) noexcept {
     const int round = octet / (chunk / 8), part = octet % (chunk / 8);
-    return quarter * static_cast<std::uint32_t>(chunk) + static_cast<std::uint32_t>(round * 4 * chunk + part * 8);
+    return quarter * static_cast<std::uint32_t>(chunk) +
+           static_cast<std::uint32_t>(round * 4 * chunk + part * 8);
 }
 
 /// The first token of a quad, 0 to 7, of the lanes of a quarter.
@@ -79,6 +82,8 @@ KVPLANE_DEVICE constexpr Word value_word(Word channel, Word unit, std::uint32_t 
 }
 
 /// A byte 1 << bits in each byte of a word, less one: the mask of four codes.
-constexpr std::uint32_t code_mask(int bits) noexcept { return ((1u << bits) - 1u) * 0x01010101u; }
+constexpr std::uint32_t code_mask(int bits) noexcept {
+    return ((1u << bits) - 1u) * 0x01010101u;
+}
 
 }  // namespace kvplane::cuda

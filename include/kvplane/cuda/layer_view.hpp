@@ -22,10 +22,8 @@ namespace detail {
 inline OutsideView outside_view(const kvplane::detail::TokenRows& rows, const CacheConfiguration& c) {
     const auto side = [&](TileSide side, Index dim) {
         const int bits = rows.bits(side);
-        return TokenRowsView{bits == 16,
-                             static_cast<std::int32_t>(rows.capacity()),
-                             static_cast<std::int32_t>(dim * bits / 8),
-                             rows.row(side, 0, 0),
+        return TokenRowsView{bits == 16, static_cast<std::int32_t>(rows.capacity()),
+                             static_cast<std::int32_t>(dim * bits / 8), rows.row(side, 0, 0),
                              bits == 16 ? 0 : rows.step_at(side, 0, 0)};
     };
     return {side(TileSide::keys, c.key_head_dim), side(TileSide::values, c.value_head_dim)};
@@ -47,8 +45,8 @@ inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const 
     require(!c.recipe.latents, ErrorCode::option, "cuda: keys in latents, expected keys in channels");
     require(!c.values_in_keys, ErrorCode::option, "cuda: values in keys, expected values of their own");
     const auto dim = [](Index d, const char* side) {
-        require(d >= 8 && d <= 256 && d % 8 == 0, ErrorCode::option, "cuda: heads of ", d, " channels of ", side,
-                ", expected a multiple of 8 up to 256");
+        require(d >= 8 && d <= 256 && d % 8 == 0, ErrorCode::option, "cuda: heads of ", d, " channels of ",
+                side, ", expected a multiple of 8 up to 256");
         return static_cast<std::int32_t>(d);
     };
     const PageLayout& layout = *shape.layout;
@@ -64,7 +62,7 @@ inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const 
     view.value_offset = static_cast<std::int32_t>(layout.value_at[0]);
     view.head_stride = static_cast<std::int32_t>(layout.key_format(0).bytes() + layout.values.bytes());
     view.rotated_at = static_cast<std::int32_t>(layout.rotated_at);
-    view.rotates_keys = layout.rotates_by_tile()          ? Rotation::by_tile
+    view.rotates_keys = layout.rotates_by_tile()        ? Rotation::by_tile
                         : shape.rotates(TileSide::keys) ? Rotation::all
                                                         : Rotation::none;
     view.rotates_values = shape.rotates(TileSide::values);

@@ -43,8 +43,8 @@ struct ValueTileView {
 
 /// Rows of one side in a page of tokens outside tiles (cache/token_rows.hpp).
 struct TokenRowsView {
-    bool half;               ///< fp16; otherwise bytes with a step a row
-    std::int32_t capacity;   ///< rows a head
+    bool half;              ///< fp16; otherwise bytes with a step a row
+    std::int32_t capacity;  ///< rows a head
     std::int32_t row_bytes;
     std::int64_t rows_at, steps_at;  ///< of head 0, in the page
 };
@@ -59,8 +59,9 @@ struct LayerView {
     std::int32_t kv_heads, query_heads, key_head_dim, value_head_dim;
     KeyTileView keys;
     ValueTileView values;
-    std::int32_t head_stride, value_offset;  ///< in a page: from head to head, and from a head's keys to its values
-    std::int32_t rotated_at;                 ///< where Rotation::by_tile: the page's byte for head 0
+    std::int32_t head_stride,
+        value_offset;         ///< in a page: from head to head, and from a head's keys to its values
+    std::int32_t rotated_at;  ///< where Rotation::by_tile: the page's byte for head 0
     Rotation rotates_keys;
     bool rotates_values;
     OutsideView sinks, recent;
@@ -82,7 +83,8 @@ inline SegmentView segment_view(const TileFormat::Placed& placed, int planes) {
     view.lower_at = has_lower(placed.scheme) ? static_cast<std::int32_t>(placed.lower_at) : -1;
     view.step_bytes = step_bytes(placed.scheme);
     view.step_scale = unread;
-    view.lower_in_steps = has_lower(placed.scheme) ? 0.0f : lower_in_steps(placed.scheme, placed.bits) / unread;
+    view.lower_in_steps =
+        has_lower(placed.scheme) ? 0.0f : lower_in_steps(placed.scheme, placed.bits) / unread;
     return view;
 }
 
@@ -90,8 +92,8 @@ inline SegmentView segment_view(const TileFormat::Placed& placed, int planes) {
 inline Index read_end(const TileFormat& format, const TileFormat::Placed& placed, int planes) {
     Index end = format.grid_bytes();
     for (int p = 0; p < planes; ++p)
-        end = std::max(end, placed.plane_at[static_cast<std::size_t>(p)] +
-                                format.plane_bytes(placed, placed.split[p]));
+        end = std::max(
+            end, placed.plane_at[static_cast<std::size_t>(p)] + format.plane_bytes(placed, placed.split[p]));
     return end;
 }
 
@@ -104,15 +106,18 @@ inline KeyTileView key_tile_view(const TileFormat& format, int planes = PlaneSpl
     Index end = 0;
     for (const TileFormat::Placed& placed : format.segments()) {
         if (placed.bits == 0) continue;
-        require(view.segments < KeyTileView::max_segments, ErrorCode::option,
-                "cuda: keys in more than ", KeyTileView::max_segments, " widths");
+        require(view.segments < KeyTileView::max_segments, ErrorCode::option, "cuda: keys in more than ",
+                KeyTileView::max_segments, " widths");
         require(placed.is_half() || format.rule().granularity == Granularity::per_channel, ErrorCode::option,
                 "cuda: grids of keys ", name(format.rule().granularity), ", expected per channel");
+        require(!placed.has_grids() || step_bytes(placed.scheme) == 2, ErrorCode::option,
+                "cuda: grids of keys of the scheme ", name(placed.scheme), ", expected one with fp16 steps");
         const int read = std::min(planes, placed.split.count);
         view.segment[view.segments++] = detail::segment_view(placed, read);
         end = std::max(end, detail::read_end(format, placed, read));
     }
-    view.groups = format.grids_span_tokens() ? static_cast<std::int32_t>(tile_tokens / format.rule().group) : 1;
+    view.groups =
+        format.grids_span_tokens() ? static_cast<std::int32_t>(tile_tokens / format.rule().group) : 1;
     view.bytes = static_cast<std::int32_t>(end);
     return view;
 }

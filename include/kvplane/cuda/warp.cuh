@@ -46,7 +46,9 @@ struct DeviceWarp {
     // Numbers.
     __device__ static Float as_float(Word x) { return __uint_as_float(x); }
     __device__ static Word as_word(Float x) { return __float_as_uint(x); }
-    __device__ static Float low_half(Word x) { return __half2float(__ushort_as_half(static_cast<unsigned short>(x))); }
+    __device__ static Float low_half(Word x) {
+        return __half2float(__ushort_as_half(static_cast<unsigned short>(x)));
+    }
     __device__ static Float high_half(Word x) {
         return __half2float(__ushort_as_half(static_cast<unsigned short>(x >> 16)));
     }
@@ -83,18 +85,21 @@ struct DeviceWarp {
 
     // sums += A B, of 16 x 32 signed or unsigned bytes by 32 x 8 unsigned ones.
     __device__ static void multiply_signed(Int (&sums)[4], const Word (&a)[4], const Word (&b)[2]) {
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
             : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
     __device__ static void multiply_unsigned(Int (&sums)[4], const Word (&a)[4], const Word (&b)[2]) {
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
             : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
     // Of 16 x 16 by 16 x 8 fp16 numbers, into floats.
     __device__ static void multiply_halves(Float (&sums)[4], const Word (&a)[4], Word b0, Word b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
@@ -108,7 +113,8 @@ class TileSlot {
         data_ = data;
         barrier_ = static_cast<std::uint32_t>(__cvta_generic_to_shared(barrier));
 #if __CUDA_ARCH__ >= 900
-        if (DeviceWarp::lane() == 0) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier_) : "memory");
+        if (DeviceWarp::lane() == 0)
+            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier_) : "memory");
 #endif
     }
     /// After all slots of the block have begun.
@@ -127,16 +133,18 @@ class TileSlot {
             // Read once: the second level of the cache need not keep it.
             std::uint64_t policy;
             asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(bytes) : "memory");
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(bytes)
+                         : "memory");
             asm volatile(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                    to),
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                "[%1], %2, [%3], %4;" ::"r"(to),
                 "l"(from), "r"(bytes), "r"(barrier_), "l"(policy)
                 : "memory");
         }
 #else
         for (std::uint32_t at = DeviceWarp::lane() * 16u; at < bytes; at += 512u)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(from + at) : "memory");
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(from + at)
+                         : "memory");
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
     }
@@ -150,8 +158,8 @@ class TileSlot {
     __device__ const std::byte* wait() {
 #if __CUDA_ARCH__ >= 900
         asm volatile(
-            "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}\n" ::"r"(
-                barrier_),
+            "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra "
+            "AGAIN;\n}\n" ::"r"(barrier_),
             "r"(turn_)
             : "memory");
         turn_ ^= 1u;
