@@ -850,12 +850,67 @@ KVPLANE_DEVICE void fit_unbiased(const Block& block, const TileWork<Value>& work
 
 // Codes ------------------------------------------------------------------------------------------------------
 
-/// How far x lies outside a grid.
-KVPLANE_DEVICE inline double excess_of(int bits, float x, float lower, float step) {
+/// The grids of a part of a segment, and which of them is whose.
+struct GridsOfPart {
+    const float *lower, *inverse, *step;
+    int by_channel, rows, group, runs, scheme, bits;
+
+    KVPLANE_DEVICE int index(int c, int row) const {
+        return by_channel ? c : runs == 1 ? row : c / group * rows + row;
+    }
+    /// Of channels c, c + 1, .. of a row, c a multiple of 4.
+    KVPLANE_DEVICE void four(const float* of, int c, int row, float (&to)[4]) const {
+        if (by_channel) return four_numbers(of + c, to);
+        if (runs == 1 || group % 4 == 0) {
+            to[0] = to[1] = to[2] = to[3] = of[index(c, row)];
+            return;
+        }
+        const int last = runs * group - 1;
+        for (int j = 0; j < 4; ++j) to[j] = of[index(c + j < last ? c + j : last, row)];
+    }
+};
+
+/// How far x lies outside a grid that clips.
+KVPLANE_DEVICE inline double clipped(int bits, float x, float lower, float step) {
     if (step == 0.0f) return 0.0;
     const float upper = sum_of(lower, product_of(step, static_cast<float>(1 << bits)));
     const double least = lower < upper ? lower : upper, most = lower < upper ? upper : lower, value = x;
     return value < least ? least - value : value - most;
+}
+/// By how much the error of a code without bias exceeds half a step.
+KVPLANE_DEVICE inline float beyond_half_step(int bits, float x, int code, float step) {
+    const float q = static_cast<float>(code) + (0.5f - static_cast<float>(1 << (bits - 1)));
+    return difference_of(magnitude_of(difference_of(x, product_of(q, step))), 0.5f * step);
+}
+/// The larger of `excess` and of what the first `count` of four codes exceed half a step by.
+KVPLANE_DEVICE inline double with_excess(const GridsOfPart& grids, const float (&x)[4], const int (&code)[4],
+                                         const float (&lower)[4], int c, int row, int count, double excess) {
+    float step[4];
+    grids.four(grids.step, c, row, step);
+    float beyond = 0.0f;
+    for (int j = 0; j < 4; ++j) {
+        if (j >= count) continue;
+        if (grids.scheme == scheme_unbiased) {
+            const float over = beyond_half_step(grids.bits, x[j], code[j], step[j]);
+            beyond = beyond < over ? over : beyond;
+        } else {
+            const double over = clipped(grids.bits, x[j], lower[j], step[j]);
+            excess = excess < over ? over : excess;
+        }
+    }
+    return excess < beyond ? static_cast<double>(beyond) : excess;
+}
+
+/// Puts what four codes of latents stand for in the place of the latents, to be measured.
+template <class Value>
+KVPLANE_DEVICE void keep_decoded(const TileWork<Value>& work, const GridsOfPart& grids, const int (&code)[4],
+                                 const float (&lower)[4], int token, int channel, int c, int count) {
+    float* const to = work.a.latents + work.tile_index * work.a.latent_stride + work.item.latent_at +
+                      static_cast<std::int64_t>(token) * work.item.latent_stride + work.item.first_channel +
+                      channel;
+    for (int j = 0; j < 4; ++j)
+        if (j < count)
+            to[j] = sum_of(lower[j], product_of(grids.step[c + j], static_cast<float>(code[j]) + 0.5f));
 }
 
 /// Codes of the resident rows [first_row, first_row + code_rows), zero where a token is not written.
@@ -863,92 +918,57 @@ template <class Value, class Block>
 KVPLANE_DEVICE void make_codes(const Block& block, const TileWork<Value>& work, const SegmentPart& part,
                                int base, int first_row) {
     const Segment& segment = part.segment;
+    const GridsOfPart grids{work.template part<float>(work.plan.lower),
+                            work.template part<float>(work.plan.inverse),
+                            work.template part<float>(work.plan.step),
+                            segment.by_channel,
+                            work.item.resident_rows,
+                            segment.group,
+                            segment.runs,
+                            segment.scheme,
+                            segment.bits};
     const Divisor fours(whole_units_of(part.channels) / 4);
-    const int rows = work.item.resident_rows, last = (1 << segment.bits) - 1;
+    const int count = work.item.code_rows * fours.by, column = part.column, channels = part.channels;
     const bool half = segment.bits == 16, latent = work.item.latent_at >= 0,
-               measured = segment.scheme == scheme_full_range;
-    const float *const lower = work.template part<float>(work.plan.lower),
-                       *const inverse = work.template part<float>(work.plan.inverse),
-                       *const steps = work.template part<float>(work.plan.step);
-    float* const latents =
-        latent ? work.a.latents + work.tile_index * work.a.latent_stride + work.item.latent_at : nullptr;
+               measured = segment.scheme == scheme_full_range || segment.scheme == scheme_unbiased;
+    std::byte* const codes = work.shared + work.plan.codes + part.code_column;
+    const int to_low = work.plan.low_codes - work.plan.codes, pitch = work.plan.code_pitch;
     block.run([&](int thread, int threads) {
         double excess = 0.0;
-        float short_excess = 0.0f;
-        for (int i = thread; i < work.item.code_rows * fours.by; i += threads) {
-            const int code_row = fours.quotient(i), row = first_row + code_row, c = fours.rest(i) * 4;
+        for (int i = thread; i < count; i += threads) {
+            const int code_row = fours.quotient(i), row = first_row + code_row, c = fours.rest(i) * 4,
+                      left = channels - c < 4 ? channels - c : 4;
             std::uint32_t high = 0, low = 0;
-            if (work.covers(base + row) && c < part.channels) {
+            if (left > 0 && work.covers(base + row)) {
                 float x[4];
-                if (part.column % 4 == 0)
-                    four_numbers(work.rows.at(row, part.column + c), x);
+                if (column % 4 == 0)
+                    four_numbers(work.rows.at(row, column + c), x);
                 else
                     for (int j = 0; j < 4; ++j)
-                        x[j] = c + j < part.channels ? number(*work.rows.at(row, part.column + c + j)) : 0.0f;
-                const int left = part.channels - c < 4 ? part.channels - c : 4;
+                        x[j] = j < left ? number(*work.rows.at(row, column + c + j)) : 0.0f;
                 if (half) {
-                    for (int j = 0; j < left; ++j) {
-                        const std::uint32_t bits = nearest_half(x[j]);
+                    for (int j = 0; j < 4; ++j) {
+                        const std::uint32_t bits = j < left ? nearest_half(x[j]) : 0u;
                         high |= bits >> 8 << 8 * j;
                         low |= (bits & 0xFFu) << 8 * j;
                     }
                 } else {
-                    float least[4], scale[4];
-                    int grid = c;  // of the first channel
-                    if (segment.by_channel) {
-                        four_numbers(lower + c, least);
-                        four_numbers(inverse + c, scale);
-                    } else {
-                        grid = segment.runs == 1 ? row : c / segment.group * rows + row;
-                        for (int j = 0; j < 4; ++j) {
-                            least[j] = lower[grid];
-                            scale[j] = inverse[grid];
-                        }
-                        if (segment.runs > 1 && segment.group % 4 != 0)
-                            for (int j = 0; j < left; ++j) {
-                                const int g = (c + j) / segment.group * rows + row;
-                                least[j] = lower[g];
-                                scale[j] = inverse[g];
-                            }
-                    }
+                    float lower[4], inverse[4];
                     int code[4];
+                    grids.four(grids.lower, c, row, lower);
+                    grids.four(grids.inverse, c, row, inverse);
                     for (int j = 0; j < 4; ++j) {
-                        code[j] = code_of(x[j], least[j], scale[j], last);
+                        code[j] = code_of(x[j], lower[j], inverse[j], (1 << grids.bits) - 1);
                         if (j < left) high |= static_cast<std::uint32_t>(code[j]) << 8 * j;
                     }
-                    if (latent)
-                        for (int j = 0; j < left; ++j)
-                            latents[static_cast<std::int64_t>(base + row) * work.item.latent_stride +
-                                    work.item.first_channel + part.column + c + j] =
-                                sum_of(least[j],
-                                       product_of(steps[c + j], static_cast<float>(code[j]) + 0.5f));
-                    if (segment.scheme == scheme_unbiased) {
-                        const float centre = 0.5f - static_cast<float>(1 << (segment.bits - 1));
-                        for (int j = 0; j < left; ++j) {
-                            const float
-                                step = steps[segment.runs == 1 ? row : (c + j) / segment.group * rows + row],
-                                q = static_cast<float>(code[j]) + centre,
-                                over = difference_of(magnitude_of(difference_of(x[j], product_of(q, step))),
-                                                     0.5f * step);
-                            short_excess = short_excess < over ? over : short_excess;
-                        }
-                    } else if (measured) {
-                        for (int j = 0; j < left; ++j) {
-                            const float step =
-                                steps[segment.by_channel  ? c + j
-                                      : segment.runs == 1 ? row
-                                                          : (c + j) / segment.group * rows + row];
-                            const double over = excess_of(segment.bits, x[j], least[j], step);
-                            excess = excess < over ? over : excess;
-                        }
-                    }
+                    if (measured) excess = with_excess(grids, x, code, lower, c, row, left, excess);
+                    if (latent) keep_decoded(work, grids, code, lower, base + row, column + c, c, left);
                 }
             }
-            auto* const to = work.shared + code_row * work.plan.code_pitch + part.code_column + c;
-            *reinterpret_cast<std::uint32_t*>(to + work.plan.codes) = high;
-            if (half) *reinterpret_cast<std::uint32_t*>(to + work.plan.low_codes) = low;
+            std::byte* const to = codes + code_row * pitch + c;
+            *reinterpret_cast<std::uint32_t*>(to) = high;
+            if (half) *reinterpret_cast<std::uint32_t*>(to + to_low) = low;
         }
-        if (excess < short_excess) excess = short_excess;
         if (excess > 0.0) raise(&work.found->excess[work.item.side], excess);
     });
 }
