@@ -31,10 +31,16 @@ class HostQueue : public kvplane::cuda::detail::Queue {
     bool backwards = false;  ///< the last thread first
     int threads = 64;        ///< of a block
     int most_shared = 227 * 1024;
-    int waits = 0, launches = 0;
+    int waits = 0, launches = 0, copies = 0;  ///< copies: between host and device
 
-    void to_device(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
-    void to_host(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
+    void to_device(void* to, const void* from, std::size_t bytes) override {
+        ++copies;
+        std::memcpy(to, from, bytes);
+    }
+    void to_host(void* to, const void* from, std::size_t bytes) override {
+        ++copies;
+        std::memcpy(to, from, bytes);
+    }
     void within_device(void* to, const void* from, std::size_t bytes) override {
         std::memcpy(to, from, bytes);
     }

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(row_threads) rows_kernel(const __grid_constant
     write_rows(DeviceBlock{}, a, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y),
                reinterpret_cast<std::byte*>(kvplane_shared));
 }
-__global__ void __launch_bounds__(tile_threads) tiles_kernel(const __grid_constant__ TilesArguments a) {
+__global__ void __launch_bounds__(tile_threads, 3) tiles_kernel(const __grid_constant__ TilesArguments a) {
     encode_tile(DeviceBlock{}, a, static_cast<int>(blockIdx.x), reinterpret_cast<std::byte*>(kvplane_shared));
 }
 __global__ void __launch_bounds__(tile_threads) centre_kernel(const __grid_constant__ CentreArguments a) {

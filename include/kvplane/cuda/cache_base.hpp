@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
@@ -142,6 +143,47 @@ class FetchedRows {
     DeviceRows rows_;
     Index head_dim_, tokens_;
     std::vector<std::byte> bytes_;
+};
+
+/// Sets a state's tiles aside but for the last, which is all that an append looks at: to copy a state then takes as
+/// long however many tiles there are. Puts them back when it goes, behind them those that the state has then.
+class TilesAside {
+  public:
+    explicit TilesAside(CacheState& state) : state_(state), count_(static_cast<Index>(state.tiles.size())) {
+        if (count_ < 2) return;
+        std::vector<TilePlace> last_tile{state.tiles.back()};
+        std::vector<PageReference> last_page{state.tile_pages.back()};
+        tiles_ = std::exchange(state.tiles, std::move(last_tile));
+        pages_ = std::exchange(state.tile_pages, std::move(last_page));
+        tiles_.pop_back();
+        pages_.pop_back();
+    }
+    TilesAside(const TilesAside&) = delete;
+    TilesAside& operator=(const TilesAside&) = delete;
+    ~TilesAside() {
+        if (count_ < 2) return;
+        // There is room for one, and for more where make_room() was called.
+        tiles_.insert(tiles_.end(), state_.tiles.begin(), state_.tiles.end());
+        std::move(state_.tile_pages.begin(), state_.tile_pages.end(), std::back_inserter(pages_));
+        state_.tiles = std::move(tiles_);
+        state_.tile_pages = std::move(pages_);
+    }
+    /// For so many behind those set aside. Throws std::bad_alloc.
+    void make_room(std::size_t tiles) {
+        const auto grown = [&](std::size_t capacity, std::size_t size) {
+            return size + tiles <= capacity ? capacity : std::max(size + tiles, 2 * capacity);
+        };
+        tiles_.reserve(grown(tiles_.capacity(), tiles_.size()));
+        pages_.reserve(grown(pages_.capacity(), pages_.size()));
+    }
+    /// Tiles before, those set aside and the last.
+    Index count() const noexcept { return count_; }
+
+  private:
+    CacheState& state_;
+    Index count_;
+    std::vector<TilePlace> tiles_;
+    std::vector<PageReference> pages_;
 };
 
 /// One append: the state as it will be, and the blocks that fill its pages. Pages that others see are copied before
@@ -612,31 +654,38 @@ class CacheBase {
         // What a cut tile has carried is counted from all that came before.
         if (state_.cut() && !configuration().recipe.every_token) collect(queue);
         const kvplane::detail::StandardFloatingPoint standard;
-        DeviceAppend work(*shape_, state_, *pool_, *tables_, queue,
-                          {keys, values, reinterpret_cast<Findings*>((waits ? own : record_).data())});
-        const auto last = static_cast<Index>(state_.tiles.size()) - 1;
-        const DeviceTile before = last >= 0 ? tiles_.host()[static_cast<std::size_t>(last)] : DeviceTile{};
-        work.run(tiles_.entry(last));
-        if (waits) {
-            Findings found;
-            queue.to_host(&found, own.data(), sizeof found);
-            queue.wait();
-            if (found.bad[0] != 0 || found.bad[1] != 0) {
-                state_.stale = state_.stale || work.wrote_old_tile();
-                if (work.changed_entry()) tiles_.change(last, {before}, *pool_, queue);
-                refuse(keys, values, found, queue);
+        Index changed_from = -1;  // of the table of tiles
+        {
+            TilesAside aside(state_);
+            const Index last = aside.count() - 1;
+            DeviceAppend work(*shape_, state_, *pool_, *tables_, queue,
+                              {keys, values, reinterpret_cast<Findings*>((waits ? own : record_).data())});
+            const DeviceTile before =
+                last >= 0 ? tiles_.host()[static_cast<std::size_t>(last)] : DeviceTile{};
+            work.run(tiles_.entry(last));
+            if (waits) {
+                Findings found;
+                queue.to_host(&found, own.data(), sizeof found);
+                queue.wait();
+                if (found.bad[0] != 0 || found.bad[1] != 0) {
+                    state_.stale = state_.stale || work.wrote_old_tile();
+                    if (work.changed_entry()) tiles_.change(last, {before}, *pool_, queue);
+                    refuse(keys, values, found, queue);
+                }
+                include(found, work.next().settled_extremes);
+            } else {
+                unread_ = true;
             }
-            include(found, work.next().settled_extremes);
-        } else {
-            unread_ = true;
+            CacheState& next = work.next();
+            aside.make_room(next.tiles.size());
+            if (work.changed_entry())
+                tiles_.changed(last, DeviceAppend::device_tile(next.tiles.back()));
+            else if (next.tiles.size() != state_.tiles.size() ||
+                     (last >= 0 && DeviceAppend::device_tile(next.tiles.back()) != before))
+                changed_from = std::max<Index>(0, last);
+            state_ = std::move(next);
         }
-        const bool same_tiles = work.next().tiles.size() == state_.tiles.size() &&
-                                (last < 0 || DeviceAppend::device_tile(work.next().tiles.back()) == before);
-        state_ = std::move(work.next());
-        if (work.changed_entry())
-            tiles_.changed(last, DeviceAppend::device_tile(state_.tiles.back()));
-        else if (!same_tiles)
-            show_tiles(std::max<Index>(0, last), queue);
+        if (changed_from >= 0) show_tiles(changed_from, queue);
         show_outside(queue);
     }
 

@@ -41,6 +41,27 @@ struct DeviceBlock {
 };
 #endif
 
+// Loops over arrays in registers.
+#if defined(__CUDA_ARCH__)
+#define KVPLANE_UNROLL _Pragma("unroll")
+#else
+#define KVPLANE_UNROLL
+#endif
+
+/// Division by a number that is a power of two more often than not.
+struct Divisor {
+    int by, shift;
+
+    KVPLANE_DEVICE explicit Divisor(int number) : by(number), shift(-1) {
+        if ((number & (number - 1)) != 0) return;
+        shift = 0;
+        while (1 << shift < number) ++shift;
+    }
+    /// For x >= 0.
+    KVPLANE_DEVICE int quotient(int x) const { return shift >= 0 ? x >> shift : x / by; }
+    KVPLANE_DEVICE int rest(int x) const { return shift >= 0 ? x & (by - 1) : x % by; }
+};
+
 // What threads share -----------------------------------------------------------------------------------------
 
 KVPLANE_DEVICE inline void raise(std::uint32_t* where, std::uint32_t value) {
@@ -232,8 +253,10 @@ KVPLANE_DEVICE void loads_ahead(int thread, int threads, int count, const Load& 
     constexpr int ahead = 4;
     for (int first = thread; first < count; first += ahead * threads) {
         float x[ahead][4];
+        KVPLANE_UNROLL
         for (int u = 0; u < ahead; ++u)
             if (first + u * threads < count) load(first + u * threads, x[u]);
+        KVPLANE_UNROLL
         for (int u = 0; u < ahead; ++u)
             if (first + u * threads < count) use(first + u * threads, x[u]);
     }
@@ -245,14 +268,19 @@ KVPLANE_DEVICE void loads_ahead(int thread, int threads, int count, const Load& 
 template <int count>
 KVPLANE_DEVICE void rotate_some(float* row, int first, int half, float scale, const float* signs_after) {
     float x[count];
+    KVPLANE_UNROLL
     for (int i = 0; i < count; ++i) x[i] = row[place_of(first + i * half)];
-    for (int apart = 1; apart < count; apart *= 2)
+    KVPLANE_UNROLL
+    for (int apart = 1; apart < count; apart *= 2) {
+        KVPLANE_UNROLL
         for (int i = 0; i < count; ++i)
             if ((i & apart) == 0) {
                 const float a = x[i], b = x[i + apart];
                 x[i] = sum_of(a, b);
                 x[i + apart] = difference_of(a, b);
             }
+    }
+    KVPLANE_UNROLL
     for (int i = 0; i < count; ++i) {
         const int c = first + i * half;
         if (scale != 1.0f) x[i] = product_of(x[i], scale);
@@ -265,25 +293,26 @@ KVPLANE_DEVICE void rotate_some(float* row, int first, int half, float scale, co
 template <class Block>
 KVPLANE_DEVICE void rotate_rows(const Block& block, float* rows, int pitch, int begin, int end, int channels,
                                 const float* signs_after) {
-    for (int half = 1, stages = 2; half < channels; half <<= stages, stages = 3) {
+    // Two stages at first, then three at a time: with rows of their pitch, all of them meet different banks.
+    for (int done = 0, stages = 2; 1 << done < channels; done += stages, stages = 3) {
         block.run([=](int thread, int threads) {
-            int first = 0;
-            for (int size; first < channels; first += size) {
-                size = 1;
-                while (2 * size <= channels - first) size *= 2;
-                if (half >= size) continue;
-                int count = 1 << stages;
-                if (half * count > size) count = size / half;
-                const bool last = half * count == size;
-                const float scale = last ? quotient_of(1.0f, root_of(static_cast<float>(size))) : 1.0f;
+            for (int first = 0, log_size; first < channels; first += 1 << log_size) {
+                log_size = 0;
+                while (2 << log_size <= channels - first) ++log_size;
+                if (done >= log_size) continue;
+                const int of_block = stages < log_size - done ? stages : log_size - done, half = 1 << done;
+                const bool last = done + of_block == log_size;
+                const float scale =
+                    last ? quotient_of(1.0f, root_of(static_cast<float>(1 << log_size))) : 1.0f;
                 const float* const after = last ? signs_after : nullptr;
-                const int groups = size / count;
-                for (int item = thread; item < (end - begin) * groups; item += threads) {
-                    float* const row = rows + (begin + item / groups) * pitch;
-                    const int group = item % groups, at = first + group / half * half * count + group % half;
-                    if (count == 8)
+                const int log_groups = log_size - of_block;
+                for (int item = thread; item < (end - begin) << log_groups; item += threads) {
+                    float* const row = rows + (begin + (item >> log_groups)) * pitch;
+                    const int group = item & ((1 << log_groups) - 1),
+                              at = first + ((group >> done) << (done + of_block)) + (group & (half - 1));
+                    if (of_block == 3)
                         rotate_some<8>(row, at, half, scale, after);
-                    else if (count == 4)
+                    else if (of_block == 2)
                         rotate_some<4>(row, at, half, scale, after);
                     else
                         rotate_some<2>(row, at, half, scale, after);
@@ -316,18 +345,21 @@ KVPLANE_DEVICE void stage_rows(const Block& block, const Side& side, int head, s
                                std::uint32_t* largest) {
     if (begin >= end) return;
     block.run([&](int thread, int threads) {
-        const int fours = (side.dim + 3) / 4;
+        const Divisor fours((side.dim + 3) / 4);
         loads_ahead(
-            thread, threads, (end - begin) * fours,
+            thread, threads, (end - begin) * fours.by,
             [&](int item, float(&x)[4]) {
-                load_four(side.input, first + begin + item / fours, head, item % fours * 4, side.dim, x);
+                load_four(side.input, first + begin + fours.quotient(item), head, fours.rest(item) * 4,
+                          side.dim, x);
             },
             [&](int item, float(&x)[4]) {
-                const int row = begin + item / fours, c = item % fours * 4;
+                const int row = begin + fours.quotient(item), c = fours.rest(item) * 4;
+                float signs[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+                if (side.signs) four_numbers(side.signs + c, signs);
                 bool good = true;
                 for (int i = 0; i < 4; ++i) {
                     good &= magnitude_of(x[i]) <= 65504.0f;
-                    if (side.signs && c + i < side.dim) x[i] = product_of(x[i], side.signs[c + i]);
+                    x[i] = product_of(x[i], signs[i]);
                 }
                 put_four(rows + row * pitch + place_of(c), x);
                 if (!good) raise(bad, ~static_cast<std::uint32_t>(first + row));
@@ -473,15 +505,20 @@ KVPLANE_DEVICE void stage_tokens(const Block& block, const Side& side, int head,
     const RowGrids grids(row_grids);
     if (side.recent.bits == 8) fit_rows(block, fresh, end, partial, grids);
     block.run([&](int thread, int threads) {
-        for (int item = thread; item < (end - fresh) * side.dim; item += threads) {
-            const int row = fresh + item / side.dim, c = item % side.dim;
-            float& x = rows[row * pitch + place_of(c)];
-            if (side.recent.bits == 16)
-                x = widened(nearest_half(x));
-            else
-                x = product_of(
-                    grids.step[row],
-                    static_cast<float>(code_of(x, grids.lower[row], grids.inverse[row], 255) - 128));
+        const Divisor fours((side.dim + 3) / 4);
+        for (int item = thread; item < (end - fresh) * fours.by; item += threads) {
+            const int row = fresh + fours.quotient(item);
+            float* const at = rows + row * pitch + place_of(fours.rest(item) * 4);
+            float x[4];
+            four_numbers(at, x);
+            if (side.recent.bits == 16) {
+                for (int i = 0; i < 4; ++i) x[i] = widened(nearest_half(x[i]));
+            } else {
+                const float step = grids.step[row], lower = grids.lower[row], inverse = grids.inverse[row];
+                for (int i = 0; i < 4; ++i)
+                    x[i] = product_of(step, static_cast<float>(code_of(x[i], lower, inverse, 255) - 128));
+            }
+            put_four(at, x);
         }
     });
 }
@@ -513,7 +550,8 @@ template <class Value, class Block>
 KVPLANE_DEVICE void load_tokens(const Block& block, const TileWork<Value>& work, int base) {
     const Item& item = work.item;
     const TilesArguments& a = work.a;
-    const int fours = whole_units_of(item.channels) / 4;
+    const Divisor columns(whole_units_of(item.channels) / 4);
+    const int fours = columns.by;
     if (item.latent_at >= 0) {
         const float* const latents = a.latents + work.tile_index * a.latent_stride + item.latent_at;
         block.run([&](int thread, int threads) {
@@ -539,7 +577,8 @@ KVPLANE_DEVICE void load_tokens(const Block& block, const TileWork<Value>& work,
             loads_ahead(
                 thread, threads, item.resident_rows * fours,
                 [&](int i, float(&x)[4]) {
-                    const int c = i % fours * 4, token = base + i / fours, channel = item.first_channel + c;
+                    const int c = columns.rest(i) * 4, token = base + columns.quotient(i),
+                              channel = item.first_channel + c;
                     if (!work.covers(token) || c >= item.channels)
                         x[0] = x[1] = x[2] = x[3] = 0.0f;
                     else if (first + token < 0)
@@ -548,7 +587,7 @@ KVPLANE_DEVICE void load_tokens(const Block& block, const TileWork<Value>& work,
                         load_four(work.side.input, first + token, item.head, channel, work.side.dim, x);
                 },
                 [&](int i, float(&x)[4]) {
-                    const int c = i % fours * 4, row = i / fours;
+                    const int c = columns.rest(i) * 4, row = columns.quotient(i);
                     // Recent tokens have been looked at.
                     if (first + base + row >= 0) {
                         bool good = true;
@@ -610,8 +649,9 @@ KVPLANE_DEVICE void fit_channels(const Block& block, const TileWork<Value>& work
     const int rows = work.item.resident_rows, channels = part.channels;
     float *const min = work.template part<float>(work.plan.partial), *const max = min + grid_parts * channels;
     block.run([&](int thread, int threads) {
+        const Divisor columns(channels);
         for (int i = thread; i < grid_parts * channels; i += threads) {
-            const int c = i % channels, share = i / channels;
+            const int c = columns.rest(i), share = columns.quotient(i);
             float low = number(*work.rows.at(share, part.column + c)), high = low;
             for (int row = share + grid_parts; row < rows; row += grid_parts) {
                 const float x = number(*work.rows.at(row, part.column + c));
@@ -759,7 +799,7 @@ KVPLANE_DEVICE void fit_unbiased(const Block& block, const TileWork<Value>& work
         const int count = grids - first < most_unbiased ? grids - first : most_unbiased;
         block.run([&](int thread, int threads) {
             for (int i = thread; i < count * 16; i += threads) {
-                const int g = first + i / 16, row = g % rows, element = i % 16;
+                const int g = first + i / 16, row = g & (rows - 1), element = i % 16;  // rows: a power of two
                 const RunOfChannels channels = run_of(segment, g / rows);
                 double sum = 0.0;
                 for (int c = element; c < channels.count; c += 16) {
@@ -810,16 +850,67 @@ KVPLANE_DEVICE void fit_unbiased(const Block& block, const TileWork<Value>& work
 
 // Codes ------------------------------------------------------------------------------------------------------
 
-/// By how much the error of a code exceeds half a step.
-KVPLANE_DEVICE inline double excess_of(const Segment& segment, float x, int code, float lower, float step) {
-    if (segment.scheme == scheme_unbiased) {
-        const float q = static_cast<float>(code) + (0.5f - static_cast<float>(1 << (segment.bits - 1)));
-        return difference_of(magnitude_of(difference_of(x, product_of(q, step))), 0.5f * step);
+/// The grids of a part of a segment, and which of them is whose.
+struct GridsOfPart {
+    const float *lower, *inverse, *step;
+    int by_channel, rows, group, runs, scheme, bits;
+
+    KVPLANE_DEVICE int index(int c, int row) const {
+        return by_channel ? c : runs == 1 ? row : c / group * rows + row;
     }
+    /// Of channels c, c + 1, .. of a row, c a multiple of 4.
+    KVPLANE_DEVICE void four(const float* of, int c, int row, float (&to)[4]) const {
+        if (by_channel) return four_numbers(of + c, to);
+        if (runs == 1 || group % 4 == 0) {
+            to[0] = to[1] = to[2] = to[3] = of[index(c, row)];
+            return;
+        }
+        const int last = runs * group - 1;
+        for (int j = 0; j < 4; ++j) to[j] = of[index(c + j < last ? c + j : last, row)];
+    }
+};
+
+/// How far x lies outside a grid that clips.
+KVPLANE_DEVICE inline double clipped(int bits, float x, float lower, float step) {
     if (step == 0.0f) return 0.0;
-    const float upper = sum_of(lower, product_of(step, static_cast<float>(1 << segment.bits)));
+    const float upper = sum_of(lower, product_of(step, static_cast<float>(1 << bits)));
     const double least = lower < upper ? lower : upper, most = lower < upper ? upper : lower, value = x;
     return value < least ? least - value : value - most;
+}
+/// By how much the error of a code without bias exceeds half a step.
+KVPLANE_DEVICE inline float beyond_half_step(int bits, float x, int code, float step) {
+    const float q = static_cast<float>(code) + (0.5f - static_cast<float>(1 << (bits - 1)));
+    return difference_of(magnitude_of(difference_of(x, product_of(q, step))), 0.5f * step);
+}
+/// The larger of `excess` and of what the first `count` of four codes exceed half a step by.
+KVPLANE_DEVICE inline double with_excess(const GridsOfPart& grids, const float (&x)[4], const int (&code)[4],
+                                         const float (&lower)[4], int c, int row, int count, double excess) {
+    float step[4];
+    grids.four(grids.step, c, row, step);
+    float beyond = 0.0f;
+    for (int j = 0; j < 4; ++j) {
+        if (j >= count) continue;
+        if (grids.scheme == scheme_unbiased) {
+            const float over = beyond_half_step(grids.bits, x[j], code[j], step[j]);
+            beyond = beyond < over ? over : beyond;
+        } else {
+            const double over = clipped(grids.bits, x[j], lower[j], step[j]);
+            excess = excess < over ? over : excess;
+        }
+    }
+    return excess < beyond ? static_cast<double>(beyond) : excess;
+}
+
+/// Puts what four codes of latents stand for in the place of the latents, to be measured.
+template <class Value>
+KVPLANE_DEVICE void keep_decoded(const TileWork<Value>& work, const GridsOfPart& grids, const int (&code)[4],
+                                 const float (&lower)[4], int token, int channel, int c, int count) {
+    float* const to = work.a.latents + work.tile_index * work.a.latent_stride + work.item.latent_at +
+                      static_cast<std::int64_t>(token) * work.item.latent_stride + work.item.first_channel +
+                      channel;
+    for (int j = 0; j < 4; ++j)
+        if (j < count)
+            to[j] = sum_of(lower[j], product_of(grids.step[c + j], static_cast<float>(code[j]) + 0.5f));
 }
 
 /// Codes of the resident rows [first_row, first_row + code_rows), zero where a token is not written.
@@ -827,78 +918,56 @@ template <class Value, class Block>
 KVPLANE_DEVICE void make_codes(const Block& block, const TileWork<Value>& work, const SegmentPart& part,
                                int base, int first_row) {
     const Segment& segment = part.segment;
-    const int fours = whole_units_of(part.channels) / 4, rows = work.item.resident_rows,
-              last = (1 << segment.bits) - 1;
+    const GridsOfPart grids{work.template part<float>(work.plan.lower),
+                            work.template part<float>(work.plan.inverse),
+                            work.template part<float>(work.plan.step),
+                            segment.by_channel,
+                            work.item.resident_rows,
+                            segment.group,
+                            segment.runs,
+                            segment.scheme,
+                            segment.bits};
+    const Divisor fours(whole_units_of(part.channels) / 4);
+    const int count = work.item.code_rows * fours.by, column = part.column, channels = part.channels;
     const bool half = segment.bits == 16, latent = work.item.latent_at >= 0,
                measured = segment.scheme == scheme_full_range || segment.scheme == scheme_unbiased;
-    const float *const lower = work.template part<float>(work.plan.lower),
-                       *const inverse = work.template part<float>(work.plan.inverse),
-                       *const steps = work.template part<float>(work.plan.step);
-    float* const latents =
-        latent ? work.a.latents + work.tile_index * work.a.latent_stride + work.item.latent_at : nullptr;
+    std::byte* const codes = work.shared + work.plan.codes + part.code_column;
+    const int to_low = work.plan.low_codes - work.plan.codes, pitch = work.plan.code_pitch;
     block.run([&](int thread, int threads) {
         double excess = 0.0;
-        for (int i = thread; i < work.item.code_rows * fours; i += threads) {
-            const int code_row = i / fours, row = first_row + code_row, c = i % fours * 4;
+        for (int i = thread; i < count; i += threads) {
+            const int code_row = fours.quotient(i), row = first_row + code_row, c = fours.rest(i) * 4,
+                      left = channels - c < 4 ? channels - c : 4;
             std::uint32_t high = 0, low = 0;
-            if (work.covers(base + row) && c < part.channels) {
+            if (left > 0 && work.covers(base + row)) {
                 float x[4];
-                if (part.column % 4 == 0)
-                    four_numbers(work.rows.at(row, part.column + c), x);
+                if (column % 4 == 0)
+                    four_numbers(work.rows.at(row, column + c), x);
                 else
                     for (int j = 0; j < 4; ++j)
-                        x[j] = c + j < part.channels ? number(*work.rows.at(row, part.column + c + j)) : 0.0f;
-                const int left = part.channels - c < 4 ? part.channels - c : 4;
+                        x[j] = j < left ? number(*work.rows.at(row, column + c + j)) : 0.0f;
                 if (half) {
-                    for (int j = 0; j < left; ++j) {
-                        const std::uint32_t bits = nearest_half(x[j]);
+                    for (int j = 0; j < 4; ++j) {
+                        const std::uint32_t bits = j < left ? nearest_half(x[j]) : 0u;
                         high |= bits >> 8 << 8 * j;
                         low |= (bits & 0xFFu) << 8 * j;
                     }
                 } else {
-                    float least[4], scale[4];
-                    int grid = c;  // of the first channel
-                    if (segment.by_channel) {
-                        four_numbers(lower + c, least);
-                        four_numbers(inverse + c, scale);
-                    } else {
-                        grid = segment.runs == 1 ? row : c / segment.group * rows + row;
-                        for (int j = 0; j < 4; ++j) {
-                            least[j] = lower[grid];
-                            scale[j] = inverse[grid];
-                        }
-                        if (segment.runs > 1 && segment.group % 4 != 0)
-                            for (int j = 0; j < left; ++j) {
-                                const int g = (c + j) / segment.group * rows + row;
-                                least[j] = lower[g];
-                                scale[j] = inverse[g];
-                            }
-                    }
+                    float lower[4], inverse[4];
                     int code[4];
+                    grids.four(grids.lower, c, row, lower);
+                    grids.four(grids.inverse, c, row, inverse);
                     for (int j = 0; j < 4; ++j) {
-                        code[j] = code_of(x[j], least[j], scale[j], last);
+                        code[j] = code_of(x[j], lower[j], inverse[j], (1 << grids.bits) - 1);
                         if (j < left) high |= static_cast<std::uint32_t>(code[j]) << 8 * j;
                     }
-                    if (latent)
-                        for (int j = 0; j < left; ++j)
-                            latents[static_cast<std::int64_t>(base + row) * work.item.latent_stride +
-                                    work.item.first_channel + part.column + c + j] =
-                                sum_of(least[j],
-                                       product_of(steps[c + j], static_cast<float>(code[j]) + 0.5f));
-                    if (measured)
-                        for (int j = 0; j < left; ++j) {
-                            const float step =
-                                steps[segment.by_channel  ? c + j
-                                      : segment.runs == 1 ? row
-                                                          : (c + j) / segment.group * rows + row];
-                            const double over = excess_of(segment, x[j], code[j], least[j], step);
-                            excess = excess < over ? over : excess;
-                        }
+                    if (measured) excess = with_excess(grids, x, code, lower, c, row, left, excess);
+                    if (latent) keep_decoded(work, grids, code, lower, base + row, column + c, c, left);
                 }
             }
-            auto* const to = work.shared + code_row * work.plan.code_pitch + part.code_column + c;
-            *reinterpret_cast<std::uint32_t*>(to + work.plan.codes) = high;
-            if (half) *reinterpret_cast<std::uint32_t*>(to + work.plan.low_codes) = low;
+            std::byte* const to = codes + code_row * pitch + c;
+            *reinterpret_cast<std::uint32_t*>(to) = high;
+            if (half) *reinterpret_cast<std::uint32_t*>(to + to_low) = low;
         }
         if (excess > 0.0) raise(&work.found->excess[work.item.side], excess);
     });
@@ -938,6 +1007,19 @@ KVPLANE_DEVICE void pack_keys(const TileWork<Value>& work, const SegmentPart& pa
     }
 }
 
+/// Four of the bytes of two words, b's behind a's: those that the digits of `which` number, the last digit first.
+KVPLANE_DEVICE inline std::uint32_t picked(std::uint32_t a, std::uint32_t b, std::uint32_t which) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(a, b, which);
+#else
+    const std::uint64_t both = static_cast<std::uint64_t>(b) << 32 | a;
+    std::uint32_t result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= static_cast<std::uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+    return result;
+#endif
+}
+
 /// One plane of values. A word is a channel's, of 32 / width tokens.
 template <int width, class Value>
 KVPLANE_DEVICE void pack_values(const TileWork<Value>& work, const SegmentPart& part, const std::byte* codes,
@@ -951,12 +1033,23 @@ KVPLANE_DEVICE void pack_values(const TileWork<Value>& work, const SegmentPart& 
                   token = base + row;
         const std::byte* const from = codes + row * pitch + part.code_column + sixteen * 16 + quad * 4;
         FourWords words{};
-        for (int k = 0; k < 8 / width; ++k)
-            for (int j = 0; j < 4; ++j) {
-                const std::uint32_t channels =
-                    *reinterpret_cast<const std::uint32_t*>(from + (4 * k + j) * pitch) >> shift;
-                for (int c = 0; c < 4; ++c) words.at[c] |= (channels >> 8 * c & mask) << (8 * j + k * width);
-            }
+        KVPLANE_UNROLL
+        for (int k = 0; k < 8 / width; ++k) {
+            std::uint32_t tokens[4];
+            KVPLANE_UNROLL
+            for (int j = 0; j < 4; ++j)
+                tokens[j] = *reinterpret_cast<const std::uint32_t*>(from + (4 * k + j) * pitch);
+            // [token][channel] to [channel][token].
+            const std::uint32_t a = picked(tokens[0], tokens[1], 0x5140),
+                                b = picked(tokens[2], tokens[3], 0x5140),
+                                d = picked(tokens[0], tokens[1], 0x7362),
+                                e = picked(tokens[2], tokens[3], 0x7362);
+            const std::uint32_t channels[4] = {picked(a, b, 0x5410), picked(a, b, 0x7632),
+                                               picked(d, e, 0x5410), picked(d, e, 0x7632)};
+            KVPLANE_UNROLL
+            for (int c = 0; c < 4; ++c)
+                words.at[c] |= (channels[c] >> shift & mask * 0x01010101u) << (k * width);
+        }
         auto* const to = reinterpret_cast<FourWords*>(
             plane + (((part.first / 16 + sixteen) * units + token / depth) * 16 + quad * 4) * 4);
         if (!work.a.fresh && !(work.covers(token) && work.covers(token + depth - 1))) {
