@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
 
     const LayerView& layer = arguments.layer;
     const WorkItem item = arguments.items[blockIdx.x];
-    const SequenceTask& sequence = arguments.sequences[item.sequence];
+    const SequenceTask& sequence = item.sequence;
     const int warps = static_cast<int>(blockDim.x / 32), warp = static_cast<int>(threadIdx.x / 32),
               lane = static_cast<int>(DeviceWarp::lane());
     const int group = layer.query_heads / layer.kv_heads;
@@ -166,10 +166,12 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
 
     // Tokens outside tiles, four at a time, while the first tiles come.
     const int loose = sequence.sink_count + sequence.recent_count;
+    KVPLANE_KEEP_ROLLED
     for (int first = 4 * (item.part * warps + warp); first < loose; first += 4 * item.parts * warps) {
         const int count = min(4, loose - first);
         TokenRow<DeviceWarp> of_values[4];
         float score[4];
+        KVPLANE_KEEP_ROLLED
         for (int i = 0; i < count; ++i) {
             const int n = first + i, at = n - sequence.sink_count;
             const bool sink = at < 0;
@@ -366,6 +368,7 @@ struct Made {
     static bool fits(const AttendArguments& arguments) {
         const LayerView& layer = arguments.layer;
         return layer.keys.segments == 1 && layer.keys.groups == 1 && layer.keys.segment[0].bits == key_bits &&
+               (key_bits == 16 || layer.keys.segment[0].lower_at >= 0) &&
                layer.values.all.bits == value_bits && layer.key_head_dim == key_head_dim &&
                layer.value_head_dim == value_head_dim && layer.values.run_blocks >= Math::blocks &&
                (!paired || arguments.most_rows <= 4);

@@ -17,7 +17,9 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "kvplane/attention/parameters.hpp"
@@ -68,11 +70,12 @@ class AttendWorkspace {
         Index row = 0;
         for (const DeviceSequence& sequence : sequences) {
             tasks.push_back(task(sequence, parameters, query_tokens, row));
+            tasks.back().recent_page = static_cast<std::int32_t>(recent.size());
             row += query_tokens;
             recent.insert(recent.end(), sequence.recent.begin(), sequence.recent.end());
         }
-        const std::vector<detail::WorkItem> items = share_out(sequences, tasks, query_tokens);
-        upload(items, tasks, recent, layer, sequences, stream);
+        std::vector<detail::WorkItem> items = share_out(sequences, tasks, query_tokens);
+        upload(items, recent, layer, stream);
     }
 
     /// Attends: queries [sum of query tokens][query_heads][key_head_dim], output [..][query_heads][value_head_dim],
@@ -127,7 +130,7 @@ class AttendWorkspace {
                      8u * static_cast<std::uint32_t>(layer.value_head_dim + 2) * 4u);
         const std::uint32_t fixed = rows + 2048;
         warps_ = 0;
-        for (const int warps : {8, 4, 3, 2, 1})
+        for (const int warps : {8, 6, 4, 3, 2, 1})
             if (warps_ == 0 && fixed + static_cast<std::uint32_t>(2 * warps) * a.slot_bytes <= shared_bytes_)
                 warps_ = warps;
         require(warps_ > 0, ErrorCode::option, "cuda attention: tiles of ", a.slot_bytes,
@@ -203,7 +206,7 @@ class AttendWorkspace {
                 for (Index row = 0; row < rows; row += detail::rows_of_block) {
                     const Index n = parts(i, most);
                     for (Index p = 0; p < n; ++p)
-                        items.push_back({static_cast<std::int32_t>(i), head, static_cast<std::int32_t>(row),
+                        items.push_back({tasks[i], head, static_cast<std::int32_t>(row),
                                          static_cast<std::int32_t>(tiles(i) * p / n),
                                          static_cast<std::int32_t>(tiles(i) * (p + 1) / n),
                                          static_cast<std::int32_t>(p), static_cast<std::int32_t>(n),
@@ -220,66 +223,69 @@ class AttendWorkspace {
         return items;
     }
 
-    void upload(const std::vector<detail::WorkItem>& items, std::vector<detail::SequenceTask>& tasks,
-                const std::vector<const std::byte*>& recent, const AttendLayer& layer,
-                std::span<const DeviceSequence> sequences, cudaStream_t stream) {
-        const auto aligned = [](std::size_t bytes) { return (bytes + 255) / 256 * 256; };
-        const std::size_t item_bytes = aligned(items.size() * sizeof(items[0])),
-                          task_bytes = aligned(tasks.size() * sizeof(tasks[0])),
-                          page_bytes = aligned(recent.size() * sizeof(recent[0]) + 1),
-                          sign_bytes = aligned((layer.key_signs.size() + layer.value_signs.size()) * 4),
-                          copied_bytes = item_bytes + task_bytes + page_bytes + sign_bytes,
-                          counter_bytes = aligned(static_cast<std::size_t>(counters_) * 4),
-                          partial_bytes = static_cast<std::size_t>(partials_) * 8 *
-                                          static_cast<std::size_t>(arguments_.layer.value_head_dim + 2) * 4;
+    /// Puts the plan, the pages of recent tokens and the signs of rotations into device memory. `recent`: in items,
+    /// the number of a sequence's first page.
+    void upload(std::vector<detail::WorkItem>& items, const std::vector<const std::byte*>& recent,
+                const AttendLayer& layer, cudaStream_t stream) {
+        Index end = 0;
+        const auto place = [&](std::size_t count, std::size_t size) {
+            const Index at = end;
+            end += static_cast<Index>((count * size + 255) / 256 * 256);
+            return at;
+        };
+        const Index items_at = place(items.size(), sizeof(items[0])),
+                    recent_at = place(recent.size(), sizeof(recent[0])),
+                    signs_at = place(layer.key_signs.size() + layer.value_signs.size(), sizeof(float)),
+                    copied = end, counters_at = place(static_cast<std::size_t>(counters_), 4),
+                    partials_at = place(static_cast<std::size_t>(partials_) * detail::rows_of_block,
+                                        static_cast<std::size_t>(arguments_.layer.value_head_dim + 2) * 4);
+        blocks_ = 0;
+        reserve(static_cast<std::size_t>(copied), static_cast<std::size_t>(end));
+        std::byte* const device = static_cast<std::byte*>(memory_);
+        for (detail::WorkItem& item : items)
+            item.sequence.recent =
+                reinterpret_cast<const std::byte* const*>(device + recent_at) + item.sequence.recent_page;
+        const auto stage = [&](const auto& numbers, Index at) {
+            std::memcpy(static_cast<std::byte*>(staging_) + at, numbers.data(),
+                        numbers.size() * sizeof(numbers[0]));
+        };
+        stage(items, items_at);
+        if (!recent.empty()) stage(recent, recent_at);
+        if (!layer.key_signs.empty()) stage(layer.key_signs, signs_at);
+        const auto value_signs_at = signs_at + static_cast<Index>(layer.key_signs.size() * sizeof(float));
+        if (!layer.value_signs.empty()) stage(layer.value_signs, value_signs_at);
+        require_cuda(cudaMemcpyAsync(device, staging_, static_cast<std::size_t>(copied),
+                                     cudaMemcpyHostToDevice, stream),
+                     "copying a plan");
+        pending_ = true;
+        require_cuda(cudaEventRecord(copied_, stream), "marking a plan as copied");
+        require_cuda(
+            cudaMemsetAsync(device + counters_at, 0, static_cast<std::size_t>(counters_) * 4, stream),
+            "clearing counters");
+        arguments_.items = reinterpret_cast<const detail::WorkItem*>(device + items_at);
+        arguments_.key_signs = reinterpret_cast<const float*>(device + signs_at);
+        arguments_.value_signs = reinterpret_cast<const float*>(device + value_signs_at);
+        arguments_.counters = reinterpret_cast<std::uint32_t*>(device + counters_at);
+        arguments_.partials = reinterpret_cast<float*>(device + partials_at);
+        blocks_ = static_cast<int>(items.size());
+    }
+    /// Memory on both sides. That of the host may be read by the plan before, which is waited for.
+    void reserve(std::size_t staged, std::size_t all) {
         if (pending_) require_cuda(cudaEventSynchronize(copied_), "waiting for the plan before");
         pending_ = false;
-        blocks_ = 0;
-        if (copied_bytes > staging_bytes_) {
-            require_cuda(cudaFreeHost(staging_), "giving memory back");
-            staging_ = nullptr;
+        if (staged > staging_bytes_) {
             staging_bytes_ = 0;
-            require_cuda(cudaMallocHost(&staging_, 2 * copied_bytes), "taking memory for a plan");
-            staging_bytes_ = 2 * copied_bytes;
+            require_cuda(cudaFreeHost(std::exchange(staging_, nullptr)), "giving memory back");
+            require_cuda(cudaMallocHost(&staging_, 2 * staged), "taking memory for a plan");
+            staging_bytes_ = 2 * staged;
         }
-        const std::size_t all = copied_bytes + counter_bytes + partial_bytes;
         if (all > memory_bytes_) {
-            // Work that uses the memory may be under way on any stream: cudaFree waits for it.
-            require_cuda(cudaFree(memory_), "giving memory back");
-            memory_ = nullptr;
             memory_bytes_ = 0;
+            // It waits for what still uses the memory.
+            require_cuda(cudaFree(std::exchange(memory_, nullptr)), "giving memory back");
             require_cuda(cudaMalloc(&memory_, 2 * all), "taking memory for attention");
             memory_bytes_ = 2 * all;
         }
-        auto* const device = static_cast<std::byte*>(memory_);
-        auto* const host = static_cast<std::byte*>(staging_);
-        auto* const pages = reinterpret_cast<const std::byte**>(device + item_bytes + task_bytes);
-        Index page = 0;
-        for (std::size_t i = 0; i < tasks.size(); ++i) {
-            tasks[i].recent = pages + page;
-            page += static_cast<Index>(sequences[i].recent.size());
-        }
-        std::copy_n(reinterpret_cast<const std::byte*>(items.data()), items.size() * sizeof(items[0]), host);
-        std::copy_n(reinterpret_cast<const std::byte*>(tasks.data()), tasks.size() * sizeof(tasks[0]),
-                    host + item_bytes);
-        std::copy_n(reinterpret_cast<const std::byte*>(recent.data()), recent.size() * sizeof(recent[0]),
-                    host + item_bytes + task_bytes);
-        const std::size_t signs_at = copied_bytes - sign_bytes;
-        std::copy(layer.key_signs.begin(), layer.key_signs.end(), reinterpret_cast<float*>(host + signs_at));
-        std::copy(layer.value_signs.begin(), layer.value_signs.end(),
-                  reinterpret_cast<float*>(host + signs_at) + layer.key_signs.size());
-        arguments_.key_signs = reinterpret_cast<const float*>(device + signs_at);
-        arguments_.value_signs = arguments_.key_signs + layer.key_signs.size();
-        require_cuda(cudaMemcpyAsync(device, host, copied_bytes, cudaMemcpyHostToDevice, stream),
-                     "copying a plan");
-        require_cuda(cudaEventRecord(copied_, stream), "marking a plan as copied");
-        pending_ = true;
-        require_cuda(cudaMemsetAsync(device + copied_bytes, 0, counter_bytes, stream), "clearing counters");
-        arguments_.items = reinterpret_cast<const detail::WorkItem*>(device);
-        arguments_.sequences = reinterpret_cast<const detail::SequenceTask*>(device + item_bytes);
-        arguments_.counters = reinterpret_cast<std::uint32_t*>(device + copied_bytes);
-        arguments_.partials = reinterpret_cast<float*>(device + copied_bytes + counter_bytes);
-        blocks_ = static_cast<int>(items.size());
     }
 
     int device_ = 0, multiprocessors_ = 0;

@@ -25,31 +25,32 @@ struct NumbersView {
 /// Query rows that a block takes, and warps that it has at most.
 inline constexpr int rows_of_block = 8, most_warps = 8;
 
-/// What one block does.
-struct WorkItem {
-    std::int32_t sequence, head, first_row;
-    std::int32_t first_tile, end_tile;
-    std::int32_t part, parts;
-    std::int32_t partial;  ///< the first of the head's parts among all
-    std::int32_t counter;  ///< of the head's parts that have ended
-};
-
-/// One of the batch, in device memory.
+/// A sequence of the batch.
 struct SequenceTask {
     const DeviceTile* tiles;
     std::int32_t skip_from, skip;  ///< behind so many tiles, that many are seen by no query
     const std::byte* sinks;
-    const std::byte* const* recent;  ///< pages
+    const std::byte* const* recent;  ///< pages, the first of which is page `recent_page` of the batch
+    std::int32_t recent_page;
     std::int32_t sink_count, recent_first, recent_count;
     std::int32_t hidden_from, hidden_to;
     std::int32_t position, query_row, query_tokens;
     std::int32_t bias_row, keys;  ///< of the bias: its first row, and numbers a row
 };
 
+/// What one block does.
+struct WorkItem {
+    SequenceTask sequence;  ///< here, and not by number, for that would be one more wait at a block's begin
+    std::int32_t head, first_row;
+    std::int32_t first_tile, end_tile;
+    std::int32_t part, parts;
+    std::int32_t partial;  ///< the first of the head's parts among all
+    std::int32_t counter;  ///< of the head's parts that have ended
+};
+
 struct AttendArguments {
     LayerView layer;
     const WorkItem* items;
-    const SequenceTask* sequences;
     float* partials;  ///< [part]: [8][value_head_dim], then 8 largest scores and 8 sums
     std::uint32_t* counters;
     NumbersView queries, output;

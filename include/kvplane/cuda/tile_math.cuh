@@ -168,19 +168,21 @@ struct TileMath {
         }
     }
 
-    /// Applies the rules to scores, which masks what a row does not see.
+    /// Applies the rules to scores, which masks what a row does not see. Few tiles need it.
     KVPLANE_DEVICE static void apply(const ScoreRules<W>& rules, const TileMask& mask, Scores& score) {
+        Float scores[16 * own];
         KVPLANE_UNROLL
-        for (int m = 0; m < 4; ++m) KVPLANE_UNROLL
-        for (int j = 0; j < own; ++j) {
-            const Word first = score_token(m, column(j), value_chunk);
-            KVPLANE_UNROLL
-            for (int s = 0; s < 4; ++s) {
-                const Int row = W::to_int(first + std::uint32_t(s));
-                score[m][s][j] = ruled(rules, score[m][s][j], row + mask.origin,
-                                       W::both(row >= mask.row, row < mask.end_row));
-            }
+        for (int i = 0; i < 16 * own; ++i) scores[i] = score[i / (4 * own)][i / own % 4][i % own];
+        KVPLANE_KEEP_ROLLED
+        for (int i = 0; i < 16 * own; ++i) {
+            const Word token =
+                score_token(i / (4 * own), column(i % own), value_chunk) + std::uint32_t(i / own % 4);
+            const Int row = W::to_int(token);
+            scores[i] =
+                ruled(rules, scores[i], row + mask.origin, W::both(row >= mask.row, row < mask.end_row));
         }
+        KVPLANE_UNROLL
+        for (int i = 0; i < 16 * own; ++i) score[i / (4 * own)][i / own % 4][i % own] = scores[i];
     }
 
     /// One score of a token at `position`, which is part of the sequence where `there`.
@@ -279,6 +281,7 @@ struct TileMath {
     KVPLANE_DEVICE static Float score_row(const QueryRowsView& queries, const Row& key_row, int channels) {
         const Word quarter = W::lane() & 3u, g = row();
         Float sum(0.0f);
+        KVPLANE_KEEP_ROLLED
         for (int c = 0; c < channels; c += 32) {
             const Word channel = quarter * 8u + std::uint32_t(c);
             const auto valid = channel < std::uint32_t(channels);
@@ -298,9 +301,11 @@ struct TileMath {
     KVPLANE_DEVICE static void add_rows(const Row* rows, const Float* score, int count, int channels,
                                         State& state) {
         Float largest = score[0];
+        KVPLANE_KEEP_ROLLED
         for (int i = 1; i < count; ++i) largest = W::maximum(largest, score[i]);
         raise(largest, state);
         const Word quarter = W::lane() & 3u;
+        KVPLANE_KEEP_ROLLED
         for (int i = 0; i < count; ++i) {
             const Float weight =
                 W::select(score[i] > masked, W::exp2(score[i] - state.softmax.largest), Float(0.0f));
@@ -422,7 +427,8 @@ struct TileMath {
         }
         const int grid = group * static_cast<int>(channels);
         load_grid<whole>(tile + segment.step_at + grid * 2, begin, last, step);
-        if (segment.lower_at >= 0) load_grid<whole>(tile + segment.lower_at + grid * 2, begin, last, lower);
+        const bool lowers = whole || segment.lower_at >= 0;
+        if (lowers) load_grid<whole>(tile + segment.lower_at + grid * 2, begin, last, lower);
         KVPLANE_UNROLL
         for (int i = 0; i < 8; ++i) {
             if (!full) {
@@ -430,7 +436,7 @@ struct TileMath {
                 query[i] = W::select(valid, query[i], Float(0.0f));
             }
             f[i] = query[i] * step[i] * segment.step_scale;
-            low = low + (segment.lower_at >= 0 ? query[i] * lower[i] : f[i] * segment.lower_in_steps);
+            low = low + (lowers ? query[i] * lower[i] : f[i] * segment.lower_in_steps);
         }
     }
 
@@ -497,20 +503,8 @@ struct TileMath {
             for (int m = 0; m < 4; ++m) {
                 if (segmented && (m < first_m || m >= end_m)) continue;
                 const Word token = score_token(m, g, value_chunk);
-                Word words[split.count][chunk / 8 < 1 ? 1 : chunk / 8][4];
-                KVPLANE_UNROLL
-                for (int p = 0; p < split.count; ++p) {
-                    const int depth = 32 / split[p];
-                    const auto units = std::uint32_t((channels_of(segment) + depth - 1) / depth);
-                    constexpr bool full = !segmented && key_channels % (4 * chunk) == 0;
-                    KVPLANE_UNROLL
-                    for (int u = 0; u < (chunk < depth ? 1 : chunk / depth); ++u) {
-                        const Word unit = channel / std::uint32_t(depth) + std::uint32_t(u);
-                        W::load16(tile + segment.plane_at[p],
-                                  key_word(token, full ? unit : W::minimum(unit, Word(units - 1u)), units),
-                                  words[p][u]);
-                    }
-                }
+                Word words[split.count][chunk / 8][4];
+                load_key_planes<bits, chunk>(tile, segment, token, channel, words);
                 KVPLANE_UNROLL
                 for (int part = 0; part < chunk / 8; ++part) KVPLANE_UNROLL
                 for (int s = 0; s < 4; ++s) {
@@ -521,22 +515,59 @@ struct TileMath {
             }
         }
     }
-    /// The two words of B of one pair of quads: four codes a byte each, and four more. words[p][i]: what unit i of
-    /// the chunk in plane p holds. first: channel (token) where a chunk is less than a unit.
+    /// The words of four tokens that hold the channels of a chunk, from every plane.
+    template <int bits, int chunk, int plane = 0, class Words>
+    KVPLANE_DEVICE static void load_key_planes(const std::byte* tile, const SegmentView& segment, Word token,
+                                               Word channel, Words& words) {
+        constexpr int depth = 32 / plane_split(bits)[plane];
+        const auto units = std::uint32_t((channels_of(segment) + depth - 1) / depth);
+        constexpr bool full = !segmented && key_channels % (4 * chunk) == 0;
+        KVPLANE_UNROLL
+        for (int u = 0; u < (chunk < depth ? 1 : chunk / depth); ++u) {
+            const Word unit = channel / std::uint32_t(depth) + std::uint32_t(u);
+            W::load16(tile + segment.plane_at[plane],
+                      key_word(token, full ? unit : W::minimum(unit, Word(units - 1u)), units),
+                      words[plane][u]);
+        }
+        if constexpr (plane + 1 < plane_split(bits).count)
+            load_key_planes<bits, chunk, plane + 1>(tile, segment, token, channel, words);
+    }
+    /// The words of four channels that hold the tokens of a chunk.
+    template <int bits, int plane = 0, class Words>
+    KVPLANE_DEVICE static void load_value_planes(const std::byte* tile, const SegmentView& segment,
+                                                 Word token, Word channel, Words& words) {
+        constexpr int depth = 32 / plane_split(bits)[plane];
+        KVPLANE_UNROLL
+        for (int u = 0; u < (value_chunk < depth ? 1 : value_chunk / depth); ++u)
+            W::load16(tile + segment.plane_at[plane],
+                      value_word(channel, token / std::uint32_t(depth) + std::uint32_t(u),
+                                 std::uint32_t(128 / depth)),
+                      words[plane][u]);
+        if constexpr (plane + 1 < plane_split(bits).count)
+            load_value_planes<bits, plane + 1>(tile, segment, token, channel, words);
+    }
+
+    /// The two words of B of an octet or a pair of quads: four codes a byte each, and four more. words[p][i]: what
+    /// unit i of the chunk in plane p holds. first: channel (token) where a chunk is less than a unit.
     template <int bits, int chunk, class Words>
     KVPLANE_DEVICE static void code_words(const Words& words, int part, int s, Word first, Word (&b)[2]) {
-        constexpr PlaneSplit split = plane_split(bits);
+        constexpr int planes = plane_split(bits).count;
         b[0] = b[1] = Word(0u);
-        KVPLANE_UNROLL
-        for (int p = 0; p < split.count; ++p) {
-            const int width = split[p], depth = 32 / width, below = split.shift(p);
-            const std::uint32_t mask = code_mask(width) << below;
-            Word word = words[p][chunk < depth ? 0 : 8 * part / depth][s];
-            if (chunk < depth) word = word >> ((first % std::uint32_t(depth) >> 2) * std::uint32_t(width));
-            const int at = chunk < depth ? 0 : 8 * part % depth / 4 * width;
-            b[0] = b[0] | (moved(word, at - below) & mask);
-            b[1] = b[1] | (moved(word, at + width - below) & mask);
-        }
+        add_plane<bits, chunk, 0>(words, part, s, first, b);
+        if constexpr (planes > 1) add_plane<bits, chunk, 1>(words, part, s, first, b);
+        if constexpr (planes > 2) add_plane<bits, chunk, 2>(words, part, s, first, b);
+    }
+    template <int bits, int chunk, int plane, class Words>
+    KVPLANE_DEVICE static void add_plane(const Words& words, int part, int s, Word first, Word (&b)[2]) {
+        constexpr int width = plane_split(bits)[plane], depth = 32 / width,
+                      below = plane_split(bits).shift(plane);
+        constexpr std::uint32_t mask = code_mask(width) << below;
+        Word word = words[plane][chunk < depth ? 0 : 8 * part / depth][s];
+        if constexpr (chunk < depth)
+            word = word >> ((first % std::uint32_t(depth) >> 2) * std::uint32_t(width));
+        const int at = chunk < depth ? 0 : 8 * part % depth / 4 * width;
+        b[0] = b[0] | (moved(word, at - below) & mask);
+        b[1] = b[1] | (moved(word, at + width - below) & mask);
     }
     /// Down by that many bits, or up.
     KVPLANE_DEVICE static Word moved(Word word, int bits) {
@@ -631,17 +662,27 @@ struct TileMath {
     KVPLANE_DEVICE static void fold_weights(const std::byte* tile, const SegmentView& segment, int run,
                                             const Scores& weight, Word (&factors)[4][4], Float& worth,
                                             Float& base) {
-        const std::byte* const steps = tile + segment.step_at + run * 128 * segment.step_bytes;
+        if (segment.lower_at >= 0)
+            fold_weights_by<2, true>(tile, segment, run, weight, factors, worth, base);
+        else if (segment.step_bytes == 2)
+            fold_weights_by<2, false>(tile, segment, run, weight, factors, worth, base);
+        else
+            fold_weights_by<1, false>(tile, segment, run, weight, factors, worth, base);
+    }
+    template <int step_bytes, bool lowers_there>
+    KVPLANE_DEVICE static void fold_weights_by(const std::byte* tile, const SegmentView& segment, int run,
+                                               const Scores& weight, Word (&factors)[4][4], Float& worth,
+                                               Float& base) {
+        const std::byte* const steps = tile + segment.step_at + run * 128 * step_bytes;
         const std::byte* const lowers = tile + segment.lower_at + run * 128 * 2;
         Float f[4 * own][4];
         Float sum(0.0f), low(0.0f), largest(0.0f);
-        const bool lowers_there = segment.lower_at >= 0;
         KVPLANE_UNROLL
         for (int quad = 0; quad < 4 * own; ++quad) {
             const Word token = score_token(quad / own, column(quad % own), value_chunk);
             Float step[4], lower[4];
-            load_quad(steps, segment.step_bytes, token, step);
-            if (lowers_there) load_quad(lowers, 2, token, lower);
+            load_quad<step_bytes>(steps, token, step);
+            if (lowers_there) load_quad<2>(lowers, token, lower);
             KVPLANE_UNROLL
             for (int s = 0; s < 4; ++s) {
                 const Float w = weight[quad / own][s][quad % own];
@@ -686,8 +727,9 @@ struct TileMath {
             a[2 * (quad % 2) + 1] = low;
         }
     }
-    KVPLANE_DEVICE static void load_quad(const std::byte* at, int bytes, Word token, Float (&to)[4]) {
-        if (bytes == 2) {
+    template <int bytes>
+    KVPLANE_DEVICE static void load_quad(const std::byte* at, Word token, Float (&to)[4]) {
+        if constexpr (bytes == 2) {
             Word words[2];
             W::load8(at, token * 2u, words);
             KVPLANE_UNROLL
@@ -727,16 +769,7 @@ struct TileMath {
         for (int round = 0; round < 32 / chunk; ++round) {
             const Word token = quad_token(round * chunk / 4, quarter, chunk);
             Word words[split.count][chunk / 8][4];
-            KVPLANE_UNROLL
-            for (int p = 0; p < split.count; ++p) {
-                const int depth = 32 / split[p];
-                const auto units = std::uint32_t(128 / depth);
-                KVPLANE_UNROLL
-                for (int u = 0; u < (chunk < depth ? 1 : chunk / depth); ++u)
-                    W::load16(tile + segment.plane_at[p],
-                              value_word(channel, token / std::uint32_t(depth) + std::uint32_t(u), units),
-                              words[p][u]);
-            }
+            load_value_planes<bits>(tile, segment, token, channel, words);
             KVPLANE_UNROLL
             for (int part = 0; part < chunk / 8; ++part) KVPLANE_UNROLL
             for (int s = 0; s < 4; ++s) {
