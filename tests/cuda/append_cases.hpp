@@ -63,6 +63,7 @@ inline std::vector<AppendCase> append_cases() {
     add({"fp16", "standard", "key_favored:3:3+rotate_keys=1+recent_bits=8", "block32:4:rotated", "kivi:2"},
         {3, 80, 37});
     add({"standard", "fp16", "key_favored:4:2+rotate_keys=1"}, {1, 1, 3});
+    add({"key_favored:4:4+sinks=1", "standard+sinks=3"}, {1, 2, 4});  // rows at odd places of pages
     add({"key_favored:4:4", "standard", "block32:8:rotated"}, {1, 256, 192});
     return cases;
 }

@@ -429,7 +429,7 @@ KVPLANE_DEVICE void write_rows(const Block& block, const RowsArguments& a, int b
             if (to.bits == 16) {
                 auto* const halves =
                     reinterpret_cast<std::uint16_t*>(page + to.rows_at + 2 * (at * side.dim + c));
-                if (side.dim % 4 == 0) {
+                if (side.dim % 4 == 0 && to.rows_at % 8 == 0) {
                     FourHalves four;
                     for (int i = 0; i < 4; ++i) four.at[i] = nearest_half(from[i]);
                     *reinterpret_cast<FourHalves*>(halves) = four;
