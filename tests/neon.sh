@@ -13,14 +13,23 @@ compile() {
 run() {
     set -euo pipefail
     local program=$folder/${1//\//_}_test
-    compile "tests/$1_test.cpp" /usr/src/googletest/googletest/src/gtest_main.cc "$folder/gtest.o" -o "$program" \
+    compile -include "$folder/headers.hpp" "tests/$1_test.cpp" "$folder/gtest.o" "$folder/main.o" -o "$program" \
         -static -pthread
     # Some tests start the program again, or compare with the kernel of the machine that emulates.
     qemu-aarch64 -cpu max "$program" --gtest_brief=1 \
         --gtest_filter=-KvplaneIsaVariable.*:IsaList.AgreesWithTheKernel | tail -n 3 | sed "s|^|$1: |"
 }
 export -f compile run
-[ -e "$folder/gtest.o" ] || compile -c /usr/src/googletest/googletest/src/gtest-all.cc -o "$folder/gtest.o"
-printf '%s\n' simd/isa simd/half simd/vector attention/kernels/plane_dot attention/softmax attention/tile_attention \
-    quantize/kernels quantize/shaped quantize/unbiased storage/token_runs storage/half_bytes \
-    storage/tile_planes latent/products | xargs -P "$(nproc)" -I TEST bash -c 'run TEST'
+
+# Headers of others, read once; and googletest, compiled meanwhile.
+gtest=/usr/src/googletest/googletest/src
+printf '#include <gtest/gtest.h>\n#include <Eigen/Core>\n' >"$folder/headers.hpp"
+[ -e "$folder/gtest.o" ] || compile -pthread -c $gtest/gtest-all.cc -o "$folder/gtest.o" &
+compile -pthread -x c++-header "$folder/headers.hpp" -o "$folder/headers.hpp.gch"
+compile -pthread -c $gtest/gtest_main.cc -o "$folder/main.o"
+wait $!
+
+# The longest first, so that no core waits for it at the end.
+printf '%s\n' attention/tile_attention quantize/shaped quantize/kernels storage/token_runs latent/products \
+    storage/tile_planes storage/half_bytes quantize/unbiased simd/vector simd/half attention/softmax \
+    attention/kernels/plane_dot simd/isa | xargs -P "$(nproc)" -I TEST bash -c 'run TEST'
