@@ -53,9 +53,9 @@ double least_harm(const Parts& parts, double mean_bits) {
     return least;
 }
 
-class Random {
+class Draws {
   public:
-    explicit Random(std::uint64_t seed) : engine_(seed) {}
+    explicit Draws(std::uint64_t seed) : engine_(seed) {}
     double real(double low, double high) { return std::uniform_real_distribution(low, high)(engine_); }
     std::size_t whole(std::size_t low, std::size_t high) {
         return std::uniform_int_distribution(low, high)(engine_);
@@ -67,7 +67,7 @@ class Random {
 
 /// Parts whose harms span as much as those of layers do, with options in no order, some of them worse than
 /// cheaper ones.
-Parts random_parts(Random& random) {
+Parts random_parts(Draws& random) {
     Parts parts(random.whole(1, 5));
     for (SensitivityPart& part : parts) {
         part.name = "part";
@@ -84,7 +84,7 @@ Parts random_parts(Random& random) {
 }
 
 TEST(Sensitivity, TheChoiceIsTheBestOfAll) {
-    Random random(kvplane_test::seed());
+    Draws random(kvplane_test::seed());
     for (int round = 0; round < kvplane_test::rounds(3000); ++round) {
         const Parts parts = random_parts(random);
         const double cheapest = cheapest_mean_bits(parts);
@@ -115,7 +115,7 @@ TEST(Sensitivity, HarmsFallWithBits) {
     EXPECT_EQ(falling({{1, .8}, {2, .1}, {3, .3}}), (std::vector<double>{.8, .2, .2}));
     // .25 and 1 make .625, which draws in the first .25.
     EXPECT_EQ(falling({{1, .25}, {2, .25}, {3, 1}, {4, 0}}), (std::vector<double>{.5, .5, .5, 0}));
-    Random random(kvplane_test::seed());
+    Draws random(kvplane_test::seed());
     for (int round = 0; round < kvplane_test::rounds(300); ++round) {
         Options options(random.whole(1, 8));
         double sum = 0, pooled = 0;

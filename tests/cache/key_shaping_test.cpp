@@ -18,8 +18,8 @@ using namespace kvplane_test;
 using kvplane::detail::KeyShaping;
 
 /// Queries before RoPE that look along few directions, and keys of the same width.
-struct Tokens {
-    explicit Tokens(const CacheConfiguration& c, Index count)
+struct QueriedTokens {
+    explicit QueriedTokens(const CacheConfiguration& c, Index count)
         : queries(count, c.query_heads * c.key_head_dim),
           keys(normal_matrix(random, count, c.kv_heads * c.key_head_dim)),
           values(normal_matrix(random, count, c.kv_heads * c.value_head_dim)) {
@@ -53,7 +53,7 @@ TEST(KeyShaping, IsTheAverageOverDistances) {
         CacheConfiguration c = configuration("key_favored:3:3+shaped_keys=1+recent=20", 1, 2, 16, 16);
         c.recipe.keys.rotate = rotate;
         c.context = 400;
-        const Tokens tokens(c, 200);
+        const QueriedTokens tokens(c, 200);
         const KeyShaping shaping(c, tokens.moments(c));
         const Hadamard rotation(16, 0);
         const RotaryEmbedding rope(16, *c.rope);
@@ -74,7 +74,7 @@ TEST(KeyShaping, IsTheAverageOverDistances) {
 }
 
 /// Squared errors of the scores of the last `count` queries with all packed keys.
-double score_error(const CacheConfiguration& c, const Tokens& tokens, Index count) {
+double score_error(const CacheConfiguration& c, const QueriedTokens& tokens, Index count) {
     TilePool pool;
     KvCache cache(c, pool);
     const Matrix queries = tokens.after_rope(c);
@@ -101,7 +101,7 @@ TEST(KeyShaping, MakesScoresErrLess) {
         // All pairs but two turn slowly. Where pairs turn often, averages over distances know no directions.
         c.rope->base = 1e12;
         c.context = 1024;
-        const Tokens tokens(c, 1200);
+        const QueriedTokens tokens(c, 1200);
         const double plain = score_error(c, tokens, 300);
         c.recipe.shaped_keys = true;
         EXPECT_LT(score_error(c, tokens, 300), 0.5 * plain) << recipe;
@@ -112,7 +112,8 @@ TEST(KeyShaping, MakesScoresErrLess) {
 
 /// A cache's shape and state, with all of the tokens appended.
 struct Appended {
-    Appended(const CacheConfiguration& c, const Tokens& tokens) : shape(c), state(shape.empty_state()) {
+    Appended(const CacheConfiguration& c, const QueriedTokens& tokens)
+        : shape(c), state(shape.empty_state()) {
         const Matrix queries = tokens.after_rope(c);
         const detail::AnyRows values(head_rows(tokens.values, c.kv_heads)),
             looking(head_rows(queries, c.query_heads));
@@ -135,7 +136,7 @@ struct Appended {
 /// stored is what it is where all tiles of a head are rotated, or none.
 TEST(KeyShaping, RotatesTheTilesThatGain) {
     CacheConfiguration c = configuration("key_favored:3:4+shaped_keys=1+rotate_keys=by_tile", 2, 4, 32, 32);
-    Tokens tokens(c, 800);
+    QueriedTokens tokens(c, 800);
     tokens.queries = normal_matrix(tokens.random, 800, c.query_heads * 32);
     tokens.keys.leftCols(32) = tokens.keys.leftCols(32).array().cube().matrix().eval();
     tokens.keys.rightCols(32) = tokens.keys.rightCols(32).array().sign().matrix().eval();
@@ -159,7 +160,7 @@ TEST(KeyShaping, RotatesTheTilesThatGain) {
 /// A cache learns from 512 tokens behind its sinks; the bytes that this takes are counted and predicted.
 TEST(KeyShaping, LearnsFromTheFirstTokens) {
     const CacheConfiguration c = configuration("key_favored:4:2+shaped_keys=1");
-    const Tokens tokens(c, 700);
+    const QueriedTokens tokens(c, 700);
     const Matrix queries = tokens.after_rope(c);
     TilePool pool;
     KvCache cache(c, pool);
@@ -183,7 +184,7 @@ TEST(KeyShaping, LearnsFromTheFirstTokens) {
 /// Given moments need no queries, and are not the cache's own bytes.
 TEST(KeyShaping, TakesGivenMoments) {
     CacheConfiguration c = configuration("key_favored:4:2+shaped_keys=1");
-    const Tokens tokens(c, 300);
+    const QueriedTokens tokens(c, 300);
     c.query_moments = std::make_shared<const std::vector<SecondMoments>>(tokens.moments(c));
     TilePool pool;
     KvCache cache(c, pool);

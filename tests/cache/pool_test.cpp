@@ -78,19 +78,19 @@ void write_token(std::uint32_t id, Index position, float least, float* key, floa
     }
 }
 
-struct Tokens {
+struct WrittenTokens {
     Matrix keys, values;
 };
 /// Those of `ids`, of which the first is at `position`.
-Tokens tokens_of(const std::uint32_t* ids, Index position, Index count, float least = 0.0f) {
-    Tokens tokens{Matrix(count, channels), Matrix(count, channels)};
+WrittenTokens tokens_of(const std::uint32_t* ids, Index position, Index count, float least = 0.0f) {
+    WrittenTokens tokens{Matrix(count, channels), Matrix(count, channels)};
     for (Index t = 0; t < count; ++t)
         write_token(ids[t], position + t, least, tokens.keys.row(t).data(), tokens.values.row(t).data());
     return tokens;
 }
 
 /// A cache of the pool, the naive one, and one that does the same in memory that nobody used before.
-struct Sequence {
+struct RotatedSequence {
     KvCache cache, fresh;
     std::vector<std::uint32_t> ids;
     Index dropped = 0;
@@ -109,13 +109,13 @@ class Rotation {
     }
 
     void step(int number) {
-        Sequence& one = all_[random(all_.size())];
+        RotatedSequence& one = all_[random(all_.size())];
         switch (random(10)) {
             case 0:
                 drop(one);
                 break;
             case 1: {
-                Sequence& other = all_[random(all_.size())];
+                RotatedSequence& other = all_[random(all_.size())];
                 if (&other == &one) break;
                 other = {one.cache.fork(), one.fresh.fork(), one.ids, one.dropped};
                 break;
@@ -152,22 +152,22 @@ class Rotation {
   private:
     std::size_t random(std::size_t below) { return below == 0 ? 0 : random_() % below; }
 
-    void clear(Sequence& one) {
+    void clear(RotatedSequence& one) {
         one.cache.clear();
         one.fresh.clear();
         one.ids.clear();
         one.dropped = 0;
     }
-    void drop(Sequence& one) {
+    void drop(RotatedSequence& one) {
         const auto token = static_cast<Index>(random(one.ids.size() + 1));
         one.cache.drop_before(token);
         one.fresh.drop_before(token);
         one.dropped = std::max(one.dropped, token);
     }
-    bool append(Sequence& one, Index count) {
+    bool append(RotatedSequence& one, Index count) {
         std::vector<std::uint32_t> ids(static_cast<std::size_t>(count));
         for (std::uint32_t& id : ids) id = next_id_++;
-        const Tokens more = tokens_of(ids.data(), one.tokens(), count, least_);
+        const WrittenTokens more = tokens_of(ids.data(), one.tokens(), count, least_);
         const bool provisional = random(4) == 0;
         const Index needed = pages_needed(one, count), room = pages_left();
         try {
@@ -198,7 +198,7 @@ class Rotation {
     }
 
     // Pages of one size: of every other recipe no more is asked than that some page was needed.
-    Index pages_needed(const Sequence& one, Index count) const {
+    Index pages_needed(const RotatedSequence& one, Index count) const {
         if (!c_.recipe.every_token) return 1 << 20;
         const auto pages = [](Index tokens) { return (tokens + tile_tokens - 1) / tile_tokens; };
         const bool copies =
@@ -217,7 +217,7 @@ class Rotation {
         const auto use = [&](const PageReference& page) {
             if (page) used.push_back(page.data());
         };
-        for (const Sequence& one : all_) {
+        for (const RotatedSequence& one : all_) {
             const detail::CacheState& state = one.cache.state();
             use(state.sinks);
             for (const PageReference& page : state.tile_pages) use(page);
@@ -248,7 +248,7 @@ class Rotation {
         // Of four caches two at a time, so that what one does to another is seen soon.
         for (std::size_t i = 0; i < all_.size(); ++i) {
             if (!thoroughly && (i + static_cast<std::size_t>(number)) % 2 != 0) continue;
-            Sequence& one = all_[i];
+            RotatedSequence& one = all_[i];
             ASSERT_EQ(one.cache.tokens(), one.tokens());
             const Index from = one.dropped > one.cache.state().kept_sinks ? one.dropped : 0;
             Index first = from, count = one.tokens() - from;
@@ -257,7 +257,7 @@ class Rotation {
                 count = 6;
             }
             if (count > 0) {
-                const Tokens exact = tokens_of(one.ids.data() + first, first, count, least_);
+                const WrittenTokens exact = tokens_of(one.ids.data() + first, first, count, least_);
                 ASSERT_EQ(one.cache.stored_keys(first, count), exact.keys)
                     << "tokens from " << first << " on";
                 ASSERT_EQ(one.cache.stored_values(first, count), exact.values)
@@ -272,7 +272,7 @@ class Rotation {
     }
     /// Bit for bit that of memory nobody used before; and in double precision where nothing is rounded to 8
     /// bits.
-    void check_attention(const Sequence& one) {
+    void check_attention(const RotatedSequence& one) {
         for (const Index query_tokens : {1, 9}) {
             if (one.tokens() < query_tokens) continue;
             const Matrix queries = normal_matrix(random_, query_tokens, channels, 0.05f);
@@ -282,7 +282,7 @@ class Rotation {
             ASSERT_EQ(output, attend(one.fresh, queries, decoding));
             if (query_tokens == 1) continue;
             ASSERT_EQ(attend(one.cache, queries), attend(one.fresh, queries));
-            const Tokens exact = tokens_of(one.ids.data(), 0, one.tokens(), least_);
+            const WrittenTokens exact = tokens_of(one.ids.data(), 0, one.tokens(), least_);
             NaiveCache naive{exact.keys, exact.values, one.dropped};
             const Matrix mask = naive.mask(query_tokens, one.cache.state().kept_sinks);
             AttentionParameters parameters;
@@ -297,7 +297,7 @@ class Rotation {
     TilePool pool_, fresh_;
     CacheConfiguration c_;
     float least_;  ///< of all numbers: -8 to 7, or 0 to 15
-    std::vector<Sequence> all_;
+    std::vector<RotatedSequence> all_;
     std::vector<std::byte*> poisoned_;  ///< unused pages, in ascending order
     std::uint32_t next_id_ = 1;
     std::mt19937_64 random_{seed()};
@@ -343,7 +343,7 @@ TEST(PageReuse, AFullPoolRefusesOneTokenMore) {
     KvCache cache(whole_numbers("fp16"), pool);
     std::vector<std::uint32_t> ids(pages * tile_tokens + 1);
     for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::uint32_t>(i);
-    const Tokens all = tokens_of(ids.data(), 0, static_cast<Index>(ids.size()));
+    const WrittenTokens all = tokens_of(ids.data(), 0, static_cast<Index>(ids.size()));
     cache.append(all.keys.topRows(pages * tile_tokens), all.values.topRows(pages * tile_tokens));
     EXPECT_EQ(memory.left(), 0);
     const KvCache fork = cache.fork();
@@ -369,7 +369,7 @@ TEST(PageReuse, ADroppedPageTakesTheNextToken) {
     KvCache cache(whole_numbers("fp16"), pool);
     std::vector<std::uint32_t> ids(tokens + 1);
     for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::uint32_t>(i);
-    const Tokens all = tokens_of(ids.data(), 0, tokens + 1);
+    const WrittenTokens all = tokens_of(ids.data(), 0, tokens + 1);
     cache.append(all.keys.topRows(tokens), all.values.topRows(tokens));
     cache.drop_before(tile_tokens - 1);  // one token of the first page is still seen
     refusal(ErrorCode::out_of_memory,

@@ -20,7 +20,7 @@ using namespace kvplane_test;
 
 /// How far kept weights are off, of their own, and of the largest of a row, of which there are up to 140 x 3 here.
 constexpr double kept = 0x1p-11 + 3e-5, smallest = 420 * 0x1p-25;
-constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr float infinite = std::numeric_limits<float>::infinity();
 
 struct Attended {
     Matrix output, log_sum_exp, token_weights;
@@ -55,7 +55,7 @@ class TokenWeights : public testing::TestWithParam<std::string> {
     /// [kv head] the sums of the weights of a token: each row's is exp(log_sum_exp of it alone - that of all).
     Eigen::Vector2d weights_of(const KvCache& cache, const Matrix& queries, AttentionParameters parameters,
                                const Matrix& all, Index token) {
-        Matrix mask = Matrix::Constant(queries.rows(), cache.tokens(), -infinity);
+        Matrix mask = Matrix::Constant(queries.rows(), cache.tokens(), -infinite);
         mask.col(token) = parameters.bias->col(token);
         parameters.bias = &mask;
         parameters.sink_logits = {};
@@ -65,7 +65,7 @@ class TokenWeights : public testing::TestWithParam<std::string> {
         Eigen::Vector2d sums = Eigen::Vector2d::Zero();
         for (Index i = 0; i < queries.rows(); ++i)
             for (Index head = 0; head < 6; ++head)
-                if (!std::isnan(all(i, head)) && alone(i, head) != -infinity)
+                if (!std::isnan(all(i, head)) && alone(i, head) != -infinite)
                     sums[head / 3] += std::exp(static_cast<double>(alone(i, head)) - all(i, head));
         return sums;
     }
@@ -154,7 +154,7 @@ TEST_P(TokenWeights, AreTheSumsOfSoftmaxWeights) {
                     break;
                 case 4:
                     bias = normal_matrix(random_, queries, cache.tokens());
-                    bias = (bias.array() < -0.5f).select(-infinity, bias);
+                    bias = (bias.array() < -0.5f).select(-infinite, bias);
                     parameters.bias = &bias;
                     break;
                 case 5:

@@ -33,7 +33,7 @@ Matrix values_of(const CacheConfiguration& c, const Matrix& keys) {
             keys.middleCols(head * c.key_head_dim, c.value_head_dim);
     return values;
 }
-void expect_attention_of_stored(const KvCache& cache, std::mt19937_64& random) {
+void expect_attention_of_rows(const KvCache& cache, std::mt19937_64& random) {
     const CacheConfiguration& c = cache.configuration();
     const Matrix keys = cache.stored_keys(0, cache.tokens()), values = values_of(c, keys);
     EXPECT_LT((cache.stored_values(0, cache.tokens()) - values).cwiseAbs().maxCoeff(), 1e-5);
@@ -64,7 +64,7 @@ TEST_P(RowsOfRecipe, LiveAsThoseOfTwoSides) {
         cache.append(keys);
         EXPECT_EQ(cache.bytes(), KvCache::predicted_bytes(c, 500));
         EXPECT_EQ(cache.bytes(), pool.bytes());
-        expect_attention_of_stored(cache, random);
+        expect_attention_of_rows(cache, random);
         const CacheErrorBound bound = cache.error_bound();
         EXPECT_EQ(bound.key, bound.value);
         if (!c.recipe.keys.rotate) {
@@ -79,9 +79,9 @@ TEST_P(RowsOfRecipe, LiveAsThoseOfTwoSides) {
         KvCache fork = cache.fork();
         fork.truncate(430);
         fork.append(normal_matrix(random, 100, keys.cols()));
-        expect_attention_of_stored(fork, random);
+        expect_attention_of_rows(fork, random);
         fork.remove(100, 200);
-        expect_attention_of_stored(fork, random);
+        expect_attention_of_rows(fork, random);
         EXPECT_EQ(to_bytes(cache), file);
     }
 }
@@ -115,7 +115,7 @@ TEST(ValuesInKeys, OfOneHundredAndTwentyEightHeads) {
     TilePool pool;
     KvCache cache(c, pool);
     cache.append(normal_matrix(random, 700, 576));
-    expect_attention_of_stored(cache, random);
+    expect_attention_of_rows(cache, random);
     EXPECT_TRUE(capabilities(c).decodes_packed);
     EXPECT_FALSE(capabilities(c).reads_by_bits);
 }
@@ -131,7 +131,7 @@ TEST(ValuesInKeys, NarrowWithTheRotaryPartInHalf) {
     cache.narrow(0, 600, 4, 4);
     EXPECT_EQ(cache.bytes(), predicted);
     EXPECT_LT(predicted, before);
-    expect_attention_of_stored(cache, random);
+    expect_attention_of_rows(cache, random);
     EXPECT_LE((cache.stored_keys(0, 600) - keys).cwiseAbs().maxCoeff(), cache.error_bound().key);
     EXPECT_LT((cache.stored_keys(0, 600) - keys).rightCols(16).cwiseAbs().maxCoeff(), 2.1e-3)
         << "fp16 changed";

@@ -84,7 +84,7 @@ TEST(LayerScan, MeasuresWhatAWholePassDoes) {
     });
 }
 
-const std::string programs = KVPLANE_ENGINE_PROGRAMS;
+const std::string tuning_programs = KVPLANE_ENGINE_PROGRAMS;
 
 class Policies : public FolderTest {
   protected:
@@ -101,12 +101,13 @@ class Policies : public FolderTest {
     }
 
     void SetUp() override {
-        if (!std::filesystem::exists(programs + "/tune") || !std::filesystem::exists(programs + "/evaluate"))
+        if (!std::filesystem::exists(tuning_programs + "/tune") ||
+            !std::filesystem::exists(tuning_programs + "/evaluate"))
             GTEST_SKIP() << "NOT TESTED: the programs tune and evaluate are not built";
     }
     /// What a program prints: on stdout, or, where it is to be refused, on stderr too.
     std::string said(const std::string& arguments, bool works) const {
-        const std::string command = "cd " + folder_.string() + " && " + programs + "/" + arguments +
+        const std::string command = "cd " + folder_.string() + " && " + tuning_programs + "/" + arguments +
                                     " --threads 2 " + (works ? "2>errors" : "2>&1");
         std::unique_ptr<FILE, int (*)(FILE*)> pipe(popen(command.c_str(), "r"), [](FILE*) { return 0; });
         std::string output;

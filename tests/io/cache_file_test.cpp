@@ -24,7 +24,7 @@ namespace {
 using namespace kvplane;
 using namespace kvplane_test;
 
-KvCache filled(const CacheConfiguration& c, TilePool& pool, Index tokens) {
+KvCache filled_cache(const CacheConfiguration& c, TilePool& pool, Index tokens) {
     std::mt19937_64 random(7);
     KvCache cache(c, pool);
     append(cache, normal_matrix(random, tokens, c.kv_heads * c.key_head_dim),
@@ -59,7 +59,7 @@ class SavedCache : public testing::TestWithParam<std::tuple<std::string, bool>> 
 
 TEST_P(SavedCache, LoadsBitForBit) {
     for (const Index tokens : {0, 1, 4, 130, 165, 700}) {
-        const KvCache cache = filled(configuration_, pool_, tokens);
+        const KvCache cache = filled_cache(configuration_, pool_, tokens);
         const std::vector<std::byte> bytes = saved(cache);
         const KvCache loaded = load_cache(bytes, configuration_, pool_);
         EXPECT_EQ(saved(loaded), bytes);
@@ -76,7 +76,7 @@ TEST_P(SavedCache, LoadsBitForBit) {
 }
 
 TEST_P(SavedCache, EveryAlteredByteIsRefused) {
-    const std::vector<std::byte> bytes = saved(filled(configuration_, pool_, 300));
+    const std::vector<std::byte> bytes = saved(filled_cache(configuration_, pool_, 300));
     std::mt19937_64 random(seed());
     for (int i = 0; i < 300; ++i) {
         std::vector<std::byte> altered = bytes;
@@ -92,7 +92,7 @@ TEST_P(SavedCache, EveryAlteredByteIsRefused) {
 }
 
 TEST_P(SavedCache, EveryTruncationIsRefused) {
-    const std::vector<std::byte> bytes = saved(filled(configuration_, pool_, 200));
+    const std::vector<std::byte> bytes = saved(filled_cache(configuration_, pool_, 200));
     for (std::size_t size = 0; size < bytes.size(); size += 1 + size / 50) {
         const std::vector<std::byte> cut(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(size));
         refusal(ErrorCode::format, [&] { load_cache(cut, configuration_, pool_); });
@@ -109,7 +109,7 @@ INSTANTIATE_TEST_SUITE_P(Recipes, SavedCache,
 TEST(SavedCacheFile, RefusesWhatBelongsElsewhere) {
     TilePool pool;
     const CacheConfiguration c = configuration("standard");
-    const std::vector<std::byte> bytes = to_bytes(filled(c, pool, 400));
+    const std::vector<std::byte> bytes = to_bytes(filled_cache(c, pool, 400));
     const auto says = [](const std::string& sentence, const char* word) {
         EXPECT_NE(sentence.find(word), std::string::npos) << sentence;
     };
@@ -134,7 +134,7 @@ TEST(SavedCacheFile, GoesThroughTheDisk) {
     TilePool pool;
     const CacheConfiguration c = configuration("compact");
     const auto path = std::filesystem::temp_directory_path() / "kvplane_cache_file_test.safetensors";
-    const KvCache cache = filled(c, pool, 400);
+    const KvCache cache = filled_cache(c, pool, 400);
     save_cache(cache, path);
     EXPECT_EQ(to_bytes(load_cache(path, c, pool)), to_bytes(cache));
     std::filesystem::remove(path);
@@ -240,7 +240,7 @@ TEST(SavedCacheFile, RefusesTilesThatContradictTheRecipe) {
     TilePool pool;
     const CacheConfiguration c = configuration("smallest");
     const PageLayout layout = detail::page_layout(c, nullptr);
-    const std::vector<std::byte> bytes = to_bytes(filled(c, pool, 600));
+    const std::vector<std::byte> bytes = to_bytes(filled_cache(c, pool, 600));
     const auto refused = [&](Index page, Index at, int value) {
         std::vector<std::byte> altered = bytes;
         const SafetensorsFile file = SafetensorsFile::from_bytes(altered);
@@ -351,7 +351,7 @@ TEST(SavedCacheFile, RefusesAlteredFilesOfOlderFormats) {
 TEST_P(SavedCache, HoldsNothingOfTokensThatWereTakenBack) {
     for (const Index left : {1, 3, 60, 130, 140, 165, 290}) {
         SCOPED_TRACE(left);
-        KvCache one = filled(configuration_, pool_, left), other = one.fork();
+        KvCache one = filled_cache(configuration_, pool_, left), other = one.fork();
         const Index heads = configuration_.kv_heads;
         const auto goes_on = [&](KvCache& cache, float with) {
             append_provisional(cache, Matrix::Constant(20, heads * configuration_.key_head_dim, with),
@@ -448,7 +448,7 @@ TEST_F(CompressedCache, ReadsFormat6) {
 
 TEST_F(CompressedCache, SaysWhatIsWrong) {
     const CacheConfiguration c = configuration("standard");
-    const std::vector<std::byte> bytes = compressed(filled(c, pool_, 700));
+    const std::vector<std::byte> bytes = compressed(filled_cache(c, pool_, 700));
     const Index used = pool_.bytes();
     const auto says = [&](ErrorCode code, const std::string& key, const std::string& value,
                           const std::string& words) {
@@ -473,7 +473,7 @@ TEST_F(CompressedCache, SaysWhatIsWrong) {
 TEST(SavedCacheFile, CompressesOnlyWithZstd) {
     if (can_compress()) GTEST_SKIP() << "built with libzstd";
     TilePool pool;
-    const KvCache cache = filled(configuration("standard"), pool, 300);
+    const KvCache cache = filled_cache(configuration("standard"), pool, 300);
     EXPECT_NE(refusal(ErrorCode::option, [&] { (void)to_bytes(cache, {.compress = true}); })
                   .find("built without libzstd"),
               std::string::npos);
@@ -486,7 +486,7 @@ TEST(SavedCacheFile, CompressesOnlyWithZstd) {
 
 TEST(SavedCacheFile, RefusesProvisionalTokens) {
     TilePool pool;
-    KvCache cache = filled(configuration("standard"), pool, 10);
+    KvCache cache = filled_cache(configuration("standard"), pool, 10);
     append_provisional(cache, Matrix::Ones(2, 64), Matrix::Ones(2, 96));
     EXPECT_EQ(refusal(ErrorCode::option, [&] { (void)to_bytes(cache); }),
               "kvplane: save: 2 provisional tokens, expected none: accept them, or truncate to 10");

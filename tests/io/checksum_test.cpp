@@ -12,7 +12,7 @@ namespace {
 
 using namespace kvplane::detail;
 
-std::uint64_t add_word(std::uint64_t hash, std::uint64_t word) {
+std::uint64_t added_word(std::uint64_t hash, std::uint64_t word) {
     hash = (hash ^ word) * 1099511628211U;
     return hash ^ (hash >> 29);
 }
@@ -32,8 +32,8 @@ TEST(Checksum, DoesNotDependOnPieces) {
         std::uint64_t lanes[4], expected = 0xCBF29CE484222325U;
         for (std::uint64_t k = 0; k < 4; ++k) lanes[k] = 0xCBF29CE484222325U + k;
         for (std::size_t at = 0; at < (size + 31) / 32 * 32; at += 8)
-            lanes[at / 8 % 4] = add_word(lanes[at / 8 % 4], word_at(bytes, at));
-        for (const std::uint64_t lane : lanes) expected = add_word(expected, lane);
+            lanes[at / 8 % 4] = added_word(lanes[at / 8 % 4], word_at(bytes, at));
+        for (const std::uint64_t lane : lanes) expected = added_word(expected, lane);
         for (int round = 0; round < 20; ++round) {
             LaneHash hash;
             for (std::size_t at = 0; at < size;) {
@@ -51,9 +51,9 @@ TEST(Checksum, DoesNotDependOnPieces) {
 TEST(Checksum, OfOneLaneEndsWithTheRest) {
     std::vector<std::byte> bytes;
     for (std::size_t size = 0; size < 40; ++size) {
-        std::uint64_t expected = add_word(0xCBF29CE484222325U, size);
+        std::uint64_t expected = added_word(0xCBF29CE484222325U, size);
         for (std::size_t at = 0; at <= size / 8 * 8; at += 8)
-            expected = add_word(expected, word_at(bytes, at));
+            expected = added_word(expected, word_at(bytes, at));
         WordHash sum;
         add_serial(sum, bytes);
         ASSERT_EQ(sum.state(), expected) << size << " bytes";

@@ -22,7 +22,7 @@ using kvplane::detail::SourceRows;
 using kvplane_test::for_each_isa;
 using kvplane_test::Random;
 
-constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr float infinite = std::numeric_limits<float>::infinity();
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
 
 std::uint32_t bits_of(float x) {
@@ -157,12 +157,12 @@ TYPED_TEST(KernelsFrom, ExtremesAreSeenAtEveryPlace) {
 
 TYPED_TEST(KernelsFrom, OneBadValueAnywhereIsNoticed) {
     constexpr Index tokens = 3, channels = 80;
-    std::vector<float> bad{not_a_number, -not_a_number, infinity, -infinity};
+    std::vector<float> bad{not_a_number, -not_a_number, infinite, -infinite};
     if constexpr (!std::is_same_v<TypeParam, Eigen::half>) {
         bad.push_back(65792.0f);  // the next bf16 beyond 65504 is 65536; every float above it counts
         bad.push_back(-3e38f);
     }
-    if constexpr (std::is_same_v<TypeParam, float>) bad.push_back(std::nextafter(fp16_max, infinity));
+    if constexpr (std::is_same_v<TypeParam, float>) bad.push_back(std::nextafter(fp16_max, infinite));
     for_each_isa([&](Isa isa) {
         std::vector<float> min(channels), max(channels);
         for (const float value : bad)
@@ -446,7 +446,7 @@ TEST(NarrowRow, RoundsToNearestAndTiesToEven) {
 
 template <class Scalar>
 void expect_largest() {
-    constexpr float infinity = std::numeric_limits<float>::infinity();
+    constexpr float infinite = std::numeric_limits<float>::infinity();
     for_each_isa([&](kvplane::Isa isa) {
         for (const std::size_t count : std::vector<std::size_t>{0, 1, 3, 15, 16, 17, 31, 32, 33, 100})
             for (std::size_t at = 0; at < std::max<std::size_t>(count, 1); ++at) {
@@ -459,8 +459,8 @@ void expect_largest() {
                 if (count == 0) continue;
                 x[at] = Scalar(-96.0f);
                 ASSERT_EQ(largest(), 96.0f);
-                x[at] = Scalar(-infinity);
-                ASSERT_EQ(largest(), infinity);
+                x[at] = Scalar(-infinite);
+                ASSERT_EQ(largest(), infinite);
                 x[at] = Scalar(std::numeric_limits<float>::quiet_NaN());
                 ASSERT_TRUE(std::isnan(largest()));
             }
@@ -491,8 +491,8 @@ TYPED_TEST(KernelsFrom, WideningSeesTheLargestMagnitudeAndWhatFp16CannotHold) {
             }
             EXPECT_EQ(found, largest);
             EXPECT_EQ(to.back(), -99.0f);
-            constexpr float infinity = std::numeric_limits<float>::infinity();
-            for (const float bad : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()})
+            constexpr float infinite = std::numeric_limits<float>::infinity();
+            for (const float bad : {infinite, -infinite, std::numeric_limits<float>::quiet_NaN()})
                 for (Index at = 0; at < count; ++at) {
                     auto with_bad = row;
                     with_bad(0, at) = Scalar(bad);

@@ -11,7 +11,7 @@ using namespace kvplane_test;
 
 /// Six groups of 8 channels of {4,4}, that count 2^0, 2^-6, 2^-12, ... 2^-30 for queries of 1. A second plane
 /// gains a 2^-8 of what the first does.
-float key_step(Index channel) {
+float far_key_step(Index channel) {
     return std::ldexp(1.0f, -3 * static_cast<int>(channel / 8));
 }
 /// The same groups closer to each other: 2^0, 2^-2, ... 2^-10, so that all planes of a tile that has the
@@ -20,7 +20,7 @@ float close_key_step(Index channel) {
     return std::ldexp(1.0f, -static_cast<int>(channel / 8));
 }
 /// Bits of one plane of one group, and bits of it in a tile.
-constexpr Index plane_bits = 4 * 8, tile_plane_bits = 128 * plane_bits;
+constexpr Index group_plane_bits = 4 * 8, tile_plane_bits = 128 * group_plane_bits;
 
 struct CoarseDrive : Drive {
     explicit CoarseDrive(const DriveShape& shape = {.tiles = 8}, Index channels = 48)
@@ -28,7 +28,7 @@ struct CoarseDrive : Drive {
           queries(Matrix::Ones(shape.heads * shape.rows_per_head, channels)) {
         for (Index t = 0; t < shape.tiles; ++t)
             for (Index head = 0; head < shape.heads; ++head) {
-                set_key_steps(t, head, key_step);
+                set_key_steps(t, head, far_key_step);
                 set_value_steps(t, head, [](Index) { return 0.25f; });
             }
     }
@@ -166,12 +166,13 @@ TEST(CoarsePassPlanner, ReadsAClassOfTilesAlike) {
     for (const Index t : {1, 3, 4, 6}) drive.set_weights(t, 0, heavy);
     // 8 planes of the coarse pass, two planes (-6 and -8) for each of four tiles, three planes are not
     // enough.
-    const Index row_bits = (8 + 2 * 4 + 3) * plane_bits;  // 608
+    const Index row_bits = (8 + 2 * 4 + 3) * group_plane_bits;  // 608
     drive.coarse_pass(ReadPolicy::aligned(static_cast<double>(row_bits) / 8.0 / 48.0, 8.0));
     EXPECT_EQ(drive.refining_pass(), 8 * tile_plane_bits);
     for (const Index t : {1, 3, 4, 6})
         EXPECT_EQ(drive.key_planes(drive.planner, t, drive.queries), (Planes{2, 1, 0, 0, 0, 0}));
-    drive.coarse_pass(ReadPolicy::aligned(static_cast<double>(row_bits + plane_bits) / 8.0 / 48.0, 8.0));
+    drive.coarse_pass(
+        ReadPolicy::aligned(static_cast<double>(row_bits + group_plane_bits) / 8.0 / 48.0, 8.0));
     EXPECT_EQ(drive.refining_pass(), 12 * tile_plane_bits);
     for (const Index t : {1, 3, 4, 6})
         EXPECT_EQ(drive.key_planes(drive.planner, t, drive.queries), (Planes{2, 1, 1, 0, 0, 0}));

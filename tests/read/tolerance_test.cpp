@@ -35,7 +35,7 @@ constexpr double score_error =
 /// A token's weight times 4 2^-8 is the norm of its step. Group g of 8 tokens weighs 2^(5 - g), one token's
 /// or two tokens' weight, so that it counts 2^-1, 2^-2, ... 2^-6; the ten others nothing.
 constexpr double norm = 4.0;
-float weight(Index token) {
+float group_weight(Index token) {
     const Index group = token / 8;
     if (group > 5 || token % 8 > 1) return 0.0f;
     return std::ldexp(1.0f, static_cast<int>(4 - group));
@@ -134,7 +134,7 @@ TEST(TolerancePlanner, ReadsTheFirstPlaneOfHalf) {
 /// Without error everything is read that has a part in the output.
 TEST(TolerancePlanner, ReadsAllForAnErrorOfZero) {
     ToleranceDrive drive;
-    drive.set_weights(0, 0, weight);
+    drive.set_weights(0, 0, group_weight);
     drive.begin(0.0);
     const Drive::Keys keys = drive.keys(drive.planner, drive.place(0), drive.queries);
     EXPECT_EQ(keys.planes, all_planes);
@@ -148,7 +148,7 @@ TEST(TolerancePlanner, ReadsAllForAnErrorOfZero) {
 TEST(TolerancePlanner, ReadsNothingWhereAnyErrorWillDo) {
     ToleranceDrive drive;
     drive.queries.setConstant(0x1p-14f);
-    drive.set_weights(0, 0, weight);
+    drive.set_weights(0, 0, group_weight);
     drive.begin(1e300);
     const Drive::Keys keys = drive.keys(drive.planner, drive.place(0), drive.queries);
     EXPECT_EQ(keys.planes, Planes(6, 0));
@@ -171,7 +171,7 @@ TEST(TolerancePlanner, ReadsNothingWhereAnyErrorWillDo) {
 TEST(TolerancePlanner, GivesValuesWhatKeysLeave) {
     ToleranceDrive drive;
     drive.queries.setOnes();  // and so all planes of all groups
-    drive.set_weights(0, 0, weight);
+    drive.set_weights(0, 0, group_weight);
     drive.set_key_steps(0, 0, [](Index) { return 1.0f; });
     const auto plan = [&](double off) {
         drive.begin(off / norm);
@@ -195,7 +195,7 @@ TEST(TolerancePlanner, GivesValuesWhatKeysLeave) {
 /// The bound: 2 tanh(E / 2) times the largest norm, and what values are off by.
 TEST(TolerancePlanner, CertifiesKeysAndValues) {
     ToleranceDrive drive;
-    drive.set_weights(0, 0, weight);
+    drive.set_weights(0, 0, group_weight);
     drive.weights().set_row(0, 0.0f, 0x1p-6f);  // groups count 2^-7 ... 2^-12
     drive.begin(tolerance(share));
     EXPECT_EQ(drive.keys_of(0), key_planes);
