@@ -112,7 +112,8 @@ TEST(KeyShaping, MakesScoresErrLess) {
 
 /// A cache's shape and state, with all of the tokens appended.
 struct Appended {
-    Appended(const CacheConfiguration& c, const QueriedTokens& tokens) : shape(c), state(shape.empty_state()) {
+    Appended(const CacheConfiguration& c, const QueriedTokens& tokens)
+        : shape(c), state(shape.empty_state()) {
         const Matrix queries = tokens.after_rope(c);
         const detail::AnyRows values(head_rows(tokens.values, c.kv_heads)),
             looking(head_rows(queries, c.query_heads));

@@ -101,7 +101,8 @@ class Policies : public FolderTest {
     }
 
     void SetUp() override {
-        if (!std::filesystem::exists(tuning_programs + "/tune") || !std::filesystem::exists(tuning_programs + "/evaluate"))
+        if (!std::filesystem::exists(tuning_programs + "/tune") ||
+            !std::filesystem::exists(tuning_programs + "/evaluate"))
             GTEST_SKIP() << "NOT TESTED: the programs tune and evaluate are not built";
     }
     /// What a program prints: on stdout, or, where it is to be refused, on stderr too.

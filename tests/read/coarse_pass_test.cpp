@@ -171,7 +171,8 @@ TEST(CoarsePassPlanner, ReadsAClassOfTilesAlike) {
     EXPECT_EQ(drive.refining_pass(), 8 * tile_plane_bits);
     for (const Index t : {1, 3, 4, 6})
         EXPECT_EQ(drive.key_planes(drive.planner, t, drive.queries), (Planes{2, 1, 0, 0, 0, 0}));
-    drive.coarse_pass(ReadPolicy::aligned(static_cast<double>(row_bits + group_plane_bits) / 8.0 / 48.0, 8.0));
+    drive.coarse_pass(
+        ReadPolicy::aligned(static_cast<double>(row_bits + group_plane_bits) / 8.0 / 48.0, 8.0));
     EXPECT_EQ(drive.refining_pass(), 12 * tile_plane_bits);
     for (const Index t : {1, 3, 4, 6})
         EXPECT_EQ(drive.key_planes(drive.planner, t, drive.queries), (Planes{2, 1, 1, 0, 0, 0}));
