@@ -117,6 +117,29 @@ class _Handed(torch.Tensor):
                 f"expected that they go to the attention implementation '{ATTENTION}' as they are")
 
 
+def _exact_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, padding: list[int],
+                     scale: float | None, sliding_window: int) -> torch.Tensor:
+    """Attention of a prompt over its own keys and values, which are there as floats: [batch, tokens, heads, channels]."""
+    tokens, group = query.shape[2], query.shape[1] // keys.shape[1]
+    if group > 1:
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    mask = None
+    if any(padding) or 0 < sliding_window < tokens:
+        position = torch.arange(tokens)
+        behind = position[:, None] - position[None]
+        seen = behind >= 0
+        if sliding_window > 0:
+            seen &= behind < sliding_window
+        mask = seen & (position[None, None] >= torch.tensor(padding)[:, None, None]) if any(padding) else seen[None]
+        # A row of padding sees itself, so that it is a number; it becomes 0 below.
+        mask = (mask | torch.eye(tokens, dtype=torch.bool))[:, None]
+    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None,
+                                                           scale=scale).transpose(1, 2).contiguous()
+    for b, rows in enumerate(padding):
+        out[b, :rows] = 0
+    return out
+
+
 class CacheLayer(CacheLayerMixin):
     """One layer of a Cache."""
 
@@ -193,6 +216,8 @@ class CacheLayer(CacheLayerMixin):
         self.pending = None
         self.seen += tokens
         self.padding = [min(new, self.seen) for new in leading]
+        if self.seen == tokens > 1 and self._owner.exact_prompt and not softcap and sink_logits is None:
+            return _exact_attention(query, keys, values, rows, scale, self._layer.sliding_window)
         out = query.new_empty(batch, tokens, query.shape[1], values.shape[-1])
         cache.attend(query, layer=index, out=out.transpose(1, 2), scale=scale or 0.0, softcap=softcap or 0.0,
                      sink_logits=None if sink_logits is None else sink_logits.float().tolist(),
@@ -224,14 +249,16 @@ class Cache(_TransformersCache):
     config: the model's, or the model. recipe: how layers are stored, one name for all or one for each;
     kvplane.recipes() lists the names. policy: a kvplane.Policy or the path of one, instead of a recipe; name: the
     model's name, which the policy must be of (as the policy has it, unless it is given). threads: how many share the
-    work, by default as many as torch has. read: a read policy, such as 'tolerance=0.01'; '': all bits.
+    work, by default as many as torch has. read: a read policy, such as 'tolerance=0.01'; '': all bits. exact_prompt:
+    the tokens of the first call attend to each other's keys and values as they come, which are there as floats then;
+    otherwise to what is stored.
 
     Raises kvplane.Error, a ValueError, whose sentence says what was found and what is supported.
     """
 
     def __init__(self, config: Any, recipe: str | Sequence[str] = "standard", *,
                  policy: Policy | str | os.PathLike | None = None, name: str | None = None, threads: int | None = None,
-                 rotation_seed: int = 0, read: str = "", offloading: bool = False):
+                 rotation_seed: int = 0, read: str = "", exact_prompt: bool = True, offloading: bool = False):
         config = getattr(config, "config", config)
         _require(isinstance(config, transformers.PreTrainedConfig), "option",
                  f"config: {type(config).__name__}, expected a model of transformers or its config")
@@ -246,7 +273,7 @@ class Cache(_TransformersCache):
                              model=name if name is not None or policy is None else policy.model,
                              threads=threads or torch.get_num_threads(), rotation_seed=rotation_seed)
         self._options["model"] = self._options["model"] or ""
-        self.read = read
+        self.read, self.exact_prompt = read, exact_prompt
         # Made at once, so that what cannot be is refused now; for more sequences it is made again.
         self._cache = _Cache(self._layers, **self._options)
         self._empty = True
