@@ -29,14 +29,14 @@ Latents::Latents(const Matrix& keys, Index kv_heads, const Matrix* queries, Inde
     recipe.basis.query_weighted = queries != nullptr;
     recipe.basis.context = options.context;
     if (queries) {
-        require(queries->rows() == tokens_ && queries->cols() == query_heads * head_dim, ErrorCode::shape,
-                "queries: ", queries->rows(), " x ", queries->cols(), ", expected ", tokens_, " x ",
-                query_heads * head_dim);
+        require(queries->rows() <= tokens_ && queries->cols() == query_heads * head_dim, ErrorCode::shape,
+                "queries: ", queries->rows(), " x ", queries->cols(), ", expected at most ", tokens_, " x ",
+                query_heads * head_dim, ", those of the last keys' tokens");
         Matrix before = *queries;
-        embedding.rotate_back(before, first_position_);
+        embedding.rotate_back(before, first_position_ + tokens_ - before.rows());
         statistics.add_queries(before);
     }
-    keys_ = kvplane::fit_latent_keys(statistics, options.rope, recipe, tokens_, true);
+    keys_ = kvplane::fit_latent_keys(statistics, options.rope, recipe, options.context, true);
     kvplane::LatentCoder coder(keys_);
     for (Index s = 0; s < keys_->subspaces(); ++s)
         subspaces_.emplace_back(static_cast<std::size_t>(tiles() * keys_->format(s).bytes()));

@@ -568,16 +568,16 @@ void bind_arrays(nb::module_& m) {
           "heads"_a = 1, "query_heads"_a = 1, "rope"_a = nb::none(), "frame"_a = std::string("tile"),
           "first_position"_a = 0, "heads_together"_a = false, "context"_a = 4096,
           "Keys in the query-weighted basis of their own covariance, with the best widths for a "
-          "budget.\n\nkeys, "
-          "queries: of the same tokens after RoPE, (tokens, heads * channels) or (heads, tokens, channels). "
-          "Without "
-          "queries the basis is that of SVDq (arXiv 2502.15304). bits: the budget, as the width of keys by "
-          "channel that "
-          "take as many bytes. frame: 'tile', 'before_rope' or 'after_rope'. first_position: of the first "
-          "token. "
-          "heads_together: one basis for all heads. context: how far queries look back. Raises Error (shape, "
-          "option, "
-          "not finite).");
+          "budget.\n\nkeys: after "
+          "RoPE, (tokens, heads * channels) or (heads, tokens, channels). queries: those of the last of "
+          "these tokens; "
+          "without them the basis is that of SVDq (arXiv 2502.15304). bits: the budget, as the width of keys "
+          "by channel "
+          "that take as many bytes, with the basis spread over `context` tokens, over which queries look "
+          "back. frame: "
+          "'tile', 'before_rope' or 'after_rope'. first_position: of the first token. heads_together: one "
+          "basis for "
+          "all heads. Raises Error (shape, option, not finite).");
 }
 
 }  // namespace
