@@ -48,13 +48,14 @@ def heads_of(matrix, heads):
 
 
 def tensor(file, name):
-    """A tensor of fp16 of a safetensors file."""
+    """A tensor of a safetensors file."""
     with open(REPOSITORY / file, "rb") as f:
         size, = struct.unpack("<Q", f.read(8))
         header = json.loads(f.read(size))[name]
         begin, end = header["data_offsets"]
         f.seek(8 + size + begin)
-        kind = {"F16": np.float16, "F32": np.float32, "I32": np.int32}[header["dtype"]]
+        kind = {"F16": np.float16, "F32": np.float32, "I32": np.int32,
+                "I64": np.int64}[header["dtype"]]
         return np.frombuffer(f.read(end - begin), kind).reshape(header["shape"])
 
 

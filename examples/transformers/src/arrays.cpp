@@ -45,9 +45,6 @@ void refuse_object(nb::handle object, const char* name, bool writable) {
         const std::string device = text_of(nb::getattr(nb::getattr(object, "device"), "type"));
         require(device == "cpu", ErrorCode::option, name, ": on device '", device, "', expected the CPU");
     }
-    if (nb::hasattr(object, "requires_grad"))
-        require(!nb::cast<bool>(nb::getattr(object, "requires_grad")), ErrorCode::option, name,
-                ": requires a gradient, which kvplane does not compute; expected a detached tensor");
     kvplane::fail(ErrorCode::option, name, ": ", type_text(object), ", expected ",
                   writable ? "a writable array" : "an array", " of float32, float16 or bfloat16 on the CPU");
 }
