@@ -102,7 +102,8 @@ def kinds():
             yield Kind(f"QuantizedCache {backend}, {bits} bits", "sdpa",
                        lambda config, backend=backend, axis=axis, bits=bits: QuantizedCache(
                            backend, config, nbits=bits, axis_key=axis, axis_value=axis))
-    for recipe in ("standard", "compact", "smallest", "latent:3:3"):
+    # key_favored:6:4 takes as many bits as QuantizedCache with 4.
+    for recipe in ("key_favored:6:4", "standard", "compact", "smallest", "latent:3:3"):
         yield Kind(f"kvplane `{recipe}`", "kvplane",
                    lambda config, recipe=recipe: kvplane.transformers.Cache(config, recipe))
 

@@ -65,7 +65,8 @@ def test_logits_are_those_of_dynamic_cache_and_of_the_engines_reference(real):
         off = {"DynamicCache": np.abs(found - dynamic).max(), "reference": np.abs(found - expected).max(),
                "DynamicCache and reference": np.abs(dynamic - expected).max()}
         print(name, exact_prompt, off)
-        assert all(x < 1e-2 for x in off.values()), off
+        # SmolLM2's keys reach 30, of which fp16 keeps no more than 1/64; without exact_prompt all tokens see that.
+        assert all(x < (1e-2 if exact_prompt else 2e-2) for x in off.values()), off
         assert off["DynamicCache"] > 0
 
 

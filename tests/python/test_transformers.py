@@ -142,21 +142,22 @@ def test_assisted_decoding_chooses_the_tokens_of_greedy(name):
 
 def test_drafts_one_by_one_leave_no_trace():
     assistant = on(model_of("llama"), kt.ATTENTION)
-    ids, cache = prompt(1, 200), kt.Cache(assistant, "standard")
+    ids, cache = prompt(1, 280), kt.Cache(assistant, "standard")  # the next tile is due at 292
     same = kt.Cache(assistant, "standard")
     with torch.no_grad():
         assistant(ids, past_key_values=cache)
         cache.activate_past_recording()
         assistant(ids, past_key_values=same)
-        for round in range(6):  # five drafts one by one, two of which stay
+        for round in range(12):  # five drafts one by one, two of which stay
             drafts = prompt(1, 5, seed=round)
             for t in range(5):
                 assistant(drafts[:, t:t + 1], past_key_values=cache)
             for t in range(2):
                 assistant(drafts[:, t:t + 1], past_key_values=same)
             cache.crop(-3)
-    for layer in range(3):
-        np.testing.assert_array_equal(stored(cache, layer), stored(same, layer))
+    # Keys of the first layer depend on their tokens alone.
+    np.testing.assert_array_equal(stored(cache), stored(same))
+    assert cache._cache.packed_tokens() == same._cache.packed_tokens() == [256]
 
 
 def test_left_padding_enters_no_cache(family):
@@ -199,10 +200,11 @@ def test_a_sliding_window_forgets_and_recording_remembers():
     recording = cache.fork()
     recording.activate_past_recording()
     same = cache.fork()
-    drafts = prompt(1, 40, seed=9)
+    drafts = prompt(1, 60, seed=9)
     with torch.no_grad():
-        model(drafts, past_key_values=recording)
-        recording.crop(-40)
+        model(drafts[:, :30], past_key_values=recording)
+        model(drafts[:, 30:], past_key_values=recording)
+        recording.crop(-60)
         last = prompt(1, 1, seed=5)
         torch.testing.assert_close(model(last, past_key_values=recording).logits,
                                    model(last, past_key_values=same).logits, rtol=0, atol=0)
