@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up, builds and tests the Python package. Its part on numpy always; that on torch and transformers where they can be
-# installed, which takes 6 GB the first time. KVPLANE_TORCH=0 leaves it out, and it is said what was not tested.
+# Sets up, builds and tests the Python package. Its part on numpy always; that on torch and transformers where they
+# can be installed, which takes 6 GB the first time. KVPLANE_TORCH=0 leaves it out, and it is said what was not tested.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -195,8 +195,8 @@ def main():
                 refused.update(not_served)
                 gc.collect()
         everything[path.name] = {"rows": rows, "refused": refused}
-        print(f"\n{path.name}: perplexity and KL divergence of {rows[0]['predictions']} predictions at each context, tokens a "
-              f"second and memory at {options.contexts[-1]}, {torch.get_num_threads()} threads\n")
+        print(f"\n{path.name}: perplexity and KL divergence of {rows[0]['predictions']} predictions at each context, "
+              f"tokens a second and memory at {options.contexts[-1]}, on {torch.get_num_threads()} threads\n")
         by = {(row["cache"], row["context"]): row for row in rows}
         columns = [f"bits at {c} | perplexity | KL" for c in options.contexts]
         print("| cache | " + " | ".join(columns) + " | tokens/s | tokens/CPU s | peak MB |")
@@ -205,9 +205,10 @@ def main():
             cells = [name]
             for context in options.contexts:
                 row = by.get((name, context))
-                cells += [f"{row['bits']:.2f}", f"{row['perplexity']:.3f}", f"{row['kl']:.5f}"] if row else ["", "", ""]
+                cells += [f"{row['bits']:.2f}", f"{row['perplexity']:.3f}", f"{row['kl']:.5f}"] if row else [""] * 3
             last = by.get((name, options.contexts[-1]))
-            cells += [f"{last[x]:.1f}" for x in ("tokens_per_second", "tokens_per_cpu_second", "peak_mb")] if last else [""] * 3
+            measured = ("tokens_per_second", "tokens_per_cpu_second", "peak_mb")
+            cells += [f"{last[x]:.1f}" if last else "" for x in measured]
             print("| " + " | ".join(cells) + " |")
         for name, why in refused.items():
             print(f"\nNOT MEASURED: {name}: {why}")

@@ -17,12 +17,12 @@ quietly() {
 
 bash tests/install_packages.sh >&2
 if [ ! -x "$python" ]; then
-    if ! python3 -c 'import ensurepip, os, sysconfig; assert os.path.exists(sysconfig.get_paths()["include"] + "/Python.h")' 2>/dev/null; then
-        bash tests/install_packages.sh python3-venv python3-dev >&2
-    fi
+    python3 -c 'import ensurepip, os, sysconfig as s; assert os.path.exists(s.get_paths()["include"] + "/Python.h")' \
+        2>/dev/null || bash tests/install_packages.sh python3-venv python3-dev >&2
     quietly python3 -m venv "$venv"
 fi
-quietly "$python" -m pip install --disable-pip-version-check 'scikit-build-core>=0.10' 'nanobind>=2.4' ninja numpy pytest
+quietly "$python" -m pip install --disable-pip-version-check 'scikit-build-core>=0.10' 'nanobind>=2.4' ninja numpy \
+    pytest
 if [ "${1-}" = torch ]; then
     echo "installing torch, transformers and quantizers to compare with, where they are not there yet" >&2
     quietly "$python" -m pip install --disable-pip-version-check -r examples/transformers/requirements.txt

@@ -1,5 +1,5 @@
-// examples/transformers/src/arrays.hpp: numpy arrays, torch CPU tensors and all else that speaks DLPack or the buffer
-// protocol, as rows of heads. No element is copied.
+// examples/transformers/src/arrays.hpp: numpy arrays, torch CPU tensors and all else that speaks DLPack or
+// the buffer protocol, as rows of heads. No element is copied.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -22,11 +22,13 @@ using kvplane::Matrix;
 using kvplane::require;
 using kvplane::ScalarType;
 
-/// An array that Python holds: its memory, for as long as this lives. Made, copied and destroyed with the GIL.
+/// An array that Python holds: its memory, for as long as this lives. Made, copied and destroyed with the
+/// GIL.
 class Array {
   public:
-    /// Throws Error: option for what is no array, for other element types than fp32, fp16 and bf16, for memory
-    /// outside the CPU's and, where it is to be written, for memory that cannot be. `name` is the argument's.
+    /// Throws Error: option for what is no array, for other element types than fp32, fp16 and bf16, for
+    /// memory outside the CPU's and, where it is to be written, for memory that cannot be. `name` is the
+    /// argument's.
     Array(nb::handle object, const char* name, bool writable = false);
 
     Index dimensions() const noexcept { return static_cast<Index>(shape_.size()); }
@@ -48,7 +50,8 @@ class Array {
     const char* name_;
 };
 
-/// Keys, values, queries or outputs of some sequences: [batch][head][token][channel] with any strides, in elements.
+/// Keys, values, queries or outputs of some sequences: [batch][head][token][channel] with any strides, in
+/// elements.
 struct SequenceRows {
     void* data = nullptr;
     ScalarType type = ScalarType::float32;
@@ -67,12 +70,12 @@ struct SequenceRows {
     std::string text() const;
 };
 
-/// An array [batch, heads, tokens, channels], or without the first dimension for one sequence. Throws Error (shape)
-/// for another number of dimensions.
+/// An array [batch, heads, tokens, channels], or without the first dimension for one sequence. Throws Error
+/// (shape) for another number of dimensions.
 SequenceRows sequence_rows(const Array& array);
 
-/// An array [tokens, heads * channels] or [heads, tokens, channels] of one sequence; heads: of the former. Throws
-/// Error (shape).
+/// An array [tokens, heads * channels] or [heads, tokens, channels] of one sequence; heads: of the former.
+/// Throws Error (shape).
 kvplane::detail::AnyRows matrix_rows(const Array& array, Index heads);
 
 /// A new numpy array of float32 over memory that it owns.

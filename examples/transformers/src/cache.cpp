@@ -30,8 +30,8 @@ std::shared_ptr<kvplane::ThreadExecutor> team(Index threads) {
     return executor;
 }
 
-/// Throws Error (not_finite, beyond_fp16) for what no cache stores, so that a batch is appended as a whole or not at
-/// all.
+/// Throws Error (not_finite, beyond_fp16) for what no cache stores, so that a batch is appended as a whole or
+/// not at all.
 void require_storable(const SequenceRows& all, const char* name, std::span<const Index> padding) {
     for (Index b = 0; b < all.batch; ++b) {
         const Index first = padding.empty() ? 0 : padding[static_cast<std::size_t>(b)];
@@ -409,8 +409,8 @@ void Cache::reorder(std::span<const Index> indices) {
 
 namespace {
 
-/// body(Eigen matrix [rows, heads * channels]) over memory of any strides: the memory itself where heads stand side by
-/// side, otherwise a matrix that is copied to it.
+/// body(Eigen matrix [rows, heads * channels]) over memory of any strides: the memory itself where heads
+/// stand side by side, otherwise a matrix that is copied to it.
 template <class Body>
 void with_output(const SequenceRows& output, void* first, Index rows, Index row_stride, const Body& body) {
     const bool in_place =

@@ -35,8 +35,8 @@ struct Attention {
     std::string read;  ///< a read policy; empty: everything
 };
 
-/// KvCaches in a pool of their own: one for each layer and sequence. Calls from several threads take turns. No call
-/// needs the GIL.
+/// KvCaches in a pool of their own: one for each layer and sequence. Calls from several threads take turns.
+/// No call needs the GIL.
 class Cache {
   public:
     /// recipes: one name for all layers, or one for each. Throws Error (option, shape).
@@ -45,7 +45,8 @@ class Cache {
     /// What a policy says. Throws Error (mismatch) for one of another model.
     Cache(std::vector<Layer> layers, const kvplane::ModelPolicy& policy, const std::string& model,
           Index batch, Index threads);
-    /// What a file holds, which was saved by a cache of these layers and recipes. Throws Error as load_session().
+    /// What a file holds, which was saved by a cache of these layers and recipes. Throws Error as
+    /// load_session().
     void load(const std::filesystem::path& path);
     void save(const std::filesystem::path& path, bool compress, bool sync) const;
 
@@ -65,17 +66,17 @@ class Cache {
     /// Whether append() makes use of queries at all.
     bool uses_queries(Index layer) const;
 
-    /// Appends tokens to every sequence of a layer. padding [batch]: how many of the first rows belong to no token; empty:
-    /// none. Tokens that a layer's sliding window will never see again are dropped first. All or nothing but for
-    /// memory that ends.
+    /// Appends tokens to every sequence of a layer. padding [batch]: how many of the first rows belong to no
+    /// token; empty: none. Tokens that a layer's sliding window will never see again are dropped first. All
+    /// or nothing but for memory that ends.
     void append(Index layer, const SequenceRows& keys, const SequenceRows& values,
                 const SequenceRows* queries, std::span<const Index> padding, bool provisional);
     /// Attention of the last tokens of every sequence. Rows of padding become 0.
     void attend(Index layer, const SequenceRows& queries, const SequenceRows& output,
                 std::span<const Index> padding, const Attention& attention);
 
-    /// counts [batch], or one for all sequences. Layers that have fewer tokens, because an append failed after others
-    /// had theirs, stay as they are. All or nothing.
+    /// counts [batch], or one for all sequences. Layers that have fewer tokens, because an append failed
+    /// after others had theirs, stay as they are. All or nothing.
     void truncate(std::span<const Index> counts);
     /// Takes the last tokens off every sequence of every layer.
     void crop(Index count);

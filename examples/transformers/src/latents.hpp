@@ -26,9 +26,9 @@ struct LatentOptions {
 /// Keys in latents: what recipes `latent` and `svdq` store of a sequence that is all in tiles.
 class Latents {
   public:
-    /// keys [tokens, heads * head_dim] after RoPE, at positions from first_position on, and the queries of the last of
-    /// these tokens; without queries the basis is that of SVDq (arXiv 2502.15304). Throws Error (shape, option,
-    /// not_finite).
+    /// keys [tokens, heads * head_dim] after RoPE, at positions from first_position on, and the queries of
+    /// the last of these tokens; without queries the basis is that of SVDq (arXiv 2502.15304). Throws Error
+    /// (shape, option, not_finite).
     Latents(const Matrix& keys, Index kv_heads, const Matrix* queries, Index query_heads,
             const LatentOptions& options);
 

@@ -82,16 +82,14 @@ def layers_of(config: transformers.PreTrainedConfig) -> list[Layer]:
         _require(kind in _LAYER_TYPES, "option",
                  f"model '{config.model_type}': layer {index} is of type '{kind}', expected "
                  f"{' or '.join(_LAYER_TYPES)}")
+        _require(getattr(layer, "kv_lora_rank", None) is None, "option",
+                 f"model '{config.model_type}': multi-head latent attention, which expands what it caches; expected "
+                 "keys and values that are attended to as they are cached")
         query_heads = layer.num_attention_heads
-        if getattr(layer, "qk_nope_head_dim", None) is not None:  # multi-head latent attention, expanded
-            head_dim = layer.qk_nope_head_dim + layer.qk_rope_head_dim
-            heads, value_dim, rope = query_heads, layer.v_head_dim, None
-        else:
-            head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // query_heads
-            heads, value_dim = getattr(layer, "num_key_value_heads", None) or query_heads, head_dim
-            rope = _rope_of(layer, kind, head_dim)
-        layers.append(Layer(kv_heads=heads, query_heads=query_heads, head_dim=head_dim, value_head_dim=value_dim,
-                            rope=rope, sliding_window=layer.sliding_window if kind == "sliding_attention" else 0))
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // query_heads
+        layers.append(Layer(kv_heads=getattr(layer, "num_key_value_heads", None) or query_heads,
+                            query_heads=query_heads, head_dim=head_dim, rope=_rope_of(layer, kind, head_dim),
+                            sliding_window=layer.sliding_window if kind == "sliding_attention" else 0))
     return layers
 
 
@@ -119,7 +117,8 @@ class _Handed(torch.Tensor):
 
 def _exact_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, padding: list[int],
                      scale: float | None, sliding_window: int) -> torch.Tensor:
-    """Attention of a prompt over its own keys and values, which are there as floats: [batch, tokens, heads, channels]."""
+    """Attention of a prompt over its own keys and values, which are there as floats: [batch, tokens, heads,
+    channels]."""
     tokens, group = query.shape[2], query.shape[1] // keys.shape[1]
     if group > 1:
         keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
@@ -306,8 +305,8 @@ class Cache(_TransformersCache):
         if known is not None and known[0] is mask:
             return known[1]
         _require(mask.dim() == 2, "option",
-                 f"attention mask of shape {tuple(mask.shape)}, expected (batch, tokens): kvplane's attention is causal, "
-                 "with left padding and sliding windows")
+                 f"attention mask of shape {tuple(mask.shape)}, expected (batch, tokens): kvplane's attention is "
+                 "causal, with left padding and sliding windows")
         _require(tuple(mask.shape) == (batch, columns), "shape",
                  f"attention mask of shape {tuple(mask.shape)}, expected {(batch, columns)}: one column for each token "
                  "that was seen or comes")
