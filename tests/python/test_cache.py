@@ -342,7 +342,9 @@ def test_everything_is_documented_and_typed():
     stub = (folder / "_kvplane/__init__.pyi").read_text()
     arrays = (folder / "_kvplane/quantize.pyi").read_text()
     for name in kvplane.__all__:
-        if name not in ("quantize", "__version__"):
+        if name == "Error":
+            assert "class Error(ValueError):" in stub
+        elif name not in ("quantize", "__version__"):
             assert inspect.getdoc(getattr(kvplane, name)), name
             assert f" {name}" in stub, name
     for name in kvplane.quantize.__all__:
@@ -351,4 +353,5 @@ def test_everything_is_documented_and_typed():
     for method in ("append", "attend", "truncate", "crop", "reorder", "save", "load"):
         assert inspect.getdoc(getattr(kvplane.Cache, method)), method
         assert f"def {method}(" in stub
+    assert "_kvplane" not in stub and "\nimport _kvplane" not in arrays  # which no one can import
     assert "latent:KEY:VALUE" in kvplane.recipes()

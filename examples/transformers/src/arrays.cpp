@@ -140,10 +140,8 @@ kvplane::detail::AnyRows matrix_rows(const Array& array, Index heads) {
                 array.stride(0), array.stride(1));
 }
 
-nb::object numpy_array(std::unique_ptr<float[]> data, std::initializer_list<std::size_t> shape) {
-    float* const memory = data.release();
-    nb::capsule owner(memory, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-    return nb::cast(nb::ndarray<nb::numpy, float>(memory, shape.size(), shape.begin(), owner));
+nb::capsule owner_of(float* memory) {
+    return nb::capsule(memory, [](void* p) noexcept { delete[] static_cast<float*>(p); });
 }
 
 }  // namespace kvplane_python

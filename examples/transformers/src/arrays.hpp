@@ -78,8 +78,8 @@ SequenceRows sequence_rows(const Array& array);
 /// Throws Error (shape).
 kvplane::detail::AnyRows matrix_rows(const Array& array, Index heads);
 
-/// A new numpy array of float32 over memory that it owns.
-nb::object numpy_array(std::unique_ptr<float[]> data, std::initializer_list<std::size_t> shape);
+/// Who frees memory of new float[] that numpy holds.
+nb::capsule owner_of(float* memory);
 
 /// body(pointer to the element type of `type`).
 template <class Body>

@@ -67,11 +67,14 @@ std::vector<Index> numbers(const Counts& counts) {
     return std::get<std::vector<Index>>(counts);
 }
 
-nb::object numpy_matrix(const Matrix& matrix) {
+using NumpyMatrix = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+NumpyMatrix numpy_matrix(const Matrix& matrix) {
     const auto rows = static_cast<std::size_t>(matrix.rows()), cols = static_cast<std::size_t>(matrix.cols());
     std::unique_ptr<float[]> data(new float[std::max<std::size_t>(1, rows * cols)]);
     std::copy_n(matrix.data(), rows * cols, data.get());
-    return numpy_array(std::move(data), {rows, cols});
+    float* const memory = data.release();
+    return NumpyMatrix(memory, {rows, cols}, owner_of(memory));
 }
 
 template <class Kind>
@@ -115,9 +118,9 @@ void append(Cache& cache, nb::handle keys, nb::handle values, nb::handle queries
     });
 }
 
-nb::object attend(Cache& cache, nb::handle queries, Index layer, nb::handle out, double scale, double softcap,
-                  const std::optional<std::vector<float>>& sink_logits, const Padding& padding,
-                  const std::string& read) {
+nb::any attend(Cache& cache, nb::handle queries, Index layer, nb::handle out, double scale, double softcap,
+               const std::optional<std::vector<float>>& sink_logits, const Padding& padding,
+               const std::string& read) {
     const Array q(queries, "queries");
     const SequenceRows query_rows = sequence_rows(q);
     SequenceRows output;
@@ -141,12 +144,15 @@ nb::object attend(Cache& cache, nb::handle queries, Index layer, nb::handle out,
         cache.attend(layer, query_rows, output,
                      padding ? std::span<const Index>(*padding) : std::span<const Index>(), attention);
     });
-    if (given) return nb::borrow(out);
+    if (given) return nb::borrow<nb::any>(out);
     const auto at = [](Index n) { return static_cast<std::size_t>(n); };
-    const nb::object array = numpy_array(
-        std::move(made), {at(output.batch), at(output.tokens), at(output.heads), at(output.channels)});
-    const nb::object transposed = array.attr("transpose")(0, 2, 1, 3);
-    return q.dimensions() == 3 ? transposed[nb::int_(0)] : transposed;
+    float* const memory = made.release();
+    const nb::object array = nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<4>>(
+        memory, {at(output.batch), at(output.tokens), at(output.heads), at(output.channels)},
+        owner_of(memory)));
+    nb::object transposed = array.attr("transpose")(0, 2, 1, 3);
+    if (q.dimensions() == 3) transposed = transposed[nb::int_(0)];
+    return nb::borrow<nb::any>(transposed);
 }
 
 void bind_caches(nb::module_& m) {
@@ -412,9 +418,10 @@ std::shared_ptr<Quantized> quantized(nb::handle array, Index heads, int bits,
     });
 }
 
-nb::object dequantize(const Quantized& q, std::optional<int> depth, nb::handle out) {
+nb::any dequantize(const Quantized& q, std::optional<int> depth, nb::handle out) {
     const int bits = depth.value_or(q.bits());
-    if (out.is_none()) return numpy_matrix(without_gil([&] { return q.dequantize(bits); }));
+    if (out.is_none())
+        return nb::borrow<nb::any>(nb::cast(numpy_matrix(without_gil([&] { return q.dequantize(bits); }))));
     const Array to(out, "out", true);
     require(to.dimensions() == 2, ErrorCode::shape, "out: shape ", to.shape_text(), ", expected (",
             q.tokens(), ", ", q.channels(), ")");
@@ -427,7 +434,7 @@ nb::object dequantize(const Quantized& q, std::optional<int> depth, nb::handle o
             q.dequantize_rows(0, bits, map);
         });
     });
-    return nb::borrow(out);
+    return nb::borrow<nb::any>(out);
 }
 
 std::shared_ptr<Latents> latents(nb::handle keys, nb::handle queries, double bits, Index heads,
