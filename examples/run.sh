@@ -6,6 +6,7 @@
 #   run.sh engine "PROMPT" [OPTIONS of generate]          fetches a small model and lets it answer
 #   run.sh evaluate|dump|calibrate|tune|speed [OPTIONS]   the engine's other programs
 #   run.sh engine|evaluate|... gemma3|qwen2 ...           the same of another model (engine/fetch.sh)
+#   run.sh transformers [OPTIONS]                         KV caches of Hugging Face transformers side by side
 # Each says with --help what it does and takes.
 set -euo pipefail
 folder=$PWD
@@ -15,12 +16,15 @@ repository=$PWD
 example=${1:-quickstart}
 [ $# -gt 0 ] && shift
 options=() settings=()
+if [ "$example" = transformers ]; then
+    exec bash examples/transformers/run.sh "$@"
+fi
 case $example in
     quickstart|report|attention|split_context|narrow_by_age) program=$example path=$example ;;
     synthetic|svdq|aligned) program=$example path=studies/$example ;;
     engine|evaluate|dump|calibrate|tune|speed) program=${example/engine/generate} path=engine/$program ;;
     *) echo "run.sh: no example '$example'; expected quickstart, report, attention, split_context, narrow_by_age," \
-            "synthetic, svdq, aligned, engine, evaluate, dump, calibrate, tune or speed" >&2; exit 2 ;;
+            "synthetic, svdq, aligned, engine, evaluate, dump, calibrate, tune, speed or transformers" >&2; exit 2 ;;
 esac
 bash tests/install_packages.sh
 if [ "${path%/*}" = engine ]; then
