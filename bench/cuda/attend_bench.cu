@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "kvplane/cache/shape.hpp"
-#include "kvplane/cuda/attend.hpp"
+#include "kvplane/cuda/device_attention.cuh"
 #include "kvplane/cuda/layer_view.hpp"
 #include "kvplane/recipe_names.hpp"
 

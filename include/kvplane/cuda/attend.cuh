@@ -151,9 +151,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     rules.softcap = arguments.softcap * log2_e;
     rules.slope = arguments.alibi_slopes ? arguments.alibi_slopes[row_head] * log2_e : 0.0f;
     rules.bias = arguments.bias;
-    rules.bias_row = static_cast<std::uint32_t>(
-        (sequence.bias_row + (arguments.bias_of_heads ? row_head * sequence.query_tokens : 0) + row_token) *
-        sequence.keys);
+    rules.bias_row = sequence.bias_at + static_cast<std::uint32_t>(row_token * sequence.tokens);
     rules.window = arguments.window;
     rules.window_sinks = arguments.window_sinks;
     rules.hidden_from = sequence.hidden_from;

@@ -1,5 +1,5 @@
 // kvplane/cuda/attend_arguments.hpp: what attention kernels take: plain structs of pointers and numbers, and the seam
-// between the host's compiler, which plans attention (cuda/attend.hpp), and nvcc, which compiles the kernels
+// between the host's compiler, which plans attention (cuda/device_attention.cuh), and nvcc, which compiles the kernels
 // (cuda/attend.cuh).
 #pragma once
 
@@ -35,7 +35,8 @@ struct SequenceTask {
     std::int32_t sink_count, recent_first, recent_count;
     std::int32_t hidden_from, hidden_to;
     std::int32_t position, query_row, query_tokens;
-    std::int32_t bias_row, keys;  ///< of the bias: its first row, and numbers a row
+    std::uint32_t bias_at;  ///< the first number of the sequence's bias
+    std::int32_t tokens;
 };
 
 /// What one block does.
@@ -57,7 +58,7 @@ struct AttendArguments {
     float* log_sum_exp;  ///< [query row][query head]
     float scale, softcap;
     std::int32_t window, window_sinks;
-    bool causal, bias_of_heads;
+    bool causal;
     const float *sink_logits, *alibi_slopes, *bias;
     const float *key_signs, *value_signs;  ///< of the rotations
     std::uint32_t slot_bytes, query_stride;

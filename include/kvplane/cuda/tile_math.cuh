@@ -71,8 +71,8 @@ struct ScoreRules {
     typename W::Int position;   ///< of the row's query
     typename W::Float slope;    ///< ALiBi
     typename W::Float softcap;  ///< 0: none
-    const float* bias;          ///< [rows of the call][keys] of all; nullptr: none
-    typename W::Word bias_row;  ///< the first number of the row's bias
+    const float* bias;          ///< nullptr: none
+    typename W::Word bias_row;  ///< the number of the row's query and position 0
     std::int32_t window;        ///< 0: none
     std::int32_t window_sinks;  ///< tokens that stay visible in spite of it
     std::int32_t hidden_from, hidden_to;

@@ -3,16 +3,17 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
-#include <iostream>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "kvplane/attention/reference.hpp"
 #include "kvplane/cache/kv_cache.hpp"
-#include "kvplane/cuda/attend.hpp"
+#include "kvplane/cuda/device_attention.cuh"
 #include "kvplane/cuda/device_cache.cuh"
 #include "kvplane/cuda/layer_view.hpp"
 #include "kvplane/recipe_names.hpp"
@@ -145,9 +146,19 @@ void expect_attention(const Case& c, std::uint64_t seed) {
         device_parameters.alibi_slopes = {device_slopes.as<float>(), slopes.size()};
     }
 
+    std::vector<Matrix> biases;
+    std::vector<float> all_biases;
+    for (const KvCache& cache : caches) {
+        Matrix& one =
+            biases.emplace_back(kvplane_test::normal_matrix(c.query_tokens, cache.tokens(), random));
+        one(0, cache.tokens() / 2) = -std::numeric_limits<float>::infinity();
+        all_biases.insert(all_biases.end(), one.data(), one.data() + one.size());
+    }
+    const DeviceBytes device_bias(all_biases.data(), all_biases.size() * 4);
+
     AttendWorkspace workspace;
     workspace.plan(kvplane::cuda::attend_layer(caches[0].shape()), sequences, c.query_tokens,
-                   device_parameters, nullptr);
+                   device_parameters, nullptr, c.bias ? device_bias.as<float>() : nullptr);
     const kvplane::cuda::DeviceRows in{device_queries.as(), ScalarType::float16,       rows,
                                        c.query_heads,       c.query_heads * c.key_dim, c.key_dim};
     const kvplane::cuda::DeviceOutput out{output.as(),   ScalarType::float32,         rows,
@@ -169,15 +180,20 @@ void expect_attention(const Case& c, std::uint64_t seed) {
             all << stored(0, 4), stored(c.drop, tokens - c.drop);
             return all;
         };
-        const Matrix keys = seen([&](Index first, Index count) { return caches[s].stored_keys(first, count); });
-        const Matrix values = seen([&](Index first, Index count) { return caches[s].stored_values(first, count); });
-        const MatrixD expected =
-            reference_attention(keys, values, half_queries.middleRows(row, c.query_tokens).cast<float>().eval(),
-                                c.query_heads, c.kv_heads, parameters);
+        const Matrix keys =
+            seen([&](Index first, Index count) { return caches[s].stored_keys(first, count); });
+        const Matrix values =
+            seen([&](Index first, Index count) { return caches[s].stored_values(first, count); });
+        AttentionParameters exact = parameters;
+        if (c.bias) exact.bias = &biases[s];
+        const MatrixD expected = reference_attention(
+            keys, values, half_queries.middleRows(row, c.query_tokens).cast<float>().eval(), c.query_heads,
+            c.kv_heads, exact);
         const Eigen::Map<const Matrix> found(first.data(), rows, c.query_heads * c.value_dim);
         const auto mine = found.middleRows(row, c.query_tokens).cast<double>();
         // Keys and values are of about 1 (some of 4): scores err by up to 5e-4 where codes have 8 bits.
-        EXPECT_LE((mine - expected).cwiseAbs().maxCoeff(), 2e-4 * static_cast<double>(values.cwiseAbs().maxCoeff()))
+        EXPECT_LE((mine - expected).cwiseAbs().maxCoeff(),
+                  2e-4 * static_cast<double>(values.cwiseAbs().maxCoeff()))
             << "sequence " << s;
         EXPECT_TRUE(mine.allFinite());
     }
@@ -225,6 +241,7 @@ std::vector<Case> cases() {
         all.push_back(
             {.recipe = recipe, .tokens = {1500}, .query_tokens = 7, .parameters = {.causal = false}});
         all.push_back({.recipe = recipe, .tokens = {3000}, .drop = 1000});
+        all.push_back({.recipe = recipe, .tokens = {3000, 50}, .query_tokens = 2, .bias = true});
     }
     return all;
 }
@@ -233,6 +250,104 @@ TEST(CudaAttention, EqualsDoublePrecisionOverWhatIsStored) {
     KVPLANE_NEEDS_DEVICE();
     std::uint64_t seed = kvplane_test::seed();
     for (const Case& c : cases()) expect_attention(c, seed++);
+}
+
+/// Two parts of a sequence put together by their sums give the whole; so sums are right.
+TEST(CudaAttention, LogarithmsOfSumsAreThoseOfTheHost) {
+    KVPLANE_NEEDS_DEVICE();
+    Random random(kvplane_test::seed());
+    const CacheConfiguration configuration = configuration_of({.recipe = "standard"});
+    TilePool pool;
+    KvCache cache(configuration, pool);
+    cache.append(kvplane_test::normal_matrix(1000, 2 * 128, random),
+                 kvplane_test::normal_matrix(1000, 2 * 128, random));
+    const Matrix queries = kvplane_test::normal_matrix(3, 8 * 128, random);
+    Matrix output(3, 8 * 128), expected;
+    AttentionWorkspace host;
+    cache.attend(queries, output, {}, host, {.log_sum_exp = &expected});
+
+    kvplane::cuda::DeviceMemory memory;
+    TilePool device_pool(&memory);
+    const auto uploaded = kvplane::cuda::DeviceCache::upload(cache, device_pool, nullptr);
+    const RowMajorMatrix<float> rows = queries;
+    const DeviceBytes in(rows.data(), static_cast<std::size_t>(rows.size()) * 4),
+        out(static_cast<std::size_t>(rows.size()) * 2), sums(3 * 8 * 4);
+    AttendWorkspace workspace;
+    const std::array sequences{uploaded.sequence()};
+    workspace.plan(kvplane::cuda::attend_layer(cache.shape()), sequences, 3, {}, nullptr);
+    workspace.attend({in.as(), ScalarType::float32, 3, 8, 8 * 128, 128},
+                     {out.as(), ScalarType::bfloat16, 3, 8, 8 * 128, 128}, sums.as<float>(), nullptr);
+    expect_ok(cudaDeviceSynchronize());
+    const std::vector<float> found = sums.read<float>();
+    for (Index i = 0; i < 24; ++i)
+        EXPECT_NEAR(found[static_cast<std::size_t>(i)], expected(i / 8, i % 8), 2e-3);
+    const std::vector<Eigen::bfloat16> numbers = out.read<Eigen::bfloat16>();
+    for (Index i = 0; i < output.size(); ++i)
+        EXPECT_NEAR(static_cast<float>(numbers[static_cast<std::size_t>(i)]), output(i / 1024, i % 1024),
+                    0.01f * std::abs(output(i / 1024, i % 1024)) + 2e-3f);
+}
+
+/// A captured call uses the plan that is there when it is launched.
+TEST(CudaAttention, IsCapturedInAGraph) {
+    KVPLANE_NEEDS_DEVICE();
+    Random random(kvplane_test::seed());
+    TilePool pool;
+    KvCache cache(configuration_of({.recipe = "key_favored:4:4"}), pool);
+    cache.append(kvplane_test::normal_matrix(2000, 2 * 128, random),
+                 kvplane_test::normal_matrix(2000, 2 * 128, random));
+    kvplane::cuda::DeviceMemory memory;
+    TilePool device_pool(&memory);
+    const auto uploaded = kvplane::cuda::DeviceCache::upload(cache, device_pool, nullptr);
+    const RowMajorMatrix<float> rows = kvplane_test::normal_matrix(1, 8 * 128, random);
+    const DeviceBytes in(rows.data(), 8 * 128 * 4), out(8 * 128 * 4);
+    cudaStream_t stream;
+    expect_ok(cudaStreamCreate(&stream));
+    AttendWorkspace workspace;
+    const std::array sequences{uploaded.sequence()};
+    workspace.plan(kvplane::cuda::attend_layer(cache.shape()), sequences, 1, {}, stream);
+    const auto attend = [&] {
+        workspace.attend({in.as(), ScalarType::float32, 1, 8, 8 * 128, 128},
+                         {out.as(), ScalarType::float32, 1, 8, 8 * 128, 128}, nullptr, stream);
+    };
+    attend();
+    expect_ok(cudaStreamSynchronize(stream));
+    const std::vector<float> expected = out.read<float>();
+    expect_ok(cudaMemset(out.as(), 0xFF, 8 * 128 * 4));
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    expect_ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    attend();
+    expect_ok(cudaStreamEndCapture(stream, &graph));
+    expect_ok(cudaGraphInstantiate(&executable, graph, 0));
+    for (int launch = 0; launch < 3; ++launch) expect_ok(cudaGraphLaunch(executable, stream));
+    expect_ok(cudaStreamSynchronize(stream));
+    EXPECT_EQ(out.read<float>(), expected);
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+}
+
+TEST(CudaAttention, RefusesWhatItCannotDo) {
+    KVPLANE_NEEDS_DEVICE();
+    using kvplane_test::refusal;
+    TilePool pool;
+    KvCache cache(configuration_of({.recipe = "standard"}), pool);
+    kvplane::cuda::DeviceMemory memory;
+    TilePool device_pool(&memory);
+    const auto uploaded = kvplane::cuda::DeviceCache::upload(cache, device_pool, nullptr);
+    const std::array sequences{uploaded.sequence()};
+    const auto layer = kvplane::cuda::attend_layer(cache.shape());
+    AttendWorkspace workspace;
+    const auto plan = [&](Index tokens, const AttentionParameters& parameters) {
+        workspace.plan(layer, sequences, tokens, parameters, nullptr);
+    };
+    EXPECT_NE(refusal(ErrorCode::shape, [&] { plan(9, {}); }).find("9 query tokens"), std::string::npos);
+    EXPECT_NE(refusal(ErrorCode::shape, [&] { plan(1, {}); }).find("over 0 cached ones"), std::string::npos);
+    EXPECT_NE(refusal(ErrorCode::option, [&] { plan(1, {.position = 0, .read = ReadPolicy::fixed(4)}); })
+                  .find("policy"),
+              std::string::npos);
+    EXPECT_NE(refusal(ErrorCode::option, [&] { workspace.attend({}, {}, nullptr, nullptr); }).find("no plan"),
+              std::string::npos);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// kvplane/cuda/attend.hpp: attention of a batch of sequences on packed tiles in device memory, by one launch.
+// kvplane/cuda/device_attention.cuh: attention of a batch of sequences on packed tiles in device memory, by one launch.
 //
 //   AttendWorkspace workspace;
 //   workspace.plan(layer, sequences, 1, parameters, stream);          // what each block does
@@ -55,15 +55,18 @@ class AttendWorkspace {
     }
 
     /// Plans attention of `query_tokens` tokens of each sequence, 1 to 8, by default its last. Sequences stay as they
-    /// are until attend() has run. Parameters: of the bias the address is of device memory, as are sink_logits and
-    /// alibi_slopes; the bias is [sum of query tokens][keys] where all sequences have as many. Throws Error (shape,
-    /// option, out_of_memory).
+    /// are until attend() has run. What parameters point to, sink_logits and alibi_slopes, is in device memory.
+    /// bias: in device memory, nullptr for none; of each sequence [query tokens][tokens], one after another, added to
+    /// the scores of all heads; -infinity masks. Throws Error (shape, option, out_of_memory).
     void plan(const AttendLayer& layer, std::span<const DeviceSequence> sequences, Index query_tokens,
-              const AttentionParameters& parameters, cudaStream_t stream) {
+              const AttentionParameters& parameters, cudaStream_t stream, const float* bias = nullptr) {
+        require_parameters(parameters, layer.view.query_heads);
         require(query_tokens >= 1 && query_tokens <= 8, ErrorCode::shape, "cuda attention: ", query_tokens,
                 " query tokens of each sequence, expected 1 to 8");
         require(!sequences.empty(), ErrorCode::shape, "cuda attention: no sequences");
         take(layer.view, parameters);
+        arguments_.bias = bias;
+        std::uint64_t bias_at = 0;
         query_rows_ = static_cast<Index>(sequences.size()) * query_tokens;
         std::vector<detail::SequenceTask> tasks;
         std::vector<const std::byte*> recent;
@@ -71,6 +74,10 @@ class AttendWorkspace {
         for (const DeviceSequence& sequence : sequences) {
             tasks.push_back(task(sequence, parameters, query_tokens, row));
             tasks.back().recent_page = static_cast<std::int32_t>(recent.size());
+            tasks.back().bias_at = static_cast<std::uint32_t>(bias_at);
+            bias_at += static_cast<std::uint64_t>(query_tokens * sequence.tokens);
+            require(!bias || bias_at < (std::uint64_t{1} << 32), ErrorCode::shape,
+                    "cuda attention: a bias of ", bias_at, " numbers and more, expected fewer than 2^32");
             row += query_tokens;
             recent.insert(recent.end(), sequence.recent.begin(), sequence.recent.end());
         }
@@ -106,6 +113,29 @@ class AttendWorkspace {
     int warps() const noexcept { return warps_; }
 
   private:
+    static void require_parameters(const AttentionParameters& p, Index query_heads) {
+        require(p.scale >= 0.0 && p.scale <= 1e30 && std::isfinite(p.softcap) && p.softcap >= 0.0,
+                ErrorCode::option, "cuda attention: a scale of ", p.scale, " and a softcap of ", p.softcap,
+                ", expected positive numbers, or 0 for 1 / sqrt(head_dim) and for none");
+        require(p.sliding_window >= 0 && p.sinks >= 0 && (p.causal || p.sliding_window == 0),
+                ErrorCode::option, "cuda attention: a sliding window of ", p.sliding_window, " with ",
+                p.sinks, " sinks, expected neither below 0, and none for queries that see all tokens");
+        const auto of_heads = [&](std::span<const float> numbers, const char* what) {
+            require(numbers.empty() || static_cast<Index>(numbers.size()) == query_heads, ErrorCode::shape,
+                    "cuda attention: ", numbers.size(), " ", what, ", expected ", query_heads,
+                    ", one a query head");
+        };
+        of_heads(p.sink_logits, "sink logits");
+        of_heads(p.alibi_slopes, "ALiBi slopes");
+        require(!p.bias, ErrorCode::option,
+                "cuda attention: a bias in the host's memory, expected one of the device");
+        require(p.key_fraction == 1.0 && !p.decode_tiles, ErrorCode::option,
+                "cuda attention: a key_fraction, or tiles to be decoded, expected neither");
+        require(p.read.kind == ReadPolicy::Kind::all, ErrorCode::option,
+                "cuda attention: a policy of reads other than all, expected PlanesRead of attend_layer()");
+        require(!p.position || (*p.position >= 0 && *p.position < (Index{1} << 31)), ErrorCode::index,
+                "cuda attention: queries at position ", p.position.value_or(0), ", expected 0 to 2^31 - 1");
+    }
     void take(const LayerView& layer, const AttentionParameters& parameters) {
         detail::AttendArguments& a = arguments_;
         a = {};
@@ -171,7 +201,7 @@ class AttendWorkspace {
         task.position = static_cast<std::int32_t>(position);
         task.query_row = static_cast<std::int32_t>(row);
         task.query_tokens = static_cast<std::int32_t>(query_tokens);
-        task.keys = static_cast<std::int32_t>(sequence.tokens);
+        task.tokens = static_cast<std::int32_t>(sequence.tokens);
         return task;
     }
 

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Compiles the CUDA part for every architecture that it is made for, where nvcc is there, and refuses spills of
+# registers in kernels that are made for a width. Runs its programs too: without a device they say that they test
+# nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PATH=$PATH:/usr/local/cuda/bin
+if ! command -v nvcc >/dev/null; then
+    echo "NOT COMPILED: the CUDA part, for there is no nvcc" >&2
+    exit 0
+fi
+bash tests/install_packages.sh
+build=${1:-build/cuda}
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVPLANE_BUILD_CUDA=ON -DKVPLANE_BUILD_EXAMPLES=OFF \
+    -DKVPLANE_WARNINGS_AS_ERRORS=ON >/dev/null
+log=$build/kernels.log
+cmake --build "$build" --target kvplane_cuda | tee "$log" | grep -E '^\[|error' || true
+test "${PIPESTATUS[0]}" = 0
+cmake --build "$build" --target device_cache_gpu attend_gpu cuda_append_bench cuda_attend_bench
+
+# "Function properties for NAME", then the line of spills. A kernel for widths known at run time has 0 for them.
+if [ -s "$log" ] && grep -q "Function properties" "$log"; then
+    awk '/Function properties for/ {name = $NF}
+         /bytes spill stores/ && name ~ /attend_kernel/ && name !~ /DeviceWarpELi0E/ && !/ 0 bytes spill stores/ {
+             print "spills registers: " name; bad = 1 }
+         /bytes spill stores/ {kernels++}
+         END {print kernels " kernels compiled"; exit bad || kernels == 0}' "$log"
+fi
+for program in device_cache_gpu attend_gpu; do
+    "$build/tests/cuda/$program" --gtest_brief=1
+done
