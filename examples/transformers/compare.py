@@ -210,8 +210,9 @@ def main():
             measured = ("tokens_per_second", "tokens_per_cpu_second", "peak_mb")
             cells += [f"{last[x]:.1f}" if last else "" for x in measured]
             print("| " + " | ".join(cells) + " |")
-        for name, why in refused.items():
-            print(f"\nNOT MEASURED: {name}: {why}")
+        for reason in dict.fromkeys(refused.values()):
+            names = ", ".join(name for name, why in refused.items() if why == reason)
+            print(f"\nNOT MEASURED: {names}: {reason}")
         sys.stdout.flush()
         del model
     if options.json:
