@@ -17,7 +17,8 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVPLANE_BUILD_CUDA=
 log=$build/kernels.log
 cmake --build "$build" --target kvplane_cuda | tee "$log" | grep -E '^\[|error' || true
 test "${PIPESTATUS[0]}" = 0
-cmake --build "$build" --target device_cache_gpu attend_gpu cuda_append_bench cuda_attend_bench
+cmake --build "$build" --target device_cache_gpu attend_gpu cuda_append_bench cuda_attend_bench \
+    readme_device
 
 # "Function properties for NAME", then the line of spills. A kernel for widths known at run time has 0 for them.
 if [ -s "$log" ] && grep -q "Function properties" "$log"; then
