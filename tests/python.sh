@@ -21,7 +21,7 @@ if ! torch_loads; then
         not_tested "kvplane.transformers: torch takes 6 GB installed, and $((space / 1000000)) GB are left"
         exit
     fi
-    if ! bash examples/transformers/environment.sh torch >/dev/null || ! torch_loads; then
+    if ! timeout 600 bash examples/transformers/environment.sh torch >/dev/null || ! torch_loads; then
         not_tested "kvplane.transformers: torch and transformers do not install or load here"
         exit
     fi
