@@ -1,5 +1,6 @@
-// How fast a device takes tokens in: prompts of 4096 tokens beside a copy of the same bytes, and single tokens. Prints a
-// table. Medians of 21 calls, by events; the L2 cache is flushed by reading other memory before each.
+// How fast a device takes tokens in: prompts of 4096 tokens beside a copy of the same bytes, and single
+// tokens. Prints a table. Medians of 21 calls, by events; the L2 cache is flushed by reading other memory
+// before each.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>

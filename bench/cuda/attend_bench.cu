@@ -1,10 +1,11 @@
 // Attention on packed tiles in device memory: time, and the time that plainly reading as many bytes takes.
 //
-//   cuda_attend_bench [recipes]     widths and shapes of bench/README.md, 32 query heads over 8 key heads of 128
+//   cuda_attend_bench [recipes]     widths and shapes of bench/README.md, 32 query heads over 8 key heads of
+//   128
 //
-// Times are medians of 31 launches, from event to event, with a second-level cache that holds nothing of the pages:
-// a kernel reads as much other memory before each. Pages are random bytes behind random pointers, with grids that
-// are numbers.
+// Times are medians of 31 launches, from event to event, with a second-level cache that holds nothing of the
+// pages: a kernel reads as much other memory before each. Pages are random bytes behind random pointers, with
+// grids that are numbers.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 

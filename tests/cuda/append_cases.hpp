@@ -1,5 +1,5 @@
-// tests/cuda/append_cases.hpp: what appends on a device are compared on: the same cases on the host in its place
-// (append_host_test.cpp) and on a device (device_cache_gpu.cpp).
+// tests/cuda/append_cases.hpp: what appends on a device are compared on: the same cases on the host in its
+// place (append_host_test.cpp) and on a device (device_cache_gpu.cpp).
 #pragma once
 
 #include <gtest/gtest.h>
@@ -101,7 +101,8 @@ inline CacheConfiguration configuration_of(const AppendCase& test) {
     return made;
 }
 
-/// Numbers with what quantizers get wrong: outlier channels, constants, zeros of both signs, subnormals of fp16.
+/// Numbers with what quantizers get wrong: outlier channels, constants, zeros of both signs, subnormals of
+/// fp16.
 inline Matrix append_numbers(std::mt19937_64& random, Index tokens, Index channels) {
     Matrix numbers = normal_matrix(random, tokens, channels, 2.0f);
     for (Index c = 0; c < channels; c += 7) numbers.col(c) *= 40.0f;
@@ -192,8 +193,9 @@ inline std::string page_difference(const PageReference& a, const PageReference& 
            std::to_string(std::to_integer<int>(b.data()[first]));
 }
 
-/// What differs between two caches on the host: every page, every place of a tile, every count. Of pages that tokens
-/// were taken back from, and of those that an append failed in, what is left of these tokens is not looked at.
+/// What differs between two caches on the host: every page, every place of a tile, every count. Of pages that
+/// tokens were taken back from, and of those that an append failed in, what is left of these tokens is not
+/// looked at.
 inline std::string cache_difference(const KvCache& cache, const KvCache& expected, bool whole_pages = true) {
     const auto &a = cache.state(), &b = expected.state();
     if (a.tokens != b.tokens || a.recent_first != b.recent_first || a.tiles.size() != b.tiles.size() ||

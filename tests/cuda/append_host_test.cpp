@@ -1,5 +1,5 @@
-// The kernels of appends, block by block on the host: the bytes of KvCache, page for page; and what the host's side
-// of a device's cache does.
+// The kernels of appends, block by block on the host: the bytes of KvCache, page for page; and what the
+// host's side of a device's cache does.
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -53,7 +53,8 @@ struct HostMachine {
 using AppendOnHost = AppendTest<HostMachine>;
 KVPLANE_APPEND_TESTS(AppendOnHost);
 
-// What depends on no recipe ----------------------------------------------------------------------------------
+// What depends on no recipe
+// ----------------------------------------------------------------------------------
 
 class OneCache : public testing::Test {
   protected:

@@ -1,8 +1,8 @@
-// tests/cuda/append_tests.hpp: what holds of caches in the memory of a Machine, which is a device, or the host in its
-// place. Both programs run all of it: append_host_test.cpp and device_cache_gpu.cpp.
+// tests/cuda/append_tests.hpp: what holds of caches in the memory of a Machine, which is a device, or the
+// host in its place. Both programs run all of it: append_host_test.cpp and device_cache_gpu.cpp.
 //
-// A Machine has a pool, a type Cache, and upload, download, append, fork, truncate, drop_before, table (the tiles as
-// kernels read them) and recent_pages for it.
+// A Machine has a pool, a type Cache, and upload, download, append, fork, truncate, drop_before, table (the
+// tiles as kernels read them) and recent_pages for it.
 #pragma once
 
 #include <gtest/gtest.h>

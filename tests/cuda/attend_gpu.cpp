@@ -1,5 +1,5 @@
-// Attention on a device, against double precision over what the caches store. For machines with one; without a
-// device it says so and tests nothing.
+// Attention on a device, against double precision over what the caches store. For machines with one; without
+// a device it says so and tests nothing.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
@@ -191,9 +191,9 @@ void expect_attention(const Case& c, std::uint64_t seed) {
             c.kv_heads, exact);
         const Eigen::Map<const Matrix> found(first.data(), rows, c.query_heads * c.value_dim);
         const auto mine = found.middleRows(row, c.query_tokens).cast<double>();
-        // Factors are rounded to 16 bits of the largest, .4 here where some channels are four times as large, and
-        // meet codes of about 15 in 128 channels: scores err by .29 (.4 / 32512) 15 sqrt(128), 6e-4, as one standard
-        // deviation, and weights by as much of themselves. Outputs are sums of few tokens.
+        // Factors are rounded to 16 bits of the largest, .4 here where some channels are four times as large,
+        // and meet codes of about 15 in 128 channels: scores err by .29 (.4 / 32512) 15 sqrt(128), 6e-4, as
+        // one standard deviation, and weights by as much of themselves. Outputs are sums of few tokens.
         EXPECT_LE((mine - expected).cwiseAbs().maxCoeff(),
                   4e-4 * static_cast<double>(values.cwiseAbs().maxCoeff()))
             << "sequence " << s;

@@ -1,5 +1,5 @@
-// Caches in the memory of a device: the bytes of KvCache, page for page. Without a device all of it is skipped, which
-// it says.
+// Caches in the memory of a device: the bytes of KvCache, page for page. Without a device all of it is
+// skipped, which it says.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 

@@ -1,4 +1,5 @@
-// Lane maps of the CUDA kernels: every code of a tile is read once, by the lane and in the place that the maps say.
+// Lane maps of the CUDA kernels: every code of a tile is read once, by the lane and in the place that the
+// maps say.
 #include "kvplane/cuda/fragments.hpp"
 
 #include <gtest/gtest.h>

@@ -1,5 +1,5 @@
-// tests/cuda/host_queue.hpp: the host in the place of a device: blocks run one after another, and memory that is
-// new holds anything.
+// tests/cuda/host_queue.hpp: the host in the place of a device: blocks run one after another, and memory that
+// is new holds anything.
 #pragma once
 
 #include <cstddef>

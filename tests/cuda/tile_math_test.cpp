@@ -1,5 +1,5 @@
-// The arithmetic of the CUDA kernels on the host: what 32 emulated lanes make of tiles, and of whole caches, against
-// double precision.
+// The arithmetic of the CUDA kernels on the host: what 32 emulated lanes make of tiles, and of whole caches,
+// against double precision.
 #include "kvplane/cuda/tile_math.cuh"
 
 #include <gtest/gtest.h>
@@ -79,8 +79,9 @@ Matrix rows_of(Random& random, Index tokens, Index channels) {
     return rows;
 }
 
-/// The most by which scores of a row may be off for a group of tokens [first, end): every factor, a query times the
-/// step of a channel, is off by half a unit, the largest of them over 32512, and meets codes of up to 2^bits.
+/// The most by which scores of a row may be off for a group of tokens [first, end): every factor, a query
+/// times the step of a channel, is off by half a unit, the largest of them over 32512, and meets codes of up
+/// to 2^bits.
 double score_bound(const KeyTileView& view, const Matrix& keys, const Matrix& queries, Index row, Index first,
                    Index end) {
     double largest = 0.0, codes = 0.0;
@@ -89,8 +90,8 @@ double score_bound(const KeyTileView& view, const Matrix& keys, const Matrix& qu
         if (s.bits == 16) return 0.0;
         for (Index c = s.first_channel; c < s.first_channel + s.channels; ++c) {
             const auto column = keys.col(c).segment(first, end - first);
-            // Of tokens that reach both ends, as all groups here do, the range is at least half of all cells but
-            // one; fp16 rounds steps up by 2^-10 of them.
+            // Of tokens that reach both ends, as all groups here do, the range is at least half of all cells
+            // but one; fp16 rounds steps up by 2^-10 of them.
             const double cells = std::ldexp(1.0, s.bits), range = column.maxCoeff() - column.minCoeff();
             largest = std::max(largest, std::abs(queries(row, c)) * 2.0 * range / std::max(1.0, cells - 1.0));
             codes += cells - 1.0;
@@ -415,6 +416,18 @@ TEST(TileMath, OtherTilesAreRefused) {
     EXPECT_NE(refusal(ErrorCode::option, [&] { layer(with("smallest")); }).find("different widths by token"),
               std::string::npos);
     EXPECT_NE(refusal(ErrorCode::option, [&] { layer(with("block32:8")); }).find("per_token"),
+              std::string::npos);
+    EXPECT_NE(
+        refusal(ErrorCode::option,
+                [&] { attend_layer(kvplane::detail::CacheShape(with("fp16")), {.keys = 3, .values = 1}); })
+            .find("1 planes of fp16 numbers"),
+        std::string::npos);
+    EXPECT_NE(refusal(ErrorCode::option,
+                      [&] {
+                          attend_layer(kvplane::detail::CacheShape(with("key_favored:8:8")),
+                                       {.keys = 0, .values = 1});
+                      })
+                  .find("0 planes"),
               std::string::npos);
     CacheConfiguration odd = good;
     odd.key_head_dim = 100;

@@ -1,6 +1,6 @@
 // kvplane/cuda/append_tables.hpp: what kernels look up of a configuration: the formats of tiles, which block
-// encodes what of them, signs of rotations, the basis of latents. Made once, in a page of a device's pool, and
-// shared by forks.
+// encodes what of them, signs of rotations, the basis of latents. Made once, in a page of a device's pool,
+// and shared by forks.
 #pragma once
 
 #include <algorithm>
@@ -152,8 +152,8 @@ class AppendTables {
         subspaces_.push_back(to);
     }
 
-    /// Blocks of one tile: runs of tokens that share no grid with others, and runs of channels where these have
-    /// grids of their own and are many.
+    /// Blocks of one tile: runs of tokens that share no grid with others, and runs of channels where these
+    /// have grids of their own and are many.
     void add_items(const CacheShape& cache, TileSide side, Index head, std::int32_t format_index,
                    const TileFormat& format, Index at, const Subspace* subspace) {
         const int recent = cache.recipe().every_token ? 32

@@ -1,8 +1,8 @@
-// kvplane/cuda/attend.cuh: the kernels of attention, for nvcc: include it in one .cu file of a program, or link
-// kvplane::cuda, which has done so.
+// kvplane/cuda/attend.cuh: the kernels of attention, for nvcc: include it in one .cu file of a program, or
+// link kvplane::cuda, which has done so.
 //
-// A warp copies its tiles by itself into two slots, one for keys and one for values, and waits for nobody until its
-// tiles end: so copies are always under way, and there is no barrier of the block before that.
+// A warp copies its tiles by itself into two slots, one for keys and one for values, and waits for nobody
+// until its tiles end: so copies are always under way, and there is no barrier of the block before that.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -281,7 +281,8 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         }
         __syncthreads();
         if (ended + 1 < static_cast<std::uint32_t>(item.parts)) return;
-        // The last block of the head puts the parts together, as many at a time as there is room for their shares.
+        // The last block of the head puts the parts together, as many at a time as there is room for their
+        // shares.
         if (threadIdx.x == 0) arguments.counters[item.counter] = 0;  // for the next launch
         const float* const parts = arguments.partials + static_cast<std::int64_t>(item.partial) * part_size;
         float* const shares = reinterpret_cast<float*>(memory);  // [part][row]
@@ -357,8 +358,8 @@ int launch_kernel(const AttendArguments& arguments, int blocks, int warps, std::
     return cudaGetLastError();
 }
 
-/// A kernel made for one width of all channels of keys and one of values, 16: fp16, with one grid a token of values;
-/// paired: for at most four query rows of a key head.
+/// A kernel made for one width of all channels of keys and one of values, 16: fp16, with one grid a token of
+/// values; paired: for at most four query rows of a key head.
 template <int key_bits, int value_bits, int key_head_dim, bool paired, int value_head_dim = key_head_dim>
 struct Made {
     using Math = TileMath<DeviceWarp, key_bits, key_head_dim, value_bits, value_head_dim, paired>;

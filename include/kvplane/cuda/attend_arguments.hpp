@@ -1,6 +1,6 @@
-// kvplane/cuda/attend_arguments.hpp: what attention kernels take: plain structs of pointers and numbers, and the seam
-// between the host's compiler, which plans attention (cuda/device_attention.cuh), and nvcc, which compiles the kernels
-// (cuda/attend.cuh).
+// kvplane/cuda/attend_arguments.hpp: what attention kernels take: plain structs of pointers and numbers, and
+// the seam between the host's compiler, which plans attention (cuda/device_attention.cuh), and nvcc, which
+// compiles the kernels (cuda/attend.cuh).
 #pragma once
 
 #include <cstddef>
@@ -65,8 +65,8 @@ struct AttendArguments {
     std::int32_t most_rows;  ///< query rows of a key head
 };
 
-/// Launches attention with the kernel that is made for the layer's widths, or that for all. `bytes`: of shared memory.
-/// Returns a cudaError_t. Defined by cuda/attend.cuh.
+/// Launches attention with the kernel that is made for the layer's widths, or that for all. `bytes`: of
+/// shared memory. Returns a cudaError_t. Defined by cuda/attend.cuh.
 int launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes, CUstream_st* stream);
 
 }  // namespace detail

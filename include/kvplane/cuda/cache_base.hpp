@@ -1,6 +1,6 @@
-// kvplane/cuda/cache_base.hpp: a cache whose pages are in a device's memory, apart from CUDA itself: what its host
-// side knows, and which blocks an append runs. DeviceCache (cuda/device_cache.cuh) runs them on a stream; tests run
-// them on the host.
+// kvplane/cuda/cache_base.hpp: a cache whose pages are in a device's memory, apart from CUDA itself: what its
+// host side knows, and which blocks an append runs. DeviceCache (cuda/device_cache.cuh) runs them on a
+// stream; tests run them on the host.
 #pragma once
 
 #include <algorithm>
@@ -38,10 +38,10 @@ namespace kvplane::cuda {
 enum class AppendCheck : std::uint8_t {
     /// It waits for the device, and throws as KvCache::append does.
     wait,
-    /// It does not wait. The caller knows that all numbers are finite, and that none is beyond 32000 (65504 where
-    /// nothing is quantized), rotated ones included. Others harm no more than the tokens that share a grid, or a
-    /// head's row, with them: these decode to any numbers, NaN and infinity included. error_bound() of the cache
-    /// then means nothing.
+    /// It does not wait. The caller knows that all numbers are finite, and that none is beyond 32000 (65504
+    /// where nothing is quantized), rotated ones included. Others harm no more than the tokens that share a
+    /// grid, or a head's row, with them: these decode to any numbers, NaN and infinity included.
+    /// error_bound() of the cache then means nothing.
     none,
 };
 
@@ -145,8 +145,9 @@ class FetchedRows {
     std::vector<std::byte> bytes_;
 };
 
-/// Sets a state's tiles aside but for the last, which is all that an append looks at: to copy a state then takes as
-/// long however many tiles there are. Puts them back when it goes, behind them those that the state has then.
+/// Sets a state's tiles aside but for the last, which is all that an append looks at: to copy a state then
+/// takes as long however many tiles there are. Puts them back when it goes, behind them those that the state
+/// has then.
 class TilesAside {
   public:
     explicit TilesAside(CacheState& state) : state_(state), count_(static_cast<Index>(state.tiles.size())) {
@@ -186,8 +187,8 @@ class TilesAside {
     std::vector<PageReference> pages_;
 };
 
-/// One append: the state as it will be, and the blocks that fill its pages. Pages that others see are copied before
-/// they are written, and the state changes when nothing can fail any more.
+/// One append: the state as it will be, and the blocks that fill its pages. Pages that others see are copied
+/// before they are written, and the state changes when nothing can fail any more.
 class DeviceAppend {
   public:
     struct Input {
@@ -400,7 +401,8 @@ class DeviceAppend {
             a.tile_count * a.subspace_count * a.strips * (tile_rows / ProductArguments::rows_of_block);
         if (blocks > 0) queue_.run(a, blocks, product_shared_bytes());
     }
-    /// Keys in latents, into memory that the tiles are made from. What it returns is what measures them afterwards.
+    /// Keys in latents, into memory that the tiles are made from. What it returns is what measures them
+    /// afterwards.
     ProductArguments latents_of(const TileSources& sources, Index count, Index position,
                                 PageReference& centred, PageReference& latents, PageReference& angles,
                                 TilesArguments& tiles) {
@@ -505,8 +507,8 @@ class DeviceAppend {
         next_.stale = false;
     }
 
-    /// A tile that was cut is opened on the host, where the first token of the input follows it: it becomes recent
-    /// tokens.
+    /// A tile that was cut is opened on the host, where the first token of the input follows it: it becomes
+    /// recent tokens.
     void open_cut_tile() {
         TilePool host;
         CacheState state = next_;
@@ -561,8 +563,8 @@ class DeviceAppend {
     bool wrote_old_tile_ = false, changed_entry_ = false;
 };
 
-/// The host's side of a cache in device memory. Each call that takes a Queue starts its work there, and the memory
-/// holds what it says when that is done.
+/// The host's side of a cache in device memory. Each call that takes a Queue starts its work there, and the
+/// memory holds what it says when that is done.
 class CacheBase {
   public:
     CacheBase(const CacheConfiguration& configuration, TilePool& device)

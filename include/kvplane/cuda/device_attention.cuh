@@ -1,12 +1,13 @@
-// kvplane/cuda/device_attention.cuh: attention of a batch of sequences on packed tiles in device memory, by one launch.
+// kvplane/cuda/device_attention.cuh: attention of a batch of sequences on packed tiles in device memory, by
+// one launch.
 //
 //   AttendWorkspace workspace;
 //   workspace.plan(layer, sequences, 1, parameters, stream);          // what each block does
 //   workspace.attend(queries, output, nullptr, stream);               // may be captured in a CUDA graph
 //
-// A block takes some tiles of one sequence and key head, for eight query rows; each of its warps takes every so
-// manyth of these. Which is which is fixed by the plan, so that results repeat bit for bit on one card. The last
-// block of a head to end puts the parts together, in their order.
+// A block takes some tiles of one sequence and key head, for eight query rows; each of its warps takes every
+// so manyth of these. Which is which is fixed by the plan, so that results repeat bit for bit on one card.
+// The last block of a head to end puts the parts together, in their order.
 //
 // For the host's compiler; the kernels are in cuda/attend.cuh, for nvcc.
 #pragma once
@@ -31,8 +32,8 @@
 
 namespace kvplane::cuda {
 
-/// Memory and plans of attention. Each call works on the stream that it is given; nothing waits for the device, but
-/// for a plan whose predecessor has not been copied yet.
+/// Memory and plans of attention. Each call works on the stream that it is given; nothing waits for the
+/// device, but for a plan whose predecessor has not been copied yet.
 class AttendWorkspace {
   public:
     /// For the current device. Throws Error (io) where there is none.
@@ -54,10 +55,11 @@ class AttendWorkspace {
         cudaFree(memory_);
     }
 
-    /// Plans attention of `query_tokens` tokens of each sequence, 1 to 8, by default its last. Sequences stay as they
-    /// are until attend() has run. What parameters point to, sink_logits and alibi_slopes, is in device memory.
-    /// bias: in device memory, nullptr for none; of each sequence [query tokens][tokens], one after another, added to
-    /// the scores of all heads; -infinity masks. Throws Error (shape, option, out_of_memory).
+    /// Plans attention of `query_tokens` tokens of each sequence, 1 to 8, by default its last. Sequences stay
+    /// as they are until attend() has run. What parameters point to, sink_logits and alibi_slopes, is in
+    /// device memory. bias: in device memory, nullptr for none; of each sequence [query tokens][tokens], one
+    /// after another, added to the scores of all heads; -infinity masks. Throws Error (shape, option,
+    /// out_of_memory).
     void plan(const AttendLayer& layer, std::span<const DeviceSequence> sequences, Index query_tokens,
               const AttentionParameters& parameters, cudaStream_t stream, const float* bias = nullptr) {
         require_parameters(parameters, layer.view.query_heads);
@@ -85,9 +87,9 @@ class AttendWorkspace {
         upload(items, recent, layer, stream);
     }
 
-    /// Attends: queries [sum of query tokens][query_heads][key_head_dim], output [..][query_heads][value_head_dim],
-    /// log_sum_exp (nullptr: none) [..][query_heads]. Can be captured in a CUDA graph, whose launches then use the
-    /// plan that is there. Throws Error (io).
+    /// Attends: queries [sum of query tokens][query_heads][key_head_dim], output
+    /// [..][query_heads][value_head_dim], log_sum_exp (nullptr: none) [..][query_heads]. Can be captured in a
+    /// CUDA graph, whose launches then use the plan that is there. Throws Error (io).
     void attend(const DeviceRows& queries, const DeviceOutput& output, float* log_sum_exp,
                 cudaStream_t stream) {
         require(blocks_ > 0, ErrorCode::option, "cuda attention: no plan");
@@ -253,8 +255,8 @@ class AttendWorkspace {
         return items;
     }
 
-    /// Puts the plan, the pages of recent tokens and the signs of rotations into device memory. `recent`: in items,
-    /// the number of a sequence's first page.
+    /// Puts the plan, the pages of recent tokens and the signs of rotations into device memory. `recent`: in
+    /// items, the number of a sequence's first page.
     void upload(std::vector<detail::WorkItem>& items, const std::vector<const std::byte*>& recent,
                 const AttendLayer& layer, cudaStream_t stream) {
         Index end = 0;

@@ -2,19 +2,19 @@
 //
 //   cuda::DeviceMemory memory;                       // outlives the pool, as the pool outlives the caches
 //   TilePool pool(&memory);
-//   cuda::DeviceCache cache(configuration, pool);    // or cuda::DeviceCache::upload(host_cache, pool, stream)
-//   cache.append(keys, values, stream);              // device pointers with strides, after RoPE
+//   cuda::DeviceCache cache(configuration, pool);    // or cuda::DeviceCache::upload(host_cache, pool,
+//   stream) cache.append(keys, values, stream);              // device pointers with strides, after RoPE
 //   ... kernels read cache.device_tiles() ...
 //   KvCache again = cache.download(host_pool, stream);
 //
-// It is a KvCache byte for byte: its tiles, sinks and recent tokens, their layouts, all counts. append() stores the
-// very bytes that KvCache::append would of the same numbers, however these come in pieces. What goes to a file and
-// comes from one goes through KvCache: download() and save, load and upload().
+// It is a KvCache byte for byte: its tiles, sinks and recent tokens, their layouts, all counts. append()
+// stores the very bytes that KvCache::append would of the same numbers, however these come in pieces. What
+// goes to a file and comes from one goes through KvCache: download() and save, load and upload().
 //
-// This header is for the host's compiler and links kvplane::cuda, whose kernels nvcc compiles. (nvcc cannot read it;
-// cuda/launch.hpp says why.) Every call starts its work on a stream, and returns before it is done unless it says
-// otherwise. Calls for one cache come one at a time; those for caches of one pool go to one stream, or to streams
-// that wait for each other (cuda/pages.cuh).
+// This header is for the host's compiler and links kvplane::cuda, whose kernels nvcc compiles. (nvcc cannot
+// read it; cuda/launch.hpp says why.) Every call starts its work on a stream, and returns before it is done
+// unless it says otherwise. Calls for one cache come one at a time; those for caches of one pool go to one
+// stream, or to streams that wait for each other (cuda/pages.cuh).
 #pragma once
 
 #if defined(__CUDACC__)
@@ -79,8 +79,8 @@ class StreamQueue final : public Queue {
         started(launch(a, blocks, shared_bytes, stream_), "projecting keys");
     }
 
-    /// That kernels were compiled without -ftz and --use_fast_math. Throws Error (option). It waits, once in a
-    /// program.
+    /// That kernels were compiled without -ftz and --use_fast_math. Throws Error (option). It waits, once in
+    /// a program.
     void require_exact_kernels() {
         static std::atomic<bool> known{false};
         if (known.load(std::memory_order_relaxed)) return;
@@ -117,12 +117,12 @@ class StreamQueue final : public Queue {
 
 class DeviceCache {
   public:
-    /// No tokens. Throws Error (option) for a configuration that cannot be, or whose recipe fits its own basis. The
-    /// pool is of a DeviceMemory, and must outlive the cache.
+    /// No tokens. Throws Error (option) for a configuration that cannot be, or whose recipe fits its own
+    /// basis. The pool is of a DeviceMemory, and must outlive the cache.
     DeviceCache(const CacheConfiguration& configuration, TilePool& device) : cache_(configuration, device) {}
 
-    /// A copy of a cache, or of several at once: pages that these share are copied once and shared again. Throws
-    /// Error: option (provisional tokens; a recipe that has yet to fit its basis), out_of_memory, io.
+    /// A copy of a cache, or of several at once: pages that these share are copied once and shared again.
+    /// Throws Error: option (provisional tokens; a recipe that has yet to fit its basis), out_of_memory, io.
     static DeviceCache upload(const KvCache& cache, TilePool& device, cudaStream_t stream) {
         const KvCache* const one = &cache;
         return std::move(upload(std::span(&one, 1), device, stream).front());
@@ -135,8 +135,8 @@ class DeviceCache {
             all.push_back(DeviceCache(std::move(cache)));
         return all;
     }
-    /// The same back, into pages of a pool in the host's memory. Waits for the stream. Throws Error (out_of_memory,
-    /// io).
+    /// The same back, into pages of a pool in the host's memory. Waits for the stream. Throws Error
+    /// (out_of_memory, io).
     KvCache download(TilePool& host, cudaStream_t stream) {
         DeviceCache* const one = this;
         return std::move(download(std::span(&one, 1), host, stream).front());
@@ -149,22 +149,23 @@ class DeviceCache {
         return detail::CacheBase::download(bases, host, queue);
     }
 
-    /// A cache of the same content. It shares all pages; the first append to a page that is not full copies that
-    /// page. Waits only for tokens that were appended without a check, whose magnitudes it asks for.
+    /// A cache of the same content. It shares all pages; the first append to a page that is not full copies
+    /// that page. Waits only for tokens that were appended without a check, whose magnitudes it asks for.
     DeviceCache fork(cudaStream_t stream) {
         detail::StreamQueue queue(stream);
         return DeviceCache(cache_.fork(queue));
     }
 
-    /// Appends tokens: keys tokens x kv_heads x key_head_dim, values tokens x kv_heads x value_head_dim, after RoPE.
-    /// The stream must come to their memory after it is written, and before it is written again.
+    /// Appends tokens: keys tokens x kv_heads x key_head_dim, values tokens x kv_heads x value_head_dim,
+    /// after RoPE. The stream must come to their memory after it is written, and before it is written again.
     ///
-    /// Throws Error, and then has changed nothing: shape; not_finite and beyond_fp16 with the position, for which it
-    /// waits (AppendCheck says how not to); out_of_memory; io; option for recipes that must append on the host: that
-    /// shape keys, give tokens of values different widths, or clip. No tokens are provisional here.
+    /// Throws Error, and then has changed nothing: shape; not_finite and beyond_fp16 with the position, for
+    /// which it waits (AppendCheck says how not to); out_of_memory; io; option for recipes that must append
+    /// on the host: that shape keys, give tokens of values different widths, or clip. No tokens are
+    /// provisional here.
     ///
-    /// After a truncation inside a tile the host opens that tile, as KvCache does, and appends the first token there:
-    /// this takes a page to the host and some back.
+    /// After a truncation inside a tile the host opens that tile, as KvCache does, and appends the first
+    /// token there: this takes a page to the host and some back.
     void append(const DeviceRows& keys, const DeviceRows& values, cudaStream_t stream,
                 AppendCheck check = AppendCheck::wait) {
         append(keys, &values, stream, check);
@@ -190,20 +191,22 @@ class DeviceCache {
     Index tokens() const noexcept { return cache_.tokens(); }
     /// The first token after the kept sinks that is seen; see drop_before().
     Index first_kept() const noexcept { return cache_.first_kept(); }
-    /// Memory of all pages, as KvCache::bytes(). The tables of tiles and of pages, and what appends look up, are not
-    /// counted.
+    /// Memory of all pages, as KvCache::bytes(). The tables of tiles and of pages, and what appends look up,
+    /// are not counted.
     Index bytes() const noexcept { return cache_.bytes(); }
 
-    // What kernels read. Pointers hold until the cache changes; what they point to is there for work that comes later
-    // on the stream.
+    // What kernels read. Pointers hold until the cache changes; what they point to is there for work that
+    // comes later on the stream.
 
     /// [tile] in device memory, in the order of positions; nullptr without tiles.
     const DeviceTile* device_tiles() const noexcept { return cache_.device_tiles(); }
     /// The same on the host.
     const std::vector<DeviceTile>& tiles() const noexcept { return cache_.tiles(); }
-    /// The page of sinks, laid out as cache/token_rows.hpp says, of recipe.sink_tokens tokens; nullptr without sinks.
+    /// The page of sinks, laid out as cache/token_rows.hpp says, of recipe.sink_tokens tokens; nullptr
+    /// without sinks.
     const std::byte* sink_page() const noexcept { return cache_.sink_page(); }
-    /// Pages of recent tokens, 32 each, from position state().recent_first on: in device memory, and on the host.
+    /// Pages of recent tokens, 32 each, from position state().recent_first on: in device memory, and on the
+    /// host.
     const std::byte* const* device_recent_pages() const noexcept { return cache_.device_recent_pages(); }
     const std::vector<const std::byte*>& recent_pages() const noexcept { return cache_.recent_pages(); }
 
@@ -220,8 +223,8 @@ class DeviceCache {
                 .hidden_to = state().dropped};
     }
 
-    /// Pages of this state are in device memory. Its extremes lack tokens that were appended without a check, until
-    /// download() or fork().
+    /// Pages of this state are in device memory. Its extremes lack tokens that were appended without a check,
+    /// until download() or fork().
     const kvplane::detail::CacheState& state() const noexcept { return cache_.state(); }
     const kvplane::detail::CacheShape& shape() const noexcept { return cache_.shape(); }
 

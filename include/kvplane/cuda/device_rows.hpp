@@ -5,8 +5,8 @@
 
 namespace kvplane::cuda {
 
-/// Keys, values or queries in device memory, tokens x heads x head_dim. Strides are in elements. What lies between the
-/// elements is not looked at.
+/// Keys, values or queries in device memory, tokens x heads x head_dim. Strides are in elements. What lies
+/// between the elements is not looked at.
 struct DeviceRows {
     const void* data = nullptr;
     ScalarType type = ScalarType::float16;
@@ -14,7 +14,8 @@ struct DeviceRows {
     Index token_stride = 0, head_stride = 0, channel_stride = 1;
 };
 
-/// Where attention puts its output, tokens x heads x head_dim. Strides are in elements; channels are neighbours.
+/// Where attention puts its output, tokens x heads x head_dim. Strides are in elements; channels are
+/// neighbours.
 struct DeviceOutput {
     void* data = nullptr;
     ScalarType type = ScalarType::float16;

@@ -1,13 +1,13 @@
 // kvplane/cuda/encode.hpp: tokens to rows of pages and to tiles, by the threads of a block.
 //
 // A function here is what one block does, in phases: block.run(phase) calls phase(thread, threads) for every
-// thread and waits for all of them. On a device the threads are a block's; on the host a loop takes their place
-// (HostBlock), so that the bytes can be compared with those of KvCache where there is no device. Between phases
-// nothing is kept but shared and global memory.
+// thread and waits for all of them. On a device the threads are a block's; on the host a loop takes their
+// place (HostBlock), so that the bytes can be compared with those of KvCache where there is no device.
+// Between phases nothing is kept but shared and global memory.
 //
 // Shared memory of a tile's block: the rows of the group of tokens that share grids, as fp16 or floats; their
-// grids; partial results, and in their place codes of one byte. Rows are longer by 4 elements for each 32, so that the passes of a
-// rotation meet all banks.
+// grids; partial results, and in their place codes of one byte. Rows are longer by 4 elements for each 32, so
+// that the passes of a rotation meet all banks.
 #pragma once
 
 #include <cstddef>
@@ -41,13 +41,6 @@ struct DeviceBlock {
 };
 #endif
 
-// Loops over arrays in registers.
-#if defined(__CUDA_ARCH__)
-#define KVPLANE_UNROLL _Pragma("unroll")
-#else
-#define KVPLANE_UNROLL
-#endif
-
 /// Division by a number that is a power of two more often than not.
 struct Divisor {
     int by, shift;
@@ -62,7 +55,8 @@ struct Divisor {
     KVPLANE_DEVICE int rest(int x) const { return shift >= 0 ? x & (by - 1) : x % by; }
 };
 
-// What threads share -----------------------------------------------------------------------------------------
+// What threads share
+// -----------------------------------------------------------------------------------------
 
 KVPLANE_DEVICE inline void raise(std::uint32_t* where, std::uint32_t value) {
 #if defined(__CUDA_ARCH__)
@@ -188,7 +182,8 @@ KVPLANE_DEVICE void with_bits(int width, const Body& body) {
     }
 }
 
-// Input ------------------------------------------------------------------------------------------------------
+// Input
+// ------------------------------------------------------------------------------------------------------
 
 KVPLANE_DEVICE inline float number_of(const InputView& input, std::int64_t at) {
     if (input.type == input_float) return static_cast<const float*>(input.data)[at];
@@ -247,7 +242,8 @@ KVPLANE_DEVICE inline void put_four(float* to, const float (&x)[4]) {
     *reinterpret_cast<FourFloats*>(to) = four;
 }
 
-/// load(i, x), then use(i, x), for the items below `count` that are a thread's: four loads before the first use.
+/// load(i, x), then use(i, x), for the items below `count` that are a thread's: four loads before the first
+/// use.
 template <class Load, class Use>
 KVPLANE_DEVICE void loads_ahead(int thread, int threads, int count, const Load& load, const Use& use) {
     constexpr int ahead = 4;
@@ -262,7 +258,8 @@ KVPLANE_DEVICE void loads_ahead(int thread, int threads, int count, const Load& 
     }
 }
 
-// Rotation ---------------------------------------------------------------------------------------------------
+// Rotation
+// ---------------------------------------------------------------------------------------------------
 
 /// Stages half, 2 half, .. of a rotation, `count` numbers at a time; the last ones also take the scale.
 template <int count>
@@ -288,8 +285,8 @@ KVPLANE_DEVICE void rotate_some(float* row, int first, int half, float scale, co
         row[place_of(c)] = x[i];
     }
 }
-/// Replaces rows [begin, end) by their products with H / sqrt(n), block by block of the diagonal, and with signs
-/// where these are given; transform/impl/hadamard.hpp, operation by operation.
+/// Replaces rows [begin, end) by their products with H / sqrt(n), block by block of the diagonal, and with
+/// signs where these are given; transform/impl/hadamard.hpp, operation by operation.
 template <class Block>
 KVPLANE_DEVICE void rotate_rows(const Block& block, float* rows, int pitch, int begin, int end, int channels,
                                 const float* signs_after) {
@@ -328,7 +325,8 @@ KVPLANE_DEVICE void rotate_rows(const Block& block, float* rows, int pitch, int 
         });
 }
 
-// Rows as they are stored outside tiles ------------------------------------------------------------------------
+// Rows as they are stored outside tiles
+// ------------------------------------------------------------------------
 
 /// Where the grid of a row of 8 bits stands.
 struct RowGrids {
@@ -337,8 +335,8 @@ struct RowGrids {
         : step(from), lower(from + step_rows), inverse(lower + step_rows) {}
 };
 
-/// Takes tokens first + row of the input to the rows [begin, end) of `rows`, as floats in the frame in which they
-/// are stored; checks them, and leaves the largest magnitude of each row in eight parts.
+/// Takes tokens first + row of the input to the rows [begin, end) of `rows`, as floats in the frame in which
+/// they are stored; checks them, and leaves the largest magnitude of each row in eight parts.
 template <class Block>
 KVPLANE_DEVICE void stage_rows(const Block& block, const Side& side, int head, std::int64_t first, int begin,
                                int end, float* rows, int pitch, float* partial, std::uint32_t* bad,
@@ -452,7 +450,8 @@ KVPLANE_DEVICE inline int rows_shared_bytes(int dim) {
     return 4 * (RowsArguments::rows_of_block * pitch_of(dim) + step_rows * (grid_parts + 3));
 }
 
-// Rows of a tile ---------------------------------------------------------------------------------------------
+// Rows of a tile
+// ---------------------------------------------------------------------------------------------
 
 /// Rows of shared memory, fp16 bits or floats.
 template <class Value>
@@ -480,8 +479,8 @@ KVPLANE_DEVICE inline void load_recent(const Side& side, const std::byte* page, 
             c + i < side.dim ? product_of(step, static_cast<float>(static_cast<int>(codes[i]) - 128)) : 0.0f;
 }
 
-/// The tokens [base, base + 32) of a tile, of one head, as they are or would be stored outside tiles: floats in
-/// `rows`. `first`: the token of the input that is token 0 of the tile.
+/// The tokens [base, base + 32) of a tile, of one head, as they are or would be stored outside tiles: floats
+/// in `rows`. `first`: the token of the input that is token 0 of the tile.
 template <class Block>
 KVPLANE_DEVICE void stage_tokens(const Block& block, const Side& side, int head, std::int64_t first, int base,
                                  int begin, int end, const std::byte* const* recent, float* rows, int pitch,
@@ -640,7 +639,8 @@ struct SegmentPart {
     int code_column;      ///< of its codes
 };
 
-// Grids ------------------------------------------------------------------------------------------------------
+// Grids
+// ------------------------------------------------------------------------------------------------------
 
 /// A grid for each channel of all resident tokens.
 template <class Value, class Block>
@@ -848,7 +848,8 @@ KVPLANE_DEVICE void fit_unbiased(const Block& block, const TileWork<Value>& work
     }
 }
 
-// Codes ------------------------------------------------------------------------------------------------------
+// Codes
+// ------------------------------------------------------------------------------------------------------
 
 /// The grids of a part of a segment, and which of them is whose.
 struct GridsOfPart {
@@ -973,7 +974,8 @@ KVPLANE_DEVICE void make_codes(const Block& block, const TileWork<Value>& work, 
     });
 }
 
-// Planes -----------------------------------------------------------------------------------------------------
+// Planes
+// -----------------------------------------------------------------------------------------------------
 
 /// One plane of keys from codes. A word is a token's.
 template <int width, class Value>
@@ -1007,7 +1009,8 @@ KVPLANE_DEVICE void pack_keys(const TileWork<Value>& work, const SegmentPart& pa
     }
 }
 
-/// Four of the bytes of two words, b's behind a's: those that the digits of `which` number, the last digit first.
+/// Four of the bytes of two words, b's behind a's: those that the digits of `which` number, the last digit
+/// first.
 KVPLANE_DEVICE inline std::uint32_t picked(std::uint32_t a, std::uint32_t b, std::uint32_t which) {
 #if defined(__CUDA_ARCH__)
     return __byte_perm(a, b, which);
@@ -1086,7 +1089,8 @@ KVPLANE_DEVICE void pack_planes(const Block& block, const TileWork<Value>& work,
     });
 }
 
-// Tiles ------------------------------------------------------------------------------------------------------
+// Tiles
+// ------------------------------------------------------------------------------------------------------
 
 /// body(part) for every segment that an item has channels of.
 template <class Body>
@@ -1172,7 +1176,8 @@ KVPLANE_DEVICE void encode_tile(const Block& block, const TilesArguments& a, int
         encode_item<float>(block, a, item, tile, shared);
 }
 
-// Latents ----------------------------------------------------------------------------------------------------
+// Latents
+// ----------------------------------------------------------------------------------------------------
 
 KVPLANE_DEVICE inline int centre_shared_bytes(int dim) {
     return 4 * (step_rows * pitch_of(dim) + step_rows * (grid_parts + 3));
@@ -1219,8 +1224,8 @@ KVPLANE_DEVICE inline int product_shared_bytes() {
     return 4 * (A::rows_of_block * (A::depth + 1) + A::depth * A::columns_of_block +
                 A::rows_of_block * A::columns_of_block);
 }
-/// 64 tokens times 32 columns: block `index` of tiles x subspaces x strips x 2. Sums are in the order of the rows of
-/// the columns, each product rounded.
+/// 64 tokens times 32 columns: block `index` of tiles x subspaces x strips x 2. Sums are in the order of the
+/// rows of the columns, each product rounded.
 template <class Block>
 KVPLANE_DEVICE void multiply_keys(const Block& block, const ProductArguments& a, int index,
                                   std::byte* shared) {

@@ -1,8 +1,8 @@
 // kvplane/cuda/launch.hpp: the seam between what the host's compiler reads and what nvcc reads.
 //
-// nvcc 13 cannot read the headers of caches (it takes apart the vectors of simd/). So these functions are declared
-// for everyone, and cuda/append.cuh, which one .cu file of a program includes, defines them; CMake's target
-// kvplane::cuda has such a file. They return what the CUDA runtime says, as cudaError_t in an int.
+// nvcc 13 cannot read the headers of caches (it takes apart the vectors of simd/). So these functions are
+// declared for everyone, and cuda/append.cuh, which one .cu file of a program includes, defines them; CMake's
+// target kvplane::cuda has such a file. They return what the CUDA runtime says, as cudaError_t in an int.
 #pragma once
 
 #include "kvplane/cuda/arguments.hpp"
@@ -16,8 +16,8 @@ int launch(const TilesArguments& arguments, int blocks, int shared_bytes, CUstre
 int launch(const CentreArguments& arguments, int blocks, int shared_bytes, CUstream_st* stream);
 int launch(const ProductArguments& arguments, int blocks, int shared_bytes, CUstream_st* stream);
 
-/// Writes what a kernel that was compiled with these headers makes of 2^-140 * 2 and 1 / 3 to three floats of device
-/// memory.
+/// Writes what a kernel that was compiled with these headers makes of 2^-140 * 2 and 1 / 3 to three floats of
+/// device memory.
 int launch_probe(float* results, CUstream_st* stream);
 
 }  // namespace kvplane::cuda::detail

@@ -38,8 +38,9 @@ struct AttendLayer {
     std::vector<float> key_signs, value_signs;
 };
 
-/// Throws Error (option) for a configuration whose tiles the kernels do not read: keys in latents, values in keys,
-/// and what key_tile_view() and value_tile_view() refuse; for heads of other than a multiple of 8 channels up to 256.
+/// Throws Error (option) for a configuration whose tiles the kernels do not read: keys in latents, values in
+/// keys, and what key_tile_view() and value_tile_view() refuse; for heads of other than a multiple of 8
+/// channels up to 256.
 inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const PlanesRead& read = {}) {
     const CacheConfiguration& c = shape.configuration;
     require(!c.recipe.latents, ErrorCode::option, "cuda: keys in latents, expected keys in channels");

@@ -144,8 +144,8 @@ KVPLANE_DEVICE inline float widened_bfloat(std::uint16_t bits) {
     return float_of(static_cast<std::uint32_t>(bits) << 16);
 }
 
-/// A magnitude, given as the bits of a float: those of the greatest fp16 number not above it, and whether that is
-/// the number itself.
+/// A magnitude, given as the bits of a float: those of the greatest fp16 number not above it, and whether
+/// that is the number itself.
 KVPLANE_DEVICE inline std::uint32_t half_toward_zero(std::uint32_t magnitude, bool& exact) {
     if (magnitude >= 0x38800000u) {
         exact = (magnitude & 0x1FFFu) == 0;

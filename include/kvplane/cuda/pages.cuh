@@ -4,12 +4,12 @@
 //   TilePool pool(&memory);            // its pages are in the memory of the current device
 //   auto cache = cuda::DeviceCache::upload(host_cache, pool, stream);
 //
-// What a pool knows of its pages stands on the host, so that it never touches theirs. TilePool::page() and page_of()
-// write pages from the host and are not for such a pool; unfilled() is.
+// What a pool knows of its pages stands on the host, so that it never touches theirs. TilePool::page() and
+// page_of() write pages from the host and are not for such a pool; unfilled() is.
 //
-// A page goes back to the pool when the last reference to it goes, and may be handed out at once, while kernels that
-// were started before still read it. Work on the caches of one pool therefore belongs on one stream, or on streams
-// that wait for each other where pages change hands.
+// A page goes back to the pool when the last reference to it goes, and may be handed out at once, while
+// kernels that were started before still read it. Work on the caches of one pool therefore belongs on one
+// stream, or on streams that wait for each other where pages change hands.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -24,13 +24,15 @@
 
 namespace kvplane::cuda {
 
-/// Memory of one device, taken in slabs, because an allocation of its own for every page would stop the device each
-/// time. A slab goes back when nothing of it is in use. Calls are one at a time, as those of a TilePool are.
+/// Memory of one device, taken in slabs, because an allocation of its own for every page would stop the
+/// device each time. A slab goes back when nothing of it is in use. Calls are one at a time, as those of a
+/// TilePool are.
 class DeviceMemory : public std::pmr::memory_resource {
   public:
     static constexpr std::size_t alignment = 256;
 
-    /// Of the device that is current when memory is taken. slab_bytes: what is taken at a time, if pages are smaller.
+    /// Of the device that is current when memory is taken. slab_bytes: what is taken at a time, if pages are
+    /// smaller.
     explicit DeviceMemory(std::size_t slab_bytes = std::size_t{64} << 20) : slab_bytes_(slab_bytes) {}
     DeviceMemory(const DeviceMemory&) = delete;
     DeviceMemory& operator=(const DeviceMemory&) = delete;

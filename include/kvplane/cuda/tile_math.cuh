@@ -1,17 +1,18 @@
 // kvplane/cuda/tile_math.cuh: attention of eight query rows on one tile, by the 32 lanes of a warp.
 //
-// Everything is written over a Warp, whose Word, Int and Float are one lane's numbers on a device (warp.cuh), and
-// 32 of them in the tests, which run the same source on the host. Lane 4 g + t works for query row g.
+// Everything is written over a Warp, whose Word, Int and Float are one lane's numbers on a device (warp.cuh),
+// and 32 of them in the tests, which run the same source on the host. Lane 4 g + t works for query row g.
 //
-//   keys     the steps of the grids are folded into the query, and the result is rounded to 16 bits by tile: the
-//            high bytes are rows 0 to 7 of A, the low bytes rows 8 to 15. Sums are exact: the largest,
+//   keys     the steps of the grids are folded into the query, and the result is rounded to 16 bits by tile:
+//            the high bytes are rows 0 to 7 of A, the low bytes rows 8 to 15. Sums are exact: the largest,
 //            256 x 127 x 255 x 256 channels and the low bytes' part, is below 2^31.
-//   softmax  weights are relative to the largest score of their tile, so that rounding them to 16 bits loses as
-//            little in a tile of small weights; the tile's factor goes to where sums become floats.
-//   values   the steps are folded into the weights, rounded to unsigned 16 bits. Sums: 65535 x 255 x 128 < 2^31.
+//   softmax  weights are relative to the largest score of their tile, so that rounding them to 16 bits loses
+//            as little in a tile of small weights; the tile's factor goes to where sums become floats.
+//   values   the steps are folded into the weights, rounded to unsigned 16 bits. Sums: 65535 x 255 x 128 <
+//            2^31.
 //
-// fp16 tiles are put together in registers and multiplied as fp16, queries and weights in two parts (high and low
-// half) as above. Scores are in units of log 2.
+// fp16 tiles are put together in registers and multiplied as fp16, queries and weights in two parts (high and
+// low half) as above. Scores are in units of log 2.
 #pragma once
 
 #include <cstddef>
@@ -93,10 +94,11 @@ struct SoftmaxRows {
     typename W::Float sum;      ///< of the lane's own tokens
 };
 
-/// key_bits, value_bits: the width of all channels, 16 for fp16; 0: what the views say at run time. Of keys and of
-/// values with so many channels; where widths are known at run time, the most there may be (of a segment).
-/// paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by every product, it
-/// then takes one, and the lane of the other four rows the other: half of the work between the products.
+/// key_bits, value_bits: the width of all channels, 16 for fp16; 0: what the views say at run time. Of keys
+/// and of values with so many channels; where widths are known at run time, the most there may be (of a
+/// segment). paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by
+/// every product, it then takes one, and the lane of the other four rows the other: half of the work between
+/// the products.
 template <class W, int key_bits, int key_channels, int value_bits, int value_channels, bool paired = false>
 struct TileMath {
     using Word = typename W::Word;
@@ -276,7 +278,8 @@ struct TileMath {
         }
     }
 
-    /// One token that is in no tile: its score for the row. key: fp16 or codes of 8 bits less 128, see load_row().
+    /// One token that is in no tile: its score for the row. key: fp16 or codes of 8 bits less 128, see
+    /// load_row().
     template <class Row>
     KVPLANE_DEVICE static Float score_row(const QueryRowsView& queries, const Row& key_row, int channels) {
         const Word quarter = W::lane() & 3u, g = row();
@@ -327,8 +330,8 @@ struct TileMath {
         }
     }
 
-    /// Makes sums whole: over the lanes of a row, and bases into outputs. Of paired rows lanes from 16 on then hold
-    /// what lanes before hold.
+    /// Makes sums whole: over the lanes of a row, and bases into outputs. Of paired rows lanes from 16 on
+    /// then hold what lanes before hold.
     KVPLANE_DEVICE static void finish(State& state) {
         state.softmax.sum = over_row(state.softmax.sum);
         KVPLANE_UNROLL
@@ -440,7 +443,8 @@ struct TileMath {
         }
     }
 
-    /// Eight numbers up to signed_range in the bytes of A: the high and the low parts of four, and of four more.
+    /// Eight numbers up to signed_range in the bytes of A: the high and the low parts of four, and of four
+    /// more.
     KVPLANE_DEVICE static void signed_bytes(const Float (&f)[8], Float inverse, Word (&a)[4]) {
         Word bits[8];
         // The low 16 bits of this float are round(f inverse) + 128 in two's complement.
@@ -547,8 +551,8 @@ struct TileMath {
             load_value_planes<bits, plane + 1>(tile, segment, token, channel, words);
     }
 
-    /// The two words of B of an octet or a pair of quads: four codes a byte each, and four more. words[p][i]: what
-    /// unit i of the chunk in plane p holds. first: channel (token) where a chunk is less than a unit.
+    /// The two words of B of an octet or a pair of quads: four codes a byte each, and four more. words[p][i]:
+    /// what unit i of the chunk in plane p holds. first: channel (token) where a chunk is less than a unit.
     template <int bits, int chunk, class Words>
     KVPLANE_DEVICE static void code_words(const Words& words, int part, int s, Word first, Word (&b)[2]) {
         constexpr int planes = plane_split(bits).count;
@@ -786,8 +790,8 @@ struct TileMath {
 
     // Tiles of fp16 numbers.
 
-    /// The planes of fp16 numbers, of 8 numbers along the product: two words of the plane of high bytes, one each
-    /// of the two others.
+    /// The planes of fp16 numbers, of 8 numbers along the product: two words of the plane of high bytes, one
+    /// each of the two others.
     KVPLANE_DEVICE static void load_halves(const std::byte* tile, const SegmentView& segment, Word at[3],
                                            std::uint32_t next, Word (&words)[4][4]) {
         W::load16(tile + segment.plane_at[0], at[0], words[0]);

@@ -1,6 +1,7 @@
 // kvplane/cuda/tile_views.hpp: tiles as kernels take them: plain numbers, made from TileFormat.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -69,6 +70,15 @@ struct LayerView {
 
 namespace detail {
 
+/// How many planes are read of a segment. Throws Error (option) for some of an fp16 number's.
+inline int planes_read(const TileFormat::Placed& placed, int most) {
+    require(most >= 1, ErrorCode::option, "cuda: ", most, " planes to be read, expected at least 1");
+    const int read = std::min(most, placed.split.count);
+    require(!placed.is_half() || read == placed.split.count, ErrorCode::option, "cuda: ", read,
+            " planes of fp16 numbers to be read, expected all ", placed.split.count);
+    return read;
+}
+
 /// The first `planes` planes of a segment.
 inline SegmentView segment_view(const TileFormat::Placed& placed, int planes) {
     SegmentView view{};
@@ -99,8 +109,8 @@ inline Index read_end(const TileFormat& format, const TileFormat::Placed& placed
 
 }  // namespace detail
 
-/// planes: how many planes of each segment are read at most. Throws Error (option) for what kernels do not read:
-/// grids by token, more than 8 segments.
+/// planes: how many planes of each segment are read at most. Throws Error (option) for what kernels do not
+/// read: grids by token, more than 8 segments.
 inline KeyTileView key_tile_view(const TileFormat& format, int planes = PlaneSplit::max_planes) {
     KeyTileView view{};
     Index end = 0;
@@ -112,7 +122,7 @@ inline KeyTileView key_tile_view(const TileFormat& format, int planes = PlaneSpl
                 "cuda: grids of keys ", name(format.rule().granularity), ", expected per channel");
         require(!placed.has_grids() || step_bytes(placed.scheme) == 2, ErrorCode::option,
                 "cuda: grids of keys of the scheme ", name(placed.scheme), ", expected one with fp16 steps");
-        const int read = std::min(planes, placed.split.count);
+        const int read = detail::planes_read(placed, planes);
         view.segment[view.segments++] = detail::segment_view(placed, read);
         end = std::max(end, detail::read_end(format, placed, read));
     }
@@ -138,7 +148,7 @@ inline ValueTileView value_tile_view(const TileFormat& format, int planes = Plan
             ", expected per token over a multiple of 32 channels or the whole head");
     require(placed.scheme != Scheme::full_range, ErrorCode::option,
             "cuda: grids of values of the scheme full_range, whose steps may be negative; expected another");
-    const int read = std::min(planes, placed.split.count);
+    const int read = detail::planes_read(placed, planes);
     ValueTileView view{};
     view.all = detail::segment_view(placed, read);
     view.run_blocks = static_cast<std::int32_t>((run + 31) / 32);

@@ -1,7 +1,8 @@
-// kvplane/cuda/warp.cuh: one lane's numbers, and what lanes do together: the instructions that C++ has no words for.
+// kvplane/cuda/warp.cuh: one lane's numbers, and what lanes do together: the instructions that C++ has no
+// words for.
 //
-// Nothing else here contains assembly. Compute capability 8.0 and later; copies of whole tiles by one instruction
-// from 9.0 on.
+// Nothing else here contains assembly. Compute capability 8.0 and later; copies of whole tiles by one
+// instruction from 9.0 on.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -105,8 +106,8 @@ struct DeviceWarp {
     }
 };
 
-/// Copies of tiles into the memory of a block, one warp's slot each. A slot is filled by fill(), waited for by
-/// wait(), and free again when release() has returned. A slot's uses go in turns.
+/// Copies of tiles into the memory of a block, one warp's slot each. A slot is filled by fill(), waited for
+/// by wait(), and free again when release() has returned. A slot's uses go in turns.
 class TileSlot {
   public:
     __device__ void begin(std::byte* data, std::uint64_t* barrier) {
