@@ -105,6 +105,7 @@ inline CacheConfiguration configuration_of(const AppendCase& test) {
 /// fp16.
 inline Matrix append_numbers(std::mt19937_64& random, Index tokens, Index channels) {
     Matrix numbers = normal_matrix(random, tokens, channels, 2.0f);
+    if (tokens == 0) return numbers;  // Eigen counts on from where there is no memory
     for (Index c = 0; c < channels; c += 7) numbers.col(c) *= 40.0f;
     for (Index c = 3; c < channels; c += 11) numbers.col(c).setConstant(0.1f);
     for (Index c = 5; c < channels; c += 13) numbers.col(c) *= 1e-7f;
