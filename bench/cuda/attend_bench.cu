@@ -114,6 +114,7 @@ class Batch {
                                                        static_cast<std::size_t>(tiles));
             sequence.device_tiles = device_tiles_ + s * tiles;
             sequence.tokens = sequence.recent_first = shape.tokens;
+            sequence.page_bytes = layout.bytes;
         }
     }
     Batch(const Batch&) = delete;
@@ -124,7 +125,6 @@ class Batch {
     }
     std::span<const DeviceSequence> sequences() const { return sequences_; }
     const std::byte* memory() const { return memory_; }
-    std::size_t bytes() const { return bytes_; }
 
   private:
     void fill_grids(std::byte* page, std::mt19937_64& random) const {

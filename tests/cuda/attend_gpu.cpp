@@ -351,6 +351,21 @@ TEST(CudaAttention, RefusesWhatItCannotDo) {
     EXPECT_NE(refusal(ErrorCode::option, [&] { plan(1, {.position = 0, .read = ReadPolicy::fixed(4)}); })
                   .find("policy"),
               std::string::npos);
+    const auto other =
+        kvplane::cuda::attend_layer(KvCache(configuration_of({.recipe = "fp16"}), pool).shape());
+    EXPECT_NE(
+        refusal(ErrorCode::mismatch, [&] { workspace.plan(other, sequences, 1, {.position = 0}, nullptr); })
+            .find("expected those of the layer"),
+        std::string::npos);
+    Random random(kvplane_test::seed());
+    cache.append(kvplane_test::normal_matrix(400, 256, random),
+                 kvplane_test::normal_matrix(400, 256, random));
+    cache.narrow(0, 200, 4, 2);
+    const auto narrowed = kvplane::cuda::DeviceCache::upload(cache, device_pool, nullptr);
+    const std::array narrowed_sequence{narrowed.sequence()};
+    EXPECT_NE(refusal(ErrorCode::option, [&] { workspace.plan(layer, narrowed_sequence, 1, {}, nullptr); })
+                  .find("narrowed"),
+              std::string::npos);
     EXPECT_NE(refusal(ErrorCode::option, [&] { workspace.attend({}, {}, nullptr, nullptr); }).find("no plan"),
               std::string::npos);
 }

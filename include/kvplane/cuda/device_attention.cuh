@@ -74,6 +74,10 @@ class AttendWorkspace {
         std::vector<const std::byte*> recent;
         Index row = 0;
         for (const DeviceSequence& sequence : sequences) {
+            require(sequence.page_bytes == layer.page_bytes, ErrorCode::mismatch, "cuda attention: pages of ",
+                    sequence.page_bytes, " bytes, expected those of the layer, ", layer.page_bytes);
+            require(!sequence.narrowed, ErrorCode::option,
+                    "cuda attention: tiles that were narrowed, expected the widths of the recipe");
             tasks.push_back(task(sequence, parameters, query_tokens, row));
             tasks.back().recent_page = static_cast<std::int32_t>(recent.size());
             tasks.back().bias_at = static_cast<std::uint32_t>(bias_at);

@@ -220,7 +220,9 @@ class DeviceCache {
                 .recent_first = state().recent_first,
                 .tokens = tokens(),
                 .hidden_from = state().kept_sinks,
-                .hidden_to = state().dropped};
+                .hidden_to = state().dropped,
+                .page_bytes = state().layout->bytes,
+                .narrowed = state().has_narrowed()};
     }
 
     /// Pages of this state are in device memory. Its extremes lack tokens that were appended without a check,

@@ -17,6 +17,8 @@ struct DeviceSequence {
     std::span<const std::byte* const> recent;  ///< pages of recent tokens, on the host
     Index sink_count = 0, recent_first = 0, tokens = 0;
     Index hidden_from = 0, hidden_to = 0;  ///< tokens that no query sees
+    Index page_bytes = 0;                  ///< of a page of tiles
+    bool narrowed = false;                 ///< whether some tiles have other widths than new ones get
 };
 
 }  // namespace kvplane::cuda

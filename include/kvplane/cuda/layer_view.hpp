@@ -36,6 +36,7 @@ struct AttendLayer {
     LayerView view;
     /// Of the rotations of keys and of values, where some are rotated: one sign a channel.
     std::vector<float> key_signs, value_signs;
+    Index page_bytes = 0;  ///< of a page of tiles, by which other caches are known
 };
 
 /// Throws Error (option) for a configuration whose tiles the kernels do not read: keys in latents, values in
@@ -71,6 +72,7 @@ inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const 
     view.recent = detail::outside_view(shape.recent_rows(), c);
     if (view.rotates_keys != Rotation::none) layer.key_signs = shape.rotation(TileSide::keys).signs();
     if (view.rotates_values) layer.value_signs = shape.rotation(TileSide::values).signs();
+    layer.page_bytes = layout.bytes;
     return layer;
 }
 
