@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/host_warp.hpp"
@@ -136,6 +137,15 @@ void expect_scores(Tile& tile, const KeyTileView& view, const Matrix& queries, i
     });
 }
 
+/// check<bits, channels>() at every width, 16 for fp16.
+template <int channels, class Check>
+void at_every_width(const Check& check) {
+    [&]<int... bits>(std::integer_sequence<int, bits...>) {
+        (check.template operator()<bits, channels>(), ...);
+    }
+    (std::integer_sequence<int, 1, 2, 3, 4, 5, 6, 7, 8, 16>{});
+}
+
 TEST(TileMath, ScoresAreThoseOfDecodedKeysAtEveryWidth) {
     Random random(kvplane_test::seed());
     const auto check = [&]<int bits, int channels>() {
@@ -152,22 +162,11 @@ TEST(TileMath, ScoresAreThoseOfDecodedKeysAtEveryWidth) {
         using General = TileMath<HostWarp, 0, 256, 0, 128>;
         expect_scores<General>(tile, key_tile_view(tile.format), queries, 16, name + ", run time");
     };
-    const auto every_width = [&]<int channels>() {
-        check.template operator()<1, channels>();
-        check.template operator()<2, channels>();
-        check.template operator()<3, channels>();
-        check.template operator()<4, channels>();
-        check.template operator()<5, channels>();
-        check.template operator()<6, channels>();
-        check.template operator()<7, channels>();
-        check.template operator()<8, channels>();
-        check.template operator()<16, channels>();
-    };
-    every_width.template operator()<64>();
-    every_width.template operator()<80>();
-    every_width.template operator()<96>();
-    every_width.template operator()<128>();
-    every_width.template operator()<256>();
+    at_every_width<64>(check);
+    at_every_width<80>(check);
+    at_every_width<96>(check);
+    at_every_width<128>(check);
+    at_every_width<256>(check);
 }
 
 TEST(TileMath, GroupsOfTokensSegmentsAndPrefixesAreRead) {
@@ -259,19 +258,8 @@ TEST(TileMath, ValuesAreWeighedAtEveryWidth) {
                 if (bits == 16) return;
             }
     };
-    const auto every_width = [&]<int channels>() {
-        check.template operator()<1, channels>();
-        check.template operator()<2, channels>();
-        check.template operator()<3, channels>();
-        check.template operator()<4, channels>();
-        check.template operator()<5, channels>();
-        check.template operator()<6, channels>();
-        check.template operator()<7, channels>();
-        check.template operator()<8, channels>();
-        check.template operator()<16, channels>();
-    };
-    every_width.template operator()<80>();
-    every_width.template operator()<128>();
+    at_every_width<80>(check);
+    at_every_width<128>(check);
 }
 
 /// Attention of a cache as the kernel does it, with `warps` warps that take turns.
@@ -338,7 +326,7 @@ Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const Attent
                                 tile.page + head * layer.head_stride, layer.keys, scores);
                     Math::apply(
                         rules,
-                        {false, static_cast<std::int32_t>(tile.origin()), static_cast<std::int32_t>(tile.row),
+                        {static_cast<std::int32_t>(tile.origin()), static_cast<std::int32_t>(tile.row),
                          static_cast<std::int32_t>(tile.end_row())},
                         scores);
                     const auto factor = Math::weigh(scores, mine);

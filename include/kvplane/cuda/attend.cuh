@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
             (!rules.causal || last <= sequence.position) &&
             (rules.window == 0 || sequence.position + sequence.query_tokens - 1 - now.first < rules.window) &&
             (now.first >= rules.hidden_to || last < rules.hidden_from);
-        if (!plain_tile)
-            Math::apply(rules, {false, now.first - now.row, now.row, now.row + now.tokens}, scores);
+        if (!plain_tile) Math::apply(rules, {now.first - now.row, now.row, now.row + now.tokens}, scores);
         const float factor = Math::weigh(scores, state);
         Math::add_values(values.wait(), layer.values, scores, factor, state);
         __syncwarp();
@@ -281,8 +280,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         }
         __syncthreads();
         if (ended + 1 < static_cast<std::uint32_t>(item.parts)) return;
-        // The last block of the head puts the parts together, as many at a time as there is room for their
-        // shares.
+        // The last block of the head puts the parts together.
         if (threadIdx.x == 0) arguments.counters[item.counter] = 0;  // for the next launch
         const float* const parts = arguments.partials + static_cast<std::int64_t>(item.partial) * part_size;
         float* const shares = reinterpret_cast<float*>(memory);  // [part][row]

@@ -23,18 +23,12 @@
 // Everything here is plain arithmetic, so that tests walk through all of it on the host.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 #include "kvplane/cuda/device.hpp"
 #include "kvplane/storage/planes.hpp"
 
 namespace kvplane::cuda {
-
-/// The planes of a width; of 16 bits those of an fp16 number.
-constexpr PlaneSplit split_of(int bits) noexcept {
-    return plane_split(bits);
-}
 
 /// Codes in a 32-bit word of the narrowest plane of a width.
 constexpr int least_chunk(int bits) noexcept {

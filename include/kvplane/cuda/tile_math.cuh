@@ -81,11 +81,10 @@ struct ScoreRules {
     bool changes_scores;  ///< whether softcap, slope or bias do anything
 };
 
-/// Whether every row sees every token in [first, end) with scores as they are.
+/// Which rows of a tile are tokens of the sequence, and where.
 struct TileMask {
-    bool plain;
     std::int32_t origin;        ///< the position that row 0 of the tile has, or would have
-    std::int32_t row, end_row;  ///< which rows are tokens of the sequence
+    std::int32_t row, end_row;  ///< rows [row, end_row) are tokens
 };
 
 template <class W>
@@ -278,8 +277,7 @@ struct TileMath {
         }
     }
 
-    /// One token that is in no tile: its score for the row. key: fp16 or codes of 8 bits less 128, see
-    /// load_row().
+    /// One token that is in no tile: its score for the row. Row: TokenRow.
     template <class Row>
     KVPLANE_DEVICE static Float score_row(const QueryRowsView& queries, const Row& key_row, int channels) {
         const Word quarter = W::lane() & 3u, g = row();
