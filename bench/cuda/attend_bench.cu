@@ -13,12 +13,14 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cuda/device_attention.cuh"
 #include "kvplane/cuda/layer_view.hpp"
@@ -80,7 +82,7 @@ struct Shape {
 /// A batch of sequences of full tiles without tokens outside them.
 class Batch {
   public:
-    Batch(const PageLayout& layout, const Shape& shape) : layout_(layout) {
+    Batch(const PageLayout& layout, const LatentKeys* latent, const Shape& shape) : layout_(layout) {
         std::mt19937_64 random(7);
         const Index tiles = shape.tokens / tile_tokens, pages = tiles * shape.sequences;
         bytes_ = static_cast<std::size_t>(pages * layout.bytes);
@@ -115,6 +117,7 @@ class Batch {
             sequence.device_tiles = device_tiles_ + s * tiles;
             sequence.tokens = sequence.recent_first = shape.tokens;
             sequence.page_bytes = layout.bytes;
+            sequence.latent = latent;
         }
     }
     Batch(const Batch&) = delete;
@@ -166,6 +169,25 @@ class Batch {
     std::vector<DeviceSequence> sequences_;
 };
 
+/// A basis and widths for keys of a spectrum that falls by e over 30 latents, as those of models do.
+std::shared_ptr<const LatentKeys> fitted_basis(const CacheConfiguration& configuration) {
+    std::mt19937_64 random(11);
+    std::normal_distribution<float> normal;
+    const auto numbers = [&](Index rows, Index columns) {
+        Matrix to(rows, columns);
+        for (Index i = 0; i < to.size(); ++i) to.data()[i] = normal(random);
+        return to;
+    };
+    const Index dim = configuration.key_head_dim, heads = configuration.kv_heads;
+    Matrix keys = numbers(1024, heads * dim);
+    for (Index c = 0; c < keys.cols(); ++c) keys.col(c) *= std::exp(static_cast<float>(c % dim) / -30.0f);
+    TilePool pool;
+    KvCache cache(configuration, pool);
+    cache.append(keys, numbers(1024, heads * configuration.value_head_dim),
+                 numbers(1024, configuration.query_heads * dim));
+    return cache.state().latent;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) try {
@@ -188,25 +210,35 @@ int main(int count, char** arguments) try {
         const char* note = "";
     };
     for (const Row& row :
-         {Row{"key_favored:4:4", true}, Row{"key_favored:8:8", false},
-          Row{"key_favored:8:8", false, {1, 1}, " first planes"}, Row{"key_favored:2:2", false},
-          Row{"key_favored:5:3", true}, Row{"key_favored:4:2", false}, Row{"key_favored:3:3", false},
-          Row{"kivi:4:32", false}, Row{"key_favored:6:6", false}, Row{"fp16", true}}) {
+         {Row{"key_favored:4:4", true}, Row{"latent:3:3", false}, Row{"latent:4:4", false},
+          Row{"key_favored:8:8", false}, Row{"key_favored:8:8", false, {1, 1}, " first planes"},
+          Row{"key_favored:2:2", false}, Row{"key_favored:5:3", true}, Row{"key_favored:4:2", false},
+          Row{"key_favored:3:3", false}, Row{"kivi:4:32", false}, Row{"key_favored:6:6", false},
+          Row{"fp16", true}}) {
         const auto named = std::span(arguments, static_cast<std::size_t>(count)).subspan(1);
         if (!named.empty() && std::none_of(named.begin(), named.end(), [&](const char* name) {
                 return std::strcmp(name, row.recipe) == 0;
             }))
             continue;
-        const kvplane::detail::CacheShape shape({.kv_heads = 8,
-                                                 .query_heads = 32,
-                                                 .key_head_dim = 128,
-                                                 .value_head_dim = 128,
-                                                 .recipe = recipes::parse(row.recipe)});
+        CacheConfiguration configuration{.kv_heads = 8,
+                                         .query_heads = 32,
+                                         .key_head_dim = 128,
+                                         .value_head_dim = 128,
+                                         .recipe = recipes::parse(row.recipe)};
+        if (configuration.recipe.latents) {
+            configuration.recipe.latents->basis.heads_together = false;
+            configuration.rope = RopeSettings{};
+            configuration.latent_keys = fitted_basis(configuration);
+        }
+        const kvplane::detail::CacheShape shape(configuration);
         const AttendLayer layer = attend_layer(shape, row.read);
+        if (layer.latent)
+            for (const ChannelSegment& s : layer.latent->subspace(0).segments)
+                std::printf("%s: %d latents of %d bits\n", row.recipe, static_cast<int>(s.channels), s.bits);
         for (const Shape& of : shapes) {
             if (!row.all && of.tokens * of.sequences < 131072) continue;
             if (std::string(row.recipe) == "fp16" && of.tokens * of.sequences > 262144) continue;
-            const Batch batch(*shape.layout, of);
+            const Batch batch(*shape.layout, layer.latent.get(), of);
             std::vector<Eigen::half> queries(static_cast<std::size_t>(of.sequences * 32 * 128));
             std::mt19937_64 random(3);
             std::normal_distribution<float> normal;
@@ -221,7 +253,8 @@ int main(int count, char** arguments) try {
             const DeviceOutput o{out, ScalarType::float16, of.sequences, 32, 32 * 128, 128};
             const double us = time_of([&] { workspace.attend(q, o, nullptr, nullptr); }, other);
             const double bytes = static_cast<double>(of.sequences * of.tokens / 128 * 8) *
-                                 static_cast<double>(layer.view.keys.bytes + layer.view.values.bytes);
+                                 (layer.latent ? static_cast<double>(layer.page_bytes) / 8.0
+                                               : layer.view.keys.bytes + layer.view.values.bytes);
             const double plain = time_of(
                 [&] {
                     read_all<<<1056, 256>>>(reinterpret_cast<const uint4*>(batch.memory()),

@@ -93,7 +93,26 @@ CacheConfiguration configuration_of(const Case& c) {
                                      .value_head_dim = c.value_dim,
                                      .recipe = recipes::parse(c.recipe),
                                      .rotation_seed = 7};
+    if (configuration.recipe.latents) configuration.rope = RopeSettings{.layout = RopeLayout::halves};
     return configuration;
+}
+
+/// Normal numbers, some channels four times as large; for latents, of few directions of very different size, so
+/// that latents have several widths.
+Matrix keys_of(const Case& c, const CacheConfiguration& configuration, Index tokens, Random& random) {
+    Matrix keys = kvplane_test::normal_matrix(tokens, c.kv_heads * c.key_dim, random);
+    if (!configuration.recipe.latents) {
+        for (Index i = 0; i < keys.cols(); i += 7) keys.col(i) *= 4.0f;
+        return keys;
+    }
+    // Of every sequence and head the same directions.
+    Random fixed(5);
+    for (Index h = 0; h < c.kv_heads; ++h) {
+        auto head = keys.middleCols(h * c.key_dim, c.key_dim);
+        for (Index j = 0; j < c.key_dim; ++j) head.col(j) *= 0.3f * std::exp(-0.06f * static_cast<float>(j));
+        head = (head * kvplane_test::normal_matrix(c.key_dim, c.key_dim, fixed)).eval();
+    }
+    return keys;
 }
 
 void expect_attention(const Case& c, std::uint64_t seed) {
@@ -102,8 +121,17 @@ void expect_attention(const Case& c, std::uint64_t seed) {
                  std::to_string(c.query_tokens) + " query tokens, " + std::to_string(c.tokens.size()) +
                  " sequences");
     Random random(seed);
-    const CacheConfiguration configuration = configuration_of(c);
+    CacheConfiguration configuration = configuration_of(c);
+    const bool latents = configuration.recipe.latents.has_value();
     TilePool pool;
+    // Sequences that are attended together have one basis.
+    if (latents && c.tokens.size() > 1) {
+        KvCache first(configuration, pool);
+        first.append(keys_of(c, configuration, 700, random),
+                     kvplane_test::normal_matrix(700, c.kv_heads * c.value_dim, random),
+                     kvplane_test::normal_matrix(700, c.query_heads * c.key_dim, random));
+        configuration.latent_keys = first.state().latent;
+    }
     std::vector<KvCache> caches;
     caches.reserve(c.tokens.size());
     kvplane::cuda::DeviceMemory memory;
@@ -112,9 +140,13 @@ void expect_attention(const Case& c, std::uint64_t seed) {
     std::vector<DeviceSequence> sequences;
     for (const Index tokens : c.tokens) {
         KvCache& cache = caches.emplace_back(configuration, pool);
-        Matrix keys = kvplane_test::normal_matrix(tokens, c.kv_heads * c.key_dim, random);
-        for (Index i = 0; i < keys.cols(); i += 7) keys.col(i) *= 4.0f;
-        cache.append(keys, kvplane_test::normal_matrix(tokens, c.kv_heads * c.value_dim, random));
+        const Matrix keys = keys_of(c, configuration, tokens, random),
+                     values = kvplane_test::normal_matrix(tokens, c.kv_heads * c.value_dim, random);
+        if (configuration.fits_basis())
+            cache.append(keys, values,
+                         kvplane_test::normal_matrix(tokens, c.query_heads * c.key_dim, random));
+        else
+            cache.append(keys, values);
         if (c.drop > 0) cache.drop_before(c.drop, 4);
         uploaded.push_back(kvplane::cuda::DeviceCache::upload(cache, device_pool, nullptr));
     }
@@ -157,7 +189,8 @@ void expect_attention(const Case& c, std::uint64_t seed) {
     const DeviceBytes device_bias(all_biases.data(), all_biases.size() * 4);
 
     AttendWorkspace workspace;
-    workspace.plan(kvplane::cuda::attend_layer(caches[0].shape()), sequences, c.query_tokens,
+    const auto basis = configuration.fits_basis() ? caches[0].state().latent : nullptr;
+    workspace.plan(kvplane::cuda::attend_layer(caches[0].shape(), {}, basis), sequences, c.query_tokens,
                    device_parameters, nullptr, c.bias ? device_bias.as<float>() : nullptr);
     const kvplane::cuda::DeviceRows in{device_queries.as(), ScalarType::float16,       rows,
                                        c.query_heads,       c.query_heads * c.key_dim, c.key_dim};
@@ -209,7 +242,15 @@ std::vector<Case> cases() {
           "kivi:4", "kivi:2:32", "kivi:8:64", "key_favored:7:1"})
         for (const Index dim : {Index{128}, Index{64}, Index{80}, Index{96}, Index{256}})
             all.push_back({.recipe = recipe, .key_dim = dim, .value_dim = dim, .tokens = {900}});
-    for (const char* recipe : {"fp16", "standard", "key_favored:4:4", "kivi:4:32"}) {
+    for (const char* recipe :
+         {"latent:3:3+heads_together=0", "latent:2:2+heads_together=0", "latent:4:4+heads_together=0",
+          "latent:3:8+heads_together=0", "latent:2:4+heads_together=0+frame=after_rope", "weighted:3:3"})
+        for (const Index dim : {Index{128}, Index{64}, Index{80}, Index{96}, Index{256}})
+            all.push_back({.recipe = recipe, .key_dim = dim, .value_dim = dim, .tokens = {900}});
+    all.push_back(
+        {.recipe = "latent:3:3+heads_together=1", .key_dim = 64, .value_dim = 128, .tokens = {2000}});
+    for (const char* recipe :
+         {"fp16", "standard", "key_favored:4:4", "kivi:4:32", "latent:3:3+heads_together=0"}) {
         all.push_back(
             {.recipe = recipe, .kv_heads = 1, .query_heads = 1, .tokens = {1, 3, 31, 129, 5000, 300}});
         all.push_back({.recipe = recipe,
@@ -365,6 +406,22 @@ TEST(CudaAttention, RefusesWhatItCannotDo) {
     const std::array narrowed_sequence{narrowed.sequence()};
     EXPECT_NE(refusal(ErrorCode::option, [&] { workspace.plan(layer, narrowed_sequence, 1, {}, nullptr); })
                   .find("narrowed"),
+              std::string::npos);
+    // Of caches that fit bases of their own each has another.
+    std::vector<kvplane::cuda::DeviceCache> latent_caches;
+    for (int i = 0; i < 2; ++i) {
+        const CacheConfiguration c = configuration_of({.recipe = "latent:3:3+heads_together=0"});
+        KvCache one(c, pool);
+        one.append(kvplane_test::normal_matrix(700, 256, random),
+                   kvplane_test::normal_matrix(700, 256, random),
+                   kvplane_test::normal_matrix(700, 8 * 128, random));
+        latent_caches.push_back(kvplane::cuda::DeviceCache::upload(one, device_pool, nullptr));
+    }
+    const auto of_first =
+        kvplane::cuda::attend_layer(latent_caches[0].shape(), {}, latent_caches[0].state().latent);
+    const std::array second{latent_caches[1].sequence()};
+    EXPECT_NE(refusal(ErrorCode::mismatch, [&] { workspace.plan(of_first, second, 1, {}, nullptr); })
+                  .find("another basis"),
               std::string::npos);
     EXPECT_NE(refusal(ErrorCode::option, [&] { workspace.attend({}, {}, nullptr, nullptr); }).find("no plan"),
               std::string::npos);

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numbers>
 #include <type_traits>
 
 namespace kvplane::cuda {
@@ -77,6 +78,7 @@ KVPLANE_LANES_COMPARISON(<=)
 KVPLANE_LANES_COMPARISON(>)
 KVPLANE_LANES_COMPARISON(>=)
 KVPLANE_LANES_COMPARISON(==)
+KVPLANE_LANES_COMPARISON(!=)
 #undef KVPLANE_LANES_COMPARISON
 
 /// As DeviceWarp of cuda/warp.cuh.
@@ -122,6 +124,34 @@ struct HostWarp {
     static Word load1(const std::byte* base, const Word& at) {
         return each<std::uint32_t>([&](int i) { return read<std::uint8_t>(base, at[i]); });
     }
+    static void store16(std::byte* base, const Word& at, const Word (&from)[4]) {
+        for (int i = 0; i < 32; ++i) {
+            check<16>(base + at[i]);
+            for (std::uint32_t w = 0; w < 4; ++w) std::memcpy(base + at[i] + 4 * w, &from[w].at[index(i)], 4);
+        }
+    }
+    static void store8(std::byte* base, const Word& at, const Word& first, const Word& second) {
+        for (int i = 0; i < 32; ++i) {
+            check<8>(base + at[i]);
+            std::memcpy(base + at[i], &first.at[index(i)], 4);
+            std::memcpy(base + at[i] + 4, &second.at[index(i)], 4);
+        }
+    }
+    static void store4(std::byte* base, const Word& at, const Word& word, const Flag& there) {
+        for (int i = 0; i < 32; ++i)
+            if (there[i]) {
+                check<4>(base + at[i]);
+                std::memcpy(base + at[i], &word.at[index(i)], 4);
+            }
+    }
+    static void store2(std::byte* base, const Word& at, const Word& word) {
+        for (int i = 0; i < 32; ++i) {
+            check<2>(base + at[i]);
+            const auto low = static_cast<std::uint16_t>(word[i]);
+            std::memcpy(base + at[i], &low, 2);
+        }
+    }
+    static std::size_t index(int lane) { return static_cast<std::size_t>(lane); }
     static Float load_bias(const float* bias, const Word& row, const Int& key, const Flag& there) {
         return each<float>(
             [&](int i) { return there[i] ? bias[row[i] + static_cast<std::uint32_t>(key[i])] : 0.0f; });
@@ -183,6 +213,18 @@ struct HostWarp {
     static Float exp2(const Float& x) {
         return each<float>([&](int i) { return std::exp2(x[i]); });
     }
+    static Float cosine(const Word& x) {
+        return each<float>([&](int i) { return std::cos(turn_angle(x[i])); });
+    }
+    static Float sine(const Word& x) {
+        return each<float>([&](int i) { return std::sin(turn_angle(x[i])); });
+    }
+    static double turn_angle(std::uint32_t x) {
+        return static_cast<std::int32_t>(x) * (2.0 * std::numbers::pi * 0x1p-32);
+    }
+    static Word multiply_high(const Word& a, const Word& b) {
+        return each<std::uint32_t>([&](int i) { return std::uint64_t{a[i]} * b[i] >> 32; });
+    }
     static Float tanh(const Float& x) {
         return each<float>([&](int i) { return std::tanh(x[i]); });
     }
@@ -197,9 +239,11 @@ struct HostWarp {
         return each<bool>([&](int i) { return a[i] || b[i]; });
     }
 
+    static void sync() {}
     static bool any(const Flag& flag) {
         return std::any_of(flag.at.begin(), flag.at.end(), [](bool x) { return x; });
     }
+    static Float of_lane(const Float& x, int lane) { return Float(x[lane]); }
     static Float shuffle_xor(const Float& x, int lanes) {
         return each<float>([&](int i) { return x[i ^ lanes]; });
     }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "cuda/host_warp.hpp"
 #include "kvplane/attention/reference.hpp"
 #include "kvplane/cache/kv_cache.hpp"
+#include "kvplane/cuda/latent_math.cuh"
 #include "kvplane/cuda/layer_view.hpp"
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/recipes.hpp"
@@ -119,8 +121,9 @@ template <class Math>
 void expect_scores(Tile& tile, const KeyTileView& view, const Matrix& queries, int depth,
                    const std::string& name) {
     QueryMemory memory(queries, queries.cols());
+    AlignedBytes factors(8 * view.factor_stride());
     typename Math::Scores score;
-    Math::score(memory.view(), tile.bytes.data(), view, score);
+    Math::score(memory.view(), tile.bytes.data(), view, factors.data(), score);
     const Matrix keys = tile.decoded(depth);
     const Eigen::MatrixXd exact = queries.cast<double>() * keys.cast<double>().transpose();
     const Eigen::MatrixXd sizes =
@@ -159,7 +162,7 @@ TEST(TileMath, ScoresAreThoseOfDecodedKeysAtEveryWidth) {
         Matrix twice = queries;
         twice.bottomRows(4) = queries.topRows(4);
         expect_scores<Paired>(tile, key_tile_view(tile.format), twice, 16, name + ", paired");
-        using General = TileMath<HostWarp, 0, 256, 0, 128>;
+        using General = TileMath<HostWarp, any_width, 256, any_width, 128>;
         expect_scores<General>(tile, key_tile_view(tile.format), queries, 16, name + ", run time");
     };
     at_every_width<64>(check);
@@ -171,7 +174,7 @@ TEST(TileMath, ScoresAreThoseOfDecodedKeysAtEveryWidth) {
 
 TEST(TileMath, GroupsOfTokensSegmentsAndPrefixesAreRead) {
     Random random(kvplane_test::seed());
-    using General = TileMath<HostWarp, 0, 256, 0, 128>;
+    using General = TileMath<HostWarp, any_width, 256, any_width, 128>;
     for (const Index group : {32, 64, 128}) {
         const GridRule rule{Granularity::per_channel, group, Scheme::min_max, Clip::none};
         for (const std::vector<ChannelSegment>& segments : {std::vector<ChannelSegment>{{64, 4}},
@@ -246,7 +249,7 @@ TEST(TileMath, ValuesAreWeighedAtEveryWidth) {
                 const std::string name = std::to_string(bits) + " bits, " + std::to_string(channels) +
                                          " channels, " + kvplane::name(scheme) + " over " +
                                          std::to_string(run);
-                using General = TileMath<HostWarp, 0, 256, 0, channels>;
+                using General = TileMath<HostWarp, any_width, 256, any_width, channels>;
                 if (scheme == scheme_for(bits) || bits == 16)
                     expect_values<General>(tile, value_tile_view(tile.format), scores, 16,
                                            name + ", run time");
@@ -262,13 +265,57 @@ TEST(TileMath, ValuesAreWeighedAtEveryWidth) {
     at_every_width<128>(check);
 }
 
+/// A block's and a warp's memory for queries in the latents of a head.
+template <bool paired>
+struct LatentRows {
+    using Latents = LatentMath<HostWarp, paired>;
+
+    /// plain: eight scaled query rows; of paired ones the last four are the first four once more.
+    LatentRows(const AttendLayer& layer, Index head_of, const Matrix& plain)
+        : view(layer.table->view()),
+          table(view.head_bytes),
+          warp(view.warp_bytes()),
+          given(Matrix::Zero(8, view.channels), view.channels),
+          exchanged(given) {
+        std::memcpy(table.data(), layer.table->bytes().data() + head_of * view.head_bytes, view.head_bytes);
+        std::memcpy(&head, table.data(), sizeof head);
+        Matrix padded = Matrix::Zero(8, view.channels), partners = padded;
+        padded.leftCols(plain.cols()) = plain;
+        for (Index channel = 0; channel < view.channels; ++channel) {
+            std::int32_t partner;
+            std::memcpy(&partner, table.data() + view.partners_at + channel * 4, 4);
+            partners.col(channel) = padded.col(partner);
+        }
+        given = QueryMemory(padded, view.channels);
+        exchanged = QueryMemory(partners, view.channels);
+        memory = {given.bytes.data(), exchanged.bytes.data(), given.stride, table.data(), warp.data()};
+        largest = Latents::largest_of(view, memory);
+    }
+    template <class Math>
+    void score(const TilePlace& tile, typename Math::Scores& scores) {
+        std::uint32_t origins[Latents::tiles];
+        for (std::uint32_t& origin : origins) origin = static_cast<std::uint32_t>(tile.origin());
+        Latents::project(view, head, memory, largest, origins);
+        Math::score(Latents::latents(view, memory, 0), tile.page + head.key_at, head.keys,
+                    warp.data() + view.factors_at(), scores);
+    }
+
+    LatentView view;
+    LatentHead head{};
+    AlignedBytes table, warp;
+    QueryMemory given, exchanged;
+    typename Latents::Memory memory{};
+    HostWarp::Float largest{0.0f};
+};
+
 /// Attention of a cache as the kernel does it, with `warps` warps that take turns.
 template <class Math>
 Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const AttentionParameters& parameters,
                        int warps) {
     const CacheConfiguration& c = cache.configuration();
-    const LayerView layer = attend_layer(cache.shape()).view;
     const auto& state = cache.state();
+    const AttendLayer of = attend_layer(cache.shape(), {}, c.fits_basis() ? state.latent : nullptr);
+    const LayerView& layer = of.view;
     const Index group = c.group(), rows = queries.rows() * group;
     const Index position = parameters.first_position(cache.tokens(), queries.rows());
     Matrix output(queries.rows(), c.query_heads * c.value_head_dim);
@@ -285,6 +332,9 @@ Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const Attent
             Matrix rotated = plain;
             cache.shape().rotation(TileSide::keys).rotate(rotated);
             QueryMemory as_given(plain, c.key_head_dim), turned(rotated, c.key_head_dim);
+            std::optional<LatentRows<Math::shares_rows>> latents;
+            if (Math::in_latents) latents.emplace(of, head, plain);
+            AlignedBytes factors(8 * layer.keys.factor_stride());
             ScoreRules<HostWarp> rules{};
             rules.position =
                 each<std::int32_t>([&](int lane) { return position + row_of(lane / 4) / group; });
@@ -322,16 +372,19 @@ Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const Attent
                         layer.rotates_keys == Rotation::all ||
                         (layer.rotates_keys == Rotation::by_tile && tile.layout->rotated(tile.page, head));
                     typename Math::Scores scores;
-                    Math::score(is_turned ? turned.view() : as_given.view(),
-                                tile.page + head * layer.head_stride, layer.keys, scores);
+                    if (Math::in_latents)
+                        latents->template score<Math>(tile, scores);
+                    else
+                        Math::score(is_turned ? turned.view() : as_given.view(),
+                                    tile.page + head * layer.head_stride, layer.keys, factors.data(), scores);
                     Math::apply(
                         rules,
                         {static_cast<std::int32_t>(tile.origin()), static_cast<std::int32_t>(tile.row),
                          static_cast<std::int32_t>(tile.end_row())},
                         scores);
                     const auto factor = Math::weigh(scores, mine);
-                    Math::add_values(tile.page + head * layer.head_stride + layer.value_offset, layer.values,
-                                     scores, factor, mine);
+                    Math::add_values(tile.page + tile.layout->value_at[static_cast<std::size_t>(head)],
+                                     layer.values, scores, factor, mine);
                 }
                 Math::finish(mine);
             }
@@ -388,6 +441,111 @@ TEST(TileMath, WholeCachesAreAttended) {
         }
 }
 
+/// Keys of few directions of very different size, so that latents have several widths.
+Matrix keys_of_few_directions(Random& random, Index tokens, Index channels, Index head_dim) {
+    Matrix keys(tokens, channels);
+    for (Index head = 0; head < channels / head_dim; ++head) {
+        Matrix parts = kvplane_test::normal_matrix(tokens, head_dim, random);
+        for (Index j = 0; j < head_dim; ++j) parts.col(j) *= std::exp(-0.08f * static_cast<float>(j));
+        keys.middleCols(head * head_dim, head_dim) =
+            parts * kvplane_test::normal_matrix(head_dim, head_dim, random) * 0.3f;
+    }
+    return keys;
+}
+
+CacheConfiguration latent_configuration(const char* recipe, Index head_dim, RopeLayout layout) {
+    return {.kv_heads = 2,
+            .query_heads = 6,
+            .key_head_dim = head_dim,
+            .value_head_dim = 96,
+            .recipe = recipes::parse(recipe),
+            .rotation_seed = 5,
+            .rope = RopeSettings{.layout = layout}};
+}
+
+/// Queries turned and projected by the 32 lanes are those of double precision, far from the begin too.
+TEST(LatentMath, QueriesBecomeLatents) {
+    Random random(kvplane_test::seed());
+    const auto check = [&]<bool paired>() {
+        for (const char* recipe : {"latent:3:3", "latent:2:2", "weighted:3:3"})
+            for (const Index dim : {Index{64}, Index{80}, Index{72}, Index{128}}) {
+                const auto layout = dim == 64 ? RopeLayout::halves : RopeLayout::interleaved;
+                TilePool pool;
+                KvCache cache(latent_configuration(recipe, dim, layout), pool);
+                cache.append(keys_of_few_directions(random, 700, 2 * dim, dim),
+                             kvplane_test::normal_matrix(700, 2 * 96, random),
+                             kvplane_test::normal_matrix(700, 6 * dim, random));
+                ASSERT_TRUE(cache.state().latent) << recipe;
+                const AttendLayer layer = attend_layer(cache.shape(), {}, cache.state().latent);
+                const LatentKeys& latent = *layer.latent;
+                Matrix queries = rows_of(random, 8, dim);
+                if (paired) queries.bottomRows(4) = queries.topRows(4);
+                for (Index h = 0; h < 2; ++h) {
+                    LatentRows<paired> rows(layer, h, queries);
+                    using Latents = LatentMath<HostWarp, paired>;
+                    std::uint32_t origins[Latents::tiles];
+                    for (std::uint32_t& origin : origins)
+                        origin = std::uniform_int_distribution<std::uint32_t>(0, 1u << 20)(random);
+                    Latents::project(rows.view, rows.head, rows.memory, rows.largest, origins);
+                    const Index s = latent.subspace_of_head(h), at = latent.head_offset(h);
+                    const MatrixD basis = latent.from_latents(s).middleRows(at, dim).cast<double>();
+                    const Eigen::VectorXd mean =
+                        latent.subspace(s).mean.segment(at, dim).transpose().cast<double>();
+                    for (int tile = 0; tile < Latents::tiles; ++tile)
+                        for (Index r = 0; r < (paired ? 4 : 8); ++r) {
+                            Eigen::RowVectorXd query = queries.row(r).cast<double>();
+                            for (const RotaryEmbedding::Pair& pair : latent.embedding().pairs()) {
+                                if (latent.frame() == KeyFrame::after_rope || pair.second < 0) continue;
+                                const double angle = -static_cast<double>(origins[tile]) * pair.frequency;
+                                const double x = query[pair.first], y = query[pair.second];
+                                query[pair.first] = x * std::cos(angle) - y * std::sin(angle);
+                                query[pair.second] = x * std::sin(angle) + y * std::cos(angle);
+                            }
+                            const QueryRowsView made = Latents::latents(rows.view, rows.memory, tile);
+                            const auto found = [&](std::size_t byte) {
+                                float x;
+                                std::memcpy(&x, made.rows + byte + static_cast<std::size_t>(r) * 4, 4);
+                                return static_cast<double>(x);
+                            };
+                            // Of sums of floats; latents of queries that are rounded to fp16, each channel by
+                            // up to 2^-11 of itself or of what is lost at the low end.
+                            const double size = query.norm(), half = 0x1p-11 + 1e-5;
+                            EXPECT_NEAR(found(made.offset_at), query * mean, 2e-6 * size * mean.norm());
+                            for (Index j = 0; j < basis.cols(); ++j)
+                                ASSERT_NEAR(found(static_cast<std::size_t>(j * Latents::rows) * 4),
+                                            query * basis.col(j),
+                                            half * query.cwiseAbs() * basis.col(j).cwiseAbs())
+                                    << recipe << ", head " << h << " of " << dim << ", latent " << j;
+                        }
+                }
+            }
+    };
+    check.template operator()<false>();
+    check.template operator()<true>();
+}
+
+TEST(LatentMath, WholeCachesAreAttended) {
+    Random random(kvplane_test::seed());
+    for (const char* recipe : {"latent:3:3", "latent:2:4", "weighted:3:3"})
+        for (const Index dim : {Index{64}, Index{128}}) {
+            TilePool pool;
+            KvCache cache(latent_configuration(recipe, dim, RopeLayout::halves), pool);
+            cache.append(keys_of_few_directions(random, 900, 2 * dim, dim),
+                         kvplane_test::normal_matrix(900, 2 * 96, random),
+                         kvplane_test::normal_matrix(900, 6 * dim, random));
+            const Index tokens = 870;
+            cache.truncate(tokens);
+            const Matrix queries = kvplane_test::normal_matrix(3, 6 * dim, random);
+            using Math = TileMath<HostWarp, latent_width, 256, any_width, 96>;
+            const Matrix found = attend_as_warps<Math>(cache, queries, {}, 3);
+            const MatrixD exact = reference_attention(cache.stored_keys(0, tokens),
+                                                      cache.stored_values(0, tokens), queries, 6, 2);
+            EXPECT_LE((found.cast<double>() - exact).cwiseAbs().maxCoeff(),
+                      3e-4 * static_cast<double>(cache.stored_values(0, tokens).cwiseAbs().maxCoeff()))
+                << recipe << ", heads of " << dim;
+        }
+}
+
 /// What attention does not read is refused by name.
 TEST(TileMath, OtherTilesAreRefused) {
     using kvplane_test::refusal;
@@ -417,6 +575,31 @@ TEST(TileMath, OtherTilesAreRefused) {
                       })
                   .find("0 planes"),
               std::string::npos);
+    EXPECT_NE(refusal(ErrorCode::option, [&] { layer(with("latent:3:3")); }).find("without a basis"),
+              std::string::npos);
+    // A basis of keys before RoPE, and one of too many latents.
+    Random random(kvplane_test::seed());
+    const auto fitted = [&](const char* name, Index heads, const std::string& sentence) {
+        CacheConfiguration c = with(name);
+        c.kv_heads = c.query_heads = heads;
+        c.rope = RopeSettings{};
+        TilePool pool;
+        KvCache cache(c, pool);
+        cache.append(kvplane_test::normal_matrix(900, 64 * heads, random),
+                     kvplane_test::normal_matrix(900, 64 * heads, random),
+                     kvplane_test::normal_matrix(900, 64 * heads, random));
+        const auto& basis = cache.state().latent;
+        ASSERT_TRUE(basis);
+        EXPECT_NE(refusal(ErrorCode::option, [&] { attend_layer(cache.shape(), {}, basis); }).find(sentence),
+                  std::string::npos)
+            << name;
+        c.recipe = recipes::parse("standard");
+        EXPECT_NE(refusal(ErrorCode::option, [&] { attend_layer(kvplane::detail::CacheShape(c), {}, basis); })
+                      .find("do not fit one of their own"),
+                  std::string::npos);
+    };
+    fitted("svdq:2", 2, "before_rope");
+    fitted("svdq:4-4+frame=tile", 5, "320 latents");
     CacheConfiguration odd = good;
     odd.key_head_dim = 100;
     EXPECT_NE(refusal(ErrorCode::option, [&] { layer(odd); }).find("100 channels of keys"),

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "kvplane/cuda/attend_arguments.hpp"
+#include "kvplane/cuda/latent_math.cuh"
 #include "kvplane/cuda/tile_math.cuh"
 #include "kvplane/cuda/warp.cuh"
 
@@ -96,15 +97,22 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     const auto place = [&](int i) -> const DeviceTile& {
         return sequence.tiles[i < sequence.skip_from ? i : i + sequence.skip];
     };
-    const auto key_tile = [&](const DeviceTile& tile) { return tile.page + head * layer.head_stride; };
-    const auto value_tile = [&](const DeviceTile& tile) {
-        return tile.page + head * layer.head_stride + layer.value_offset;
-    };
+    // Of latents each head has tiles of its own size, or all have one tile of keys.
+    const LatentView& latents = layer.latents;
+    const LatentHead* const latent_head =
+        Math::in_latents ? reinterpret_cast<const LatentHead*>(latents.table + head * latents.head_bytes)
+                         : nullptr;
+    const std::int32_t key_at = Math::in_latents ? latent_head->key_at : head * layer.head_stride,
+                       value_at = Math::in_latents ? latent_head->value_at : key_at + layer.value_offset;
+    const auto key_bytes =
+        static_cast<std::uint32_t>(Math::in_latents ? latent_head->keys.bytes : layer.keys.bytes);
+    const auto key_tile = [&](const DeviceTile& tile) { return tile.page + key_at; };
+    const auto value_tile = [&](const DeviceTile& tile) { return tile.page + value_at; };
     int tile = item.first_tile + warp;
     DeviceTile now{}, next{};
     if (tile < item.end_tile) {
         now = place(tile);
-        keys.fill(key_tile(now), static_cast<std::uint32_t>(layer.keys.bytes));
+        keys.fill(key_tile(now), key_bytes);
         values.fill(value_tile(now), static_cast<std::uint32_t>(layer.values.bytes));
         if (tile + warps < item.end_tile) next = place(tile + warps);
     }
@@ -112,7 +120,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     // Queries, as floats, scaled: as they are, and rotated where some keys are.
     float* const plain = reinterpret_cast<float*>(memory + warps * 2 * arguments.slot_bytes);
     const int stride = static_cast<int>(arguments.query_stride / 4);
-    float* const rotated = plain + rows_of_block * stride;
+    float* const rotated = reinterpret_cast<float*>(memory + arguments.rotated_at);
     const float in_score = arguments.scale * log2_e;
     for (int r = warp; r < rows_of_block; r += warps) {
         // Of paired rows 4 to 7 are rows 0 to 3 once more.
@@ -120,9 +128,9 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         const std::int64_t at = (sequence.query_row + row / group) * arguments.queries.token_stride +
                                 (head * group + row % group) * arguments.queries.head_stride;
         bool good = true;
-        for (int c = lane; c < layer.key_head_dim; c += 32) {
+        for (int c = lane; c < (Math::in_latents ? latents.channels : layer.key_head_dim); c += 32) {
             const float x =
-                of < rows
+                of < rows && (!Math::in_latents || c < layer.key_head_dim)
                     ? load_number(arguments.queries, at + c * arguments.queries.channel_stride) * in_score
                     : 0.0f;
             good = good && fabsf(x) <= 1e30f;
@@ -133,11 +141,21 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
             for (int c = lane; c < layer.key_head_dim; c += 32) plain[r * stride + c] = 0.0f;
         if (lane == 0) finite[r] = good;
         __syncwarp();
+        if constexpr (Math::in_latents) {
+            const auto* const partners = reinterpret_cast<const std::int32_t*>(
+                reinterpret_cast<const std::byte*>(latent_head) + latents.partners_at);
+            float* const exchanged = reinterpret_cast<float*>(memory + arguments.partners_at) + r * stride;
+            for (int c = lane; c < latents.channels; c += 32) exchanged[c] = plain[r * stride + partners[c]];
+        }
         if (layer.rotates_keys == Rotation::none) continue;
         for (int c = lane; c < layer.key_head_dim; c += 32) rotated[r * stride + c] = plain[r * stride + c];
         __syncwarp();
         rotate_row(rotated + r * stride, layer.key_head_dim, arguments.key_signs, false);
     }
+    if constexpr (Math::in_latents)
+        for (auto i = threadIdx.x; i < latents.head_bytes / 16; i += blockDim.x)
+            reinterpret_cast<uint4*>(memory + arguments.head_at)[i] =
+                reinterpret_cast<const uint4*>(latent_head)[i];
     __syncthreads();
     const auto queries_of = [&](bool turned) {
         return QueryRowsView{reinterpret_cast<const std::byte*>(turned ? rotated : plain),
@@ -186,16 +204,49 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         Math::add_rows(of_values, score, count, layer.value_head_dim, state);
     }
 
+    using Latents = LatentMath<DeviceWarp, Math::shares_rows>;
+    std::byte* const own = memory + arguments.warps_at + warp * arguments.warp_bytes;
+    const auto& own_head = *reinterpret_cast<const LatentHead*>(memory + arguments.head_at);
+    const typename Latents::Memory in_block{reinterpret_cast<const std::byte*>(plain),
+                                            memory + arguments.partners_at, arguments.query_stride,
+                                            memory + arguments.head_at, own};
+    float largest_query = 0.0f;
+    if constexpr (Math::in_latents) largest_query = Latents::largest_of(latents, in_block);
+    // Of latents: where the tiles of the next projection stand, one a lane, and how many tiles are projected.
+    const auto origin_ahead = [&](int i) {
+        const int of = i + lane * warps;
+        if (lane >= Latents::tiles || of >= item.end_tile) return 0;
+        const DeviceTile& there = place(of);
+        return there.first - there.row;
+    };
+    int ahead = 0, projected = 0;
+    if constexpr (Math::in_latents) ahead = origin_ahead(tile);
     for (; tile < item.end_tile; tile += warps) {
         const bool more = tile + warps < item.end_tile;
-        const bool turned =
-            layer.rotates_keys == Rotation::all ||
-            (layer.rotates_keys == Rotation::by_tile && now.page[layer.rotated_at + head] != std::byte{0});
         typename Math::Scores scores;
-        Math::score(queries_of(turned), keys.wait(), layer.keys, scores);
+        if constexpr (Math::in_latents) {
+            if (projected == 0) {
+                std::uint32_t origins[Latents::tiles];
+                KVPLANE_UNROLL
+                for (int i = 0; i < Latents::tiles; ++i)
+                    origins[i] = static_cast<std::uint32_t>(__shfl_sync(~0u, ahead, i));
+                ahead = origin_ahead(tile + Latents::tiles * warps);
+                Latents::project(latents, own_head, in_block, largest_query, origins);
+                projected = Latents::tiles;
+            }
+            Math::score(Latents::latents(latents, in_block, Latents::tiles - projected), keys.wait(),
+                        own_head.keys, own + latents.factors_at(), scores);
+            // Where nothing turns, all tiles have the queries of the first.
+            if (latents.turns) --projected;
+        } else {
+            const bool turned =
+                layer.rotates_keys == Rotation::all || (layer.rotates_keys == Rotation::by_tile &&
+                                                        now.page[layer.rotated_at + head] != std::byte{0});
+            Math::score(queries_of(turned), keys.wait(), layer.keys, own, scores);
+        }
         __syncwarp();
         if (more)
-            keys.fill(key_tile(next), static_cast<std::uint32_t>(layer.keys.bytes));
+            keys.fill(key_tile(next), key_bytes);
         else
             TileSlot::skip();
         const int last = now.first + now.tokens - 1;
@@ -364,13 +415,19 @@ struct Made {
 
     static bool fits(const AttendArguments& arguments) {
         const LayerView& layer = arguments.layer;
-        return layer.keys.segments == 1 && layer.keys.groups == 1 && layer.keys.segment[0].bits == key_bits &&
-               (key_bits == 16 || layer.keys.segment[0].lower_at >= 0) &&
-               layer.values.all.bits == value_bits && layer.key_head_dim == key_head_dim &&
-               layer.value_head_dim == value_head_dim && layer.values.run_blocks >= Math::blocks &&
-               (!paired || arguments.most_rows <= 4);
+        const bool keys_fit = Math::in_latents
+                                  ? layer.latents.table != nullptr
+                                  : layer.latents.table == nullptr && layer.keys.segments == 1 &&
+                                        layer.keys.groups == 1 && layer.keys.segment[0].bits == key_bits &&
+                                        (key_bits == 16 || layer.keys.segment[0].lower_at >= 0) &&
+                                        layer.key_head_dim == key_head_dim;
+        return keys_fit && layer.values.all.bits == value_bits && layer.value_head_dim == value_head_dim &&
+               layer.values.run_blocks >= Math::blocks && (!paired || arguments.most_rows <= 4);
     }
 };
+/// Keys in latents, whose widths are those of each basis: known at run time.
+template <int value_bits, int value_head_dim, bool paired>
+using InLatents = Made<latent_width, value_bits, value_head_dim, paired>;
 /// For few query rows, and for more.
 template <int key_bits, int value_bits, int head_dim>
 using Few = Made<key_bits, value_bits, head_dim, true>;
@@ -379,6 +436,7 @@ using Many = Made<key_bits, value_bits, head_dim, false>;
 /// Of the first kernel that fits: its launch.
 template <class... M>
 struct Kernels {
+    static bool fit(const AttendArguments& arguments) { return (M::fits(arguments) || ...); }
     static bool launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
                        cudaStream_t stream, int& status) {
         return ((M::fits(arguments) &&
@@ -390,24 +448,41 @@ struct Kernels {
 using StandardKernels =
     Kernels<Few<4, 4, 128>, Few<8, 8, 128>, Few<5, 3, 128>, Few<4, 2, 128>, Few<3, 3, 128>, Few<2, 2, 128>,
             Few<16, 16, 128>, Few<4, 4, 64>, Few<5, 3, 64>, Few<4, 2, 64>, Many<4, 4, 128>, Many<8, 8, 128>,
-            Many<5, 3, 128>, Many<4, 2, 128>, Many<16, 16, 128>>;
+            Many<5, 3, 128>, Many<4, 2, 128>, Many<16, 16, 128>, InLatents<2, 128, true>,
+            InLatents<3, 128, true>, InLatents<4, 128, true>>;
 
 #if !defined(KVPLANE_CUDA_KERNELS)
 #define KVPLANE_CUDA_KERNELS StandardKernels
 #endif
 
+bool is_made(const AttendArguments& arguments) {
+    return KVPLANE_CUDA_KERNELS::fit(arguments);
+}
+
+template <int key_bits>
+int launch_general(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
+                   CUstream_st* stream) {
+    const std::int32_t dim = arguments.layer.value_head_dim;
+    if (dim <= 64)
+        return launch_kernel<TileMath<DeviceWarp, key_bits, 256, any_width, 64>>(arguments, blocks, warps,
+                                                                                 bytes, stream);
+    if (dim <= 96)
+        return launch_kernel<TileMath<DeviceWarp, key_bits, 256, any_width, 96>>(arguments, blocks, warps,
+                                                                                 bytes, stream);
+    if (dim <= 128)
+        return launch_kernel<TileMath<DeviceWarp, key_bits, 256, any_width, 128>>(arguments, blocks, warps,
+                                                                                  bytes, stream);
+    return launch_kernel<TileMath<DeviceWarp, key_bits, 256, any_width, 256>>(arguments, blocks, warps, bytes,
+                                                                              stream);
+}
+
 int launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
            CUstream_st* stream) {
     int status = cudaSuccess;
     if (KVPLANE_CUDA_KERNELS::launch(arguments, blocks, warps, bytes, stream, status)) return status;
-    const std::int32_t dim = arguments.layer.value_head_dim;
-    if (dim <= 64)
-        return launch_kernel<TileMath<DeviceWarp, 0, 256, 0, 64>>(arguments, blocks, warps, bytes, stream);
-    if (dim <= 96)
-        return launch_kernel<TileMath<DeviceWarp, 0, 256, 0, 96>>(arguments, blocks, warps, bytes, stream);
-    if (dim <= 128)
-        return launch_kernel<TileMath<DeviceWarp, 0, 256, 0, 128>>(arguments, blocks, warps, bytes, stream);
-    return launch_kernel<TileMath<DeviceWarp, 0, 256, 0, 256>>(arguments, blocks, warps, bytes, stream);
+    return arguments.layer.latents.table
+               ? launch_general<latent_width>(arguments, blocks, warps, bytes, stream)
+               : launch_general<any_width>(arguments, blocks, warps, bytes, stream);
 }
 
 }  // namespace detail

@@ -7,11 +7,26 @@
 #include <cstdint>
 
 #include "kvplane/cuda/arguments.hpp"
+#include "kvplane/cuda/latent_view.hpp"
 #include "kvplane/cuda/tile_views.hpp"
 
 struct CUstream_st;
 
 namespace kvplane::cuda {
+
+/// All that a kernel knows of a layer.
+struct LayerView {
+    std::int32_t kv_heads, query_heads, key_head_dim, value_head_dim;
+    KeyTileView keys;
+    ValueTileView values;
+    std::int32_t head_stride,
+        value_offset;         ///< in a page: from head to head, and from a head's keys to its values
+    std::int32_t rotated_at;  ///< where Rotation::by_tile: the page's byte for head 0
+    Rotation rotates_keys;
+    bool rotates_values;
+    OutsideView sinks, recent;
+    LatentView latents;  ///< where keys are in latents; `keys` then has the most bytes of any head's alone
+};
 
 namespace detail {
 
@@ -61,10 +76,15 @@ struct AttendArguments {
     bool causal;
     const float *sink_logits, *alibi_slopes, *bias;
     const float *key_signs, *value_signs;  ///< of the rotations
-    std::uint32_t slot_bytes, query_stride;
+    /// Of a block's memory, in bytes: two slots a warp, then query rows as they are, rotated, and with RoPE's
+    /// pairs exchanged, the table of the head's latents, and what each warp has beside its slots.
+    std::uint32_t slot_bytes, query_stride, rotated_at, partners_at, head_at, warps_at, warp_bytes;
     std::int32_t most_rows;  ///< query rows of a key head
 };
 
+/// Whether there is a kernel that is made for the layer's widths: with keys in channels it keeps no factors in
+/// memory.
+bool is_made(const AttendArguments& arguments);
 /// Launches attention with the kernel that is made for the layer's widths, or that for all. `bytes`: of
 /// shared memory. Returns a cudaError_t. Defined by cuda/attend.cuh.
 int launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes, CUstream_st* stream);

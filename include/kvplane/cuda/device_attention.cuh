@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <utility>
 #include <vector>
@@ -53,6 +54,7 @@ class AttendWorkspace {
         cudaEventDestroy(copied_);
         cudaFreeHost(staging_);
         cudaFree(memory_);
+        for (const Uploaded& one : tables_) cudaFree(one.data);
     }
 
     /// Plans attention of `query_tokens` tokens of each sequence, 1 to 8, by default its last. Sequences stay
@@ -66,7 +68,7 @@ class AttendWorkspace {
         require(query_tokens >= 1 && query_tokens <= 8, ErrorCode::shape, "cuda attention: ", query_tokens,
                 " query tokens of each sequence, expected 1 to 8");
         require(!sequences.empty(), ErrorCode::shape, "cuda attention: no sequences");
-        take(layer.view, parameters);
+        take(layer, parameters, stream);
         arguments_.bias = bias;
         std::uint64_t bias_at = 0;
         query_rows_ = static_cast<Index>(sequences.size()) * query_tokens;
@@ -78,6 +80,10 @@ class AttendWorkspace {
                     sequence.page_bytes, " bytes, expected those of the layer, ", layer.page_bytes);
             require(!sequence.narrowed, ErrorCode::option,
                     "cuda attention: tiles that were narrowed, expected the widths of the recipe");
+            require(
+                sequence.latent == layer.latent.get(), ErrorCode::mismatch,
+                "cuda attention: keys in latents of another basis than the layer's; caches that fit bases of "
+                "their own are attended one by one");
             tasks.push_back(task(sequence, parameters, query_tokens, row));
             tasks.back().recent_page = static_cast<std::int32_t>(recent.size());
             tasks.back().bias_at = static_cast<std::uint32_t>(bias_at);
@@ -142,10 +148,13 @@ class AttendWorkspace {
         require(!p.position || (*p.position >= 0 && *p.position < (Index{1} << 31)), ErrorCode::index,
                 "cuda attention: queries at position ", p.position.value_or(0), ", expected 0 to 2^31 - 1");
     }
-    void take(const LayerView& layer, const AttentionParameters& parameters) {
+    void take(const AttendLayer& of, const AttentionParameters& parameters, cudaStream_t stream) {
+        const LayerView& layer = of.view;
         detail::AttendArguments& a = arguments_;
+        blocks_ = 0;
         a = {};
         a.layer = layer;
+        if (of.table) a.layer.latents.table = table_of(of.table, stream);
         a.scale = static_cast<float>(parameters.scale > 0.0
                                          ? parameters.scale
                                          : 1.0 / std::sqrt(static_cast<double>(layer.key_head_dim)));
@@ -155,23 +164,66 @@ class AttendWorkspace {
         a.causal = parameters.causal;
         a.sink_logits = parameters.sink_logits.empty() ? nullptr : parameters.sink_logits.data();
         a.alibi_slopes = parameters.alibi_slopes.empty() ? nullptr : parameters.alibi_slopes.data();
-        a.query_stride = static_cast<std::uint32_t>(layer.key_head_dim + 4) * 4;
-        a.slot_bytes =
-            static_cast<std::uint32_t>((std::max(layer.keys.bytes, layer.values.bytes) + 127) / 128 * 128);
+        const auto lines = [](std::int32_t bytes) {
+            return static_cast<std::uint32_t>((bytes + 127) / 128 * 128);
+        };
         // The warps' outputs go through their slots.
-        a.slot_bytes =
-            std::max(a.slot_bytes, static_cast<std::uint32_t>(layer.value_head_dim * 16 + 127) / 128 * 128);
-        const std::uint32_t rows =
-            std::max((layer.rotates_keys == Rotation::none ? 1u : 2u) * 8u * a.query_stride,
-                     8u * static_cast<std::uint32_t>(layer.value_head_dim + 2) * 4u);
-        const std::uint32_t fixed = rows + 2048;
+        a.slot_bytes = lines(std::max({layer.keys.bytes, layer.values.bytes, layer.value_head_dim * 16}));
+        const LatentView& latents = layer.latents;
+        a.query_stride = static_cast<std::uint32_t>(std::max(layer.key_head_dim, latents.channels) + 4) * 4;
+        const std::uint32_t rows = detail::rows_of_block * a.query_stride;
+        a.warp_bytes = of.table             ? latents.warp_bytes()
+                       : detail::is_made(a) ? 0
+                                            : 8u * layer.keys.factor_stride();
+        // Behind the slots, for now from 0 on.
+        std::uint32_t end = rows;
+        const auto place = [&](std::uint32_t bytes) {
+            const std::uint32_t at = end;
+            end += (bytes + 15) / 16 * 16;
+            return at;
+        };
+        a.rotated_at = place(layer.rotates_keys == Rotation::none ? 0 : rows);
+        a.partners_at = place(of.table ? rows : 0);
+        a.head_at = place(latents.head_bytes);
+        a.warps_at = place(0);
+        const std::uint32_t joined =
+            detail::rows_of_block * static_cast<std::uint32_t>(layer.value_head_dim + 2) * 4u;
+        const auto behind_slots = [&](int warps) {
+            return std::max(end + static_cast<std::uint32_t>(warps) * a.warp_bytes, joined);
+        };
+        constexpr std::uint32_t fixed = 2048;  // what kernels have beside
+        const auto needed = [&](int warps) {
+            return behind_slots(warps) + static_cast<std::uint32_t>(2 * warps) * a.slot_bytes;
+        };
         warps_ = 0;
         for (const int warps : {8, 6, 4, 3, 2, 1})
-            if (warps_ == 0 && fixed + static_cast<std::uint32_t>(2 * warps) * a.slot_bytes <= shared_bytes_)
-                warps_ = warps;
+            if (warps_ == 0 && fixed + needed(warps) <= shared_bytes_) warps_ = warps;
         require(warps_ > 0, ErrorCode::option, "cuda attention: tiles of ", a.slot_bytes,
                 " bytes, of which two do not fit the memory of a block (", shared_bytes_, ")");
-        bytes_ = rows + static_cast<std::uint32_t>(2 * warps_) * a.slot_bytes;
+        bytes_ = needed(warps_);
+        const std::uint32_t slots = static_cast<std::uint32_t>(2 * warps_) * a.slot_bytes;
+        for (std::uint32_t* at : {&a.rotated_at, &a.partners_at, &a.head_at, &a.warps_at}) *at += slots;
+    }
+
+    /// The table of a layer's latents in device memory. Those whose layers are gone make room.
+    const std::byte* table_of(const std::shared_ptr<const LatentTable>& table, cudaStream_t stream) {
+        for (const Uploaded& one : tables_)
+            if (one.table == table) return static_cast<const std::byte*>(one.data);
+        for (std::size_t i = tables_.size(); i-- > 0;)
+            if (tables_[i].table.use_count() == 1) {
+                require_cuda(cudaFree(std::exchange(tables_[i].data, nullptr)), "giving memory back");
+                tables_.erase(tables_.begin() + static_cast<std::ptrdiff_t>(i));
+            }
+        tables_.reserve(tables_.size() + 1);
+        Uploaded one{table, nullptr};
+        require_cuda(cudaMalloc(&one.data, table->bytes().size()), "taking memory for a basis");
+        // From memory that the device does not read: on return it has been taken.
+        const cudaError_t copied = cudaMemcpyAsync(one.data, table->bytes().data(), table->bytes().size(),
+                                                   cudaMemcpyHostToDevice, stream);
+        if (copied != cudaSuccess) cudaFree(one.data);
+        require_cuda(copied, "copying a basis");
+        tables_.push_back(one);
+        return static_cast<const std::byte*>(one.data);
     }
 
     detail::SequenceTask task(const DeviceSequence& sequence, const AttentionParameters& parameters,
@@ -324,6 +376,11 @@ class AttendWorkspace {
         }
     }
 
+    struct Uploaded {
+        std::shared_ptr<const LatentTable> table;
+        void* data;
+    };
+
     int device_ = 0, multiprocessors_ = 0;
     std::uint32_t shared_bytes_ = 0, bytes_ = 0;
     int warps_ = 0, blocks_ = 0;
@@ -331,6 +388,7 @@ class AttendWorkspace {
     detail::AttendArguments arguments_{};
     void *staging_ = nullptr, *memory_ = nullptr;
     std::size_t staging_bytes_ = 0, memory_bytes_ = 0;
+    std::vector<Uploaded> tables_;
     cudaEvent_t copied_{};
     bool pending_ = false;
 };

@@ -222,6 +222,7 @@ class DeviceCache {
                 .hidden_from = state().kept_sinks,
                 .hidden_to = state().dropped,
                 .page_bytes = state().layout->bytes,
+                .latent = state().latent.get(),
                 .narrowed = state().has_narrowed()};
     }
 

@@ -7,7 +7,11 @@
 #include "kvplane/cuda/arguments.hpp"
 #include "kvplane/matrix.hpp"
 
-namespace kvplane::cuda {
+namespace kvplane {
+
+class LatentKeys;
+
+namespace cuda {
 
 /// Pointers to pages and tables, and numbers. Valid until the cache changes.
 struct DeviceSequence {
@@ -18,7 +22,9 @@ struct DeviceSequence {
     Index sink_count = 0, recent_first = 0, tokens = 0;
     Index hidden_from = 0, hidden_to = 0;  ///< tokens that no query sees
     Index page_bytes = 0;                  ///< of a page of tiles
+    const LatentKeys* latent = nullptr;    ///< the basis of keys in latents
     bool narrowed = false;                 ///< whether some tiles have other widths than new ones get
 };
 
-}  // namespace kvplane::cuda
+}  // namespace cuda
+}  // namespace kvplane

@@ -3,11 +3,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/token_rows.hpp"
 #include "kvplane/cuda/attend_arguments.hpp"
+#include "kvplane/cuda/latent_table.hpp"
 #include "kvplane/cuda/tile_views.hpp"
 
 namespace kvplane::cuda {
@@ -31,48 +34,61 @@ inline OutsideView outside_view(const kvplane::detail::TokenRows& rows, const Ca
 
 }  // namespace detail
 
-/// What attention knows of the caches of a layer.
+/// What attention knows of the caches of a layer. Made once for each layer, for whoever attends with it takes
+/// what it holds to the device.
 struct AttendLayer {
     LayerView view;
     /// Of the rotations of keys and of values, where some are rotated: one sign a channel.
     std::vector<float> key_signs, value_signs;
-    Index page_bytes = 0;  ///< of a page of tiles, by which other caches are known
+    Index page_bytes = 0;                      ///< of a page of tiles, by which other caches are known
+    std::shared_ptr<const LatentKeys> latent;  ///< of keys in latents: the basis that all caches must have
+    std::shared_ptr<const LatentTable> table;  ///< what kernels take of it
 };
 
-/// Throws Error (option) for a configuration whose tiles the kernels do not read: keys in latents, values in
-/// keys, and what key_tile_view() and value_tile_view() refuse; for heads of other than a multiple of 8
-/// channels up to 256.
-inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const PlanesRead& read = {}) {
+/// latent: for caches that fit a basis of their own, that of the cache, DeviceCache::state().latent. Throws
+/// Error (option) for a configuration whose tiles the kernels do not read: values in keys, and what LatentTable,
+/// key_tile_view() and value_tile_view() refuse; for heads of other than a multiple of 8 channels up to 256.
+inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const PlanesRead& read = {},
+                                std::shared_ptr<const LatentKeys> latent = nullptr) {
     const CacheConfiguration& c = shape.configuration;
-    require(!c.recipe.latents, ErrorCode::option, "cuda: keys in latents, expected keys in channels");
     require(!c.values_in_keys, ErrorCode::option, "cuda: values in keys, expected values of their own");
     const auto dim = [](Index d, const char* side) {
         require(d >= 8 && d <= 256 && d % 8 == 0, ErrorCode::option, "cuda: heads of ", d, " channels of ",
                 side, ", expected a multiple of 8 up to 256");
         return static_cast<std::int32_t>(d);
     };
-    const PageLayout& layout = *shape.layout;
+    require(!latent || c.fits_basis(), ErrorCode::option,
+            "cuda: a basis given for caches that do not fit one of their own");
     AttendLayer layer;
+    layer.latent = latent ? std::move(latent) : c.latent_keys;
     LayerView& view = layer.view;
     view = {};
     view.kv_heads = static_cast<std::int32_t>(c.kv_heads);
     view.query_heads = static_cast<std::int32_t>(c.query_heads);
     view.key_head_dim = dim(c.key_head_dim, "keys");
     view.value_head_dim = dim(c.value_head_dim, "values");
-    view.keys = key_tile_view(layout.key_format(0), read.keys);
-    view.values = value_tile_view(layout.values, read.values);
-    view.value_offset = static_cast<std::int32_t>(layout.value_at[0]);
-    view.head_stride = static_cast<std::int32_t>(layout.key_format(0).bytes() + layout.values.bytes());
-    view.rotated_at = static_cast<std::int32_t>(layout.rotated_at);
-    view.rotates_keys = layout.rotates_by_tile()        ? Rotation::by_tile
-                        : shape.rotates(TileSide::keys) ? Rotation::all
-                                                        : Rotation::none;
     view.rotates_values = shape.rotates(TileSide::values);
     view.sinks = detail::outside_view(shape.sink_rows(), c);
     view.recent = detail::outside_view(shape.recent_rows(), c);
+    require(!c.recipe.latents || layer.latent, ErrorCode::option, "cuda: recipe '", c.recipe.name,
+            "' without a basis, expected that of the cache, or one in the configuration");
+    const PageLayout layout = kvplane::detail::page_layout(c, layer.latent.get());
+    layer.page_bytes = layout.bytes;
+    view.values = value_tile_view(layout.values, read.values);
+    view.rotated_at = static_cast<std::int32_t>(layout.rotated_at);
+    if (layout.rotates_by_tile()) view.rotates_keys = Rotation::by_tile;
+    if (layer.latent) {
+        layer.table = std::make_shared<const LatentTable>(*layer.latent, layout, read.keys);
+        view.latents = layer.table->view();
+        view.keys.bytes = layer.table->key_bytes();
+    } else {
+        view.keys = key_tile_view(layout.key_format(0), read.keys);
+        view.value_offset = static_cast<std::int32_t>(layout.value_at[0]);
+        view.head_stride = static_cast<std::int32_t>(layout.key_format(0).bytes() + layout.values.bytes());
+    }
+    if (shape.rotates(TileSide::keys)) view.rotates_keys = Rotation::all;
     if (view.rotates_keys != Rotation::none) layer.key_signs = shape.rotation(TileSide::keys).signs();
     if (view.rotates_values) layer.value_signs = shape.rotation(TileSide::values).signs();
-    layer.page_bytes = layout.bytes;
     return layer;
 }
 

@@ -24,11 +24,16 @@
 
 namespace kvplane::cuda {
 
-/// Rows of queries in the memory of a block: floats, `stride` bytes apart.
+/// Rows of queries in the memory of a block: floats, `stride` bytes apart. In latents instead, of one tile:
+/// [latent][row], and what the mean of the keys adds to the scores of each row.
 struct QueryRowsView {
     const std::byte* rows;
     std::uint32_t stride;
+    std::uint32_t offset_at = 0;  ///< [row] in bytes; of latents alone
 };
+
+/// In place of a width of keys: keys whose widths are known at run time, and such keys in latents.
+inline constexpr int any_width = 0, latent_width = -1;
 
 /// A row of a token outside tiles.
 template <class W>
@@ -93,9 +98,20 @@ struct SoftmaxRows {
     typename W::Float sum;      ///< of the lane's own tokens
 };
 
-/// key_bits, value_bits: the width of all channels, 16 for fp16; 0: what the views say at run time. Of keys
-/// and of values with so many channels; where widths are known at run time, the most there may be (of a
-/// segment). paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by
+/// Four floats in the halves of A: rounded to fp16, and what that left.
+template <class W>
+KVPLANE_DEVICE void two_parts(const typename W::Float (&x)[4], typename W::Word (&a)[4]) {
+    KVPLANE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        a[2 * i] = W::pack_halves(x[2 * i], x[2 * i + 1]);
+        a[2 * i + 1] =
+            W::pack_halves(x[2 * i] - W::low_half(a[2 * i]), x[2 * i + 1] - W::high_half(a[2 * i]));
+    }
+}
+
+/// key_bits, value_bits: the width of all channels, 16 for fp16; any_width: what the views say at run time;
+/// latent_width: that, of latents. Of keys and of values with so many channels, where these widths are known;
+/// of values otherwise the most there may be. paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by
 /// every product, it then takes one, and the lane of the other four rows the other: half of the work between
 /// the products.
 template <class W, int key_bits, int key_channels, int value_bits, int value_channels, bool paired = false>
@@ -104,13 +120,14 @@ struct TileMath {
     using Int = typename W::Int;
     using Float = typename W::Float;
 
+    static constexpr bool in_latents = key_bits == latent_width;
     /// Keys of several widths, or with grids over fewer tokens than a tile.
-    static constexpr bool segmented = key_bits == 0;
-    static constexpr bool any_values = value_bits == 0;
+    static constexpr bool segmented = key_bits == any_width || in_latents;
+    static constexpr bool any_values = value_bits == any_width;
     static constexpr int key_chunk = segmented || key_bits == 16 ? 8 : least_chunk(key_bits);
-    /// Of segmented keys quads of tokens ascend, so that those of a grid are neighbours.
+    /// Where keys have grids over fewer tokens, quads of tokens ascend, so that those of a grid are neighbours.
     static constexpr int value_chunk =
-        segmented || any_values || value_bits == 16 ? 8 : least_chunk(value_bits);
+        key_bits == any_width || any_values || value_bits == 16 ? 8 : least_chunk(value_bits);
     static constexpr int key_octets = octets_of(key_channels, key_chunk);
     static constexpr int blocks = (value_channels + 31) / 32;
     /// Tokens whose scores of one product a lane takes.
@@ -147,24 +164,30 @@ struct TileMath {
     using Scores = Float[4][4][own];
 
     /// The keys of a tile, before softcap and the like. Scores of whatever the tile holds beside tokens are
-    /// finite.
+    /// finite. memory: of the warp, where factors of segmented keys go, eight rows of KeyTileView::factor_stride()
+    /// bytes.
     KVPLANE_DEVICE static void score(const QueryRowsView& queries, const std::byte* tile,
-                                     const KeyTileView& view, Scores& score) {
+                                     const KeyTileView& view, std::byte* memory, Scores& score) {
         if constexpr (key_bits == 16) {
             half_scores(queries, tile, view.segment[0], score);
+        } else if constexpr (in_latents) {
+            segment_scores(queries, tile, view, 0, memory, score);
         } else if constexpr (segmented) {
             if (view.segment[0].bits == 16)
                 half_scores(queries, tile, view.segment[0], score);
             else
                 for (int group = 0; group < view.groups; ++group)
-                    segment_scores(queries, tile, view, group, score);
+                    segment_scores(queries, tile, view, group, memory, score);
         } else {
             Word factors[key_octets][4];
             Float worth, base;
             fold_uniform(queries, tile, view.segment[0], factors, worth, base);
             Int sums[16][4];
             zero(sums);
-            add_products<key_bits, key_chunk>(tile, view.segment[0], factors, 0, 4, sums);
+            KVPLANE_UNROLL
+            for (int round = 0; round < key_octets / (key_chunk / 8); ++round)
+                add_round<key_bits, key_chunk>(tile, view.segment[0], factors + round * (key_chunk / 8),
+                                               round, 0, 4, sums);
             to_scores(sums, worth, base, 0, 4, score);
         }
     }
@@ -254,26 +277,9 @@ struct TileMath {
         } else if constexpr (value_bits != 0) {
             coded_sums<value_bits>(tile, view, weight, factor, state);
         } else {
-            switch (view.all.bits) {
-                case 1:
-                    return coded_sums<1>(tile, view, weight, factor, state);
-                case 2:
-                    return coded_sums<2>(tile, view, weight, factor, state);
-                case 3:
-                    return coded_sums<3>(tile, view, weight, factor, state);
-                case 4:
-                    return coded_sums<4>(tile, view, weight, factor, state);
-                case 5:
-                    return coded_sums<5>(tile, view, weight, factor, state);
-                case 6:
-                    return coded_sums<6>(tile, view, weight, factor, state);
-                case 7:
-                    return coded_sums<7>(tile, view, weight, factor, state);
-                case 8:
-                    return coded_sums<8>(tile, view, weight, factor, state);
-                default:
-                    return half_sums(tile, view.all, weight, factor, state);
-            }
+            if (view.all.bits == 16) return half_sums(tile, view.all, weight, factor, state);
+            with_width(view.all.bits,
+                       [&](auto bits) { coded_sums<bits>(tile, view, weight, factor, state); });
         }
     }
 
@@ -386,69 +392,47 @@ struct TileMath {
         }
     }
 
-    /// Steps or lowers of eight channels from grid `first` on.
-    template <bool whole>
-    KVPLANE_DEVICE static void load_grid(const std::byte* at, Word first, Word last, Float (&to)[8]) {
-        if constexpr (whole) {
-            Word words[4];
-            W::load16(at, first * 2u, words);
-            KVPLANE_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                to[2 * i] = W::low_half(words[i]);
-                to[2 * i + 1] = W::high_half(words[i]);
-            }
-        } else {
-            KVPLANE_UNROLL
-            for (int i = 0; i < 8; ++i)
-                to[i] = W::low_half(W::load2(at, W::minimum(first + std::uint32_t(i), last) * 2u));
+    /// Steps or lowers of eight channels from `first` on.
+    KVPLANE_DEVICE static void load_grid(const std::byte* at, Word first, Float (&to)[8]) {
+        Word words[4];
+        W::load16(at, first * 2u, words);
+        KVPLANE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            to[2 * i] = W::low_half(words[i]);
+            to[2 * i + 1] = W::high_half(words[i]);
         }
     }
 
-    /// Query times step of eight channels of a segment, and adds what is left of the score to `low`.
-    template <bool whole>
+    /// Query times step of eight channels, and adds what is left of the score to `low`.
     KVPLANE_DEVICE static void fold_octet(const QueryRowsView& queries, const std::byte* tile,
-                                          const SegmentView& segment, Word channel, int group, Float (&f)[8],
+                                          const SegmentView& segment, Word channel, Float (&f)[8],
                                           Float& low) {
         const Word g = W::lane() >> 2;
-        const auto channels = std::uint32_t(channels_of(segment));
-        const Word last = Word(channels - 1u);
-        constexpr bool full = whole && key_channels % (4 * key_chunk) == 0;
+        constexpr bool full = key_channels % (4 * key_chunk) == 0;
         Float query[8], step[8], lower[8];
         // Octets behind the last channel take the last eight and count nothing.
-        const Word begin = whole && !full ? W::minimum(channel, Word(channels - 8u)) : channel;
-        if constexpr (whole) {
-            load_floats(queries.rows, g * queries.stride + begin * 4u, query);
-        } else {
-            KVPLANE_UNROLL
-            for (int i = 0; i < 8; ++i)
-                query[i] = W::as_float(
-                    W::load4(queries.rows, g * queries.stride + (W::minimum(begin + std::uint32_t(i), last) +
-                                                                 std::uint32_t(segment.first_channel)) *
-                                                                    4u));
-        }
-        const int grid = group * static_cast<int>(channels);
-        load_grid<whole>(tile + segment.step_at + grid * 2, begin, last, step);
-        const bool lowers = whole || segment.lower_at >= 0;
-        if (lowers) load_grid<whole>(tile + segment.lower_at + grid * 2, begin, last, lower);
+        const Word begin = full ? channel : W::minimum(channel, Word(std::uint32_t(key_channels - 8)));
+        load_floats(queries.rows, g * queries.stride + begin * 4u, query);
+        load_grid(tile + segment.step_at, begin, step);
+        load_grid(tile + segment.lower_at, begin, lower);
         KVPLANE_UNROLL
         for (int i = 0; i < 8; ++i) {
-            if (!full) {
-                const auto valid = whole ? channel < channels : channel + std::uint32_t(i) < channels;
-                query[i] = W::select(valid, query[i], Float(0.0f));
-            }
+            if (!full) query[i] = W::select(channel < std::uint32_t(key_channels), query[i], Float(0.0f));
             f[i] = query[i] * step[i] * segment.step_scale;
-            low = low + (lowers ? query[i] * lower[i] : f[i] * segment.lower_in_steps);
+            low = low + query[i] * lower[i];
         }
     }
 
+    /// A float whose low 16 bits are f inverse, up to signed_range, rounded, + 128, in two's complement.
+    KVPLANE_DEVICE static Word rounded(Float f, Float inverse) {
+        return W::as_word(W::multiply_add(f, inverse, Float(12582912.0f + 128.0f)));
+    }
     /// Eight numbers up to signed_range in the bytes of A: the high and the low parts of four, and of four
     /// more.
     KVPLANE_DEVICE static void signed_bytes(const Float (&f)[8], Float inverse, Word (&a)[4]) {
         Word bits[8];
-        // The low 16 bits of this float are round(f inverse) + 128 in two's complement.
         KVPLANE_UNROLL
-        for (int i = 0; i < 8; ++i)
-            bits[i] = W::as_word(W::multiply_add(f[i], inverse, Float(12582912.0f + 128.0f)));
+        for (int i = 0; i < 8; ++i) bits[i] = rounded(f[i], inverse);
         KVPLANE_UNROLL
         for (int half = 0; half < 2; ++half) {
             const Word* b = bits + 4 * half;
@@ -467,7 +451,7 @@ struct TileMath {
         Float low(0.0f), sum(0.0f), largest(0.0f);
         KVPLANE_UNROLL
         for (int o = 0; o < key_octets; ++o) {
-            fold_octet<true>(queries, tile, segment, octet_channel(o, quarter, key_chunk), 0, f[o], low);
+            fold_octet(queries, tile, segment, octet_channel(o, quarter, key_chunk), f[o], low);
             gather(f[o], sum, largest);
         }
         const Float inverse = scale_of(sum, low, largest, worth, base);
@@ -489,31 +473,27 @@ struct TileMath {
         return W::select(largest > 1e-30f, signed_range / W::maximum(largest, Float(1e-30f)), Float(0.0f));
     }
 
-    /// Adds the products of the tokens of m in [first_m, end_m) and all octets of a segment.
-    template <int bits, int chunk, class Factors>
-    KVPLANE_DEVICE static void add_products(const std::byte* tile, const SegmentView& segment,
-                                            const Factors& factors, int first_m, int end_m,
-                                            Int (&sums)[16][4]) {
+    /// Adds the products of the tokens of m in [first_m, end_m) and one chunk of each quarter: of round `round`,
+    /// which the lane's quarter has factors of.
+    template <int bits, int chunk>
+    KVPLANE_DEVICE static void add_round(const std::byte* tile, const SegmentView& segment,
+                                         const Word (*factors)[4], int round, int first_m, int end_m,
+                                         Int (&sums)[16][4]) {
         constexpr PlaneSplit split = plane_split(bits);
         const Word g = W::lane() >> 2, quarter = W::lane() & 3u;
-        const int rounds = octets_of(channels_of(segment), chunk) / (chunk / 8);
-        constexpr int most_rounds = segmented ? 1 : key_octets / (chunk / 8);
+        const Word channel = octet_channel(round * (chunk / 8), quarter, chunk);
         KVPLANE_UNROLL
-        for (int q = 0; q < (segmented ? rounds : most_rounds); ++q) {
-            const Word channel = octet_channel(q * (chunk / 8), quarter, chunk);
+        for (int m = 0; m < 4; ++m) {
+            if (segmented && !in_latents && (m < first_m || m >= end_m)) continue;
+            const Word token = score_token(m, g, value_chunk);
+            Word words[split.count][chunk / 8][4];
+            load_key_planes<bits, chunk>(tile, segment, token, channel, words);
             KVPLANE_UNROLL
-            for (int m = 0; m < 4; ++m) {
-                if (segmented && (m < first_m || m >= end_m)) continue;
-                const Word token = score_token(m, g, value_chunk);
-                Word words[split.count][chunk / 8][4];
-                load_key_planes<bits, chunk>(tile, segment, token, channel, words);
-                KVPLANE_UNROLL
-                for (int part = 0; part < chunk / 8; ++part) KVPLANE_UNROLL
-                for (int s = 0; s < 4; ++s) {
-                    Word b[2];
-                    code_words<bits, chunk>(words, part, s, channel, b);
-                    W::multiply_signed(sums[4 * m + s], factors[q * (chunk / 8) + part], b);
-                }
+            for (int part = 0; part < chunk / 8; ++part) KVPLANE_UNROLL
+            for (int s = 0; s < 4; ++s) {
+                Word b[2];
+                code_words<bits, chunk>(words, part, s, channel, b);
+                W::multiply_signed(sums[4 * m + s], factors[part], b);
             }
         }
     }
@@ -580,7 +560,7 @@ struct TileMath {
                                          int end_m, Scores& score) {
         KVPLANE_UNROLL
         for (int i = 0; i < 16; ++i) {
-            if (segmented && (i / 4 < first_m || i / 4 >= end_m)) continue;
+            if (segmented && !in_latents && (i / 4 < first_m || i / 4 >= end_m)) continue;
             KVPLANE_UNROLL
             for (int j = 0; j < own; ++j) {
                 const Int high = of_column(j, sums[i][0], sums[i][1]),
@@ -590,56 +570,138 @@ struct TileMath {
         }
     }
 
+    /// Query rows that are not the same.
+    static constexpr int rows = paired ? 4 : 8;
+    /// Rounds that are folded together, so that what they read is under way at once.
+    static constexpr int folded = 4;
+
+    /// Of keys whose widths are known at run time lanes fold channels, each for all rows: grids stand anywhere in
+    /// such tiles. Makes the factors of one group of tokens in the memory of the warp, [row][32 channels a round],
+    /// each in 16 bits.
+    KVPLANE_DEVICE static void fold_segments(const QueryRowsView& queries, const std::byte* tile,
+                                             const KeyTileView& view, int group, std::byte* factors,
+                                             Float& worth, Float& base) {
+        Float f[folded][rows], low[rows], largest[rows];
+        KVPLANE_UNROLL
+        for (int r = 0; r < rows; ++r) low[r] = largest[r] = Float(0.0f);
+        for (int first = 0; first < view.rounds; first += folded)
+            fold_rounds(queries, tile, view, group, first, f, low, largest);
+        base = across_lanes(low, [](Float a, Float b) { return a + b; });
+        const Float most = across_lanes(largest, [](Float a, Float b) { return W::maximum(a, b); });
+        worth = most * (1.0f / signed_range);
+        const Float inverse =
+            W::select(most > 1e-30f, signed_range / W::maximum(most, Float(1e-30f)), Float(0.0f));
+        Float inverses[rows];
+        KVPLANE_UNROLL
+        for (int r = 0; r < rows; ++r) inverses[r] = W::of_lane(inverse, 4 * r);
+        for (int first = 0; first < view.rounds; first += folded) {
+            if (view.rounds > folded) fold_rounds(queries, tile, view, group, first, f, low, largest);
+            KVPLANE_UNROLL
+            for (int i = 0; i < folded; ++i) {
+                if (first + i >= view.rounds) break;
+                KVPLANE_UNROLL
+                for (int r = 0; r < rows; ++r)
+                    W::store2(factors,
+                              W::lane() * 2u +
+                                  (std::uint32_t(r) * view.factor_stride() + std::uint32_t(64 * (first + i))),
+                              rounded(f[i][r], inverses[r]));
+            }
+        }
+    }
+    /// Query times step of a channel a lane, of up to `folded` rounds from round `first` on, for all rows; their
+    /// largest magnitude, and what they add to the score beside the products. Rounds that are not there count
+    /// nothing, instead of branches.
+    KVPLANE_DEVICE static void fold_rounds(const QueryRowsView& queries, const std::byte* tile,
+                                           const KeyTileView& view, int group, int first,
+                                           Float (&f)[folded][rows], Float (&low)[rows],
+                                           Float (&largest)[rows]) {
+        KVPLANE_UNROLL
+        for (int i = 0; i < folded; ++i) {
+            const bool is_one = first + i < view.rounds;
+            const KeyTileView::Round round = view.round[is_one ? first + i : 0];
+            const auto there = W::lane() < std::uint32_t(is_one ? round.channels : 0);
+            const Word channel = W::select(there, W::lane(), Word(0u));
+            const std::byte* const grids = tile + group * round.group_bytes;
+            Float step = W::low_half(W::load2(grids + round.step_at, channel * 2u));
+            step = W::select(there, step * round.step_scale, Float(0.0f));
+            Float offset = step * round.middle;
+            if (round.lower_at >= 0)
+                offset =
+                    offset + W::select(there, W::low_half(W::load2(grids + round.lower_at, channel * 2u)),
+                                       Float(0.0f));
+            Float query[rows];
+            load_channel(queries, channel + std::uint32_t(round.first_channel), query);
+            KVPLANE_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                f[i][r] = query[r] * step;
+                low[r] = W::multiply_add(query[r], offset, low[r]);
+                largest[r] = W::maximum(largest[r], W::absolute(f[i][r]));
+            }
+        }
+    }
+    /// All rows of a channel.
+    KVPLANE_DEVICE static void load_channel(const QueryRowsView& queries, Word channel, Float (&to)[rows]) {
+        KVPLANE_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            if constexpr (in_latents) {
+                if (r % 4 != 0) continue;
+                Word words[4];
+                W::load16(queries.rows, channel * std::uint32_t(rows * 4) + std::uint32_t(4 * r), words);
+                KVPLANE_UNROLL
+                for (int i = 0; i < 4; ++i) to[r + i] = W::as_float(words[i]);
+            } else {
+                to[r] = W::as_float(W::load4(queries.rows, channel * 4u + std::uint32_t(r) * queries.stride));
+            }
+        }
+    }
+    /// Puts each lane's numbers of all rows together with those of all lanes, and leaves in each lane that of its
+    /// row: half of the rows change lanes at a time.
+    template <class Operation>
+    KVPLANE_DEVICE static Float across_lanes(Float (&x)[rows], const Operation& operation) {
+        across_half<rows / 2>(x, operation);
+        x[0] = operation(x[0], W::shuffle_xor(x[0], 1));
+        x[0] = operation(x[0], W::shuffle_xor(x[0], 2));
+        return paired ? operation(x[0], W::shuffle_xor(x[0], 16)) : x[0];
+    }
+    template <int half, class Operation>
+    KVPLANE_DEVICE static void across_half(Float (&x)[rows], const Operation& operation) {
+        const auto upper = (W::lane() & std::uint32_t(4 * half)) != 0u;
+        KVPLANE_UNROLL
+        for (int i = 0; i < half; ++i) {
+            const Float kept = W::select(upper, x[i + half], x[i]),
+                        given = W::select(upper, x[i], x[i + half]);
+            x[i] = operation(kept, W::shuffle_xor(given, 4 * half));
+        }
+        if constexpr (half > 1) across_half<half / 2>(x, operation);
+    }
+
     /// The scores of one group of tokens, of keys whose widths are known at run time.
     KVPLANE_DEVICE static void segment_scores(const QueryRowsView& queries, const std::byte* tile,
-                                              const KeyTileView& view, int group, Scores& score) {
-        const Word quarter = W::lane() & 3u;
-        Float low(0.0f), sum(0.0f), largest(0.0f), f[8];
-        for (int i = 0; i < view.segments; ++i)
-            for (int o = 0; o < octets_of(view.segment[i].channels, 8); ++o) {
-                fold_octet<false>(queries, tile, view.segment[i], octet_channel(o, quarter, 8), group, f,
-                                  low);
-                gather(f, sum, largest);
-            }
+                                              const KeyTileView& view, int group, std::byte* memory,
+                                              Scores& score) {
         Float worth, base;
-        const Float inverse = scale_of(sum, low, largest, worth, base);
+        W::sync();  // all lanes are done with the factors before
+        fold_segments(queries, tile, view, group, memory, worth, base);
+        W::sync();
+        if (in_latents) base = base + W::as_float(W::load4(queries.rows, row() * 4u + queries.offset_at));
         Int sums[16][4];
         zero(sums);
         const int first_m = 4 * group / view.groups, end_m = 4 * (group + 1) / view.groups;
-        for (int i = 0; i < view.segments; ++i) {
-            const SegmentView& segment = view.segment[i];
-            Word factors[key_octets][4];
-            for (int o = 0; o < octets_of(segment.channels, 8); ++o) {
-                Float unused(0.0f);
-                fold_octet<false>(queries, tile, segment, octet_channel(o, quarter, 8), group, f, unused);
-                signed_bytes(f, inverse, factors[o]);
+        for (int r = 0; r < view.rounds; ++r) {
+            const KeyTileView::Round& round = view.round[r];
+            const SegmentView& segment = view.segment[round.segment];
+            Word words[4], factors[1][4];
+            W::load16(memory, row() * view.factor_stride() + (W::lane() & 3u) * 16u + std::uint32_t(64 * r),
+                      words);
+            KVPLANE_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                factors[0][2 * i] = W::template permute<0x7531>(words[2 * i], words[2 * i + 1]);
+                factors[0][2 * i + 1] =
+                    W::template permute<0x6420>(words[2 * i], words[2 * i + 1]) ^ 0x80808080u;
             }
-            switch (segment.bits) {
-                case 1:
-                    add_products<1, 8>(tile, segment, factors, first_m, end_m, sums);
-                    break;
-                case 2:
-                    add_products<2, 8>(tile, segment, factors, first_m, end_m, sums);
-                    break;
-                case 3:
-                    add_products<3, 8>(tile, segment, factors, first_m, end_m, sums);
-                    break;
-                case 4:
-                    add_products<4, 8>(tile, segment, factors, first_m, end_m, sums);
-                    break;
-                case 5:
-                    add_products<5, 8>(tile, segment, factors, first_m, end_m, sums);
-                    break;
-                case 6:
-                    add_products<6, 8>(tile, segment, factors, first_m, end_m, sums);
-                    break;
-                case 7:
-                    add_products<7, 8>(tile, segment, factors, first_m, end_m, sums);
-                    break;
-                default:
-                    add_products<8, 8>(tile, segment, factors, first_m, end_m, sums);
-                    break;
-            }
+            with_width(segment.bits, [&](auto bits) {
+                add_round<bits, 8>(tile, segment, factors, round.number, first_m, end_m, sums);
+            });
         }
         to_scores(sums, worth, base, first_m, end_m, score);
     }
@@ -807,16 +869,6 @@ struct TileMath {
             halves[2 * half + 1] = W::template permute<0x7362>(middle | low, words[half][s]);
         }
     }
-    /// Four floats in the halves of A: rounded to fp16, and what that left.
-    KVPLANE_DEVICE static void two_parts(const Float (&x)[4], Word (&a)[4]) {
-        KVPLANE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            a[2 * i] = W::pack_halves(x[2 * i], x[2 * i + 1]);
-            a[2 * i + 1] =
-                W::pack_halves(x[2 * i] - W::low_half(a[2 * i]), x[2 * i + 1] - W::high_half(a[2 * i]));
-        }
-    }
-
     KVPLANE_DEVICE static void half_scores(const QueryRowsView& queries, const std::byte* tile,
                                            const SegmentView& segment, Scores& score) {
         const Word g = W::lane() >> 2, quarter = W::lane() & 3u;
@@ -853,8 +905,8 @@ struct TileMath {
                 second[i] = W::select(valid, query[4 + i] * scale, Float(0.0f));
             }
             Word a[2][4];
-            two_parts(first, a[0]);
-            two_parts(second, a[1]);
+            two_parts<W>(first, a[0]);
+            two_parts<W>(second, a[1]);
             KVPLANE_UNROLL
             for (int m = 0; m < 4; ++m) {
                 const Word token = score_token(m, g, value_chunk);
@@ -892,7 +944,7 @@ struct TileMath {
                 KVPLANE_UNROLL
                 for (Float& x : four) x = W::select(there, x, Float(0.0f));
             }
-            two_parts(four, a[quad]);
+            two_parts<W>(four, a[quad]);
         }
         KVPLANE_UNROLL
         for (int b = 0; b < blocks; ++b) {

@@ -28,11 +28,29 @@ struct SegmentView {
 
 /// A tile of keys.
 struct KeyTileView {
-    static constexpr int max_segments = 8;
+    static constexpr int max_segments = 8, max_rounds = 16;
+    /// Up to 32 channels of a segment, which one round of products takes.
+    struct alignas(16) Round {
+        std::int32_t first_channel, channels;
+        std::int32_t step_at,
+            lower_at;              ///< of the first channel and group of tokens; lower_at -1: there are none
+        std::int32_t group_bytes;  ///< from the grids of a group to those of the next
+        float step_scale;          ///< 2^(bits that are not read)
+        float middle;  ///< what codes stand for in the middle of their cells, in steps beyond the lower
+        std::int16_t segment, number;  ///< number: among those of the segment
+    };
     std::int32_t segments;
     std::int32_t groups;  ///< of tokens, each with grids of its own: 1, 2 or 4
     std::int32_t bytes;   ///< from the tile's begin on that are read
+    std::int32_t rounds;
     SegmentView segment[max_segments];
+    Round round[max_rounds];
+
+    /// Bytes from row to row of the factors that a warp keeps of eight rows where widths are known at run time:
+    /// 16 bits each, and so many that rows begin in different banks of memory.
+    KVPLANE_DEVICE std::uint32_t factor_stride() const {
+        return static_cast<std::uint32_t>(rounds) * 64u + 16u;
+    }
 };
 
 /// A tile of values.
@@ -54,19 +72,6 @@ struct OutsideView {
 };
 
 enum class Rotation : std::uint8_t { none, all, by_tile };
-
-/// All that a kernel knows of a layer.
-struct LayerView {
-    std::int32_t kv_heads, query_heads, key_head_dim, value_head_dim;
-    KeyTileView keys;
-    ValueTileView values;
-    std::int32_t head_stride,
-        value_offset;         ///< in a page: from head to head, and from a head's keys to its values
-    std::int32_t rotated_at;  ///< where Rotation::by_tile: the page's byte for head 0
-    Rotation rotates_keys;
-    bool rotates_values;
-    OutsideView sinks, recent;
-};
 
 namespace detail {
 
@@ -123,7 +128,24 @@ inline KeyTileView key_tile_view(const TileFormat& format, int planes = PlaneSpl
         require(!placed.has_grids() || step_bytes(placed.scheme) == 2, ErrorCode::option,
                 "cuda: grids of keys of the scheme ", name(placed.scheme), ", expected one with fp16 steps");
         const int read = detail::planes_read(placed, planes);
-        view.segment[view.segments++] = detail::segment_view(placed, read);
+        SegmentView& segment = view.segment[view.segments];
+        segment = detail::segment_view(placed, read);
+        for (std::int32_t first = 0; first < segment.channels; first += 32) {
+            require(view.rounds < KeyTileView::max_rounds, ErrorCode::option, "cuda: keys of more than ",
+                    KeyTileView::max_rounds, " times 32 channels of one width");
+            const std::int32_t channels = std::min(segment.channels - first, 32);
+            view.round[view.rounds++] = {
+                .first_channel = segment.first_channel + first,
+                .channels = channels,
+                .step_at = segment.step_at + 2 * first,
+                .lower_at = segment.lower_at < 0 ? -1 : segment.lower_at + 2 * first,
+                .group_bytes = 2 * segment.channels,
+                .step_scale = segment.step_scale,
+                .middle = 0.5f + (segment.lower_at < 0 ? segment.lower_in_steps : 0.0f),
+                .segment = static_cast<std::int16_t>(view.segments),
+                .number = static_cast<std::int16_t>(first / 32)};
+        }
+        ++view.segments;
         end = std::max(end, detail::read_end(format, placed, read));
     }
     view.groups =

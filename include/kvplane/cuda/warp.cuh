@@ -40,6 +40,18 @@ struct DeviceWarp {
     __device__ static Word load1(const std::byte* base, Word at) {
         return *reinterpret_cast<const std::uint8_t*>(base + at);
     }
+    __device__ static void store16(std::byte* base, Word at, const Word (&from)[4]) {
+        *reinterpret_cast<uint4*>(base + at) = make_uint4(from[0], from[1], from[2], from[3]);
+    }
+    __device__ static void store8(std::byte* base, Word at, Word first, Word second) {
+        *reinterpret_cast<uint2*>(base + at) = make_uint2(first, second);
+    }
+    __device__ static void store4(std::byte* base, Word at, Word word, Flag there) {
+        if (there) *reinterpret_cast<std::uint32_t*>(base + at) = word;
+    }
+    __device__ static void store2(std::byte* base, Word at, Word word) {
+        *reinterpret_cast<std::uint16_t*>(base + at) = static_cast<std::uint16_t>(word);
+    }
     __device__ static Float load_bias(const float* bias, Word row, Int key, Flag there) {
         return there ? bias[row + static_cast<std::uint32_t>(key)] : 0.0f;
     }
@@ -72,6 +84,11 @@ struct DeviceWarp {
         asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
         return y;
     }
+    /// Cosine and sine of x / 2^32 of a turn.
+    __device__ static Float cosine(Word x) { return __cosf(turn_angle(x)); }
+    __device__ static Float sine(Word x) { return __sinf(turn_angle(x)); }
+    /// The upper half of the product.
+    __device__ static Word multiply_high(Word a, Word b) { return __umulhi(a, b); }
     __device__ static Float tanh(Float x) { return tanhf(x); }
     template <class T>
     __device__ static T select(Flag flag, T yes, T no) {
@@ -81,7 +98,10 @@ struct DeviceWarp {
     __device__ static Flag either(Flag a, Flag b) { return a || b; }
 
     // Lanes together.
+    /// Until all lanes are here, and see what others have stored.
+    __device__ static void sync() { __syncwarp(); }
     __device__ static Flag any(Flag flag) { return __any_sync(~0u, flag); }
+    __device__ static Float of_lane(Float x, int lane) { return __shfl_sync(~0u, x, lane); }
     __device__ static Float shuffle_xor(Float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 
     // sums += A B, of 16 x 32 signed or unsigned bytes by 32 x 8 unsigned ones.
@@ -103,6 +123,11 @@ struct DeviceWarp {
             "{%0,%1,%2,%3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+
+  private:
+    __device__ static Float turn_angle(Word x) {
+        return __int2float_rn(static_cast<Int>(x)) * 1.46291808e-9f;  // 2 pi / 2^32
     }
 };
 
