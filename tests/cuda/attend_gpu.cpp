@@ -142,7 +142,7 @@ void expect_attention(const Case& c, std::uint64_t seed) {
         KvCache& cache = caches.emplace_back(configuration, pool);
         const Matrix keys = keys_of(c, configuration, tokens, random),
                      values = kvplane_test::normal_matrix(tokens, c.kv_heads * c.value_dim, random);
-        if (configuration.fits_basis())
+        if (configuration.fits_basis() || configuration.recipe.shaped_keys)
             cache.append(keys, values,
                          kvplane_test::normal_matrix(tokens, c.query_heads * c.key_dim, random));
         else
@@ -236,10 +236,10 @@ void expect_attention(const Case& c, std::uint64_t seed) {
 
 std::vector<Case> cases() {
     std::vector<Case> all;
-    for (const char* recipe :
-         {"fp16", "key_favored:4:4", "key_favored:8:8", "key_favored:2:2", "key_favored:5:3",
-          "key_favored:4:2", "key_favored:3:3", "key_favored:1:1", "key_favored:6:7", "standard", "compact",
-          "kivi:4", "kivi:2:32", "kivi:8:64", "key_favored:7:1"})
+    for (const char* recipe : {"fp16", "key_favored:4:4", "key_favored:8:8", "key_favored:2:2",
+                               "key_favored:5:3", "key_favored:4:2", "key_favored:3:3", "key_favored:1:1",
+                               "key_favored:6:7", "standard", "compact", "kivi:4", "kivi:2:32", "kivi:8:64",
+                               "key_favored:7:1", "smallest", "key_favored:4:4+value_widths=32x4/32x2/64x1"})
         for (const Index dim : {Index{128}, Index{64}, Index{80}, Index{96}, Index{256}})
             all.push_back({.recipe = recipe, .key_dim = dim, .value_dim = dim, .tokens = {900}});
     for (const char* recipe :
@@ -250,7 +250,7 @@ std::vector<Case> cases() {
     all.push_back(
         {.recipe = "latent:3:3+heads_together=1", .key_dim = 64, .value_dim = 128, .tokens = {2000}});
     for (const char* recipe :
-         {"fp16", "standard", "key_favored:4:4", "kivi:4:32", "latent:3:3+heads_together=0"}) {
+         {"fp16", "standard", "smallest", "key_favored:4:4", "kivi:4:32", "latent:3:3+heads_together=0"}) {
         all.push_back(
             {.recipe = recipe, .kv_heads = 1, .query_heads = 1, .tokens = {1, 3, 31, 129, 5000, 300}});
         all.push_back({.recipe = recipe,

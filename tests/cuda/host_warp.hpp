@@ -207,6 +207,9 @@ struct HostWarp {
     static Word minimum(const Word& a, const Word& b) {
         return each<std::uint32_t>([&](int i) { return std::min(a[i], b[i]); });
     }
+    static Word count_bits(const Word& x) {
+        return each<std::uint32_t>([&](int i) { return std::popcount(x[i]); });
+    }
     static Float absolute(const Float& x) {
         return each<float>([&](int i) { return std::abs(x[i]); });
     }

@@ -209,11 +209,20 @@ void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, 
     typename Math::State state;
     Math::begin(state);
     const auto factor = Math::weigh(score, state);
-    Math::add_values(tile.bytes.data(), view, score, factor, state);
+    AlignedBytes memory(ValueTileView::run_bytes);
+    Math::add_values(tile.bytes.data(), view, memory.data(), score, factor, state);
     Math::finish(state);
     const Matrix values = tile.decoded(depth);
-    // A weight is off by half of 1 / 65500 of the largest step, which times a code is at most twice a range.
-    const double rounding = 128.0 / 65500.0 * (values.maxCoeff() - values.minCoeff()),
+    // A weight is off by half of 1 / 65500 of the largest step, which times a code is at most twice a range; where
+    // widths differ, the largest step is one of the least width.
+    double codes = 128.0;
+    if (view.runs > 0) {
+        const double least = std::ldexp(1.0, view.run[view.runs - 1].segment.bits) - 1.0;
+        codes = 0.0;
+        for (int i = 0; i < view.runs; ++i)
+            codes += view.run[i].rows * (std::ldexp(1.0, view.run[i].segment.bits) - 1.0) / least;
+    }
+    const double rounding = codes / 65500.0 * (values.maxCoeff() - values.minCoeff()),
                  largest = values.cwiseAbs().maxCoeff();
     for (int row = 0; row < (Math::shares_rows ? 4 : 8); ++row) {
         const Eigen::VectorXd weights = (scores.row(row).cast<double>().array() - scores.row(row).maxCoeff())
@@ -308,6 +317,37 @@ struct LatentRows {
     HostWarp::Float largest{0.0f};
 };
 
+TEST(TileMath, ValuesOfSeveralWidthsAreWeighed) {
+    Random random(kvplane_test::seed());
+    std::normal_distribution<float> normal;
+    Matrix scores(8, 128);
+    const auto check = [&]<int channels>() {
+        for (const std::vector<TokenRun>& runs : {std::vector<TokenRun>{{16, 4}, {80, 2}, {32, 1}},
+                                                  {{32, 4}, {32, 2}, {64, 1}},
+                                                  {{48, 8}, {80, 2}},
+                                                  {{16, 6}, {32, 5}, {32, 3}, {48, 2}},
+                                                  {{112, 4}, {16, 2}}})
+            for (const Scheme scheme : {Scheme::min_max, Scheme::unbiased}) {
+                if (scheme == Scheme::unbiased && runs[0].bits > 4) continue;
+                for (Index i = 0; i < scores.size(); ++i) scores.data()[i] = 3.0f * normal(random);
+                const GridRule rule{Granularity::per_token, whole_head, scheme, Clip::none};
+                const TileFormat format(channels, runs, rule);
+                Tile tile(format, rows_of(random, 128, channels));
+                const std::string name = std::to_string(runs.size()) + " runs from " +
+                                         std::to_string(runs[0].tokens) + " tokens, " + kvplane::name(scheme);
+                using General = TileMath<HostWarp, any_width, 256, any_width, channels>;
+                expect_values<General>(tile, value_tile_view(format), scores, 16, name + ", run time");
+                using Made = TileMath<HostWarp, 4, 128, token_widths, channels>;
+                expect_values<Made>(tile, value_tile_view(format), scores, 16, name);
+                using Paired = TileMath<HostWarp, 4, 128, token_widths, channels, true>;
+                expect_values<Paired>(tile, value_tile_view(format), scores, 16, name + ", paired");
+            }
+    };
+    check.template operator()<80>();
+    check.template operator()<128>();
+    check.template operator()<256>();
+}
+
 /// Attention of a cache as the kernel does it, with `warps` warps that take turns.
 template <class Math>
 Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const AttentionParameters& parameters,
@@ -334,7 +374,7 @@ Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const Attent
             QueryMemory as_given(plain, c.key_head_dim), turned(rotated, c.key_head_dim);
             std::optional<LatentRows<Math::shares_rows>> latents;
             if (Math::in_latents) latents.emplace(of, head, plain);
-            AlignedBytes factors(8 * layer.keys.factor_stride());
+            AlignedBytes factors(8 * layer.keys.factor_stride()), weights(ValueTileView::run_bytes);
             ScoreRules<HostWarp> rules{};
             rules.position =
                 each<std::int32_t>([&](int lane) { return position + row_of(lane / 4) / group; });
@@ -384,7 +424,7 @@ Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const Attent
                         scores);
                     const auto factor = Math::weigh(scores, mine);
                     Math::add_values(tile.page + tile.layout->value_at[static_cast<std::size_t>(head)],
-                                     layer.values, scores, factor, mine);
+                                     layer.values, weights.data(), scores, factor, mine);
                 }
                 Math::finish(mine);
             }
@@ -412,7 +452,8 @@ Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const Attent
 
 TEST(TileMath, WholeCachesAreAttended) {
     Random random(kvplane_test::seed());
-    for (const char* name : {"fp16", "standard", "key_favored:4:4", "kivi:2:32", "key_favored:8:1"})
+    for (const char* name :
+         {"fp16", "standard", "key_favored:4:4", "kivi:2:32", "key_favored:8:1", "smallest"})
         for (const auto& [query_tokens, parameters] : {std::pair<Index, AttentionParameters>{1, {}},
                                                        {5, {.softcap = 15.0}},
                                                        {3, {.sliding_window = 200, .sinks = 4}},
@@ -426,8 +467,12 @@ TEST(TileMath, WholeCachesAreAttended) {
                            .recipe = recipes::parse(name),
                            .rotation_seed = 5},
                           pool);
-            cache.append(kvplane_test::normal_matrix(500, 2 * 64, random),
-                         kvplane_test::normal_matrix(500, 2 * 96, random));
+            const Matrix keys = kvplane_test::normal_matrix(500, 2 * 64, random),
+                         values = kvplane_test::normal_matrix(500, 2 * 96, random);
+            if (cache.configuration().recipe.shaped_keys)
+                cache.append(keys, values, kvplane_test::normal_matrix(500, 6 * 64, random));
+            else
+                cache.append(keys, values);
             cache.truncate(478);  // where nothing is left outside tiles, the last of which is cut
             const Matrix queries = kvplane_test::normal_matrix(query_tokens, 6 * 64, random);
             using Math = TileMath<HostWarp, 0, 256, 0, 96>;
@@ -559,7 +604,8 @@ TEST(TileMath, OtherTilesAreRefused) {
         c.recipe = recipes::parse(name);
         return c;
     };
-    EXPECT_NE(refusal(ErrorCode::option, [&] { layer(with("smallest")); }).find("different widths by token"),
+    EXPECT_NE(refusal(ErrorCode::option, [&] { layer(with("smallest+value_group=32")); })
+                  .find("whose tokens have different widths"),
               std::string::npos);
     EXPECT_NE(refusal(ErrorCode::option, [&] { layer(with("block32:8")); }).find("per_token"),
               std::string::npos);

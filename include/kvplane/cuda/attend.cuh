@@ -257,7 +257,8 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
             (now.first >= rules.hidden_to || last < rules.hidden_from);
         if (!plain_tile) Math::apply(rules, {now.first - now.row, now.row, now.row + now.tokens}, scores);
         const float factor = Math::weigh(scores, state);
-        Math::add_values(values.wait(), layer.values, scores, factor, state);
+        Math::add_values(values.wait(), layer.values, own + (Math::in_latents ? latents.factors_at() : 0u),
+                         scores, factor, state);
         __syncwarp();
         if (!more) break;
         values.fill(value_tile(next), static_cast<std::uint32_t>(layer.values.bytes));
@@ -421,7 +422,10 @@ struct Made {
                                         layer.keys.groups == 1 && layer.keys.segment[0].bits == key_bits &&
                                         (key_bits == 16 || layer.keys.segment[0].lower_at >= 0) &&
                                         layer.key_head_dim == key_head_dim;
-        return keys_fit && layer.values.all.bits == value_bits && layer.value_head_dim == value_head_dim &&
+        const bool values_fit = value_bits == token_widths
+                                    ? layer.values.runs > 0
+                                    : layer.values.runs == 0 && layer.values.all.bits == value_bits;
+        return keys_fit && values_fit && layer.value_head_dim == value_head_dim &&
                layer.values.run_blocks >= Math::blocks && (!paired || arguments.most_rows <= 4);
     }
 };
@@ -449,7 +453,7 @@ using StandardKernels =
     Kernels<Few<4, 4, 128>, Few<8, 8, 128>, Few<5, 3, 128>, Few<4, 2, 128>, Few<3, 3, 128>, Few<2, 2, 128>,
             Few<16, 16, 128>, Few<4, 4, 64>, Few<5, 3, 64>, Few<4, 2, 64>, Many<4, 4, 128>, Many<8, 8, 128>,
             Many<5, 3, 128>, Many<4, 2, 128>, Many<16, 16, 128>, InLatents<2, 128, true>,
-            InLatents<3, 128, true>, InLatents<4, 128, true>>;
+            InLatents<3, 128, true>, InLatents<4, 128, true>, Few<3, token_widths, 128>>;
 
 #if !defined(KVPLANE_CUDA_KERNELS)
 #define KVPLANE_CUDA_KERNELS StandardKernels

@@ -172,9 +172,10 @@ class AttendWorkspace {
         const LatentView& latents = layer.latents;
         a.query_stride = static_cast<std::uint32_t>(std::max(layer.key_head_dim, latents.channels) + 4) * 4;
         const std::uint32_t rows = detail::rows_of_block * a.query_stride;
+        const std::uint32_t run_bytes = layer.values.runs > 0 ? ValueTileView::run_bytes : 0;
         a.warp_bytes = of.table             ? latents.warp_bytes()
-                       : detail::is_made(a) ? 0
-                                            : 8u * layer.keys.factor_stride();
+                       : detail::is_made(a) ? run_bytes
+                                            : std::max(run_bytes, 8u * layer.keys.factor_stride());
         // Behind the slots, for now from 0 on.
         std::uint32_t end = rows;
         const auto place = [&](std::uint32_t bytes) {

@@ -1,6 +1,7 @@
 // kvplane/cuda/layer_view.hpp: the caches of one layer as kernels take them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -80,6 +81,9 @@ inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const 
     if (layer.latent) {
         layer.table = std::make_shared<const LatentTable>(*layer.latent, layout, read.keys);
         view.latents = layer.table->view();
+        // Weights by token take the place of factors.
+        if (view.values.runs > 0)
+            view.latents.factor_bytes = std::max(view.latents.factor_bytes, ValueTileView::run_bytes);
         view.keys.bytes = layer.table->key_bytes();
     } else {
         view.keys = key_tile_view(layout.key_format(0), read.keys);

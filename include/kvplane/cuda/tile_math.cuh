@@ -32,8 +32,8 @@ struct QueryRowsView {
     std::uint32_t offset_at = 0;  ///< [row] in bytes; of latents alone
 };
 
-/// In place of a width of keys: keys whose widths are known at run time, and such keys in latents.
-inline constexpr int any_width = 0, latent_width = -1;
+/// In place of a width: what the views say at run time; of keys, that of latents; of values, several by token.
+inline constexpr int any_width = 0, latent_width = -1, token_widths = -1;
 
 /// A row of a token outside tiles.
 template <class W>
@@ -98,20 +98,9 @@ struct SoftmaxRows {
     typename W::Float sum;      ///< of the lane's own tokens
 };
 
-/// Four floats in the halves of A: rounded to fp16, and what that left.
-template <class W>
-KVPLANE_DEVICE void two_parts(const typename W::Float (&x)[4], typename W::Word (&a)[4]) {
-    KVPLANE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        a[2 * i] = W::pack_halves(x[2 * i], x[2 * i + 1]);
-        a[2 * i + 1] =
-            W::pack_halves(x[2 * i] - W::low_half(a[2 * i]), x[2 * i + 1] - W::high_half(a[2 * i]));
-    }
-}
-
 /// key_bits, value_bits: the width of all channels, 16 for fp16; any_width: what the views say at run time;
-/// latent_width: that, of latents. Of keys and of values with so many channels, where these widths are known;
-/// of values otherwise the most there may be. paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by
+/// latent_width: that, of latents; token_widths: values of several widths by token. Of keys and of values with so
+/// many channels, where these widths are known; of values otherwise the most there may be. paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by
 /// every product, it then takes one, and the lane of the other four rows the other: half of the work between
 /// the products.
 template <class W, int key_bits, int key_channels, int value_bits, int value_channels, bool paired = false>
@@ -127,7 +116,7 @@ struct TileMath {
     static constexpr int key_chunk = segmented || key_bits == 16 ? 8 : least_chunk(key_bits);
     /// Where keys have grids over fewer tokens, quads of tokens ascend, so that those of a grid are neighbours.
     static constexpr int value_chunk =
-        key_bits == any_width || any_values || value_bits == 16 ? 8 : least_chunk(value_bits);
+        key_bits == any_width || value_bits <= 0 || value_bits == 16 ? 8 : least_chunk(value_bits);
     static constexpr int key_octets = octets_of(key_channels, key_chunk);
     static constexpr int blocks = (value_channels + 31) / 32;
     /// Tokens whose scores of one product a lane takes.
@@ -269,14 +258,18 @@ struct TileMath {
         }
     }
 
-    /// Adds the values of a tile. weight: relative to `factor`.
-    KVPLANE_DEVICE static void add_values(const std::byte* tile, const ValueTileView& view,
+    /// Adds the values of a tile. weight: relative to `factor`. memory: of the warp, where weights of values of
+    /// several widths go, ValueTileView::run_bytes bytes.
+    KVPLANE_DEVICE static void add_values(const std::byte* tile, const ValueTileView& view, std::byte* memory,
                                           const Scores& weight, Float factor, State& state) {
         if constexpr (value_bits == 16) {
             half_sums(tile, view.all, weight, factor, state);
-        } else if constexpr (value_bits != 0) {
+        } else if constexpr (value_bits == token_widths) {
+            run_sums(tile, view, memory, weight, factor, state);
+        } else if constexpr (!any_values) {
             coded_sums<value_bits>(tile, view, weight, factor, state);
         } else {
+            if (view.runs > 0) return run_sums(tile, view, memory, weight, factor, state);
             if (view.all.bits == 16) return half_sums(tile, view.all, weight, factor, state);
             with_width(view.all.bits,
                        [&](auto bits) { coded_sums<bits>(tile, view, weight, factor, state); });
@@ -848,6 +841,203 @@ struct TileMath {
             out[s][j] = W::multiply_add(W::to_float(sums[s][j] * 256 + sums[s][2 + j]), worth, out[s][j]);
     }
 
+    // Values of several widths by token. Rows of such a tile are runs of tokens of one width each.
+
+    static constexpr std::uint32_t weight_stride = ValueTileView::weight_stride;
+
+    /// Puts the rows that all tokens stand in into the memory of the warp, a byte each. A lane finds four.
+    KVPLANE_DEVICE static void place_tokens(const std::byte* tile, const ValueTileView& view, std::byte* to) {
+        // Bit t of a plane: a digit of the run of token t.
+        Word planes[2][4], own_digits[2];
+        const Word none(0u), word = W::lane() >> 3, first_bit = (W::lane() & 7u) * 4u;
+        KVPLANE_UNROLL
+        for (int p = 0; p < 2; ++p) {
+            if (p < view.run_planes) {
+                W::load16(tile, Word(std::uint32_t(16 * p)), planes[p]);
+                own_digits[p] = W::load4(tile, word * 4u + std::uint32_t(16 * p)) >> first_bit;
+            } else {
+                // A lone plane is the lower digit.
+                KVPLANE_UNROLL
+                for (int w = 0; w < 4; ++w) {
+                    planes[p][w] = planes[0][w];
+                    planes[0][w] = none;
+                }
+                own_digits[1] = own_digits[0];
+                own_digits[0] = none;
+            }
+        }
+        Word row[ValueTileView::most_runs];
+        KVPLANE_UNROLL
+        for (int r = 0; r < ValueTileView::most_runs; ++r) {
+            row[r] = Word(std::uint32_t(view.run[r].first_row));
+            KVPLANE_UNROLL
+            for (int w = 0; w < 4; ++w) {
+                const Word members = (planes[0][w] ^ (r / 2 == 0 ? 0xFFFFFFFFu : 0u)) &
+                                     (planes[1][w] ^ (r % 2 == 0 ? 0xFFFFFFFFu : 0u));
+                const Word before =
+                    W::select(word > std::uint32_t(w), Word(0xFFFFFFFFu),
+                              W::select(word == std::uint32_t(w), (Word(1u) << first_bit) - 1u, none));
+                row[r] = row[r] + W::count_bits(members & before);
+            }
+        }
+        Word packed(0u);
+        KVPLANE_UNROLL
+        for (int t = 0; t < 4; ++t) {
+            const Word run =
+                (own_digits[0] >> std::uint32_t(t) & 1u) * 2u + (own_digits[1] >> std::uint32_t(t) & 1u);
+            KVPLANE_UNROLL
+            for (int r = 0; r < ValueTileView::most_runs; ++r) {
+                const auto mine = run == std::uint32_t(r);
+                packed = packed | W::select(mine, row[r] << std::uint32_t(8 * t), none);
+                row[r] = row[r] + W::select(mine, Word(1u), none);
+            }
+        }
+        // Of a tile that is broken, too.
+        W::store4(to, W::lane() * 4u, packed & 0x7F7F7F7Fu, W::lane() < 32u);
+    }
+
+    /// Weights times steps in the order of rows, in the memory of the warp: [row of queries][row of the tile]; the
+    /// largest of the lane's row, and what they add beside the products.
+    KVPLANE_DEVICE static void fold_runs(const std::byte* tile, const ValueTileView& view, std::byte* memory,
+                                         const Scores& weight, Float& largest, Float& base) {
+        std::byte* const places = memory + rows * weight_stride;
+        W::sync();  // all lanes are done with what was there
+        place_tokens(tile, view, places);
+        W::sync();
+        KVPLANE_UNROLL
+        for (int quad = 0; quad < 4 * own; ++quad) {
+            const Word place = W::load4(places, score_token(quad / own, column(quad % own), value_chunk));
+            KVPLANE_UNROLL
+            for (int s = 0; s < 4; ++s)
+                W::store4(memory, row() * weight_stride + (place >> std::uint32_t(8 * s) & 0xFFu) * 4u,
+                          W::as_word(weight[quad / own][s][quad % own]), W::lane() < 32u);
+        }
+        W::sync();
+        Float low[rows], most[rows];
+        KVPLANE_UNROLL
+        for (int r = 0; r < rows; ++r) low[r] = most[r] = Float(0.0f);
+        for (int i = 0; i < view.runs; ++i) {
+            const ValueTileView::Run& run = view.run[i];
+            const SegmentView& segment = run.segment;
+            for (std::int32_t first = 0; first < run.rows; first += 32) {
+                // A lane has a row.
+                const auto there = W::lane() + std::uint32_t(first) < std::uint32_t(run.rows);
+                const Word at = W::select(there, W::lane() + std::uint32_t(first), Word(0u));
+                Float step = segment.step_bytes == 2 ? W::low_half(W::load2(tile + segment.step_at, at * 2u))
+                                                     : W::low_half(W::load1(tile + segment.step_at, at) << 7);
+                step = W::select(there, step * segment.step_scale, Float(0.0f));
+                Float offset = step * (0.5f + (segment.lower_at >= 0 ? 0.0f : segment.lower_in_steps));
+                if (segment.lower_at >= 0)
+                    offset =
+                        offset + W::select(there, W::low_half(W::load2(tile + segment.lower_at, at * 2u)),
+                                           Float(0.0f));
+                const Word in_row = (at + std::uint32_t(run.first_row)) * 4u;
+                KVPLANE_UNROLL
+                for (int r = 0; r < rows; ++r) {
+                    const Word row_at = in_row + std::uint32_t(r) * weight_stride;
+                    const Float w = W::as_float(W::load4(memory, row_at));
+                    const Float f = w * step;
+                    low[r] = W::multiply_add(w, offset, low[r]);
+                    // Steps of narrow runs are large, but their tokens' weights are small.
+                    most[r] = W::maximum(most[r], f);
+                    W::store4(memory, row_at, W::as_word(f), there);
+                }
+            }
+        }
+        base = across_lanes(low, [](Float a, Float b) { return a + b; });
+        largest = across_lanes(most, [](Float a, Float b) { return W::maximum(a, b); });
+        W::sync();
+    }
+
+    KVPLANE_DEVICE static void run_sums(const std::byte* tile, const ValueTileView& view, std::byte* memory,
+                                        const Scores& weight, Float factor, State& state) {
+        Float largest, base;
+        fold_runs(tile, view, memory, weight, largest, base);
+        const Float worth = factor * (largest * (1.0f / unsigned_range));
+        const Float inverse =
+            W::select(largest > 1e-30f, unsigned_range / W::maximum(largest, Float(1e-30f)), Float(0.0f));
+        // All lanes of a row have the same.
+        const Float once = W::select(first_of_row(), factor * base, Float(0.0f));
+        KVPLANE_UNROLL
+        for (int b = 0; b < blocks; ++b) state.base[b] = state.base[b] + once;
+        // Sums of four blocks at a time stay in registers.
+        KVPLANE_UNROLL
+        for (int first_block = 0; first_block < blocks; first_block += 4) {
+            Int sums[4][4][4];
+            KVPLANE_UNROLL
+            for (int i = 0; i < 64; ++i) sums[i / 16][i / 4 % 4][i % 4] = Int(0);
+            for (int i = 0; i < view.runs; ++i) {
+                const ValueTileView::Run& run = view.run[i];
+                KVPLANE_KEEP_ROLLED
+                for (std::int32_t first = 0; first < run.rows; first += 32) {
+                    const Word in_run = (W::lane() & 3u) * 8u + std::uint32_t(first);
+                    const auto there = in_run < std::uint32_t(run.rows);
+                    const Word begin = W::select(there, in_run, Word(0u));
+                    Word factors[4];
+                    run_factors(memory, begin + std::uint32_t(run.first_row),
+                                W::select(there, inverse, Float(0.0f)), factors);
+                    with_width(run.segment.bits, [&](auto bits) {
+                        KVPLANE_UNROLL
+                        for (int b = 0; b < 4; ++b)
+                            if (first_block + b < blocks)
+                                add_run<bits>(tile, run, begin, first_block + b, factors, sums[b]);
+                    });
+                }
+            }
+            KVPLANE_UNROLL
+            for (int b = 0; b < 4; ++b) {
+                if (first_block + b >= blocks) continue;
+                KVPLANE_UNROLL
+                for (int s = 0; s < 4; ++s) KVPLANE_UNROLL
+                for (int j = 0; j < 2; ++j) {
+                    Float& out = state.out[first_block + b][s][j];
+                    out = W::multiply_add(W::to_float(sums[b][s][j] * 256 + sums[b][s][2 + j]), worth, out);
+                }
+            }
+        }
+    }
+    /// The bytes of A of the eight rows of the tile from `begin` on.
+    KVPLANE_DEVICE static void run_factors(const std::byte* memory, Word begin, Float inverse, Word (&a)[4]) {
+        a[0] = a[1] = a[2] = a[3] = Word(0u);
+        KVPLANE_UNROLL
+        for (int quad = 0; quad < own; ++quad) {
+            // Of paired rows a lane has one of the two quads.
+            const Word at = begin + (paired ? (W::lane() >> 4) * 4u : Word(std::uint32_t(4 * quad)));
+            Word bits[4];
+            W::load16(memory, row() * weight_stride + at * 4u, bits);
+            KVPLANE_UNROLL
+            for (int i = 0; i < 4; ++i)
+                bits[i] = W::as_word(W::multiply_add(W::as_float(bits[i]), inverse, Float(8388608.0f)));
+            const Word low_pair = W::template permute<0x5140>(bits[0], bits[1]),
+                       high_pair = W::template permute<0x5140>(bits[2], bits[3]);
+            put_quad(quad, W::template permute<0x7632>(low_pair, high_pair),
+                     W::template permute<0x5410>(low_pair, high_pair), a);
+        }
+    }
+    /// Adds the products of weights and 32 channels of values of one round of a run.
+    template <int bits>
+    KVPLANE_DEVICE static void add_run(const std::byte* tile, const ValueTileView::Run& run, Word begin,
+                                       int block, const Word (&factors)[4], Int (&sums)[4][4]) {
+        constexpr PlaneSplit split = plane_split(bits);
+        Word words[split.count][1][4];
+        load_run_planes<bits>(tile, run, begin, block_channel(run.segment, block), words);
+        KVPLANE_UNROLL
+        for (int s = 0; s < 4; ++s) {
+            Word b[2];
+            code_words<bits, 8>(words, 0, s, begin, b);
+            W::multiply_unsigned(sums[s], factors, b);
+        }
+    }
+    template <int bits, int plane = 0, class Words>
+    KVPLANE_DEVICE static void load_run_planes(const std::byte* tile, const ValueTileView::Run& run,
+                                               Word begin, Word channel, Words& words) {
+        constexpr std::uint32_t depth = 32 / plane_split(bits)[plane];
+        W::load16(tile + run.segment.plane_at[plane],
+                  value_word(channel, begin / depth, std::uint32_t(run.rows) / depth), words[plane][0]);
+        if constexpr (plane + 1 < plane_split(bits).count)
+            load_run_planes<bits, plane + 1>(tile, run, begin, channel, words);
+    }
+
     // Tiles of fp16 numbers.
 
     /// The planes of fp16 numbers, of 8 numbers along the product: two words of the plane of high bytes, one
@@ -869,6 +1059,16 @@ struct TileMath {
             halves[2 * half + 1] = W::template permute<0x7362>(middle | low, words[half][s]);
         }
     }
+    /// Four floats in the halves of A: rounded to fp16, and what that left.
+    KVPLANE_DEVICE static void two_parts(const Float (&x)[4], Word (&a)[4]) {
+        KVPLANE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            a[2 * i] = W::pack_halves(x[2 * i], x[2 * i + 1]);
+            a[2 * i + 1] =
+                W::pack_halves(x[2 * i] - W::low_half(a[2 * i]), x[2 * i + 1] - W::high_half(a[2 * i]));
+        }
+    }
+
     KVPLANE_DEVICE static void half_scores(const QueryRowsView& queries, const std::byte* tile,
                                            const SegmentView& segment, Scores& score) {
         const Word g = W::lane() >> 2, quarter = W::lane() & 3u;
@@ -905,8 +1105,8 @@ struct TileMath {
                 second[i] = W::select(valid, query[4 + i] * scale, Float(0.0f));
             }
             Word a[2][4];
-            two_parts<W>(first, a[0]);
-            two_parts<W>(second, a[1]);
+            two_parts(first, a[0]);
+            two_parts(second, a[1]);
             KVPLANE_UNROLL
             for (int m = 0; m < 4; ++m) {
                 const Word token = score_token(m, g, value_chunk);
@@ -944,7 +1144,7 @@ struct TileMath {
                 KVPLANE_UNROLL
                 for (Float& x : four) x = W::select(there, x, Float(0.0f));
             }
-            two_parts<W>(four, a[quad]);
+            two_parts(four, a[quad]);
         }
         KVPLANE_UNROLL
         for (int b = 0; b < blocks; ++b) {

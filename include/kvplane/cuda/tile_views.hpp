@@ -55,9 +55,24 @@ struct KeyTileView {
 
 /// A tile of values.
 struct ValueTileView {
-    SegmentView all;
+    static constexpr int most_runs = 4;
+    /// Bytes from row to row of weights in the order of a tile's rows.
+    static constexpr std::uint32_t weight_stride = (128 + 4) * 4;
+    /// What a warp keeps where tokens have different widths: weights of eight query rows, and where tokens stand.
+    static constexpr std::uint32_t run_bytes = 8 * weight_stride + 128;
+
+    /// Rows of one width.
+    struct Run {
+        SegmentView segment;
+        std::int32_t first_row, rows;
+    };
+
+    SegmentView all;          ///< where runs is 0
     std::int32_t run_blocks;  ///< blocks of 32 channels that share a grid
     std::int32_t bytes;       ///< from the tile's begin on that are read
+    std::int32_t runs;        ///< of tokens; 0: all have one width
+    std::int32_t run_planes;  ///< that say which run a token is in, at the tile's begin
+    Run run[most_runs];
 };
 
 /// Rows of one side in a page of tokens outside tiles (cache/token_rows.hpp).
@@ -154,27 +169,45 @@ inline KeyTileView key_tile_view(const TileFormat& format, int planes = PlaneSpl
     return view;
 }
 
-/// Throws Error (option) for what kernels do not read: tokens of different widths, grids with negative steps,
-/// grids over other runs of channels than multiples of 32 or the whole head.
+/// Throws Error (option) for what kernels do not read: grids with negative steps, grids over other runs of
+/// channels than multiples of 32 or the whole head; of tokens of different widths, than the whole head.
 inline ValueTileView value_tile_view(const TileFormat& format, int planes = PlaneSplit::max_planes) {
-    require(!format.by_token(), ErrorCode::option,
-            "cuda: values of different widths by token, expected one width");
-    require(format.segments().size() == 1, ErrorCode::option, "cuda: values in ", format.segments().size(),
-            " segments, expected one");
-    const TileFormat::Placed& placed = format.segments()[0];
-    require(placed.bits > 0, ErrorCode::option, "cuda: values of no bits, expected 1 to 8 or 16");
-    const Index run = std::min(format.rule().group, format.channels());
-    require(placed.is_half() || (format.rule().granularity == Granularity::per_token &&
-                                 (run % 32 == 0 || run == format.channels())),
-            ErrorCode::option, "cuda: grids of values ", name(format.rule().granularity), " over ", run,
-            ", expected per token over a multiple of 32 channels or the whole head");
-    require(placed.scheme != Scheme::full_range, ErrorCode::option,
+    const Index group = std::min(format.rule().group, format.channels());
+    const auto require_grids = [&](const TileFormat::Placed& placed) {
+        require(placed.bits > 0, ErrorCode::option, "cuda: values of no bits, expected 1 to 8 or 16");
+        require(placed.is_half() || (format.rule().granularity == Granularity::per_token &&
+                                     (group % 32 == 0 || group == format.channels())),
+                ErrorCode::option, "cuda: grids of values ", name(format.rule().granularity), " over ", group,
+                ", expected per token over a multiple of 32 channels or the whole head");
+        require(
+            placed.scheme != Scheme::full_range, ErrorCode::option,
             "cuda: grids of values of the scheme full_range, whose steps may be negative; expected another");
-    const int read = detail::planes_read(placed, planes);
+    };
     ValueTileView view{};
-    view.all = detail::segment_view(placed, read);
-    view.run_blocks = static_cast<std::int32_t>((run + 31) / 32);
-    view.bytes = static_cast<std::int32_t>(detail::read_end(format, placed, read));
+    view.run_blocks = static_cast<std::int32_t>((group + 31) / 32);
+    Index end = 0;
+    if (format.by_token()) {
+        require(group == format.channels(), ErrorCode::option, "cuda: grids over ", group,
+                " channels of values whose tokens have different widths, expected the whole head");
+        view.run_planes = format.run_planes();
+        for (const TileFormat::Placed& placed : format.segments()) {
+            require_grids(placed);
+            const int read = detail::planes_read(placed, planes);
+            view.run[view.runs++] = {detail::segment_view(placed, read),
+                                     static_cast<std::int32_t>(placed.first_row),
+                                     static_cast<std::int32_t>(placed.rows)};
+            end = std::max(end, detail::read_end(format, placed, read));
+        }
+    } else {
+        require(format.segments().size() == 1, ErrorCode::option, "cuda: values in ",
+                format.segments().size(), " segments, expected one");
+        const TileFormat::Placed& placed = format.segments()[0];
+        require_grids(placed);
+        const int read = detail::planes_read(placed, planes);
+        view.all = detail::segment_view(placed, read);
+        end = detail::read_end(format, placed, read);
+    }
+    view.bytes = static_cast<std::int32_t>(end);
     return view;
 }
 

@@ -78,6 +78,7 @@ struct DeviceWarp {
     __device__ static Float multiply_add(Float a, Float b, Float c) { return __fmaf_rn(a, b, c); }
     __device__ static Float maximum(Float a, Float b) { return fmaxf(a, b); }
     __device__ static Word minimum(Word a, Word b) { return min(a, b); }
+    __device__ static Word count_bits(Word x) { return static_cast<Word>(__popc(x)); }
     __device__ static Float absolute(Float x) { return fabsf(x); }
     __device__ static Float exp2(Float x) {
         float y;
