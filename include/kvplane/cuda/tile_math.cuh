@@ -11,7 +11,7 @@
 //   values   the steps are folded into the weights, rounded to unsigned 16 bits. Sums: 65535 x 255 x 128 <
 //            2^31.
 //
-// fp16 tiles are put together in registers and multiplied as fp16, queries and weights in two parts (high and
+// fp16 tiles are put together in registers, of as many planes as are read, and multiplied as fp16, queries and weights in two parts (high and
 // low half) as above. Scores are in units of log 2.
 #pragma once
 
@@ -788,23 +788,28 @@ struct TileMath {
 
     // Tiles of fp16 numbers.
 
-    /// The planes of fp16 numbers, of 8 numbers along the product: two words of the plane of high bytes, one
-    /// each of the two others.
+    /// The first planes of fp16 numbers, of 8 numbers along the product: two words of the plane of high bytes,
+    /// one each of the two others.
+    template <int planes>
     KVPLANE_DEVICE static void load_halves(const std::byte* tile, const SegmentView& segment, Word at[3],
                                            std::uint32_t next, Word (&words)[4][4]) {
         W::load16(tile + segment.plane_at[0], at[0], words[0]);
         W::load16(tile + segment.plane_at[0], at[0] + next, words[1]);
-        W::load16(tile + segment.plane_at[1], at[1], words[2]);
-        W::load16(tile + segment.plane_at[2], at[2], words[3]);
+        if constexpr (planes > 1) W::load16(tile + segment.plane_at[1], at[1], words[2]);
+        if constexpr (planes > 2) W::load16(tile + segment.plane_at[2], at[2], words[3]);
     }
-    /// Eight fp16 numbers in order, two a word.
+    /// Eight fp16 numbers in order, two a word. Bits that are not read are filled with their middle, as
+    /// TileCoder::decode does.
+    template <int planes>
     KVPLANE_DEVICE static void join_halves(const Word (&words)[4][4], int s, Word (&halves)[4]) {
         KVPLANE_UNROLL
         for (int half = 0; half < 2; ++half) {
-            const Word middle = (words[2][s] >> (4 * half) & 0x0F0F0F0Fu) << 4,
-                       low = words[3][s] >> (4 * half) & 0x0F0F0F0Fu;
-            halves[2 * half] = W::template permute<0x5140>(middle | low, words[half][s]);
-            halves[2 * half + 1] = W::template permute<0x7362>(middle | low, words[half][s]);
+            Word low(0x80808080u);
+            if constexpr (planes > 1) low = (words[2][s] >> (4 * half) & 0x0F0F0F0Fu) << 4;
+            if constexpr (planes == 2) low = low | 0x08080808u;
+            if constexpr (planes > 2) low = low | (words[3][s] >> (4 * half) & 0x0F0F0F0Fu);
+            halves[2 * half] = W::template permute<0x5140>(low, words[half][s]);
+            halves[2 * half + 1] = W::template permute<0x7362>(low, words[half][s]);
         }
     }
     /// Four floats in the halves of A: rounded to fp16, and what that left.
@@ -819,6 +824,16 @@ struct TileMath {
 
     KVPLANE_DEVICE static void half_scores(const QueryRowsView& queries, const std::byte* tile,
                                            const SegmentView& segment, Scores& score) {
+        if (segment.planes == 1)
+            half_scores_of<1>(queries, tile, segment, score);
+        else if (segment.planes == 2)
+            half_scores_of<2>(queries, tile, segment, score);
+        else
+            half_scores_of<3>(queries, tile, segment, score);
+    }
+    template <int planes>
+    KVPLANE_DEVICE static void half_scores_of(const QueryRowsView& queries, const std::byte* tile,
+                                              const SegmentView& segment, Scores& score) {
         const Word g = W::lane() >> 2, quarter = W::lane() & 3u;
         const auto channels = std::uint32_t(channels_of(segment));
         const std::uint32_t units = (channels + 7u) / 8u, high_units = (channels + 3u) / 4u;
@@ -861,11 +876,11 @@ struct TileMath {
                 Word at[3] = {key_word(token, begin >> 2, high_units), key_word(token, begin >> 3, units),
                               key_word(token, begin >> 3, units)};
                 Word words[4][4];
-                load_halves(tile, segment, at, 64u, words);
+                load_halves<planes>(tile, segment, at, 64u, words);
                 KVPLANE_UNROLL
                 for (int s = 0; s < 4; ++s) {
                     Word halves[4];
-                    join_halves(words, s, halves);
+                    join_halves<planes>(words, s, halves);
                     W::multiply_halves(sums[4 * m + s], a[0], halves[0], halves[1]);
                     W::multiply_halves(sums[4 * m + s], a[1], halves[2], halves[3]);
                 }
@@ -881,6 +896,16 @@ struct TileMath {
 
     KVPLANE_DEVICE static void half_sums(const std::byte* tile, const SegmentView& segment,
                                          const Scores& weight, Float factor, State& state) {
+        if (segment.planes == 1)
+            half_sums_of<1>(tile, segment, weight, factor, state);
+        else if (segment.planes == 2)
+            half_sums_of<2>(tile, segment, weight, factor, state);
+        else
+            half_sums_of<3>(tile, segment, weight, factor, state);
+    }
+    template <int planes>
+    KVPLANE_DEVICE static void half_sums_of(const std::byte* tile, const SegmentView& segment,
+                                            const Scores& weight, Float factor, State& state) {
         const Word quarter = W::lane() & 3u;
         Word a[8][4];
         KVPLANE_UNROLL
@@ -906,11 +931,11 @@ struct TileMath {
                 Word at[3] = {value_word(channel, token >> 2, 32u), value_word(channel, token >> 3, 16u),
                               value_word(channel, token >> 3, 16u)};
                 Word words[4][4];
-                load_halves(tile, segment, at, 64u, words);
+                load_halves<planes>(tile, segment, at, 64u, words);
                 KVPLANE_UNROLL
                 for (int s = 0; s < 4; ++s) {
                     Word halves[4];
-                    join_halves(words, s, halves);
+                    join_halves<planes>(words, s, halves);
                     W::multiply_halves(sums[s], a[2 * m], halves[0], halves[1]);
                     W::multiply_halves(sums[s], a[2 * m + 1], halves[2], halves[3]);
                 }
