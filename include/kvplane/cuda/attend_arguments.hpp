@@ -52,10 +52,11 @@ struct WorkItem {
 struct AttendArguments {
     LayerView layer;
     const WorkItem* items;
-    float* partials;  ///< [part]: [8][value_head_dim], then 8 largest scores and 8 sums
+    float* partials;  ///< [part]: [8][value_head_dim], then 8 largest scores, 8 sums and 8 errors
     std::uint32_t* counters;
     NumbersView queries, output;
-    float* log_sum_exp;  ///< [query row][query head]
+    float* log_sum_exp;   ///< [query row][query head]
+    float* error_bounds;  ///< the same, of reads that leave something out; nullptr: none wanted
     float scale, softcap;
     std::int32_t window, window_sinks;
     bool causal;

@@ -9,7 +9,7 @@
 // so manyth of these. Which is which is fixed by the plan, so that results repeat bit for bit on one card.
 // The last block of a head to end puts the parts together, in their order.
 //
-// For the host's compiler; the kernels are in cuda/attend.cuh, for nvcc.
+// For the host's compiler; the kernels are in cuda/attend.cuh and cuda/aligned.cuh, for nvcc.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -24,6 +24,8 @@
 #include <vector>
 
 #include "kvplane/attention/parameters.hpp"
+#include "kvplane/cuda/aligned_arguments.hpp"
+#include "kvplane/cuda/aligned_rule.hpp"
 #include "kvplane/cuda/attend_arguments.hpp"
 #include "kvplane/cuda/device_rows.hpp"
 #include "kvplane/cuda/device_sequence.hpp"
@@ -57,16 +59,20 @@ class AttendWorkspace {
 
     /// Plans attention of `query_tokens` tokens of each sequence, 1 to 8, by default its last. Sequences stay
     /// as they are until attend() has run. What parameters point to, sink_logits and alibi_slopes, is in
-    /// device memory. bias: in device memory, nullptr for none; of each sequence [query tokens][tokens], one
-    /// after another, added to the scores of all heads; -infinity masks. Throws Error (shape, option,
-    /// out_of_memory).
+    /// device memory. With a policy of reads, which of the layer's planes are read of a tile is decided while
+    /// the kernel runs (cuda/aligned_math.cuh); keys have one width then. bias: in device memory, nullptr for
+    /// none; of each sequence [query tokens][tokens], one after another, added to the scores of all heads;
+    /// -infinity masks. Throws Error (shape, option, out_of_memory).
     void plan(const AttendLayer& layer, std::span<const DeviceSequence> sequences, Index query_tokens,
               const AttentionParameters& parameters, cudaStream_t stream, const float* bias = nullptr) {
         require_parameters(parameters, layer.view.query_heads);
         require(query_tokens >= 1 && query_tokens <= 8, ErrorCode::shape, "cuda attention: ", query_tokens,
                 " query tokens of each sequence, expected 1 to 8");
         require(!sequences.empty(), ErrorCode::shape, "cuda attention: no sequences");
+        blocks_ = 0;  // where this fails there is no plan
         take(layer.view, parameters);
+        decides_ = parameters.read.kind != ReadPolicy::Kind::all;
+        if (decides_) take_policy(layer, parameters.read);
         arguments_.bias = bias;
         std::uint64_t bias_at = 0;
         query_rows_ = static_cast<Index>(sequences.size()) * query_tokens;
@@ -93,9 +99,10 @@ class AttendWorkspace {
 
     /// Attends: queries [sum of query tokens][query_heads][key_head_dim], output
     /// [..][query_heads][value_head_dim], log_sum_exp (nullptr: none) [..][query_heads]. Can be captured in a
-    /// CUDA graph, whose launches then use the plan that is there. Throws Error (io).
+    /// CUDA graph, whose launches then use the plan that is there. reads: where it says what was read, if the
+    /// plan has a policy of reads. Throws Error (io).
     void attend(const DeviceRows& queries, const DeviceOutput& output, float* log_sum_exp,
-                cudaStream_t stream) {
+                cudaStream_t stream, const DeviceReads& reads = {}) {
         require(blocks_ > 0, ErrorCode::option, "cuda attention: no plan");
         const LayerView& layer = arguments_.layer;
         const auto fits = [&](const auto& rows, const char* what) {
@@ -110,8 +117,15 @@ class AttendWorkspace {
         arguments_.output = {output.data, static_cast<std::int32_t>(output.type), output.token_stride,
                              output.head_stride, 1};
         arguments_.log_sum_exp = log_sum_exp;
-        require_cuda(static_cast<cudaError_t>(detail::launch(arguments_, blocks_, warps_, bytes_, stream)),
-                     "starting attention");
+        require(decides_ || (!reads.relative_error_bounds && !reads.counts), ErrorCode::option,
+                "cuda attention: what is read was asked for of a plan without a policy of reads");
+        arguments_.error_bounds = reads.relative_error_bounds;
+        aligned_.counts = reads.counts;
+        require_cuda(
+            static_cast<cudaError_t>(
+                decides_ ? detail::launch_aligned(arguments_, aligned_, blocks_, warps_, bytes_, stream)
+                         : detail::launch(arguments_, blocks_, warps_, bytes_, stream)),
+            "starting attention");
     }
 
     /// Blocks and warps a block of the plan.
@@ -137,8 +151,6 @@ class AttendWorkspace {
                 "cuda attention: a bias in the host's memory, expected one of the device");
         require(p.key_fraction == 1.0 && !p.decode_tiles, ErrorCode::option,
                 "cuda attention: a key_fraction, or tiles to be decoded, expected neither");
-        require(p.read.kind == ReadPolicy::Kind::all, ErrorCode::option,
-                "cuda attention: a policy of reads other than all, expected PlanesRead of attend_layer()");
         require(!p.position || (*p.position >= 0 && *p.position < (Index{1} << 31)), ErrorCode::index,
                 "cuda attention: queries at position ", p.position.value_or(0), ", expected 0 to 2^31 - 1");
     }
@@ -158,13 +170,10 @@ class AttendWorkspace {
         a.query_stride = static_cast<std::uint32_t>(layer.key_head_dim + 4) * 4;
         a.slot_bytes =
             static_cast<std::uint32_t>((std::max(layer.keys.bytes, layer.values.bytes) + 127) / 128 * 128);
-        // The warps' outputs go through their slots.
-        a.slot_bytes =
-            std::max(a.slot_bytes, static_cast<std::uint32_t>(layer.value_head_dim * 16 + 127) / 128 * 128);
-        const std::uint32_t rows =
-            std::max((layer.rotates_keys == Rotation::none ? 1u : 2u) * 8u * a.query_stride,
-                     8u * static_cast<std::uint32_t>(layer.value_head_dim + 2) * 4u);
-        const std::uint32_t fixed = rows + 2048;
+        // The warps' outputs go through their slots, and the numbers of all parts of a head.
+        a.slot_bytes = std::max(
+            {a.slot_bytes, static_cast<std::uint32_t>(layer.value_head_dim * 16 + 127) / 128 * 128, 1024u});
+        const std::uint32_t rows = row_bytes(), fixed = rows + 2048;
         warps_ = 0;
         for (const int warps : {8, 6, 4, 3, 2, 1})
             if (warps_ == 0 && fixed + static_cast<std::uint32_t>(2 * warps) * a.slot_bytes <= shared_bytes_)
@@ -172,6 +181,41 @@ class AttendWorkspace {
         require(warps_ > 0, ErrorCode::option, "cuda attention: tiles of ", a.slot_bytes,
                 " bytes, of which two do not fit the memory of a block (", shared_bytes_, ")");
         bytes_ = rows + static_cast<std::uint32_t>(2 * warps_) * a.slot_bytes;
+    }
+
+    /// Queries in the memory of a block, or outputs.
+    std::uint32_t row_bytes() const {
+        const LayerView& layer = arguments_.layer;
+        return std::max((layer.rotates_keys == Rotation::none ? 1u : 2u) * 8u * arguments_.query_stride,
+                        8u * static_cast<std::uint32_t>(layer.value_head_dim + 2) * 4u);
+    }
+    /// The memory of a block whose warps decide what they read.
+    void take_policy(const AttendLayer& layer, const ReadPolicy& policy) {
+        detail::AlignedArguments& a = aligned_;
+        a = {};
+        a.prefixes = layer.prefixes;
+        a.rule = aligned_rule(policy, layer.prefixes, layer.view.key_head_dim, layer.view.value_head_dim);
+        const auto lines = [](Index bytes) { return static_cast<std::uint32_t>((bytes + 127) / 128 * 128); };
+        const Index first = a.prefixes.keys[a.rule.first_planes - 1].bytes,
+                    keys = a.prefixes.keys[a.rule.key_planes - 1].bytes,
+                    values = a.prefixes.values[a.rule.value_planes - 1].bytes;
+        a.rest_at = 2 * lines(first);
+        a.even_at = a.rest_at - static_cast<std::uint32_t>(first);
+        a.kept_at = a.rest_at + lines(std::max(keys - first, values));
+        // 32 weights a lane, and eight tiles.
+        a.warp_bytes = std::max(a.kept_at + 128 * 32 + 256, lines(32 * layer.view.value_head_dim));
+        for (int p = 0; p < a.rule.key_planes; ++p) {
+            a.apart[p] = a.prefixes.keys[p];
+            for (int plane = a.rule.first_planes; plane <= p; ++plane)
+                a.apart[p].segment[0].plane_at[plane] += static_cast<std::int32_t>(a.even_at);
+        }
+        const std::uint32_t rows = row_bytes(), fixed = rows + 2048;
+        warps_ = 0;
+        for (int warps = detail::most_warps; warps > 0 && warps_ == 0; --warps)
+            if (fixed + static_cast<std::uint32_t>(warps) * a.warp_bytes <= shared_bytes_) warps_ = warps;
+        require(warps_ > 0, ErrorCode::option, "cuda attention: ", a.warp_bytes,
+                " bytes for tiles, which do not fit the memory of a block (", shared_bytes_, ")");
+        bytes_ = rows + static_cast<std::uint32_t>(warps_) * a.warp_bytes;
     }
 
     detail::SequenceTask task(const DeviceSequence& sequence, const AttentionParameters& parameters,
@@ -274,7 +318,7 @@ class AttendWorkspace {
                     signs_at = place(layer.key_signs.size() + layer.value_signs.size(), sizeof(float)),
                     copied = end, counters_at = place(static_cast<std::size_t>(counters_), 4),
                     partials_at = place(static_cast<std::size_t>(partials_) * detail::rows_of_block,
-                                        static_cast<std::size_t>(arguments_.layer.value_head_dim + 2) * 4);
+                                        static_cast<std::size_t>(arguments_.layer.value_head_dim + 3) * 4);
         blocks_ = 0;
         reserve(static_cast<std::size_t>(copied), static_cast<std::size_t>(end));
         std::byte* const device = static_cast<std::byte*>(memory_);
@@ -329,6 +373,8 @@ class AttendWorkspace {
     int warps_ = 0, blocks_ = 0;
     Index partials_ = 0, counters_ = 0, query_rows_ = 0;
     detail::AttendArguments arguments_{};
+    detail::AlignedArguments aligned_{};
+    bool decides_ = false;  ///< whether the plan has a policy of reads
     void *staging_ = nullptr, *memory_ = nullptr;
     std::size_t staging_bytes_ = 0, memory_bytes_ = 0;
     cudaEvent_t copied_{};

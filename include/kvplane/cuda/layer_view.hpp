@@ -36,7 +36,8 @@ struct AttendLayer {
     LayerView view;
     /// Of the rotations of keys and of values, where some are rotated: one sign a channel.
     std::vector<float> key_signs, value_signs;
-    Index page_bytes = 0;  ///< of a page of tiles, by which other caches are known
+    Index page_bytes = 0;    ///< of a page of tiles, by which other caches are known
+    PlanePrefixes prefixes;  ///< of the planes that are read, for policies that decide tile by tile
 };
 
 /// Throws Error (option) for a configuration whose tiles the kernels do not read: keys in latents, values in
@@ -61,6 +62,7 @@ inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const 
     view.value_head_dim = dim(c.value_head_dim, "values");
     view.keys = key_tile_view(layout.key_format(0), read.keys);
     view.values = value_tile_view(layout.values, read.values);
+    layer.prefixes = plane_prefixes(layout.key_format(0), layout.values, read.keys, read.values);
     view.value_offset = static_cast<std::int32_t>(layout.value_at[0]);
     view.head_stride = static_cast<std::int32_t>(layout.key_format(0).bytes() + layout.values.bytes());
     view.rotated_at = static_cast<std::int32_t>(layout.rotated_at);

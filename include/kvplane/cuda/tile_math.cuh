@@ -39,20 +39,28 @@ struct TokenRow {
 
     /// Eight channels; `channel` is a multiple of 8.
     KVPLANE_DEVICE void load(typename W::Word channel, typename W::Float (&to)[8]) const {
+        typename W::Word words[4];
+        load_words(channel, words);
+        convert(words, to);
+    }
+    /// The same in two steps, so that other loads can be under way between them.
+    KVPLANE_DEVICE void load_words(typename W::Word channel, typename W::Word (&words)[4]) const {
         if (half) {
-            typename W::Word words[4];
             W::load16(at, channel * 2u, words);
-            KVPLANE_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                to[2 * i] = W::low_half(words[i]);
-                to[2 * i + 1] = W::high_half(words[i]);
-            }
         } else {
             typename W::Word codes[2];
             W::load8(at, channel, codes);
-            KVPLANE_UNROLL
-            for (int i = 0; i < 8; ++i)
-                to[i] = step * W::to_float(W::to_int(codes[i / 4] >> (8 * (i % 4)) & 0xFFu) - 128);
+            words[0] = codes[0];
+            words[1] = codes[1];
+        }
+    }
+    KVPLANE_DEVICE void convert(const typename W::Word (&words)[4], typename W::Float (&to)[8]) const {
+        KVPLANE_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            if (half)
+                to[i] = i % 2 == 0 ? W::low_half(words[i / 2]) : W::high_half(words[i / 2]);
+            else
+                to[i] = step * W::to_float(W::to_int(words[i / 4] >> (8 * (i % 4)) & 0xFFu) - 128);
         }
     }
 };
@@ -147,9 +155,11 @@ struct TileMath {
     using Scores = Float[4][4][own];
 
     /// The keys of a tile, before softcap and the like. Scores of whatever the tile holds beside tokens are
-    /// finite.
+    /// finite. bits: that are read of keys of one width of codes; a chunk holds the same channels then.
+    template <int bits = key_bits>
     KVPLANE_DEVICE static void score(const QueryRowsView& queries, const std::byte* tile,
                                      const KeyTileView& view, Scores& score) {
+        static_assert(segmented || key_bits == 16 || least_chunk(bits) == key_chunk);
         if constexpr (key_bits == 16) {
             half_scores(queries, tile, view.segment[0], score);
         } else if constexpr (segmented) {
@@ -164,7 +174,7 @@ struct TileMath {
             fold_uniform(queries, tile, view.segment[0], factors, worth, base);
             Int sums[16][4];
             zero(sums);
-            add_products<key_bits, key_chunk>(tile, view.segment[0], factors, 0, 4, sums);
+            add_products<bits, key_chunk>(tile, view.segment[0], factors, 0, 4, sums);
             to_scores(sums, worth, base, 0, 4, score);
         }
     }
@@ -211,25 +221,39 @@ struct TileMath {
     /// Replaces scores by weights relative to the largest of the tile, enters the tile in the softmax, and
     /// returns the tile's factor. Where no token of a row is seen, its factor is 0.
     KVPLANE_DEVICE static Float weigh(Scores& score, State& state) {
+        Float sum;
+        const Float largest = relative(score, sum);
+        return enter(largest, sum, state);
+    }
+    /// The first of these steps. Returns the largest score of the row; sum: of the weights of the lane's own
+    /// tokens.
+    KVPLANE_DEVICE static Float relative(Scores& score, Float& sum) {
         Float largest = score[0][0][0];
         KVPLANE_UNROLL
         for (int i = 1; i < 16 * own; ++i)
             largest = W::maximum(largest, score[i / (4 * own)][i / own % 4][i % own]);
         largest = over_row_max(largest);
-        Float sum(0.0f);
+        sum = Float(0.0f);
         KVPLANE_UNROLL
         for (int i = 0; i < 16 * own; ++i) {
             Float& weight = score[i / (4 * own)][i / own % 4][i % own];
             weight = W::exp2(weight - largest);
             sum = sum + weight;
         }
+        return largest;
+    }
+    KVPLANE_DEVICE static Float enter(Float largest, Float sum, State& state) {
         raise(largest, state);
-        // All tokens masked: their weights were 1.
-        const Float factor =
-            W::select(largest > masked, W::exp2(largest - state.softmax.largest), Float(0.0f));
+        const Float factor = factor_of(largest, state);
         state.softmax.sum = state.softmax.sum + factor * sum;
         return factor;
     }
+    /// What weights relative to `largest` come times. All tokens masked: their weights were 1.
+    KVPLANE_DEVICE static Float factor_of(Float largest, const State& state) {
+        return W::select(largest > masked, W::exp2(largest - state.softmax.largest), Float(0.0f));
+    }
+    /// The sum over the lanes of a row.
+    KVPLANE_DEVICE static Float row_sum(Float x) { return over_row(x); }
 
     /// Makes `largest` the largest score, if it is larger than those before.
     KVPLANE_DEVICE static void raise(Float largest, State& state) {
@@ -246,13 +270,15 @@ struct TileMath {
         }
     }
 
-    /// Adds the values of a tile. weight: relative to `factor`.
+    /// Adds the values of a tile. weight: relative to `factor`. bits: as for score().
+    template <int bits = value_bits>
     KVPLANE_DEVICE static void add_values(const std::byte* tile, const ValueTileView& view,
                                           const Scores& weight, Float factor, State& state) {
         if constexpr (value_bits == 16) {
             half_sums(tile, view.all, weight, factor, state);
         } else if constexpr (value_bits != 0) {
-            coded_sums<value_bits>(tile, view, weight, factor, state);
+            static_assert(least_chunk(bits) == least_chunk(value_bits));
+            coded_sums<bits>(tile, view, weight, factor, state);
         } else {
             switch (view.all.bits) {
                 case 1:
@@ -296,6 +322,35 @@ struct TileMath {
             sum = sum + W::select(valid, part, Float(0.0f));
         }
         return over_quarters(sum);
+    }
+    /// The same of several at once, so that their loads do not wait for each other.
+    template <int count, class Row>
+    KVPLANE_DEVICE static void score_rows(const QueryRowsView& queries, const Row (&key_rows)[count],
+                                          int channels, Float (&score)[count]) {
+        const Word quarter = W::lane() & 3u, g = row();
+        KVPLANE_UNROLL
+        for (int n = 0; n < count; ++n) score[n] = Float(0.0f);
+        KVPLANE_KEEP_ROLLED
+        for (int c = 0; c < channels; c += 32) {
+            const Word channel = quarter * 8u + std::uint32_t(c);
+            const auto valid = channel < std::uint32_t(channels);
+            const Word at = W::select(valid, channel, Word(0u));
+            Word words[count][4];
+            KVPLANE_UNROLL
+            for (int n = 0; n < count; ++n) key_rows[n].load_words(at, words[n]);
+            Float query[8];
+            load_floats(queries.rows, g * queries.stride + at * 4u, query);
+            KVPLANE_UNROLL
+            for (int n = 0; n < count; ++n) {
+                Float key[8], part(0.0f);
+                key_rows[n].convert(words[n], key);
+                KVPLANE_UNROLL
+                for (int i = 0; i < 8; ++i) part = part + key[i] * query[i];
+                score[n] = score[n] + W::select(valid, part, Float(0.0f));
+            }
+        }
+        KVPLANE_UNROLL
+        for (int n = 0; n < count; ++n) score[n] = over_quarters(score[n]);
     }
     /// Enters up to four such tokens. A masked score has no weight.
     template <class Row>

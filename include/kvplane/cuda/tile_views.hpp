@@ -158,4 +158,33 @@ inline ValueTileView value_tile_view(const TileFormat& format, int planes = Plan
     return view;
 }
 
+/// The first planes of keys and of values, by how many: what is read of a tile can be decided tile by tile.
+struct PlanePrefixes {
+    KeyTileView keys[PlaneSplit::max_planes];
+    ValueTileView values[PlaneSplit::max_planes];
+    std::int32_t key_planes, value_planes;  ///< that there are; 0: keys of several widths
+    /// Bits of an element by planes read.
+    std::int32_t key_bits[PlaneSplit::max_planes + 1], value_bits[PlaneSplit::max_planes + 1];
+};
+
+/// Of at most so many planes of each side. Throws as key_tile_view() and value_tile_view().
+inline PlanePrefixes plane_prefixes(const TileFormat& keys, const TileFormat& values,
+                                    int key_planes = PlaneSplit::max_planes,
+                                    int value_planes = PlaneSplit::max_planes) {
+    PlanePrefixes to{};
+    if (keys.segments().size() != 1) return to;
+    const PlaneSplit &of_keys = keys.segments()[0].split, &of_values = values.segments()[0].split;
+    to.key_planes = std::min(key_planes, of_keys.count);
+    to.value_planes = std::min(value_planes, of_values.count);
+    for (int p = 1; p <= to.key_planes; ++p) {
+        to.keys[p - 1] = key_tile_view(keys, p);
+        to.key_bits[p] = of_keys.prefix_bits(p);
+    }
+    for (int p = 1; p <= to.value_planes; ++p) {
+        to.values[p - 1] = value_tile_view(values, p);
+        to.value_bits[p] = of_values.prefix_bits(p);
+    }
+    return to;
+}
+
 }  // namespace kvplane::cuda
