@@ -11,12 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/aligned_cases.hpp"
 #include "cuda/host_warp.hpp"
 #include "kvplane/attention/reference.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cuda/layer_view.hpp"
 #include "kvplane/read/exponents.hpp"
-#include "kvplane/read/value_importance.hpp"
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/recipes.hpp"
 #include "kvplane/storage/tile_coder.hpp"
@@ -130,11 +130,11 @@ Attended attend(const KvCache& cache, const Matrix& queries, const AttentionPara
         for (int w = 0; w < warps; ++w) {
             typename Math::State state;
             Math::begin(state);
-            const auto count =
+            auto tiles_left =
                 static_cast<std::int32_t>((held.tiles.size() + static_cast<std::size_t>(warps - 1 - w)) /
                                           static_cast<std::size_t>(warps));
             typename Math::Tally tally;
-            Math::start(rule, largest_seed, sum_of_seeds / static_cast<float>(warps), count, tally);
+            Math::start(rule, largest_seed, sum_of_seeds / static_cast<float>(warps), tiles_left, tally);
             Math::raise(largest_seed, state);
             for (std::size_t i = static_cast<std::size_t>(w); i < loose.size();
                  i += static_cast<std::size_t>(warps)) {
@@ -154,8 +154,12 @@ Attended attend(const KvCache& cache, const Matrix& queries, const AttentionPara
                 return (is_turned ? turned : as_given).view();
             };
             const auto score = [&](const TilePlace& tile, int planes, typename Math::Scores& to) {
-                Math::score(queries_of(tile), tile.page + head * layer.head_stride, views.keys[planes - 1],
-                            planes == views.key_planes, to);
+                const std::byte* const keys = tile.page + head * layer.head_stride;
+                if (planes == rule.first_planes)
+                    Math::score_first(queries_of(tile), keys, views, planes, to);
+                else
+                    Math::score(queries_of(tile), keys, views.keys[planes - 1], planes == views.key_planes,
+                                to);
                 Math::apply(rules,
                             {static_cast<std::int32_t>(tile.origin()), static_cast<std::int32_t>(tile.row),
                              static_cast<std::int32_t>(tile.end_row())},
@@ -189,7 +193,7 @@ Attended attend(const KvCache& cache, const Matrix& queries, const AttentionPara
                                                     views.keys[rule.first_planes - 1]) *
                                     rule.reach;
                 const TilePlanes planes =
-                    Math::choose(rule, largest, Math::row_sum(sum), reach, counts, tally);
+                    Math::choose(rule, largest, Math::row_sum(sum), reach, counts, --tiles_left, tally);
                 ++result.counts.keys[planes.keys];
                 ++result.counts.values[planes.values];
                 finish_kept();
@@ -252,37 +256,19 @@ struct Given {
             queries.middleCols(h * 128, 128) =
                 queries.middleCols(h / 3 * 384, 128) + 0.1f * kvplane_test::normal_matrix(1, 128, random);
         Matrix keys = spread * kvplane_test::normal_matrix(tokens, 256, random);
-        std::bernoulli_distribution is_hot(hot);
-        for (Index first = 0; first + 128 <= tokens; first += 128)
-            if (first == 0 || is_hot(random))
-                for (Index head = 0; head < 2; ++head) {
-                    const auto q = queries.middleCols(head * 384, 128);
-                    const Index token = first == 0 ? 0 : first + static_cast<Index>(random() % 128);
-                    keys.row(token).middleCols(head * 128, 128) +=
-                        peak * std::sqrt(128.0f) / q.squaredNorm() * q;
-                }
+        Matrix of_heads(1, 256);
+        of_heads << queries.middleCols(0, 128), queries.middleCols(384, 128);
+        kvplane_test::add_peaks(keys, of_heads, 2, hot, peak, random);
         cache.append(keys, kvplane_test::normal_matrix(tokens, 256, random));
     }
     MatrixD exact() const {
         return reference_attention(cache.stored_keys(0, cache.tokens()),
                                    cache.stored_values(0, cache.tokens()), queries, 6, 2, {});
     }
-    /// The largest norm of a value that the grids of a key head can hold, and its tokens outside tiles.
-    double largest_norm(Index head) const {
-        const Matrix values = cache.stored_values(0, cache.tokens()).middleCols(head * 128, 128);
-        double most = static_cast<double>(values.rowwise().norm().maxCoeff());
-        float steps[128];
-        for (const TilePlace& tile : cache.state().tiles)
-            most = std::max(most, static_cast<double>(kvplane::detail::value_steps(
-                                      current_isa(), tile.layout->values,
-                                      tile.page + tile.layout->value_at[static_cast<std::size_t>(head)],
-                                      values.cwiseAbs().maxCoeff(), true, steps)));
-        return most;
-    }
     /// |o - o'|_2 of every head over the largest norm of a value.
     std::vector<double> errors(const Matrix& output) const {
         const MatrixD difference = output.cast<double>() - exact();
-        const double norms[2] = {largest_norm(0), largest_norm(1)};
+        const double norms[2] = {kvplane_test::largest_norm(cache, 0), kvplane_test::largest_norm(cache, 1)};
         std::vector<double> all;
         for (Index h = 0; h < 6; ++h)
             all.push_back(difference.middleCols(h * 128, 128).norm() / norms[h / 3]);
@@ -443,7 +429,8 @@ TEST(AlignedMath, ExponentsAreThoseOfTheHost) {
                 if (lane / 4 % 4 == 1) largest[lane] -= 7.0f;
                 if (lane / 4 % 4 == 3) largest[lane] = 50.0f;
             }
-            const TilePlanes planes = Halves::choose(rule, largest, Float(1.0f), Float(0.0f), counts, tally);
+            const TilePlanes planes =
+                Halves::choose(rule, largest, Float(1.0f), Float(0.0f), counts, 9, tally);
             const int expected =
                 kvplane::detail::aligned_planes(static_cast<int>(std::ceil(drop)), thresholds);
             EXPECT_EQ(planes.values, expected) << drop;
@@ -454,7 +441,7 @@ TEST(AlignedMath, ExponentsAreThoseOfTheHost) {
     const AlignedRule rule = aligned_rule(ReadPolicy::exponents(), prefixes("key_favored:8:8"), 128, 128);
     Codes::Tally tally;
     Codes::start(rule, Float(0.0f), Float(1.0f), 10, tally);
-    const TilePlanes planes = Codes::choose(rule, Float(-90.0f), Float(1.0f), Float(0.0f), counts, tally);
+    const TilePlanes planes = Codes::choose(rule, Float(-90.0f), Float(1.0f), Float(0.0f), counts, 9, tally);
     EXPECT_EQ(rule.first_planes, 2);
     EXPECT_EQ(planes.keys, 2);
     EXPECT_EQ(planes.values, 2);
@@ -488,7 +475,8 @@ TEST(AlignedMath, ExponentsReadLessAndErrLittle) {
 /// Of every warp, whatever comes first.
 TEST(AlignedMath, BudgetsAreKept) {
     double best = 0.0;
-    for (const auto& [hot, peak] : {std::pair{0.0, 0.0f}, {0.1, 12.0f}, {0.5, 12.0f}, {1.0, 12.0f}}) {
+    for (const double hot : {0.0, 0.1, 0.5, 1.0}) {
+        const float peak = hot > 0.0 ? 12.0f : 0.0f;
         const Given codes("key_favored:8:8", 5000, hot, peak, kvplane_test::seed()),
             halves("fp16", 5000, hot, peak, kvplane_test::seed());
         const auto expect = [&](const Given& given, const ReadPolicy& policy, const Attended& found) {

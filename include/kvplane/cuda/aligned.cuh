@@ -30,42 +30,38 @@ struct NearTiles {
     __device__ DeviceTile& operator[](int turn) { return tile[turn % count]; }
 };
 
-/// The largest scores of some tokens outside tiles, and the sums of their weights: what all warps know before
-/// their first tile. Four tokens a warp, sinks and the most recent ones.
+/// The largest scores of some tokens, and the sums of their weights: what all warps know before their first
+/// tile.
+struct Seeds {
+    float largest[most_warps][rows_of_block], sum[most_warps][rows_of_block];
+};
+/// Of tokens outside tiles: four a warp, of sinks and the most recent ones.
 template <class Math>
-__device__ inline void score_seeds(const AttendBlock<Math>& block, const ScoreRules<DeviceWarp>& rules,
-                                   float (&largest_of)[most_warps][rows_of_block],
-                                   float (&sum_of)[most_warps][rows_of_block]) {
+__device__ inline void seed_from_tokens(const AttendBlock<Math>& block, const ScoreRules<DeviceWarp>& rules,
+                                        float& largest, float& sum) {
     const int loose = block.loose_tokens(), seeds = min(loose, 4 * block.warps), first = 4 * block.warp;
-    float largest = Math::masked, sum = 0.0f;
-    if (first < seeds) {
-        TokenRow<DeviceWarp> keys[4];
-        int position[4];
-        KVPLANE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int seed = min(first + i, seeds - 1);
-            const int token = seed < block.item.sequence.sink_count ? seed : loose - seeds + seed;
-            const auto of = block.loose_token(token);
-            keys[i] = of.keys;
-            position[i] = of.position;
-        }
-        float score[4];
-        Math::score_rows(block.queries(block.arguments.layer.rotates_keys == Rotation::all), keys,
-                         block.arguments.layer.key_head_dim, score);
-        KVPLANE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            score[i] = Math::ruled(rules, score[i], position[i], first + i < seeds);
-            largest = fmaxf(largest, score[i]);
-        }
-        KVPLANE_UNROLL
-        for (int i = 0; i < 4; ++i)
-            if (score[i] > Math::masked) sum += DeviceWarp::exp2(score[i] - largest);
+    if (first >= seeds) return;
+    TokenRow<DeviceWarp> keys[4];
+    int position[4];
+    KVPLANE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const int seed = min(first + i, seeds - 1);
+        const auto of =
+            block.loose_token(seed < block.item.sequence.sink_count ? seed : loose - seeds + seed);
+        keys[i] = of.keys;
+        position[i] = of.position;
     }
-    if ((block.lane & 3) == 0) {
-        largest_of[block.warp][block.lane >> 2] = largest;
-        sum_of[block.warp][block.lane >> 2] = sum;
+    float score[4];
+    Math::score_rows(block.queries(block.arguments.layer.rotates_keys == Rotation::all), keys,
+                     block.arguments.layer.key_head_dim, score);
+    KVPLANE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        score[i] = Math::ruled(rules, score[i], position[i], first + i < seeds);
+        largest = fmaxf(largest, score[i]);
     }
-    __syncthreads();
+    KVPLANE_UNROLL
+    for (int i = 0; i < 4; ++i)
+        if (score[i] > Math::masked) sum += DeviceWarp::exp2(score[i] - largest);
 }
 
 template <class Math>
@@ -75,7 +71,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     extern __shared__ __align__(128) std::byte memory[];
     __shared__ std::uint64_t barriers[3 * most_warps];
     __shared__ BlockRows shared;
-    __shared__ float seed_largest[most_warps][rows_of_block], seed_sum[most_warps][rows_of_block];
+    __shared__ Seeds seeds;
     __shared__ std::uint32_t tiles_read[2 * (PlaneSplit::max_planes + 1)];
 
     const PlanePrefixes& views = aligned.prefixes;
@@ -98,12 +94,23 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     NearTiles& tiles = *reinterpret_cast<NearTiles*>(own + aligned.warp_bytes - sizeof(NearTiles));
     if (threadIdx.x < 2 * (PlaneSplit::max_planes + 1)) tiles_read[threadIdx.x] = 0;
 
-    int tile = item.first_tile + block.warp;
-    const int tiles_of_warp = tile < item.end_tile ? (item.end_tile - tile + warps - 1) / warps : 0;
-    if (lane < min(3, tiles_of_warp)) tiles[lane] = block.place(tile + lane * warps);
+    const int first_tile = item.first_tile + block.warp,
+              tiles_of_warp = max(0, (item.end_tile - first_tile + warps - 1) / warps);
+    const auto place = [&](int turn) -> const DeviceTile& { return block.place(first_tile + turn * warps); };
+    if (lane < min(3, tiles_of_warp)) tiles[lane] = place(lane);
     DeviceTile coming{};  // of lane 0: three turns ahead
-    if (lane == 0 && 3 < tiles_of_warp) coming = block.place(tile + 3 * warps);
+    if (lane == 0 && 3 < tiles_of_warp) coming = place(3);
     __syncwarp();
+    // Without tokens outside tiles, of which budgets and exponents alone need no sum: the first tile of the
+    // sequence and its last, one a warp.
+    const int tile_count = item.sequence.tile_count;
+    const bool seeds_tile =
+        block.loose_tokens() == 0 && rule.kind != AlignedRule::tolerance && block.warp < min(2, tile_count);
+    const DeviceTile& seed_tile = block.place(block.warp == 0 || tile_count == 0 ? 0 : tile_count - 1);
+    if (seeds_tile)
+        rest.fill(block.key_tile(seed_tile.page), first_bytes);
+    else
+        TileSlot::skip();
     if (0 < tiles_of_warp)
         keys.fill(block.key_tile(tiles[0].page), first_bytes);
     else
@@ -119,24 +126,53 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     Math::begin(state);
     const int row = static_cast<int>(Math::row());
     const bool counts = row < block.rows && shared.finite[row];
+    const auto apply = [&](const DeviceTile& of, typename Math::Scores& scores) {
+        if (!block.is_plain(rules, of))
+            Math::apply(rules, {of.first - of.row, of.row, of.row + of.tokens}, scores);
+    };
     typename Math::Tally tally;
     {
-        score_seeds(block, rules, seed_largest, seed_sum);
         float largest = Math::masked, sum = 0.0f;
-        for (int w = 0; w < warps; ++w) largest = fmaxf(largest, seed_largest[w][row]);
+        seed_from_tokens(block, rules, largest, sum);
+        if (seeds_tile) {
+            const DeviceTile of = seed_tile;
+            typename Math::Scores scores;
+            Math::score_first(block.queries(block.turned(of.page)), rest.wait<2>(), views, first_planes,
+                              scores);
+            apply(of, scores);
+            float unused;
+            largest = Math::relative(scores, unused);
+            __syncwarp();
+        }
+        if ((lane & 3) == 0) {
+            seeds.largest[block.warp][lane >> 2] = largest;
+            seeds.sum[block.warp][lane >> 2] = sum;
+        }
+        __syncthreads();
+        largest = Math::masked, sum = 0.0f;
+        for (int w = 0; w < warps; ++w) largest = fmaxf(largest, seeds.largest[w][row]);
         for (int w = 0; w < warps; ++w)
-            sum += seed_sum[w][row] * DeviceWarp::exp2(seed_largest[w][row] - largest);
+            sum += seeds.sum[w][row] * DeviceWarp::exp2(seeds.largest[w][row] - largest);
         Math::start(rule, largest, sum / static_cast<float>(item.parts * warps), tiles_of_warp, tally);
         Math::raise(largest, state);
     }
     block.add_loose(rules, state);
 
-    const auto mask_of = [](const DeviceTile& of) {
-        return TileMask{of.first - of.row, of.row, of.row + of.tokens};
+    // What is used once a turn leaves room for the products in between.
+    float* const put_by = kept + 32 * 16 * Math::own;
+    const auto put_tally = [&] {
+        put_by[0] = tally.reference;
+        put_by[32] = tally.known;
+        put_by[64] = tally.error;
     };
+    const auto take_tally = [&] {
+        tally.reference = put_by[0];
+        tally.known = put_by[32];
+        tally.error = put_by[64];
+    };
+    put_tally();
     TilePlanes before{0, 0};  // what is read of the tile before, of which something is still to be used
     bool waits = false;
-    float before_largest = 0.0f;
     // On 8.x every turn makes four copies or skips. Whether the first planes of a tile were copied by the
     // first of them, two turns ahead, or by the second, in the turn before.
     bool early = false, next_early = false;
@@ -149,16 +185,19 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         if (there) {
             const DeviceTile& now = tiles[turn];
             const QueryRowsView queries = block.queries(block.turned(now.page));
-            const std::byte* const at = early ? keys.wait<7>() : keys.wait<1>();
+            const std::byte* const at = TileSlot::counts() && early ? keys.wait<7>() : keys.wait<1>();
             typename Math::Scores scores;
-            Math::score(queries, at, views.keys[first_planes - 1], first_planes == views.key_planes, scores);
-            if (!block.is_plain(rules, now)) Math::apply(rules, mask_of(now), scores);
+            Math::score_first(queries, at, views, first_planes, scores);
+            apply(now, scores);
             float sum;
             largest = Math::relative(scores, sum);
             const float reach = rule.reach > 0.0f
                                     ? rule.reach * Math::key_reach(queries, at, views.keys[first_planes - 1])
                                     : 0.0f;
-            planes = Math::choose(rule, largest, Math::row_sum(sum), reach, counts, tally);
+            take_tally();
+            planes = Math::choose(rule, largest, Math::row_sum(sum), reach, counts, tiles_of_warp - turn - 1,
+                                  tally);
+            put_tally();
             if (planes.keys == first_planes) {
                 Math::enter(largest, sum, state);
                 if (planes.values > 0) {
@@ -169,7 +208,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
             }
             if (lane == 0) {
                 tiles[turn + 3] = coming;
-                if (turn + 4 < tiles_of_warp) coming = block.place(tile + 4 * warps);
+                if (turn + 4 < tiles_of_warp) coming = place(turn + 4);
                 atomicAdd(&tiles_read[planes.keys], 1u);
                 atomicAdd(&tiles_read[PlaneSplit::max_planes + 1 + planes.values], 1u);
             }
@@ -203,11 +242,13 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
                     other.fill(block.key_tile(tiles[turn + 1].page), first_bytes);
                 else
                     TileSlot::skip();
-                if (!block.is_plain(rules, of)) Math::apply(rules, mask_of(of), weights);
+                apply(of, weights);
                 float sum;
                 const float of_largest = Math::relative(weights, sum);
                 factor = Math::enter(of_largest, sum, state);
+                take_tally();
                 Math::learn(of_largest, Math::row_sum(sum), tally);
+                put_tally();
                 if (before.values > 0) at = rest.wait<1>();
             } else {
                 TileSlot::skip();
@@ -215,7 +256,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
                 KVPLANE_UNROLL
                 for (int i = 0; i < 16 * Math::own; ++i)
                     weights[i / (4 * Math::own)][i / Math::own % 4][i % Math::own] = kept[32 * i];
-                factor = Math::factor_of(before_largest, state);
+                factor = Math::factor_of(put_by[96], state);
             }
             if (before.values > 0) Math::add_values(at, views, before.values, weights, factor, state);
             __syncwarp();
@@ -235,16 +276,16 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         else
             TileSlot::skip();
         before = planes;
-        before_largest = largest;
+        put_by[96] = largest;
         waits = planes.keys > first_planes || planes.values > 0;
         early = next_early;
         next_early = soon_early;
-        tile += warps;
         const TileSlot used = keys;
         keys = other;
         other = used;
     }
     Math::finish(state);
+    take_tally();
     const float error = Math::error(tally, state);
     __syncthreads();
     if (aligned.counts && threadIdx.x < 2 * (PlaneSplit::max_planes + 1))

@@ -36,9 +36,8 @@ namespace kvplane::cuda {
 template <class W>
 struct AlignedTally {
     typename W::Float reference;
-    typename W::Float known;  ///< the warp's part of the sum of weights, as far as it is known
-    typename W::Float error;  ///< 2 A + V
-    std::int32_t tiles_left;
+    typename W::Float known;    ///< the warp's part of the sum of weights, as far as it is known
+    typename W::Float error;    ///< 2 A + V
     std::int32_t bits_left[2];  ///< of the budget: of keys and values, or of both in the first
 };
 
@@ -58,6 +57,14 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
         return bits > 0 && bits <= 8 && plane_split(bits).count > 1;
     }
 
+    /// The scores of a tile by what is read of keys before anything is known of it.
+    KVPLANE_DEVICE static void score_first(const QueryRowsView& queries, const std::byte* tile,
+                                           const PlanePrefixes& views, int planes, Scores& score) {
+        if constexpr (key_bits == 16)
+            Base::template half_scores_of<1>(queries, tile, views.keys[0].segment[0], score);
+        else
+            AlignedMath::score(queries, tile, views.keys[planes - 1], planes == views.key_planes, score);
+    }
     /// The scores of a tile by the planes of keys that `view` tells of; all: whether those are all there are.
     KVPLANE_DEVICE static void score(const QueryRowsView& queries, const std::byte* tile,
                                      const KeyTileView& view, bool all, Scores& score) {
@@ -130,14 +137,14 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
     /// `sum` being this warp's part of theirs, relative to `largest`.
     KVPLANE_DEVICE static void start(const AlignedRule& rule, Float largest, Float sum, std::int32_t tiles,
                                      Tally& tally) {
-        tally = {largest, sum, Float(0.0f), tiles, {tiles * rule.allowed[0], tiles * rule.allowed[1]}};
+        tally = {largest, sum, Float(0.0f), {tiles * rule.allowed[0], tiles * rule.allowed[1]}};
     }
 
     /// Decides what is read of a tile. largest, sum: of the scores of first planes of the lane's row, and of
     /// the row's weights relative to it; reach: what these scores may be off by, in octaves; counts: whether
-    /// the row is one.
+    /// the row is one; tiles_left: that the warp sees behind this one.
     KVPLANE_DEVICE static TilePlanes choose(const AlignedRule& rule, Float largest, Float sum, Float reach,
-                                            typename W::Flag counts, Tally& tally) {
+                                            typename W::Flag counts, std::int32_t tiles_left, Tally& tally) {
         if (rule.kind == AlignedRule::tolerance)
             return within_tolerance(rule, largest, sum, reach, counts, tally);
         const Float drop = tally.reference - largest;
@@ -146,7 +153,7 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
             const int planes = wanted(rule, drop, 0.0f, counts);
             return {rule.keys_by[planes], rule.values_by[planes]};
         }
-        return within_budget(rule, drop, counts, tally);
+        return within_budget(rule, drop, counts, tiles_left, tally);
     }
     /// Of a tile of which all planes of keys were read after all: its weights.
     KVPLANE_DEVICE static void learn(Float largest, Float sum, Tally& tally) {
@@ -210,15 +217,15 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
         return 0;
     }
     KVPLANE_DEVICE static TilePlanes within_budget(const AlignedRule& rule, Float drop,
-                                                   typename W::Flag counts, Tally& tally) {
-        --tally.tiles_left;
+                                                   typename W::Flag counts, std::int32_t tiles_left,
+                                                   Tally& tally) {
         int planes[2] = {0, 0};
         const int pools = rule.shared ? 1 : 2;
         for (int pool = 0; pool < pools; ++pool) {
             const std::int32_t least = bits_of(rule, pool, 0), most = bits_of(rule, pool, 3);
             // What the tiles to come have to have, and how far what was read lags behind the budget.
-            const std::int32_t there = tally.bits_left[pool] - tally.tiles_left * least;
-            const std::int32_t behind = tally.bits_left[pool] - (tally.tiles_left + 1) * rule.allowed[pool];
+            const std::int32_t there = tally.bits_left[pool] - tiles_left * least;
+            const std::int32_t behind = tally.bits_left[pool] - (tiles_left + 1) * rule.allowed[pool];
             const float raised =
                 most > least ? 2.0f * static_cast<float>(behind) / static_cast<float>(most - least) : 0.0f;
             int some = wanted(rule, drop, raised, counts);

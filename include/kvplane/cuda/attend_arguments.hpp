@@ -29,6 +29,7 @@ inline constexpr int rows_of_block = 8, most_warps = 8;
 struct SequenceTask {
     const DeviceTile* tiles;
     std::int32_t skip_from, skip;  ///< behind so many tiles, that many are seen by no query
+    std::int32_t tile_count;       ///< of those that are
     const std::byte* sinks;
     const std::byte* const* recent;  ///< pages, the first of which is page `recent_page` of the batch
     std::int32_t recent_page;

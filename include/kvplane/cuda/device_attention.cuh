@@ -201,9 +201,9 @@ class AttendWorkspace {
                     values = a.prefixes.values[a.rule.value_planes - 1].bytes;
         a.rest_at = 2 * lines(first);
         a.even_at = a.rest_at - static_cast<std::uint32_t>(first);
-        a.kept_at = a.rest_at + lines(std::max(keys - first, values));
-        // 32 weights a lane, and eight tiles.
-        a.warp_bytes = std::max(a.kept_at + 128 * 32 + 256, lines(32 * layer.view.value_head_dim));
+        a.kept_at = a.rest_at + lines(std::max({first, keys - first, values}));
+        // 36 numbers a lane, and eight tiles.
+        a.warp_bytes = std::max(a.kept_at + 128 * 36 + 256, lines(32 * layer.view.value_head_dim));
         for (int p = 0; p < a.rule.key_planes; ++p) {
             a.apart[p] = a.prefixes.keys[p];
             for (int plane = a.rule.first_planes; plane <= p; ++plane)
@@ -238,6 +238,7 @@ class AttendWorkspace {
             task.skip_from = static_cast<std::int32_t>(from);
             task.skip = static_cast<std::int32_t>(to - from);
         }
+        task.tile_count = static_cast<std::int32_t>(sequence.tiles.size()) - task.skip;
         for (const DeviceTile& tile : sequence.tiles)
             require(tile.shift == 0, ErrorCode::option,
                     "cuda attention: tiles whose tokens have moved since they were stored");

@@ -400,7 +400,7 @@ struct TileMath {
         }
     }
 
-  private:
+  protected:
     KVPLANE_DEVICE static Float over_quarters(Float x) {
         x = x + W::shuffle_xor(x, 1);
         return x + W::shuffle_xor(x, 2);

@@ -155,6 +155,14 @@ class TileSlot {
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
     }
+    /// Whether wait() counts what has begun behind a copy.
+    __device__ static constexpr bool counts() {
+#if __CUDA_ARCH__ >= 900
+        return false;
+#else
+        return true;
+#endif
+    }
     /// Until the copy is there. On 8.x `behind` copies, or turns in which nothing is copied, have begun behind
     /// it at least.
     template <int behind = 1>
