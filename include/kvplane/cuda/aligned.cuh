@@ -79,8 +79,13 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     const int first_planes = rule.first_planes;
     const auto bytes_of = [](const auto& view) { return static_cast<std::uint32_t>(view.bytes); };
     const std::uint32_t first_bytes = bytes_of(views.keys[first_planes - 1]);
-    const AttendBlock<Math> block(arguments, shared, memory, aligned.warp_bytes);
-    const WorkItem& item = block.item;
+    // Here, where it takes no registers.
+    __shared__ WorkItem item;
+    for (unsigned i = threadIdx.x; i < sizeof(WorkItem) / 4; i += blockDim.x)
+        reinterpret_cast<std::uint32_t*>(&item)[i] =
+            reinterpret_cast<const std::uint32_t*>(arguments.items + blockIdx.x)[i];
+    __syncthreads();
+    const AttendBlock<Math> block(arguments, item, shared, memory, aligned.warp_bytes);
     const int warps = block.warps, lane = block.lane;
 
     // [first planes of odd turns][of even ones][the rest][weights][tiles]
@@ -90,7 +95,9 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     other.begin(own, &barriers[3 * block.warp + 1]);
     rest.begin(own + aligned.rest_at, &barriers[3 * block.warp + 2]);
     TileSlot::begun();
+    // Weights of the tile before are used when those of this one are there: they take turns too.
     float* const kept = reinterpret_cast<float*>(own + aligned.kept_at) + lane;
+    const auto weights_of = [&](int turn) { return kept + turn % 2 * (32 * 16 * Math::own); };
     NearTiles& tiles = *reinterpret_cast<NearTiles*>(own + aligned.warp_bytes - sizeof(NearTiles));
     if (threadIdx.x < 2 * (PlaneSplit::max_planes + 1)) tiles_read[threadIdx.x] = 0;
 
@@ -121,19 +128,18 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         TileSlot::skip();
 
     block.load_queries();
-    const ScoreRules<DeviceWarp> rules = block.rules();
     typename Math::State state;
     Math::begin(state);
     const int row = static_cast<int>(Math::row());
     const bool counts = row < block.rows && shared.finite[row];
     const auto apply = [&](const DeviceTile& of, typename Math::Scores& scores) {
-        if (!block.is_plain(rules, of))
-            Math::apply(rules, {of.first - of.row, of.row, of.row + of.tokens}, scores);
+        if (!block.is_plain(of))
+            Math::apply(block.rules(), {of.first - of.row, of.row, of.row + of.tokens}, scores);
     };
     typename Math::Tally tally;
     {
         float largest = Math::masked, sum = 0.0f;
-        seed_from_tokens(block, rules, largest, sum);
+        seed_from_tokens(block, block.rules(), largest, sum);
         if (seeds_tile) {
             const DeviceTile of = seed_tile;
             typename Math::Scores scores;
@@ -156,10 +162,10 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         Math::start(rule, largest, sum / static_cast<float>(item.parts * warps), tiles_of_warp, tally);
         Math::raise(largest, state);
     }
-    block.add_loose(rules, state);
+    block.add_loose(block.rules(), state);
 
     // What is used once a turn leaves room for the products in between.
-    float* const put_by = kept + 32 * 16 * Math::own;
+    float* const put_by = kept + 2 * 32 * 16 * Math::own;
     const auto put_tally = [&] {
         put_by[0] = tally.reference;
         put_by[32] = tally.known;
@@ -201,9 +207,10 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
             if (planes.keys == first_planes) {
                 Math::enter(largest, sum, state);
                 if (planes.values > 0) {
+                    float* const to = weights_of(turn);
                     KVPLANE_UNROLL
                     for (int i = 0; i < 16 * Math::own; ++i)
-                        kept[32 * i] = scores[i / (4 * Math::own)][i / Math::own % 4][i % Math::own];
+                        to[32 * i] = scores[i / (4 * Math::own)][i / Math::own % 4][i % Math::own];
                 }
             }
             if (lane == 0) {
@@ -253,9 +260,10 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
             } else {
                 TileSlot::skip();
                 TileSlot::skip();
+                const float* const from = weights_of(turn - 1);
                 KVPLANE_UNROLL
                 for (int i = 0; i < 16 * Math::own; ++i)
-                    weights[i / (4 * Math::own)][i / Math::own % 4][i % Math::own] = kept[32 * i];
+                    weights[i / (4 * Math::own)][i / Math::own % 4][i % Math::own] = from[32 * i];
                 factor = Math::factor_of(put_by[96], state);
             }
             if (before.values > 0) Math::add_values(at, views, before.values, weights, factor, state);

@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     __shared__ BlockRows shared;
 
     const LayerView& layer = arguments.layer;
-    const AttendBlock<Math> block(arguments, shared, memory, 2 * arguments.slot_bytes);
-    const WorkItem& item = block.item;
+    const WorkItem item = arguments.items[blockIdx.x];
+    const AttendBlock<Math> block(arguments, item, shared, memory, 2 * arguments.slot_bytes);
     const int warps = block.warps;
 
     TileSlot keys, values;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
             keys.fill(block.key_tile(next.page), static_cast<std::uint32_t>(layer.keys.bytes));
         else
             TileSlot::skip();
-        if (!block.is_plain(rules, now))
+        if (!block.is_plain(now))
             Math::apply(rules, {now.first - now.row, now.row, now.row + now.tokens}, scores);
         const float factor = Math::weigh(scores, state);
         Math::add_values(values.wait(), layer.values, scores, factor, state);

@@ -85,17 +85,18 @@ struct AttendBlock {
     BlockRows& shared;
     std::byte* const memory;         ///< of the block: `warp_bytes` for each warp, then queries
     const std::uint32_t warp_bytes;  ///< a multiple of 128
-    const WorkItem item;
+    const WorkItem& item;
     const int warps, warp, lane;
     const int group, rows;
     float *const plain, *const rotated;  ///< queries as they are, and rotated
 
-    __device__ AttendBlock(const AttendArguments& of, BlockRows& rows_of, std::byte* at, std::uint32_t bytes)
+    __device__ AttendBlock(const AttendArguments& of, const WorkItem& work, BlockRows& rows_of, std::byte* at,
+                           std::uint32_t bytes)
         : arguments(of),
           shared(rows_of),
           memory(at),
           warp_bytes(bytes),
-          item(of.items[blockIdx.x]),
+          item(work),
           warps(static_cast<int>(blockDim.x / 32)),
           warp(static_cast<int>(threadIdx.x / 32)),
           lane(static_cast<int>(DeviceWarp::lane())),
@@ -173,18 +174,21 @@ struct AttendBlock {
         to.hidden_from = sequence.hidden_from;
         to.hidden_to = sequence.hidden_to;
         to.causal = arguments.causal;
-        to.changes_scores = arguments.softcap > 0.0f || arguments.alibi_slopes || arguments.bias;
+        to.changes_scores = changes_scores();
         return to;
     }
     /// Whether the rules leave all scores of a tile as they are.
-    __device__ bool is_plain(const ScoreRules<DeviceWarp>& rules, const DeviceTile& tile) const {
+    __device__ bool is_plain(const DeviceTile& tile) const {
         const SequenceTask& sequence = item.sequence;
         const int last = tile.first + tile.tokens - 1;
-        return !rules.changes_scores && tile.row == 0 && tile.tokens == tile_rows &&
-               (!rules.causal || last <= sequence.position) &&
-               (rules.window == 0 ||
-                sequence.position + sequence.query_tokens - 1 - tile.first < rules.window) &&
-               (tile.first >= rules.hidden_to || last < rules.hidden_from);
+        return !changes_scores() && tile.row == 0 && tile.tokens == tile_rows &&
+               (!arguments.causal || last <= sequence.position) &&
+               (arguments.window == 0 ||
+                sequence.position + sequence.query_tokens - 1 - tile.first < arguments.window) &&
+               (tile.first >= sequence.hidden_to || last < sequence.hidden_from);
+    }
+    __device__ bool changes_scores() const {
+        return arguments.softcap > 0.0f || arguments.alibi_slopes || arguments.bias;
     }
 
     /// Tokens outside tiles: sinks, then recent ones.

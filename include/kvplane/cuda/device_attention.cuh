@@ -202,8 +202,8 @@ class AttendWorkspace {
         a.rest_at = 2 * lines(first);
         a.even_at = a.rest_at - static_cast<std::uint32_t>(first);
         a.kept_at = a.rest_at + lines(std::max({first, keys - first, values}));
-        // 36 numbers a lane, and eight tiles.
-        a.warp_bytes = std::max(a.kept_at + 128 * 36 + 256, lines(32 * layer.view.value_head_dim));
+        // Of each lane the weights of two tiles, up to 32, and four numbers more; and eight tiles.
+        a.warp_bytes = std::max(a.kept_at + 128 * (2 * 32 + 4) + 256, lines(32 * layer.view.value_head_dim));
         for (int p = 0; p < a.rule.key_planes; ++p) {
             a.apart[p] = a.prefixes.keys[p];
             for (int plane = a.rule.first_planes; plane <= p; ++plane)

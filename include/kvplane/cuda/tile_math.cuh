@@ -115,6 +115,8 @@ struct TileMath {
     /// Keys of several widths, or with grids over fewer tokens than a tile.
     static constexpr bool segmented = key_bits == 0;
     static constexpr bool any_values = value_bits == 0;
+    /// fp16 has no grids, and so no part that all channels share.
+    static constexpr bool has_bases = value_bits != 16;
     static constexpr int key_chunk = segmented || key_bits == 16 ? 8 : least_chunk(key_bits);
     /// Of segmented keys quads of tokens ascend, so that those of a grid are neighbours.
     static constexpr int value_chunk =
@@ -264,7 +266,7 @@ struct TileMath {
         state.softmax.sum = state.softmax.sum * shrink;
         KVPLANE_UNROLL
         for (int b = 0; b < blocks; ++b) {
-            state.base[b] = state.base[b] * shrink;
+            if (has_bases) state.base[b] = state.base[b] * shrink;
             KVPLANE_UNROLL
             for (int i = 0; i < 8; ++i) state.out[b][i / 2][i % 2] = state.out[b][i / 2][i % 2] * shrink;
         }
@@ -389,7 +391,7 @@ struct TileMath {
         state.softmax.sum = over_row(state.softmax.sum);
         KVPLANE_UNROLL
         for (int b = 0; b < blocks; ++b) {
-            const Float base = over_row(state.base[b]);
+            const Float base = has_bases ? over_row(state.base[b]) : Float(0.0f);
             state.base[b] = Float(0.0f);
             KVPLANE_UNROLL
             for (int i = 0; i < 8; ++i) {
