@@ -125,6 +125,45 @@ Attended attend(const KvCache& cache, const Matrix& queries, const AttentionPara
             sum_of_seeds = sum_of_seeds +
                            Warp::select(score > Math::masked, Warp::exp2(score - largest_seed), Float(0.0f));
 
+        const auto queries_of = [&](const TilePlace& tile) {
+            const bool is_turned =
+                layer.rotates_keys == Rotation::all ||
+                (layer.rotates_keys == Rotation::by_tile && tile.layout->rotated(tile.page, head));
+            return (is_turned ? turned : as_given).view();
+        };
+        const auto score = [&](const TilePlace& tile, int planes, typename Math::Scores& to) {
+            const std::byte* const keys = tile.page + head * layer.head_stride;
+            if (planes == rule.first_planes)
+                Math::score_first(queries_of(tile), keys, views, planes, to);
+            else
+                Math::score(queries_of(tile), keys, views.keys[planes - 1], planes == views.key_planes, to);
+            Math::apply(rules,
+                        {static_cast<std::int32_t>(tile.origin()), static_cast<std::int32_t>(tile.row),
+                         static_cast<std::int32_t>(tile.end_row())},
+                        to);
+        };
+        const auto reach_of = [&](const TilePlace& tile) {
+            return Math::key_reach(queries_of(tile), tile.page + head * layer.head_stride,
+                                   views.keys[rule.first_planes - 1]) *
+                   rule.reach;
+        };
+        // Without such tokens the first tile and the last tell what is seen first.
+        const auto is_seed = [&](std::size_t tile) {
+            return loose.empty() && (tile == 0 || tile + 1 == held.tiles.size());
+        };
+        for (std::size_t t = 0; t < held.tiles.size(); ++t) {
+            if (!is_seed(t)) continue;
+            typename Math::Scores scores;
+            score(held.tiles[t], rule.first_planes, scores);
+            Float sum;
+            const Float largest = Math::relative(scores, sum),
+                        known = Math::seed_sum(largest, Math::row_sum(sum), reach_of(held.tiles[t])),
+                        most = Warp::maximum(largest, largest_seed);
+            sum_of_seeds =
+                sum_of_seeds * Warp::exp2(largest_seed - most) + known * Warp::exp2(largest - most);
+            largest_seed = most;
+        }
+
         std::vector<typename Math::State> states;
         std::vector<Float> errors;
         for (int w = 0; w < warps; ++w) {
@@ -147,24 +186,6 @@ Attended attend(const KvCache& cache, const Matrix& queries, const AttentionPara
                 Float largest;
                 const TilePlace* tile = nullptr;
             } kept;
-            const auto queries_of = [&](const TilePlace& tile) {
-                const bool is_turned =
-                    layer.rotates_keys == Rotation::all ||
-                    (layer.rotates_keys == Rotation::by_tile && tile.layout->rotated(tile.page, head));
-                return (is_turned ? turned : as_given).view();
-            };
-            const auto score = [&](const TilePlace& tile, int planes, typename Math::Scores& to) {
-                const std::byte* const keys = tile.page + head * layer.head_stride;
-                if (planes == rule.first_planes)
-                    Math::score_first(queries_of(tile), keys, views, planes, to);
-                else
-                    Math::score(queries_of(tile), keys, views.keys[planes - 1], planes == views.key_planes,
-                                to);
-                Math::apply(rules,
-                            {static_cast<std::int32_t>(tile.origin()), static_cast<std::int32_t>(tile.row),
-                             static_cast<std::int32_t>(tile.end_row())},
-                            to);
-            };
             const auto finish_kept = [&] {
                 if (!kept.tile) return;
                 const TilePlace& tile = *std::exchange(kept.tile, nullptr);
@@ -174,7 +195,8 @@ Attended attend(const KvCache& cache, const Matrix& queries, const AttentionPara
                     Float sum;
                     const Float largest = Math::relative(kept.weights, sum);
                     factor = Math::enter(largest, sum, state);
-                    Math::learn(largest, Math::row_sum(sum), tally);
+                    Math::learn(largest, Math::row_sum(sum),
+                                is_seed(static_cast<std::size_t>(&tile - held.tiles.data())), tally);
                 } else {
                     factor = Math::factor_of(kept.largest, state);
                 }
@@ -189,11 +211,9 @@ Attended attend(const KvCache& cache, const Matrix& queries, const AttentionPara
                 score(tile, rule.first_planes, weights);
                 Float sum;
                 const Float largest = Math::relative(weights, sum);
-                const Float reach = Math::key_reach(queries_of(tile), tile.page + head * layer.head_stride,
-                                                    views.keys[rule.first_planes - 1]) *
-                                    rule.reach;
-                const TilePlanes planes =
-                    Math::choose(rule, largest, Math::row_sum(sum), reach, counts, --tiles_left, tally);
+                const Float reach = reach_of(tile);
+                const TilePlanes planes = Math::choose(rule, largest, Math::row_sum(sum), reach, counts,
+                                                       is_seed(t), --tiles_left, tally);
                 ++result.counts.keys[planes.keys];
                 ++result.counts.values[planes.values];
                 finish_kept();
@@ -309,7 +329,7 @@ void expect_tolerance(const char* recipe, double hot, float peak, double error, 
 TEST(AlignedMath, TolerancesAreKept) {
     for (const double error : {0.01, 0.1}) {
         expect_tolerance<Codes>("key_favored:8:8", 0.1, 25.0f, error, 0.6, 0.97);
-        expect_tolerance<Halves>("fp16", 0.1, 25.0f, error, 0.3, 0.97);
+        expect_tolerance<Halves>("fp16", 0.1, 25.0f, error, 0.6, 0.97);
         expect_tolerance<General>("standard", 0.1, 25.0f, error, 0.6, 0.97);
         // Everything alike: all of it counts.
         expect_tolerance<Codes>("key_favored:8:8", 0.0, 0.0f, error, 0.0, 0.0);
@@ -323,7 +343,7 @@ TEST(AlignedMath, TolerancesAreKept) {
     expect_tolerance<Halves>("fp16", 0.2, 15.0f, 0.3, 0.3, 0.97);
     expect_tolerance<General>("key_favored:8:8", 0.2, 15.0f, 0.3, 0.3, 0.97);
     expect_tolerance<General>("kivi:8:64", 0.3, 25.0f, 0.03, 0.3, 0.97);
-    expect_tolerance<Halves>("fp16", 1.0, 25.0f, 0.03, 0.0, 0.2);
+    expect_tolerance<Halves>("fp16", 1.0, 25.0f, 0.03, 0.0, 0.4);
     // A tolerance of nothing reads everything.
     expect_tolerance<Codes>("key_favored:8:8", 0.1, 25.0f, 0.0, 0.0, 0.0);
 }
@@ -430,7 +450,7 @@ TEST(AlignedMath, ExponentsAreThoseOfTheHost) {
                 if (lane / 4 % 4 == 3) largest[lane] = 50.0f;
             }
             const TilePlanes planes =
-                Halves::choose(rule, largest, Float(1.0f), Float(0.0f), counts, 9, tally);
+                Halves::choose(rule, largest, Float(1.0f), Float(0.0f), counts, false, 9, tally);
             const int expected =
                 kvplane::detail::aligned_planes(static_cast<int>(std::ceil(drop)), thresholds);
             EXPECT_EQ(planes.values, expected) << drop;
@@ -441,7 +461,8 @@ TEST(AlignedMath, ExponentsAreThoseOfTheHost) {
     const AlignedRule rule = aligned_rule(ReadPolicy::exponents(), prefixes("key_favored:8:8"), 128, 128);
     Codes::Tally tally;
     Codes::start(rule, Float(0.0f), Float(1.0f), 10, tally);
-    const TilePlanes planes = Codes::choose(rule, Float(-90.0f), Float(1.0f), Float(0.0f), counts, 9, tally);
+    const TilePlanes planes =
+        Codes::choose(rule, Float(-90.0f), Float(1.0f), Float(0.0f), counts, false, 9, tally);
     EXPECT_EQ(rule.first_planes, 2);
     EXPECT_EQ(planes.keys, 2);
     EXPECT_EQ(planes.values, 2);

@@ -108,12 +108,16 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     DeviceTile coming{};  // of lane 0: three turns ahead
     if (lane == 0 && 3 < tiles_of_warp) coming = place(3);
     __syncwarp();
-    // Without tokens outside tiles, of which budgets and exponents alone need no sum: the first tile of the
-    // sequence and its last, one a warp.
+    // Without tokens outside tiles the first tile of the sequence and its last tell what is seen first, one a
+    // warp.
     const int tile_count = item.sequence.tile_count;
-    const bool seeds_tile =
-        block.loose_tokens() == 0 && rule.kind != AlignedRule::tolerance && block.warp < min(2, tile_count);
+    const bool from_tiles = block.loose_tokens() == 0,
+               seeds_tile = from_tiles && block.warp < min(2, tile_count);
     const DeviceTile& seed_tile = block.place(block.warp == 0 || tile_count == 0 ? 0 : tile_count - 1);
+    const auto is_seed = [&](int turn) {
+        const int at = first_tile + turn * warps;
+        return from_tiles && (at == 0 || (at == tile_count - 1 && warps > 1));
+    };
     if (seeds_tile)
         rest.fill(block.key_tile(seed_tile.page), first_bytes);
     else
@@ -136,6 +140,11 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         if (!block.is_plain(of))
             Math::apply(block.rules(), {of.first - of.row, of.row, of.row + of.tokens}, scores);
     };
+    const auto reach_of = [&](const QueryRowsView& queries, const std::byte* keys_at) {
+        return rule.reach > 0.0f
+                   ? rule.reach * Math::key_reach(queries, keys_at, views.keys[first_planes - 1])
+                   : 0.0f;
+    };
     typename Math::Tally tally;
     {
         float largest = Math::masked, sum = 0.0f;
@@ -143,11 +152,12 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
         if (seeds_tile) {
             const DeviceTile of = seed_tile;
             typename Math::Scores scores;
-            Math::score_first(block.queries(block.turned(of.page)), rest.wait<2>(), views, first_planes,
-                              scores);
+            const QueryRowsView queries = block.queries(block.turned(of.page));
+            const std::byte* const at = rest.wait<2>();
+            Math::score_first(queries, at, views, first_planes, scores);
             apply(of, scores);
-            float unused;
-            largest = Math::relative(scores, unused);
+            largest = Math::relative(scores, sum);
+            sum = Math::seed_sum(largest, Math::row_sum(sum), reach_of(queries, at));
             __syncwarp();
         }
         if ((lane & 3) == 0) {
@@ -197,12 +207,10 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
             apply(now, scores);
             float sum;
             largest = Math::relative(scores, sum);
-            const float reach = rule.reach > 0.0f
-                                    ? rule.reach * Math::key_reach(queries, at, views.keys[first_planes - 1])
-                                    : 0.0f;
+            const float reach = reach_of(queries, at);
             take_tally();
-            planes = Math::choose(rule, largest, Math::row_sum(sum), reach, counts, tiles_of_warp - turn - 1,
-                                  tally);
+            planes = Math::choose(rule, largest, Math::row_sum(sum), reach, counts, is_seed(turn),
+                                  tiles_of_warp - turn - 1, tally);
             put_tally();
             if (planes.keys == first_planes) {
                 Math::enter(largest, sum, state);
@@ -254,7 +262,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
                 const float of_largest = Math::relative(weights, sum);
                 factor = Math::enter(of_largest, sum, state);
                 take_tally();
-                Math::learn(of_largest, Math::row_sum(sum), tally);
+                Math::learn(of_largest, Math::row_sum(sum), is_seed(turn - 1), tally);
                 put_tally();
                 if (before.values > 0) at = rest.wait<1>();
             } else {

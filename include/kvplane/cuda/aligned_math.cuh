@@ -140,13 +140,21 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
         tally = {largest, sum, Float(0.0f), {tiles * rule.allowed[0], tiles * rule.allowed[1]}};
     }
 
+    /// The row's part of `sum` of start() that a tile tells which all warps have scored by its first planes:
+    /// sum as for choose().
+    KVPLANE_DEVICE static Float seed_sum(Float largest, Float sum, Float reach) {
+        return W::select(largest > Base::masked, sum * W::exp2(Float(0.0f) - reach), Float(0.0f));
+    }
+
     /// Decides what is read of a tile. largest, sum: of the scores of first planes of the lane's row, and of
     /// the row's weights relative to it; reach: what these scores may be off by, in octaves; counts: whether
-    /// the row is one; tiles_left: that the warp sees behind this one.
+    /// the row is one; seed: whether the tile is part of what start() was told; tiles_left: that the warp sees
+    /// behind this one.
     KVPLANE_DEVICE static TilePlanes choose(const AlignedRule& rule, Float largest, Float sum, Float reach,
-                                            typename W::Flag counts, std::int32_t tiles_left, Tally& tally) {
+                                            typename W::Flag counts, bool seed, std::int32_t tiles_left,
+                                            Tally& tally) {
         if (rule.kind == AlignedRule::tolerance)
-            return within_tolerance(rule, largest, sum, reach, counts, tally);
+            return within_tolerance(rule, largest, sum, reach, counts, seed, tally);
         const Float drop = tally.reference - largest;
         tally.reference = W::maximum(tally.reference, largest);
         if (rule.kind == AlignedRule::exponents) {
@@ -155,11 +163,13 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
         }
         return within_budget(rule, drop, counts, tiles_left, tally);
     }
-    /// Of a tile of which all planes of keys were read after all: its weights.
-    KVPLANE_DEVICE static void learn(Float largest, Float sum, Tally& tally) {
+    /// Of a tile of which all planes of keys were read after all: its weights. seed: as for choose().
+    KVPLANE_DEVICE static void learn(Float largest, Float sum, bool seed, Tally& tally) {
         const Float most = W::maximum(tally.reference, largest), shrink = W::exp2(tally.reference - most);
-        tally.known = tally.known * shrink +
-                      W::select(largest > Base::masked, sum * W::exp2(largest - most), Float(0.0f));
+        tally.known = tally.known * shrink;
+        if (!seed)
+            tally.known =
+                tally.known + W::select(largest > Base::masked, sum * W::exp2(largest - most), Float(0.0f));
         tally.error = tally.error * shrink;
         tally.reference = most;
     }
@@ -175,18 +185,20 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
         return W::any(W::both(counts, may < has));
     }
     KVPLANE_DEVICE static TilePlanes within_tolerance(const AlignedRule& rule, Float largest, Float sum,
-                                                      Float reach, typename W::Flag counts, Tally& tally) {
+                                                      Float reach, typename W::Flag counts, bool seed,
+                                                      Tally& tally) {
         const Float most = W::maximum(tally.reference, largest), shrink = W::exp2(tally.reference - most);
         const Float mass = W::select(largest > Base::masked, sum * W::exp2(largest - most), Float(0.0f));
         // Beyond 60 octaves nothing would fit in.
         const Float grown = W::exp2(W::select(reach < 60.0f, reach, Float(60.0f)));
         const Float of_keys = (grown - 1.0f) * 2.0f;
-        const Float known = tally.known * shrink, error = tally.error * shrink;
+        const Float error = tally.error * shrink, before = tally.known * shrink,
+                    known = seed ? before : before + mass;
         for (int planes = 0; planes <= rule.value_planes; ++planes) {
             const Float with = error + mass * (of_keys + rule.share[planes]);
-            if (exceeds(with, (known + mass) * rule.allowance, counts)) continue;
+            if (exceeds(with, known * rule.allowance, counts)) continue;
             tally.reference = most;
-            tally.known = known + mass;
+            tally.known = known;
             tally.error = with;
             return {rule.first_planes, planes};
         }
@@ -194,7 +206,7 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
         // known when it is.
         int planes = rule.value_planes;
         for (int fewer = rule.value_planes - 1; fewer >= 1; --fewer)
-            if (!exceeds(error + mass * grown * rule.share[fewer], known * rule.allowance, counts))
+            if (!exceeds(error + mass * grown * rule.share[fewer], before * rule.allowance, counts))
                 planes = fewer;
         // Relative to what is certain of the largest score.
         const Float least = W::maximum(tally.reference, largest - reach),
