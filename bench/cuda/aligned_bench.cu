@@ -4,7 +4,7 @@
 //   cuda_aligned_bench [recipes]     32 query heads over 8 key heads of 128
 //
 // Keys and queries are normal numbers, and so scores; a token of every hot tile, and the first of the sinks,
-// has a score that is larger by 20. Pages stand in random order, each in memory of its own. Times as those of
+// has a score that is larger by 20. Without sinks (fp16) the first tile of every sequence is hot. Pages stand in random order, each in memory of its own. Times as those of
 // cuda_attend_bench. An error is the largest of any output's number, over the largest number of a whole
 // read's output.
 #include <cuda_runtime.h>
@@ -57,11 +57,13 @@ struct Templates {
         queries = 0.1f * some(1, query_heads * dim);
         for (Index h = 0; h < query_heads; ++h)
             queries.middleCols(h * dim, dim) += of_heads.middleCols(h / 4 * dim, dim);
-        const Index tokens = 4 + 2 * kinds * tile_tokens;
+        sinks = cache.configuration().recipe.sink_tokens;
+        const Index tokens = sinks + 2 * kinds * tile_tokens;
         Matrix keys = some(tokens, heads * dim);
         for (Index tile = -1; tile < 2 * kinds; ++tile) {
-            if (tile >= 0 && tile < kinds) continue;
-            const Index token = tile < 0 ? 0 : 4 + tile * tile_tokens + static_cast<Index>(random() % 128);
+            if (tile < 0 ? sinks == 0 : tile < kinds) continue;
+            const Index token =
+                tile < 0 ? 0 : sinks + tile * tile_tokens + static_cast<Index>(random() % 128);
             for (Index h = 0; h < heads; ++h) {
                 const auto q = of_heads.middleCols(h * dim, dim);
                 keys.row(token).segment(h * dim, dim) +=
@@ -75,6 +77,7 @@ struct Templates {
     TilePool pool;
     KvCache cache;
     Matrix queries;
+    Index sinks = 0;
 };
 
 void* device_copy(const void* from, std::size_t bytes) {
@@ -84,7 +87,7 @@ void* device_copy(const void* from, std::size_t bytes) {
     return to;
 }
 
-/// Sequences of full tiles behind four sinks.
+/// Sequences of full tiles, behind sinks where there are some.
 class Batch {
   public:
     Batch(const Templates& of, const Shape& shape, double hot) {
@@ -98,13 +101,16 @@ class Batch {
                         held.tiles[static_cast<std::size_t>(i)].page, static_cast<std::size_t>(page));
         std::byte* const from = static_cast<std::byte*>(device_copy(kinds_of.data(), kinds_of.size()));
         must(cudaMalloc(&memory_, static_cast<std::size_t>(pages * page)), "memory of pages");
-        sinks_ = device_copy(held.sinks.data(),
-                             static_cast<std::size_t>(of.cache.shape().sink_rows().bytes()));
+        if (of.sinks > 0)
+            sinks_ = device_copy(held.sinks.data(),
+                                 static_cast<std::size_t>(of.cache.shape().sink_rows().bytes()));
         // As many as the share says, in random places.
         std::vector<bool> is_hot(static_cast<std::size_t>(pages));
         std::fill_n(is_hot.begin(), static_cast<std::size_t>(std::lround(hot * static_cast<double>(pages))),
                     true);
         std::shuffle(is_hot.begin(), is_hot.end(), random);
+        for (Index s = 0; of.sinks == 0 && s < shape.sequences; ++s)
+            is_hot[static_cast<std::size_t>(s * tiles)] = true;
         std::vector<Index> order(static_cast<std::size_t>(pages));
         for (Index i = 0; i < pages; ++i) order[static_cast<std::size_t>(i)] = i;
         std::shuffle(order.begin(), order.end(), random);
@@ -115,7 +121,7 @@ class Batch {
             must(cudaMemcpyAsync(to, from + kind * page, static_cast<std::size_t>(page),
                                  cudaMemcpyDeviceToDevice),
                  "copy");
-            tiles_.push_back({to, static_cast<std::int32_t>(4 + i % tiles * tile_tokens), 0, 128, 0});
+            tiles_.push_back({to, static_cast<std::int32_t>(of.sinks + i % tiles * tile_tokens), 0, 128, 0});
         }
         must(cudaDeviceSynchronize(), "copy");
         cudaFree(from);
@@ -127,8 +133,8 @@ class Batch {
                                                        static_cast<std::size_t>(tiles));
             sequence.device_tiles = device_tiles_ + s * tiles;
             sequence.sinks = static_cast<const std::byte*>(sinks_);
-            sequence.sink_count = 4;
-            sequence.tokens = sequence.recent_first = 4 + shape.tokens;
+            sequence.sink_count = of.sinks;
+            sequence.tokens = sequence.recent_first = of.sinks + shape.tokens;
             sequence.page_bytes = page;
         }
     }
