@@ -1,12 +1,12 @@
-// Attention on a device that decides tile by tile what is read, beside attention that reads everything: time,
-// bits read, and what the output is off by.
+// Attention on a device that decides tile by tile what is read, beside attention that reads everything:
+// time, bits read, and what the output is off by.
 //
 //   cuda_aligned_bench [recipes]     32 query heads over 8 key heads of 128
 //
 // Keys and queries are normal numbers, and so scores; a token of every hot tile, and the first of the sinks,
-// has a score that is larger by 20. Without sinks (fp16) the first tile of every sequence is hot. Pages stand in random order, each in memory of its own. Times as those of
-// cuda_attend_bench. An error is the largest of any output's number, over the largest number of a whole
-// read's output.
+// has a score that is larger by 20. Without sinks (fp16) the first tile of every sequence is hot. Pages
+// stand in random order, each in memory of its own. Times as those of cuda_attend_bench. An error is the
+// largest of any output's number, over the largest number of a whole read's output.
 #include <cuda_runtime.h>
 
 #include <algorithm>

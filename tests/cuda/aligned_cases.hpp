@@ -1,5 +1,5 @@
-// tests/cuda/aligned_cases.hpp: caches of which some tiles count, for tests of reads that are decided tile by
-// tile.
+// tests/cuda/aligned_cases.hpp: caches of which some tiles count, for tests of reads that are decided tile
+// by tile.
 #pragma once
 
 #include <algorithm>

@@ -258,9 +258,9 @@ Attended attend(const KvCache& cache, const Matrix& queries, const AttentionPara
     return result;
 }
 
-/// A cache of `tokens` tokens whose keys make the scores of random queries differ by a few units, and those of
-/// the first token, and of one in so many tiles, as much larger as `peak` says. Queries: one token, whose heads
-/// are alike.
+/// A cache of `tokens` tokens whose keys make the scores of random queries differ by a few units, and those
+/// of the first token, and of one in so many tiles, as much larger as `peak` says. Queries: one token, whose
+/// heads are alike.
 struct Given {
     Given(const char* recipe, Index tokens, double hot, float peak, std::uint64_t seed, float spread = 1.0f)
         : random(seed),
@@ -348,8 +348,8 @@ TEST(AlignedMath, TolerancesAreKept) {
     expect_tolerance<Codes>("key_favored:8:8", 0.1, 25.0f, 0.0, 0.0, 0.0);
 }
 
-/// Of keys that are exact only values are left out, all of them or none: what is certified is what they weigh,
-/// and reached where they are alike.
+/// Of keys that are exact only values are left out, all of them or none: what is certified is what they
+/// weigh, and reached where they are alike.
 TEST(AlignedMath, TheCertificateIsReachedWhereValuesAreAlike) {
     TilePool pool;
     Random random(kvplane_test::seed());
@@ -386,8 +386,8 @@ TEST(AlignedMath, TheCertificateIsReachedWhereValuesAreAlike) {
     }
 }
 
-/// Scores by first planes are off by no more than key_reach() says, and by some part of it where the query looks
-/// at the errors of a token: steps of fp16 are those of a channel's largest number.
+/// Scores by first planes are off by no more than key_reach() says, and by some part of it where the query
+/// looks at the errors of a token: steps of fp16 are those of a channel's largest number.
 template <class Math>
 void expect_reach(const char* recipe, float reach) {
     const Given given(recipe, 400, 0.0, 0.0f, kvplane_test::seed());

@@ -1,11 +1,11 @@
-// kvplane/cuda/aligned.cuh: the kernels of attention that decide tile by tile what is read, for nvcc: include
-// it in one .cu file of a program beside attend.cuh, or link kvplane::cuda, which has done so.
+// kvplane/cuda/aligned.cuh: the kernels of attention that decide tile by tile what is read, for nvcc:
+// include it in one .cu file of a program beside attend.cuh, or link kvplane::cuda, which has done so.
 //
-// A warp copies the first planes of keys of its tiles ahead into two slots in turn, scores a tile by them, and
-// decides (aligned_math.cuh). What else is read of the tile is copied into a third slot while the next tile is
-// scored, and used after that: so is the time that the copy takes hidden. That is the tile's values, whose
-// weights are kept in the memory of the block meanwhile; or the rest of its keys, by all of which the tile is
-// then scored again, and its values follow into the same slot. More slots would leave fewer warps.
+// A warp copies the first planes of keys of its tiles ahead into two slots in turn, scores a tile by them,
+// and decides (aligned_math.cuh). What else is read of the tile is copied into a third slot while the next
+// tile is scored, and used after that: so is the time that the copy takes hidden. That is the tile's values,
+// whose weights are kept in the memory of the block meanwhile; or the rest of its keys, by all of which the
+// tile is then scored again, and its values follow into the same slot. More slots would leave fewer warps.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     DeviceTile coming{};  // of lane 0: three turns ahead
     if (lane == 0 && 3 < tiles_of_warp) coming = place(3);
     __syncwarp();
-    // Without tokens outside tiles the first tile of the sequence and its last tell what is seen first, one a
-    // warp.
+    // Without tokens outside tiles the first tile of the sequence and its last tell what is seen first, one
+    // a warp.
     const int tile_count = item.sequence.tile_count;
     const bool from_tiles = block.loose_tokens() == 0,
                seeds_tile = from_tiles && block.warp < min(2, tile_count);

@@ -1,10 +1,12 @@
-// kvplane/cuda/aligned_math.cuh: what of a tile is read, decided from the scores of its first planes of keys.
+// kvplane/cuda/aligned_math.cuh: what of a tile is read, decided from the scores of its first planes of
+// keys.
 //
-// A warp knows of the tiles that it has seen itself, and of some tokens outside tiles that all warps see
-// first. Every rule goes by these alone, so that results do not depend on who is first.
+// A warp knows of the tiles that it has seen itself, and of what all warps see first: some tokens outside
+// tiles or, where there are none, the first tile and the last. Every rule goes by these alone, so that results
+// do not depend on who is first.
 //
-//   tolerance  Let w' be the weights that were used, W' their sum, and eps_t what the score of token t may be
-//              off by, which is 0 where all planes of keys were read. By T13, with the sum over weights in
+//   tolerance  Let w' be the weights that were used, W' their sum, and eps_t what the score of token t may
+//              be off by, which is 0 where all planes of keys were read. By T13, with the sum over weights in
 //              place of the largest eps, which a tile without weight would set for all,
 //
 //                |o - o'|_2 <= (2 A / (W' - A) + V / W') R,   A = sum_t w'_t (e^eps_t - 1),
@@ -32,7 +34,8 @@
 
 namespace kvplane::cuda {
 
-/// What a warp knows of what it has read so far. Weights are relative to `reference`, the largest score seen.
+/// What a warp knows of what it has read so far. Weights are relative to `reference`, the largest score
+/// seen.
 template <class W>
 struct AlignedTally {
     typename W::Float reference;
@@ -65,7 +68,8 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
         else
             AlignedMath::score(queries, tile, views.keys[planes - 1], planes == views.key_planes, score);
     }
-    /// The scores of a tile by the planes of keys that `view` tells of; all: whether those are all there are.
+    /// The scores of a tile by the planes of keys that `view` tells of; all: whether those are all there
+    /// are.
     KVPLANE_DEVICE static void score(const QueryRowsView& queries, const std::byte* tile,
                                      const KeyTileView& view, bool all, Scores& score) {
         if constexpr (coded_prefix(key_bits)) {
@@ -84,8 +88,8 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
         Base::add_values(tile, view, weight, factor, state);
     }
 
-    /// The sum over channels of |query| times the largest step, of the lane's row. A step of fp16 is the last
-    /// place of a channel's largest magnitude. Of keys in one segment.
+    /// The sum over channels of |query| times the largest step, of the lane's row. A step of fp16 is the
+    /// last place of a channel's largest magnitude. Of keys in one segment.
     KVPLANE_DEVICE static Float key_reach(const QueryRowsView& queries, const std::byte* tile,
                                           const KeyTileView& view) {
         const SegmentView& segment = view.segment[0];
@@ -148,8 +152,8 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
 
     /// Decides what is read of a tile. largest, sum: of the scores of first planes of the lane's row, and of
     /// the row's weights relative to it; reach: what these scores may be off by, in octaves; counts: whether
-    /// the row is one; seed: whether the tile is part of what start() was told; tiles_left: that the warp sees
-    /// behind this one.
+    /// the row is one; seed: whether the tile is part of what start() was told; tiles_left: that the warp
+    /// sees behind this one.
     KVPLANE_DEVICE static TilePlanes choose(const AlignedRule& rule, Float largest, Float sum, Float reach,
                                             typename W::Flag counts, bool seed, std::int32_t tiles_left,
                                             Tally& tally) {

@@ -117,8 +117,8 @@ inline AlignedRule aligned_rule(const ReadPolicy& policy, const PlanePrefixes& p
     return rule;
 }
 
-/// What attention has read, and the largest of its bounds (both copied to the host). error_bound, which would
-/// need values that were not read, stays 0.
+/// What attention has read, and the largest of its bounds (both copied to the host). error_bound, which
+/// would need values that were not read, stays 0.
 inline ReadReport read_report(const PlanePrefixes& prefixes, Index key_channels, Index value_channels,
                               const ReadCounts& counts, std::span<const float> relative_error_bounds = {}) {
     ReadReport report;

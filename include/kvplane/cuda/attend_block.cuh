@@ -64,7 +64,8 @@ __device__ inline void add_share(float4& sum, float share, const float4& x) {
     sum.w += share * x.w;
 }
 
-/// What T13 makes of the errors that warps gathered (cuda/aligned_math.cuh), as a share of the sum of weights.
+/// What T13 makes of the errors that warps gathered (cuda/aligned_math.cuh), as a share of the sum of
+/// weights.
 __device__ inline float certified_error(float share) {
     return share < 1.0f ? share / (1.0f - 0.5f * share) : 2.0f;
 }
@@ -231,9 +232,9 @@ struct AttendBlock {
         }
     }
 
-    /// Puts the warps' parts together, and those of the head's blocks, in their order, and writes the output.
-    /// Each warp's output goes through its own memory. error: what the warp's reads are off by, in the units
-    /// of its sum, where they are certified.
+    /// Puts the warps' parts together, and those of the head's blocks, in their order, and writes the
+    /// output. Each warp's output goes through its own memory. error: what the warp's reads are off by, in
+    /// the units of its sum, where they are certified.
     __device__ void merge(const typename Math::State& state, float error) const {
         const LayerView& layer = arguments.layer;
         // The warps' parts, each in its own slots; then those of the block, four channels a thread.
