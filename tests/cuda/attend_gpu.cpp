@@ -1,6 +1,5 @@
 // Attention on a device, against double precision over what the caches store. For machines with one; without
 // a device it says so and tests nothing.
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include <array>
@@ -11,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device_bytes.hpp"
 #include "kvplane/attention/reference.hpp"
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cuda/device_attention.cuh"
@@ -27,54 +27,9 @@ using namespace kvplane;
 using kvplane::cuda::AttendWorkspace;
 using kvplane::cuda::DeviceSequence;
 using kvplane::cuda::DeviceTile;
+using kvplane_test::DeviceBytes;
+using kvplane_test::expect_ok;
 using kvplane_test::Random;
-
-bool has_device() {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0) return true;
-    (void)cudaGetLastError();
-    return false;
-}
-#define KVPLANE_NEEDS_DEVICE()                                                           \
-    do {                                                                                 \
-        if (!has_device()) GTEST_SKIP() << "NOT TESTED: no CUDA device on this machine"; \
-    } while (false)
-
-void expect_ok(cudaError_t status) {
-    ASSERT_EQ(status, cudaSuccess) << cudaGetErrorString(status);
-}
-
-/// Memory of the device.
-class DeviceBytes {
-  public:
-    explicit DeviceBytes(std::size_t bytes) : bytes_(bytes) {
-        EXPECT_EQ(cudaMalloc(&data_, std::max<std::size_t>(bytes, 16)), cudaSuccess);
-        // NaN in every type: what a kernel leaves out is seen.
-        EXPECT_EQ(cudaMemset(data_, 0xFF, std::max<std::size_t>(bytes, 16)), cudaSuccess);
-    }
-    DeviceBytes(const void* from, std::size_t bytes) : DeviceBytes(bytes) {
-        EXPECT_EQ(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice), cudaSuccess);
-    }
-    DeviceBytes(DeviceBytes&& other) noexcept
-        : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
-    DeviceBytes(const DeviceBytes&) = delete;
-    DeviceBytes& operator=(const DeviceBytes&) = delete;
-    ~DeviceBytes() { cudaFree(data_); }
-    template <class T = std::byte>
-    T* as() const {
-        return static_cast<T*>(data_);
-    }
-    template <class T>
-    std::vector<T> read() const {
-        std::vector<T> to(bytes_ / sizeof(T));
-        EXPECT_EQ(cudaMemcpy(to.data(), data_, bytes_, cudaMemcpyDeviceToHost), cudaSuccess);
-        return to;
-    }
-
-  private:
-    void* data_ = nullptr;
-    std::size_t bytes_;
-};
 
 struct Case {
     std::string recipe;

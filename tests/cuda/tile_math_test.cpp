@@ -187,7 +187,7 @@ TEST(TileMath, GroupsOfTokensSegmentsAndPrefixesAreRead) {
                                    "group " + std::to_string(group));
         }
     }
-    for (const int bits : {3, 5, 6, 7, 8}) {
+    for (const int bits : {3, 5, 6, 7, 8, 16}) {
         const GridRule rule{Granularity::per_channel, 128, Scheme::min_max, Clip::none};
         Tile tile(TileFormat(TileSide::keys, 128, bits, rule), rows_of(random, 128, 128));
         const PlaneSplit split = plane_split(bits);
@@ -240,6 +240,38 @@ void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, 
                 << name << " row " << row << " channel " << c;
         }
     }
+}
+
+TEST(TileMath, PrefixesOfHalvesAreReadWithTheirMiddle) {
+    Random random(kvplane_test::seed());
+    const auto check = [&]<int channels>() {
+        const GridRule keys{Granularity::per_channel, 128, scheme_for(16), Clip::none},
+            values{Granularity::per_token, whole_head, scheme_for(16), Clip::none};
+        Tile of_keys(TileFormat(TileSide::keys, channels, 16, keys), rows_of(random, 128, channels));
+        Tile of_values(TileFormat(TileSide::values, channels, 16, values), rows_of(random, 128, channels));
+        Matrix queries = rows_of(random, 8, channels);
+        queries.bottomRows(4) = queries.topRows(4);
+        const Matrix scores = 3.0f * kvplane_test::normal_matrix(8, 128, random);
+        for (int planes = 1; planes <= 3; ++planes) {
+            const int bits = plane_split(16).prefix_bits(planes);
+            const std::string name = std::to_string(bits) + " bits, " + std::to_string(channels);
+            const KeyTileView key_view = key_tile_view(of_keys.format, planes);
+            const ValueTileView value_view = value_tile_view(of_values.format, planes);
+            // Exponents, and whole planes.
+            EXPECT_EQ(key_view.bytes, (channels + 63) / 64 * 64 + 16 * channels * bits);
+            EXPECT_EQ(value_view.bytes, (channels + 15) / 16 * 16 * 16 * bits);
+            using Paired = TileMath<HostWarp, 16, channels, 16, channels, true>;
+            expect_scores<Paired>(of_keys, key_view, queries, bits, name);
+            expect_values<Paired>(of_values, value_view, scores, bits, name);
+            using Made = TileMath<HostWarp, 16, channels, 16, channels>;
+            expect_scores<Made>(of_keys, key_view, queries, bits, name);
+            expect_values<Made>(of_values, value_view, scores, bits, name);
+            using General = TileMath<HostWarp, 0, 256, 0, channels>;
+            expect_values<General>(of_values, value_view, scores, bits, name);
+        }
+    };
+    check.template operator()<80>();
+    check.template operator()<128>();
 }
 
 TEST(TileMath, ValuesAreWeighedAtEveryWidth) {
@@ -609,11 +641,6 @@ TEST(TileMath, OtherTilesAreRefused) {
               std::string::npos);
     EXPECT_NE(refusal(ErrorCode::option, [&] { layer(with("block32:8")); }).find("per_token"),
               std::string::npos);
-    EXPECT_NE(
-        refusal(ErrorCode::option,
-                [&] { attend_layer(kvplane::detail::CacheShape(with("fp16")), {.keys = 3, .values = 1}); })
-            .find("1 planes of fp16 numbers"),
-        std::string::npos);
     EXPECT_NE(refusal(ErrorCode::option,
                       [&] {
                           attend_layer(kvplane::detail::CacheShape(with("key_favored:8:8")),

@@ -1,5 +1,5 @@
-// kvplane/cuda/append.cuh: the kernels of appends, for nvcc: include it in one .cu file of a program, or link
-// kvplane::cuda, which has done so.
+// kvplane/cuda/append.cuh: the kernels of appends, for nvcc: include it in one .cu file of a program, or
+// link kvplane::cuda, which has done so.
 //
 // A block of 128 threads takes 8 tokens of a head to rows outside tiles; one of 256 a part of a tile
 // (cuda/append_tables.hpp says which). Both read the input once, in fours of channels.

@@ -44,6 +44,7 @@ inline constexpr int rows_of_block = 8, most_warps = 8;
 struct SequenceTask {
     const DeviceTile* tiles;
     std::int32_t skip_from, skip;  ///< behind so many tiles, that many are seen by no query
+    std::int32_t tile_count;       ///< of those that are
     const std::byte* sinks;
     const std::byte* const* recent;  ///< pages, the first of which is page `recent_page` of the batch
     std::int32_t recent_page;
@@ -67,10 +68,11 @@ struct WorkItem {
 struct AttendArguments {
     LayerView layer;
     const WorkItem* items;
-    float* partials;  ///< [part]: [8][value_head_dim], then 8 largest scores and 8 sums
+    float* partials;  ///< [part]: [8][value_head_dim], then 8 largest scores, 8 sums and 8 errors
     std::uint32_t* counters;
     NumbersView queries, output;
-    float* log_sum_exp;  ///< [query row][query head]
+    float* log_sum_exp;   ///< [query row][query head]
+    float* error_bounds;  ///< the same, of reads that leave something out; nullptr: none wanted
     float scale, softcap;
     std::int32_t window, window_sinks;
     bool causal;
@@ -78,7 +80,7 @@ struct AttendArguments {
     const float *key_signs, *value_signs;  ///< of the rotations
     /// Of a block's memory, in bytes: two slots a warp, then query rows as they are, rotated, and with RoPE's
     /// pairs exchanged, the table of the head's latents, and what each warp has beside its slots.
-    std::uint32_t slot_bytes, query_stride, rotated_at, partners_at, head_at, warps_at, warp_bytes;
+    std::uint32_t slot_bytes, query_stride, partners_at, head_at, warps_at, warp_bytes;
     std::int32_t most_rows;  ///< query rows of a key head
 };
 

@@ -9,7 +9,7 @@
 // so manyth of these. Which is which is fixed by the plan, so that results repeat bit for bit on one card.
 // The last block of a head to end puts the parts together, in their order.
 //
-// For the host's compiler; the kernels are in cuda/attend.cuh, for nvcc.
+// For the host's compiler; the kernels are in cuda/attend.cuh and cuda/aligned.cuh, for nvcc.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,6 +25,8 @@
 #include <vector>
 
 #include "kvplane/attention/parameters.hpp"
+#include "kvplane/cuda/aligned_arguments.hpp"
+#include "kvplane/cuda/aligned_rule.hpp"
 #include "kvplane/cuda/attend_arguments.hpp"
 #include "kvplane/cuda/device_rows.hpp"
 #include "kvplane/cuda/device_sequence.hpp"
@@ -59,16 +61,20 @@ class AttendWorkspace {
 
     /// Plans attention of `query_tokens` tokens of each sequence, 1 to 8, by default its last. Sequences stay
     /// as they are until attend() has run. What parameters point to, sink_logits and alibi_slopes, is in
-    /// device memory. bias: in device memory, nullptr for none; of each sequence [query tokens][tokens], one
-    /// after another, added to the scores of all heads; -infinity masks. Throws Error (shape, option,
-    /// out_of_memory).
+    /// device memory. With a policy of reads, which of the layer's planes are read of a tile is decided while
+    /// the kernel runs (cuda/aligned_math.cuh); keys have one width then. bias: in device memory, nullptr for
+    /// none; of each sequence [query tokens][tokens], one after another, added to the scores of all heads;
+    /// -infinity masks. Throws Error (shape, option, out_of_memory).
     void plan(const AttendLayer& layer, std::span<const DeviceSequence> sequences, Index query_tokens,
               const AttentionParameters& parameters, cudaStream_t stream, const float* bias = nullptr) {
         require_parameters(parameters, layer.view.query_heads);
         require(query_tokens >= 1 && query_tokens <= 8, ErrorCode::shape, "cuda attention: ", query_tokens,
                 " query tokens of each sequence, expected 1 to 8");
         require(!sequences.empty(), ErrorCode::shape, "cuda attention: no sequences");
-        take(layer, parameters, stream);
+        blocks_ = 0;  // where this fails there is no plan
+        take(layer, parameters, query_tokens, stream);
+        decides_ = parameters.read.kind != ReadPolicy::Kind::all;
+        if (decides_) take_policy(layer, parameters.read);
         arguments_.bias = bias;
         std::uint64_t bias_at = 0;
         query_rows_ = static_cast<Index>(sequences.size()) * query_tokens;
@@ -93,15 +99,16 @@ class AttendWorkspace {
             row += query_tokens;
             recent.insert(recent.end(), sequence.recent.begin(), sequence.recent.end());
         }
-        std::vector<detail::WorkItem> items = share_out(sequences, tasks, query_tokens);
+        std::vector<detail::WorkItem> items = share_out(sequences, tasks);
         upload(items, recent, layer, stream);
     }
 
     /// Attends: queries [sum of query tokens][query_heads][key_head_dim], output
     /// [..][query_heads][value_head_dim], log_sum_exp (nullptr: none) [..][query_heads]. Can be captured in a
-    /// CUDA graph, whose launches then use the plan that is there. Throws Error (io).
+    /// CUDA graph, whose launches then use the plan that is there. reads: where it says what was read, if the
+    /// plan has a policy of reads. Throws Error (io).
     void attend(const DeviceRows& queries, const DeviceOutput& output, float* log_sum_exp,
-                cudaStream_t stream) {
+                cudaStream_t stream, const DeviceReads& reads = {}) {
         require(blocks_ > 0, ErrorCode::option, "cuda attention: no plan");
         const LayerView& layer = arguments_.layer;
         const auto fits = [&](const auto& rows, const char* what) {
@@ -116,8 +123,15 @@ class AttendWorkspace {
         arguments_.output = {output.data, static_cast<std::int32_t>(output.type), output.token_stride,
                              output.head_stride, 1};
         arguments_.log_sum_exp = log_sum_exp;
-        require_cuda(static_cast<cudaError_t>(detail::launch(arguments_, blocks_, warps_, bytes_, stream)),
-                     "starting attention");
+        require(decides_ || (!reads.relative_error_bounds && !reads.counts), ErrorCode::option,
+                "cuda attention: what is read was asked for of a plan without a policy of reads");
+        arguments_.error_bounds = reads.relative_error_bounds;
+        aligned_.counts = reads.counts;
+        require_cuda(
+            static_cast<cudaError_t>(
+                decides_ ? detail::launch_aligned(arguments_, aligned_, blocks_, warps_, bytes_, stream)
+                         : detail::launch(arguments_, blocks_, warps_, bytes_, stream)),
+            "starting attention");
     }
 
     /// Blocks and warps a block of the plan.
@@ -143,17 +157,17 @@ class AttendWorkspace {
                 "cuda attention: a bias in the host's memory, expected one of the device");
         require(p.key_fraction == 1.0 && !p.decode_tiles, ErrorCode::option,
                 "cuda attention: a key_fraction, or tiles to be decoded, expected neither");
-        require(p.read.kind == ReadPolicy::Kind::all, ErrorCode::option,
-                "cuda attention: a policy of reads other than all, expected PlanesRead of attend_layer()");
         require(!p.position || (*p.position >= 0 && *p.position < (Index{1} << 31)), ErrorCode::index,
                 "cuda attention: queries at position ", p.position.value_or(0), ", expected 0 to 2^31 - 1");
     }
-    void take(const AttendLayer& of, const AttentionParameters& parameters, cudaStream_t stream) {
+    void take(const AttendLayer& of, const AttentionParameters& parameters, Index query_tokens,
+              cudaStream_t stream) {
         const LayerView& layer = of.view;
         detail::AttendArguments& a = arguments_;
         blocks_ = 0;
         a = {};
         a.layer = layer;
+        a.most_rows = static_cast<std::int32_t>(query_tokens * (layer.query_heads / layer.kv_heads));
         if (of.table) a.layer.latents.table = table_of(of.table, stream);
         a.scale = static_cast<float>(parameters.scale > 0.0
                                          ? parameters.scale
@@ -164,46 +178,37 @@ class AttendWorkspace {
         a.causal = parameters.causal;
         a.sink_logits = parameters.sink_logits.empty() ? nullptr : parameters.sink_logits.data();
         a.alibi_slopes = parameters.alibi_slopes.empty() ? nullptr : parameters.alibi_slopes.data();
-        const auto lines = [](std::int32_t bytes) {
-            return static_cast<std::uint32_t>((bytes + 127) / 128 * 128);
-        };
-        // The warps' outputs go through their slots.
-        a.slot_bytes = lines(std::max({layer.keys.bytes, layer.values.bytes, layer.value_head_dim * 16}));
+        // The warps' outputs go through their slots, and the numbers of all parts of a head.
+        a.slot_bytes =
+            lines(std::max({layer.keys.bytes, layer.values.bytes, layer.value_head_dim * 16, 1024}));
         const LatentView& latents = layer.latents;
         a.query_stride = static_cast<std::uint32_t>(std::max(layer.key_head_dim, latents.channels) + 4) * 4;
-        const std::uint32_t rows = detail::rows_of_block * a.query_stride;
         const std::uint32_t run_bytes = layer.values.runs > 0 ? ValueTileView::run_bytes : 0;
         a.warp_bytes = of.table             ? latents.warp_bytes()
                        : detail::is_made(a) ? run_bytes
                                             : std::max(run_bytes, 8u * layer.keys.factor_stride());
         // Behind the slots, for now from 0 on.
-        std::uint32_t end = rows;
+        std::uint32_t end = query_bytes();
         const auto place = [&](std::uint32_t bytes) {
             const std::uint32_t at = end;
             end += (bytes + 15) / 16 * 16;
             return at;
         };
-        a.rotated_at = place(layer.rotates_keys == Rotation::none ? 0 : rows);
-        a.partners_at = place(of.table ? rows : 0);
+        a.partners_at = place(of.table ? detail::rows_of_block * a.query_stride : 0);
         a.head_at = place(latents.head_bytes);
         a.warps_at = place(0);
-        const std::uint32_t joined =
-            detail::rows_of_block * static_cast<std::uint32_t>(layer.value_head_dim + 2) * 4u;
-        const auto behind_slots = [&](int warps) {
-            return std::max(end + static_cast<std::uint32_t>(warps) * a.warp_bytes, joined);
-        };
-        constexpr std::uint32_t fixed = 2048;  // what kernels have beside
         const auto needed = [&](int warps) {
-            return behind_slots(warps) + static_cast<std::uint32_t>(2 * warps) * a.slot_bytes;
+            return static_cast<std::uint32_t>(2 * warps) * a.slot_bytes +
+                   std::max(end + static_cast<std::uint32_t>(warps) * a.warp_bytes, output_bytes());
         };
         warps_ = 0;
         for (const int warps : {8, 6, 4, 3, 2, 1})
-            if (warps_ == 0 && fixed + needed(warps) <= shared_bytes_) warps_ = warps;
+            if (warps_ == 0 && kernel_bytes + needed(warps) <= shared_bytes_) warps_ = warps;
         require(warps_ > 0, ErrorCode::option, "cuda attention: tiles of ", a.slot_bytes,
                 " bytes, of which two do not fit the memory of a block (", shared_bytes_, ")");
         bytes_ = needed(warps_);
         const std::uint32_t slots = static_cast<std::uint32_t>(2 * warps_) * a.slot_bytes;
-        for (std::uint32_t* at : {&a.rotated_at, &a.partners_at, &a.head_at, &a.warps_at}) *at += slots;
+        for (std::uint32_t* at : {&a.partners_at, &a.head_at, &a.warps_at}) *at += slots;
     }
 
     /// The table of a layer's latents in device memory. Those whose layers are gone make room.
@@ -227,6 +232,51 @@ class AttendWorkspace {
         return static_cast<const std::byte*>(one.data);
     }
 
+    /// Memory of a block beside what plans give it.
+    static constexpr std::uint32_t kernel_bytes = 2048;
+    /// Bytes from a number of bytes up to whole lines.
+    static std::uint32_t lines(Index bytes) { return static_cast<std::uint32_t>((bytes + 127) / 128 * 128); }
+    /// Queries in the memory of a block, as they are and rotated.
+    std::uint32_t query_bytes() const {
+        return (arguments_.layer.rotates_keys == Rotation::none ? 1u : 2u) * detail::rows_of_block *
+               arguments_.query_stride;
+    }
+    /// Outputs there, when queries are done with.
+    std::uint32_t output_bytes() const {
+        return detail::rows_of_block * static_cast<std::uint32_t>(arguments_.layer.value_head_dim + 2) * 4u;
+    }
+    /// The memory of a block whose warps decide what they read.
+    void take_policy(const AttendLayer& layer, const ReadPolicy& policy) {
+        detail::AlignedArguments& a = aligned_;
+        a = {};
+        a.prefixes = layer.prefixes;
+        a.rule = aligned_rule(policy, layer.prefixes, layer.view.key_head_dim, layer.view.value_head_dim);
+        const Index first = a.prefixes.keys[a.rule.first_planes - 1].bytes,
+                    keys = a.prefixes.keys[a.rule.key_planes - 1].bytes,
+                    values = a.prefixes.values[a.rule.value_planes - 1].bytes;
+        a.rest_at = 2 * lines(first);
+        a.even_at = a.rest_at - static_cast<std::uint32_t>(first);
+        a.kept_at = a.rest_at + lines(std::max({first, keys - first, values}));
+        // Of each lane the weights of two tiles, up to 32, and four numbers more; factors; and eight tiles.
+        a.factors_at = a.kept_at + 128 * (2 * 32 + 4);
+        const std::uint32_t factors =
+            detail::is_made(arguments_, a) ? 0 : lines(8 * layer.view.keys.factor_stride());
+        a.warp_bytes = std::max(a.factors_at + factors + 256, lines(32 * layer.view.value_head_dim));
+        for (int p = 0; p < a.rule.key_planes; ++p) {
+            a.apart[p] = a.prefixes.keys[p];
+            for (int plane = a.rule.first_planes; plane <= p; ++plane)
+                a.apart[p].segment[0].plane_at[plane] += static_cast<std::int32_t>(a.even_at);
+        }
+        const std::uint32_t rows = std::max(query_bytes(), output_bytes());
+        warps_ = 0;
+        for (int warps = detail::most_warps; warps > 0 && warps_ == 0; --warps)
+            if (kernel_bytes + rows + static_cast<std::uint32_t>(warps) * a.warp_bytes <= shared_bytes_)
+                warps_ = warps;
+        require(warps_ > 0, ErrorCode::option, "cuda attention: ", a.warp_bytes,
+                " bytes for tiles, which do not fit the memory of a block (", shared_bytes_, ")");
+        bytes_ = rows + static_cast<std::uint32_t>(warps_) * a.warp_bytes;
+    }
+
     detail::SequenceTask task(const DeviceSequence& sequence, const AttentionParameters& parameters,
                               Index query_tokens, Index row) const {
         const Index position = parameters.first_position(sequence.tokens, query_tokens);
@@ -247,6 +297,7 @@ class AttendWorkspace {
             task.skip_from = static_cast<std::int32_t>(from);
             task.skip = static_cast<std::int32_t>(to - from);
         }
+        task.tile_count = static_cast<std::int32_t>(sequence.tiles.size()) - task.skip;
         for (const DeviceTile& tile : sequence.tiles)
             require(tile.shift == 0, ErrorCode::option,
                     "cuda attention: tiles whose tokens have moved since they were stored");
@@ -265,10 +316,9 @@ class AttendWorkspace {
     }
 
     std::vector<detail::WorkItem> share_out(std::span<const DeviceSequence> sequences,
-                                            std::span<const detail::SequenceTask> tasks, Index query_tokens) {
+                                            std::span<const detail::SequenceTask> tasks) {
         const LayerView& layer = arguments_.layer;
-        const Index rows = query_tokens * (layer.query_heads / layer.kv_heads);
-        arguments_.most_rows = static_cast<std::int32_t>(rows);
+        const Index rows = arguments_.most_rows;
         const Index heads = layer.kv_heads * ((rows + detail::rows_of_block - 1) / detail::rows_of_block);
         const auto tiles = [&](std::size_t i) {
             return static_cast<Index>(sequences[i].tiles.size()) - tasks[i].skip;
@@ -327,7 +377,7 @@ class AttendWorkspace {
                     signs_at = place(layer.key_signs.size() + layer.value_signs.size(), sizeof(float)),
                     copied = end, counters_at = place(static_cast<std::size_t>(counters_), 4),
                     partials_at = place(static_cast<std::size_t>(partials_) * detail::rows_of_block,
-                                        static_cast<std::size_t>(arguments_.layer.value_head_dim + 2) * 4);
+                                        static_cast<std::size_t>(arguments_.layer.value_head_dim + 3) * 4);
         blocks_ = 0;
         reserve(static_cast<std::size_t>(copied), static_cast<std::size_t>(end));
         std::byte* const device = static_cast<std::byte*>(memory_);
@@ -387,6 +437,8 @@ class AttendWorkspace {
     int warps_ = 0, blocks_ = 0;
     Index partials_ = 0, counters_ = 0, query_rows_ = 0;
     detail::AttendArguments arguments_{};
+    detail::AlignedArguments aligned_{};
+    bool decides_ = false;  ///< whether the plan has a policy of reads
     void *staging_ = nullptr, *memory_ = nullptr;
     std::size_t staging_bytes_ = 0, memory_bytes_ = 0;
     std::vector<Uploaded> tables_;

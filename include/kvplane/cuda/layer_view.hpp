@@ -41,7 +41,8 @@ struct AttendLayer {
     LayerView view;
     /// Of the rotations of keys and of values, where some are rotated: one sign a channel.
     std::vector<float> key_signs, value_signs;
-    Index page_bytes = 0;                      ///< of a page of tiles, by which other caches are known
+    Index page_bytes = 0;    ///< of a page of tiles, by which other caches are known
+    PlanePrefixes prefixes;  ///< of the planes that are read, for policies that decide tile by tile
     std::shared_ptr<const LatentKeys> latent;  ///< of keys in latents: the basis that all caches must have
     std::shared_ptr<const LatentTable> table;  ///< what kernels take of it
 };
@@ -87,6 +88,7 @@ inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const 
         view.keys.bytes = layer.table->key_bytes();
     } else {
         view.keys = key_tile_view(layout.key_format(0), read.keys);
+        layer.prefixes = plane_prefixes(layout.key_format(0), layout.values, read.keys, read.values);
         view.value_offset = static_cast<std::int32_t>(layout.value_at[0]);
         view.head_stride = static_cast<std::int32_t>(layout.key_format(0).bytes() + layout.values.bytes());
     }

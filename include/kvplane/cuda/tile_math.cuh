@@ -11,7 +11,7 @@
 //   values   the steps are folded into the weights, rounded to unsigned 16 bits. Sums: 65535 x 255 x 128 <
 //            2^31.
 //
-// fp16 tiles are put together in registers and multiplied as fp16, queries and weights in two parts (high and
+// fp16 tiles are put together in registers, of as many planes as are read, and multiplied as fp16, queries and weights in two parts (high and
 // low half) as above. Scores are in units of log 2.
 #pragma once
 
@@ -44,20 +44,28 @@ struct TokenRow {
 
     /// Eight channels; `channel` is a multiple of 8.
     KVPLANE_DEVICE void load(typename W::Word channel, typename W::Float (&to)[8]) const {
+        typename W::Word words[4];
+        load_words(channel, words);
+        convert(words, to);
+    }
+    /// The same in two steps, so that other loads can be under way between them.
+    KVPLANE_DEVICE void load_words(typename W::Word channel, typename W::Word (&words)[4]) const {
         if (half) {
-            typename W::Word words[4];
             W::load16(at, channel * 2u, words);
-            KVPLANE_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                to[2 * i] = W::low_half(words[i]);
-                to[2 * i + 1] = W::high_half(words[i]);
-            }
         } else {
             typename W::Word codes[2];
             W::load8(at, channel, codes);
-            KVPLANE_UNROLL
-            for (int i = 0; i < 8; ++i)
-                to[i] = step * W::to_float(W::to_int(codes[i / 4] >> (8 * (i % 4)) & 0xFFu) - 128);
+            words[0] = codes[0];
+            words[1] = codes[1];
+        }
+    }
+    KVPLANE_DEVICE void convert(const typename W::Word (&words)[4], typename W::Float (&to)[8]) const {
+        KVPLANE_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            if (half)
+                to[i] = i % 2 == 0 ? W::low_half(words[i / 2]) : W::high_half(words[i / 2]);
+            else
+                to[i] = step * W::to_float(W::to_int(words[i / 4] >> (8 * (i % 4)) & 0xFFu) - 128);
         }
     }
 };
@@ -113,6 +121,8 @@ struct TileMath {
     /// Keys of several widths, or with grids over fewer tokens than a tile.
     static constexpr bool segmented = key_bits == any_width || in_latents;
     static constexpr bool any_values = value_bits == any_width;
+    /// fp16 has no grids, and so no part that all channels share.
+    static constexpr bool has_bases = value_bits != 16;
     static constexpr int key_chunk = segmented || key_bits == 16 ? 8 : least_chunk(key_bits);
     /// Where keys have grids over fewer tokens, quads of tokens ascend, so that those of a grid are neighbours.
     static constexpr int value_chunk =
@@ -153,10 +163,12 @@ struct TileMath {
     using Scores = Float[4][4][own];
 
     /// The keys of a tile, before softcap and the like. Scores of whatever the tile holds beside tokens are
-    /// finite. memory: of the warp, where factors of segmented keys go, eight rows of KeyTileView::factor_stride()
-    /// bytes.
+    /// finite. bits: that are read of keys of one width of codes; a chunk holds the same channels then. memory: of
+    /// the warp, where factors of segmented keys go, eight rows of KeyTileView::factor_stride() bytes.
+    template <int bits = key_bits>
     KVPLANE_DEVICE static void score(const QueryRowsView& queries, const std::byte* tile,
                                      const KeyTileView& view, std::byte* memory, Scores& score) {
+        static_assert(segmented || key_bits == 16 || least_chunk(bits) == key_chunk);
         if constexpr (key_bits == 16) {
             half_scores(queries, tile, view.segment[0], score);
         } else if constexpr (in_latents) {
@@ -175,8 +187,8 @@ struct TileMath {
             zero(sums);
             KVPLANE_UNROLL
             for (int round = 0; round < key_octets / (key_chunk / 8); ++round)
-                add_round<key_bits, key_chunk>(tile, view.segment[0], factors + round * (key_chunk / 8),
-                                               round, 0, 4, sums);
+                add_round<bits, key_chunk>(tile, view.segment[0], factors + round * (key_chunk / 8), round, 0,
+                                           4, sums);
             to_scores(sums, worth, base, 0, 4, score);
         }
     }
@@ -223,25 +235,39 @@ struct TileMath {
     /// Replaces scores by weights relative to the largest of the tile, enters the tile in the softmax, and
     /// returns the tile's factor. Where no token of a row is seen, its factor is 0.
     KVPLANE_DEVICE static Float weigh(Scores& score, State& state) {
+        Float sum;
+        const Float largest = relative(score, sum);
+        return enter(largest, sum, state);
+    }
+    /// The first of these steps. Returns the largest score of the row; sum: of the weights of the lane's own
+    /// tokens.
+    KVPLANE_DEVICE static Float relative(Scores& score, Float& sum) {
         Float largest = score[0][0][0];
         KVPLANE_UNROLL
         for (int i = 1; i < 16 * own; ++i)
             largest = W::maximum(largest, score[i / (4 * own)][i / own % 4][i % own]);
         largest = over_row_max(largest);
-        Float sum(0.0f);
+        sum = Float(0.0f);
         KVPLANE_UNROLL
         for (int i = 0; i < 16 * own; ++i) {
             Float& weight = score[i / (4 * own)][i / own % 4][i % own];
             weight = W::exp2(weight - largest);
             sum = sum + weight;
         }
+        return largest;
+    }
+    KVPLANE_DEVICE static Float enter(Float largest, Float sum, State& state) {
         raise(largest, state);
-        // All tokens masked: their weights were 1.
-        const Float factor =
-            W::select(largest > masked, W::exp2(largest - state.softmax.largest), Float(0.0f));
+        const Float factor = factor_of(largest, state);
         state.softmax.sum = state.softmax.sum + factor * sum;
         return factor;
     }
+    /// What weights relative to `largest` come times. All tokens masked: their weights were 1.
+    KVPLANE_DEVICE static Float factor_of(Float largest, const State& state) {
+        return W::select(largest > masked, W::exp2(largest - state.softmax.largest), Float(0.0f));
+    }
+    /// The sum over the lanes of a row.
+    KVPLANE_DEVICE static Float row_sum(Float x) { return over_row(x); }
 
     /// Makes `largest` the largest score, if it is larger than those before.
     KVPLANE_DEVICE static void raise(Float largest, State& state) {
@@ -252,14 +278,15 @@ struct TileMath {
         state.softmax.sum = state.softmax.sum * shrink;
         KVPLANE_UNROLL
         for (int b = 0; b < blocks; ++b) {
-            state.base[b] = state.base[b] * shrink;
+            if (has_bases) state.base[b] = state.base[b] * shrink;
             KVPLANE_UNROLL
             for (int i = 0; i < 8; ++i) state.out[b][i / 2][i % 2] = state.out[b][i / 2][i % 2] * shrink;
         }
     }
 
-    /// Adds the values of a tile. weight: relative to `factor`. memory: of the warp, where weights of values of
-    /// several widths go, ValueTileView::run_bytes bytes.
+    /// Adds the values of a tile. weight: relative to `factor`. bits: as for score(). memory: of the warp, where
+    /// weights of values of several widths go, ValueTileView::run_bytes bytes.
+    template <int bits = value_bits>
     KVPLANE_DEVICE static void add_values(const std::byte* tile, const ValueTileView& view, std::byte* memory,
                                           const Scores& weight, Float factor, State& state) {
         if constexpr (value_bits == 16) {
@@ -267,12 +294,13 @@ struct TileMath {
         } else if constexpr (value_bits == token_widths) {
             run_sums(tile, view, memory, weight, factor, state);
         } else if constexpr (!any_values) {
-            coded_sums<value_bits>(tile, view, weight, factor, state);
+            static_assert(least_chunk(bits) == least_chunk(value_bits));
+            coded_sums<bits>(tile, view, weight, factor, state);
         } else {
             if (view.runs > 0) return run_sums(tile, view, memory, weight, factor, state);
             if (view.all.bits == 16) return half_sums(tile, view.all, weight, factor, state);
             with_width(view.all.bits,
-                       [&](auto bits) { coded_sums<bits>(tile, view, weight, factor, state); });
+                       [&](auto width) { coded_sums<width>(tile, view, weight, factor, state); });
         }
     }
 
@@ -295,6 +323,35 @@ struct TileMath {
             sum = sum + W::select(valid, part, Float(0.0f));
         }
         return over_quarters(sum);
+    }
+    /// The same of several at once, so that their loads do not wait for each other.
+    template <int count, class Row>
+    KVPLANE_DEVICE static void score_rows(const QueryRowsView& queries, const Row (&key_rows)[count],
+                                          int channels, Float (&score)[count]) {
+        const Word quarter = W::lane() & 3u, g = row();
+        KVPLANE_UNROLL
+        for (int n = 0; n < count; ++n) score[n] = Float(0.0f);
+        KVPLANE_KEEP_ROLLED
+        for (int c = 0; c < channels; c += 32) {
+            const Word channel = quarter * 8u + std::uint32_t(c);
+            const auto valid = channel < std::uint32_t(channels);
+            const Word at = W::select(valid, channel, Word(0u));
+            Word words[count][4];
+            KVPLANE_UNROLL
+            for (int n = 0; n < count; ++n) key_rows[n].load_words(at, words[n]);
+            Float query[8];
+            load_floats(queries.rows, g * queries.stride + at * 4u, query);
+            KVPLANE_UNROLL
+            for (int n = 0; n < count; ++n) {
+                Float key[8], part(0.0f);
+                key_rows[n].convert(words[n], key);
+                KVPLANE_UNROLL
+                for (int i = 0; i < 8; ++i) part = part + key[i] * query[i];
+                score[n] = score[n] + W::select(valid, part, Float(0.0f));
+            }
+        }
+        KVPLANE_UNROLL
+        for (int n = 0; n < count; ++n) score[n] = over_quarters(score[n]);
     }
     /// Enters up to four such tokens. A masked score has no weight.
     template <class Row>
@@ -333,7 +390,7 @@ struct TileMath {
         state.softmax.sum = over_row(state.softmax.sum);
         KVPLANE_UNROLL
         for (int b = 0; b < blocks; ++b) {
-            const Float base = over_row(state.base[b]);
+            const Float base = has_bases ? over_row(state.base[b]) : Float(0.0f);
             state.base[b] = Float(0.0f);
             KVPLANE_UNROLL
             for (int i = 0; i < 8; ++i) {
@@ -344,7 +401,7 @@ struct TileMath {
         }
     }
 
-  private:
+  protected:
     KVPLANE_DEVICE static Float over_quarters(Float x) {
         x = x + W::shuffle_xor(x, 1);
         return x + W::shuffle_xor(x, 2);
@@ -1040,23 +1097,28 @@ struct TileMath {
 
     // Tiles of fp16 numbers.
 
-    /// The planes of fp16 numbers, of 8 numbers along the product: two words of the plane of high bytes, one
-    /// each of the two others.
+    /// The first planes of fp16 numbers, of 8 numbers along the product: two words of the plane of high bytes,
+    /// one each of the two others.
+    template <int planes>
     KVPLANE_DEVICE static void load_halves(const std::byte* tile, const SegmentView& segment, Word at[3],
                                            std::uint32_t next, Word (&words)[4][4]) {
         W::load16(tile + segment.plane_at[0], at[0], words[0]);
         W::load16(tile + segment.plane_at[0], at[0] + next, words[1]);
-        W::load16(tile + segment.plane_at[1], at[1], words[2]);
-        W::load16(tile + segment.plane_at[2], at[2], words[3]);
+        if constexpr (planes > 1) W::load16(tile + segment.plane_at[1], at[1], words[2]);
+        if constexpr (planes > 2) W::load16(tile + segment.plane_at[2], at[2], words[3]);
     }
-    /// Eight fp16 numbers in order, two a word.
+    /// Eight fp16 numbers in order, two a word. Bits that are not read are filled with their middle, as
+    /// TileCoder::decode does.
+    template <int planes>
     KVPLANE_DEVICE static void join_halves(const Word (&words)[4][4], int s, Word (&halves)[4]) {
         KVPLANE_UNROLL
         for (int half = 0; half < 2; ++half) {
-            const Word middle = (words[2][s] >> (4 * half) & 0x0F0F0F0Fu) << 4,
-                       low = words[3][s] >> (4 * half) & 0x0F0F0F0Fu;
-            halves[2 * half] = W::template permute<0x5140>(middle | low, words[half][s]);
-            halves[2 * half + 1] = W::template permute<0x7362>(middle | low, words[half][s]);
+            Word low(0x80808080u);
+            if constexpr (planes > 1) low = (words[2][s] >> (4 * half) & 0x0F0F0F0Fu) << 4;
+            if constexpr (planes == 2) low = low | 0x08080808u;
+            if constexpr (planes > 2) low = low | (words[3][s] >> (4 * half) & 0x0F0F0F0Fu);
+            halves[2 * half] = W::template permute<0x5140>(low, words[half][s]);
+            halves[2 * half + 1] = W::template permute<0x7362>(low, words[half][s]);
         }
     }
     /// Four floats in the halves of A: rounded to fp16, and what that left.
@@ -1071,6 +1133,16 @@ struct TileMath {
 
     KVPLANE_DEVICE static void half_scores(const QueryRowsView& queries, const std::byte* tile,
                                            const SegmentView& segment, Scores& score) {
+        if (segment.planes == 1)
+            half_scores_of<1>(queries, tile, segment, score);
+        else if (segment.planes == 2)
+            half_scores_of<2>(queries, tile, segment, score);
+        else
+            half_scores_of<3>(queries, tile, segment, score);
+    }
+    template <int planes>
+    KVPLANE_DEVICE static void half_scores_of(const QueryRowsView& queries, const std::byte* tile,
+                                              const SegmentView& segment, Scores& score) {
         const Word g = W::lane() >> 2, quarter = W::lane() & 3u;
         const auto channels = std::uint32_t(channels_of(segment));
         const std::uint32_t units = (channels + 7u) / 8u, high_units = (channels + 3u) / 4u;
@@ -1113,11 +1185,11 @@ struct TileMath {
                 Word at[3] = {key_word(token, begin >> 2, high_units), key_word(token, begin >> 3, units),
                               key_word(token, begin >> 3, units)};
                 Word words[4][4];
-                load_halves(tile, segment, at, 64u, words);
+                load_halves<planes>(tile, segment, at, 64u, words);
                 KVPLANE_UNROLL
                 for (int s = 0; s < 4; ++s) {
                     Word halves[4];
-                    join_halves(words, s, halves);
+                    join_halves<planes>(words, s, halves);
                     W::multiply_halves(sums[4 * m + s], a[0], halves[0], halves[1]);
                     W::multiply_halves(sums[4 * m + s], a[1], halves[2], halves[3]);
                 }
@@ -1133,6 +1205,16 @@ struct TileMath {
 
     KVPLANE_DEVICE static void half_sums(const std::byte* tile, const SegmentView& segment,
                                          const Scores& weight, Float factor, State& state) {
+        if (segment.planes == 1)
+            half_sums_of<1>(tile, segment, weight, factor, state);
+        else if (segment.planes == 2)
+            half_sums_of<2>(tile, segment, weight, factor, state);
+        else
+            half_sums_of<3>(tile, segment, weight, factor, state);
+    }
+    template <int planes>
+    KVPLANE_DEVICE static void half_sums_of(const std::byte* tile, const SegmentView& segment,
+                                            const Scores& weight, Float factor, State& state) {
         const Word quarter = W::lane() & 3u;
         Word a[8][4];
         KVPLANE_UNROLL
@@ -1158,11 +1240,11 @@ struct TileMath {
                 Word at[3] = {value_word(channel, token >> 2, 32u), value_word(channel, token >> 3, 16u),
                               value_word(channel, token >> 3, 16u)};
                 Word words[4][4];
-                load_halves(tile, segment, at, 64u, words);
+                load_halves<planes>(tile, segment, at, 64u, words);
                 KVPLANE_UNROLL
                 for (int s = 0; s < 4; ++s) {
                     Word halves[4];
-                    join_halves(words, s, halves);
+                    join_halves<planes>(words, s, halves);
                     W::multiply_halves(sums[s], a[2 * m], halves[0], halves[1]);
                     W::multiply_halves(sums[s], a[2 * m + 1], halves[2], halves[3]);
                 }

@@ -16,9 +16,10 @@ namespace kvplane::cuda {
 /// Channels of one width, and where their planes and grids stand in a tile.
 struct SegmentView {
     std::int32_t first_channel, channels;
-    std::int32_t bits;  ///< that are read of each code: 1 to 8; 16: fp16
+    std::int32_t bits;    ///< that are read of each code: 1 to 8; 16: fp16, however many are read
+    std::int32_t planes;  ///< that are read
     std::int32_t plane_at[PlaneSplit::max_planes];
-    std::int32_t step_at, lower_at;  ///< lower_at -1: there are none
+    std::int32_t step_at, lower_at;  ///< lower_at -1: there are none; step_at of fp16 keys: their exponents
     std::int32_t step_bytes;         ///< 2, or 1 where the upper byte of an fp16 number is stored
     float step_scale;                ///< 2^(bits that are not read)
     float lower_in_steps;            ///< where there are no lowers: of the step that is read
@@ -90,13 +91,10 @@ enum class Rotation : std::uint8_t { none, all, by_tile };
 
 namespace detail {
 
-/// How many planes are read of a segment. Throws Error (option) for some of an fp16 number's.
+/// How many planes are read of a segment. Throws Error (option) for none.
 inline int planes_read(const TileFormat::Placed& placed, int most) {
     require(most >= 1, ErrorCode::option, "cuda: ", most, " planes to be read, expected at least 1");
-    const int read = std::min(most, placed.split.count);
-    require(!placed.is_half() || read == placed.split.count, ErrorCode::option, "cuda: ", read,
-            " planes of fp16 numbers to be read, expected all ", placed.split.count);
-    return read;
+    return std::min(most, placed.split.count);
 }
 
 /// The first `planes` planes of a segment.
@@ -104,10 +102,14 @@ inline SegmentView segment_view(const TileFormat::Placed& placed, int planes) {
     SegmentView view{};
     view.first_channel = static_cast<std::int32_t>(placed.first_channel);
     view.channels = static_cast<std::int32_t>(placed.channels);
-    view.bits = placed.split.prefix_bits(planes);
+    view.bits = placed.is_half() ? placed.bits : placed.split.prefix_bits(planes);
+    view.planes = planes;
     for (int p = 0; p < planes; ++p)
         view.plane_at[p] = static_cast<std::int32_t>(placed.plane_at[static_cast<std::size_t>(p)]);
-    if (!placed.has_grids()) return view;
+    if (!placed.has_grids()) {
+        view.step_at = static_cast<std::int32_t>(placed.exponent_at);
+        return view;
+    }
     const float unread = power_of_two(placed.bits - view.bits);
     view.step_at = static_cast<std::int32_t>(placed.step_at);
     view.lower_at = has_lower(placed.scheme) ? static_cast<std::int32_t>(placed.lower_at) : -1;
@@ -209,6 +211,35 @@ inline ValueTileView value_tile_view(const TileFormat& format, int planes = Plan
     }
     view.bytes = static_cast<std::int32_t>(end);
     return view;
+}
+
+/// The first planes of keys and of values, by how many: what is read of a tile can be decided tile by tile.
+struct PlanePrefixes {
+    KeyTileView keys[PlaneSplit::max_planes];
+    ValueTileView values[PlaneSplit::max_planes];
+    std::int32_t key_planes, value_planes;  ///< that there are; 0: keys of several widths
+    /// Bits of an element by planes read.
+    std::int32_t key_bits[PlaneSplit::max_planes + 1], value_bits[PlaneSplit::max_planes + 1];
+};
+
+/// Of at most so many planes of each side. Throws as key_tile_view() and value_tile_view().
+inline PlanePrefixes plane_prefixes(const TileFormat& keys, const TileFormat& values,
+                                    int key_planes = PlaneSplit::max_planes,
+                                    int value_planes = PlaneSplit::max_planes) {
+    PlanePrefixes to{};
+    if (keys.segments().size() != 1 || values.by_token()) return to;
+    const PlaneSplit &of_keys = keys.segments()[0].split, &of_values = values.segments()[0].split;
+    to.key_planes = std::min(key_planes, of_keys.count);
+    to.value_planes = std::min(value_planes, of_values.count);
+    for (int p = 1; p <= to.key_planes; ++p) {
+        to.keys[p - 1] = key_tile_view(keys, p);
+        to.key_bits[p] = of_keys.prefix_bits(p);
+    }
+    for (int p = 1; p <= to.value_planes; ++p) {
+        to.values[p - 1] = value_tile_view(values, p);
+        to.value_bits[p] = of_values.prefix_bits(p);
+    }
+    return to;
 }
 
 }  // namespace kvplane::cuda

@@ -181,7 +181,17 @@ class TileSlot {
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
     }
-    /// Until the copy is there. On 8.x one copy may be under way behind it.
+    /// Whether wait() counts what has begun behind a copy.
+    __device__ static constexpr bool counts() {
+#if __CUDA_ARCH__ >= 900
+        return false;
+#else
+        return true;
+#endif
+    }
+    /// Until the copy is there. On 8.x `behind` copies, or turns in which nothing is copied, have begun behind
+    /// it at least.
+    template <int behind = 1>
     __device__ const std::byte* wait() {
 #if __CUDA_ARCH__ >= 900
         asm volatile(
@@ -191,9 +201,13 @@ class TileSlot {
             : "memory");
         turn_ ^= 1u;
 #else
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        asm volatile("cp.async.wait_group %0;" ::"n"(behind) : "memory");
         __syncwarp();
 #endif
+        return data_;
+    }
+
+    __device__ const std::byte* data() const {
         return data_;
     }
 
