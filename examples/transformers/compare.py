@@ -17,13 +17,17 @@ import statistics
 import sys
 import time
 
-import gguf
-import torch
-import transformers
-from transformers import DynamicCache, QuantizedCache
+try:
+    import gguf
+    import torch
+    import transformers
+    from transformers import DynamicCache, QuantizedCache
 
-import kvplane
-import kvplane.transformers
+    import kvplane
+    import kvplane.transformers
+    missing = None
+except ImportError as error:  # --help takes none of them
+    missing = error
 
 HERE = pathlib.Path(__file__).resolve().parent
 TEXT = HERE / "../data/northanger_abbey.txt"
@@ -265,6 +269,8 @@ def options_of(arguments):
 
 def main():
     options = options_of(sys.argv[1:])
+    if missing:
+        sys.exit(f"compare.py: {missing}; expected the environment that `bash examples/run.sh transformers` sets up")
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
