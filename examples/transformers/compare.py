@@ -38,6 +38,11 @@ def say(line):
     print(f"  {line}", file=sys.stderr, flush=True)
 
 
+def clocks():
+    """Seconds, and seconds of CPU time."""
+    return time.perf_counter(), time.process_time()
+
+
 class Timed:
     """Says what begins, and on the same line how long it took."""
 
@@ -83,30 +88,31 @@ class Kind:
             self._watch()
 
     def _watch(self):
-        """Counts the floats that update() makes of a layer, beside what is stored."""
+        """Counts the floats that update() makes of a layer, beside what is stored; counting is not timed."""
         update = self.cache.update
 
         def watched(keys, values, layer, *arguments, **options):
             all_keys, all_values = update(keys, values, layer, *arguments, **options)
+            begun = clocks()
             stored = tensors_of([vars(self.cache.layers[layer])], {})
             self.made = max(self.made, sum(x.untyped_storage().nbytes() for x in (all_keys, all_values)
                                            if x.untyped_storage().data_ptr() not in stored))
+            self.counting = [sum_ + end - begin for sum_, end, begin in zip(self.counting, clocks(), begun)]
             return all_keys, all_values
         self.cache.update = watched
 
     def prefill(self, model, ids):
         model.set_attn_implementation(self.attention)
-        self.made = 0
+        self.made, self.counting = 0, (0.0, 0.0)
         model(ids, cache=self.cache, logits_to_keep=1)
         self.peak = max(self.peak, self.bytes())  # a prompt is attended to as floats, whatever the cache
 
     def decode(self, model, ids):
         """Log-probabilities of the next token."""
         model.set_attn_implementation(self.attention)
-        self.made = 0
-        begun = time.perf_counter(), time.process_time()
+        self.made, self.counting, begun = 0, (0.0, 0.0), clocks()
         logits = model(ids, cache=self.cache, logits_to_keep=1).logits[0, -1]
-        self.seconds.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+        self.seconds.append([end - begin - not_timed for end, begin, not_timed in zip(clocks(), begun, self.counting)])
         held = self.bytes()
         self.peak = max(self.peak, held + self.made)
         self.bits.append(8 * held / self.elements(model.config))
