@@ -17,7 +17,8 @@ example=${1:-quickstart}
 [ $# -gt 0 ] && shift
 options=() settings=()
 if [ "$example" = transformers ]; then
-    exec bash examples/transformers/run.sh "$@"
+    cd "$folder"
+    exec bash "$repository/examples/transformers/run.sh" "$@"
 fi
 case $example in
     quickstart|report|attention|split_context|narrow_by_age) program=$example path=$example ;;

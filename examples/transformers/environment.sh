@@ -24,7 +24,8 @@ fi
 quietly "$python" -m pip install --disable-pip-version-check 'scikit-build-core>=0.10' 'nanobind>=2.4' ninja numpy \
     pytest
 if [ "${1-}" = torch ]; then
-    echo "installing torch, transformers and quantizers to compare with, where they are not there yet" >&2
+    echo "installing torch, transformers and quantizers to compare with, where they are not there yet (6 GB," \
+        "some minutes; the log: $log)" >&2
     quietly "$python" -m pip install --disable-pip-version-check -r examples/transformers/requirements.txt
 fi
 
@@ -34,6 +35,7 @@ if [ -z "$library" ]; then
     cmake --build --preset release --target kvplane_compiled >&2
     library=$PWD/build/release/libkvplane_compiled.a
 fi
+echo "building the Python package, for a minute or two" >&2
 quietly "$python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall \
     ./examples/transformers -C cmake.define.KVPLANE_LIBRARY="$library" -C cmake.define.KVPLANE_WARNINGS_AS_ERRORS=ON
 echo "$python"

@@ -3,15 +3,19 @@
 # are those of compare.py; after `--models` come GGUF files instead of these two.
 set -euo pipefail
 folder=$(cd "$(dirname "$0")" && pwd)
-python=$(bash "$folder/environment.sh" torch)
 if [ "${1-}" = --help ]; then
-    exec "$python" "$folder/compare.py" --help
+    exec python3 "$folder/compare.py" --help
 fi
+python=$(bash "$folder/environment.sh" torch)
 if [ "${1-}" = --models ]; then
     shift
     models=()
     while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do models+=("$1"); shift; done
 else
-    models=("$(bash "$folder/../engine/fetch.sh" smollm2)" "$(bash "$folder/../engine/fetch.sh" gemma3)")
+    models=()
+    for name in smollm2 gemma3; do
+        file=$(bash "$folder/../engine/fetch.sh" "$name")  # on a line of its own, so that a failure ends this script
+        models+=("$file")
+    done
 fi
 exec "$python" "$folder/compare.py" "${models[@]}" "$@"

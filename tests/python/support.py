@@ -47,6 +47,11 @@ def heads_of(matrix, heads):
     return matrix.reshape(matrix.shape[0], heads, -1).transpose(1, 0, 2)
 
 
+def in_halves(array, axis=-1):
+    """Channels 2 i and 2 i + 1 of a head at i and i + half."""
+    return np.concatenate([np.take(array, np.arange(first, array.shape[axis], 2), axis) for first in (0, 1)], axis)
+
+
 def tensor(file, name):
     """A tensor of a safetensors file."""
     with open(REPOSITORY / file, "rb") as f:
@@ -54,7 +59,7 @@ def tensor(file, name):
         header = json.loads(f.read(size))[name]
         begin, end = header["data_offsets"]
         f.seek(8 + size + begin)
-        kind = {"F16": np.float16, "F32": np.float32, "I32": np.int32,
+        kind = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I32": np.int32,
                 "I64": np.int64}[header["dtype"]]
         return np.frombuffer(f.read(end - begin), kind).reshape(header["shape"])
 

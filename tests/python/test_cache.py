@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import kvplane
-from support import RECIPES, attention, heads_of, numbers, refused, sequence
+from small_model import HEAD_DIM, KV_HEADS, LAYERS, NAME, POLICIES, QUERY_HEADS, ROPE_BASE
+from support import RECIPES, attention, heads_of, in_halves, numbers, refused, sequence, tensor
 
 ROPE = kvplane.Rope(10000.0)
 
@@ -236,6 +237,75 @@ def test_policies(tmp_path):
         kvplane.Policy("Model A", [layer()], "latent:3:3")  # without a basis
     with refused(pytest, "io"):
         kvplane.Policy.load(tmp_path / "nothing")
+
+
+def small_layers(halves):
+    rope = kvplane.Rope(ROPE_BASE, halves=halves)
+    return [kvplane.Layer(kv_heads=KV_HEADS, query_heads=QUERY_HEADS, head_dim=HEAD_DIM, rope=rope)] * LAYERS
+
+
+def test_policies_of_tune_are_loaded_and_refused():
+    policy = kvplane.Policy.load(POLICIES["latent"])
+    assert policy.model == NAME and all(recipe.startswith("latent:") for recipe in policy.recipes)
+    cache = kvplane.Cache(small_layers(False), policy=policy, model=NAME)
+    assert cache.recipes == policy.recipes and not cache.needs_queries()
+    halves = small_layers(True)
+    with refused(pytest, "mismatch", "layer 0", "interleaved", "halves"):
+        kvplane.Cache(halves, policy=policy, model=NAME)
+    assert kvplane.Cache(halves, policy=policy.with_halves(), model=NAME).recipes == policy.recipes
+    with refused(pytest, "mismatch", f"'{NAME}'", "not for 'Another'"):
+        kvplane.Cache(halves, policy=policy.with_halves(), model="Another")
+    with refused(pytest, "mismatch", "2 layers, not of 3"):
+        kvplane.Cache(halves + halves[:1], policy=policy.with_halves(), model=NAME)
+    with refused(pytest, "option", "recipe", "beside a policy"):
+        kvplane.Cache(halves, "standard", policy=policy.with_halves(), model=NAME)
+    with refused(pytest, "option", "rotation_seed", "beside a policy"):
+        kvplane.Cache(halves, policy=policy.with_halves(), model=NAME, rotation_seed=3)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_what_a_policy_knows_of_channels_moves_with_them(kind, tmp_path):
+    policy = kvplane.Policy.load(POLICIES[kind])
+    policy.with_halves().save(tmp_path / "halves")
+    policy.with_halves().with_halves(False).save(tmp_path / "back")
+    policy.with_halves(False).save(tmp_path / "same")
+    for same in ("back", "same"):
+        assert (tmp_path / same).read_bytes() == POLICIES[kind].read_bytes()
+    # Channels of a head, and the shape in which they have an axis of their own.
+    axes = {"shaped": {"queries.mean": ((KV_HEADS, HEAD_DIM), [1]),
+                       "queries.scatter": ((KV_HEADS, HEAD_DIM, HEAD_DIM), [1, 2])},
+            "latent": {f"parts.0.{name}": ((KV_HEADS, HEAD_DIM, -1), [1]) for name in ("mean", "encode", "decode")}}
+    for name in (f"layers.{layer}.{name}" for layer in range(LAYERS) for name in axes[kind]):
+        shape, moving = axes[kind][name.split(".", 2)[2]]
+        was, now = (tensor(file, name).reshape(shape) for file in (POLICIES[kind], tmp_path / "halves"))
+        expected = was
+        for axis in moving:
+            expected = in_halves(expected, axis)
+        np.testing.assert_array_equal(now, expected)
+        assert not np.array_equal(now, was)
+
+
+def test_a_policy_of_latents_stores_the_same_in_both_orders_of_channels():
+    policy, random = kvplane.Policy.load(POLICIES["latent"]), numbers()
+    keys, values, queries = sequence(random, 1, small_layers(True)[0], 900)
+    keys[..., :4] *= 5
+    caches = [kvplane.Cache(small_layers(False), policy=policy, model=NAME),
+              kvplane.Cache(small_layers(True), policy=policy.with_halves(), model=NAME)]
+    caches[0].append(keys, values, queries)
+    caches[1].append(in_halves(keys), values, in_halves(queries))
+    assert caches[0].packed_tokens() == caches[1].packed_tokens() == [768] and caches[0].bytes == caches[1].bytes
+    packed = slice(4, 772)
+    pair = [heads_of(cache.stored_keys(), KV_HEADS) for cache in caches]
+    error = np.abs(pair[0] - keys[0])[:, packed].mean()
+    # Keys come to tiles from 8 bits, which are rotated: other rotations of the same keys.
+    apart = np.abs(in_halves(pair[0]) - pair[1])[:, packed]
+    assert error > 0.01 and apart.mean() < 0.2 * error, (apart.mean(), error)
+    np.testing.assert_allclose(in_halves(pair[0])[:, :4], pair[1][:, :4], atol=0.02)
+    outputs = [caches[0].attend(queries[:, :, -9:]), caches[1].attend(in_halves(queries)[:, :, -9:])]
+    exact = attention(keys[0], values[0], queries[0, :, -9:])
+    off = [np.sqrt(np.mean((output[0] - exact) ** 2)) for output in outputs]
+    apart = np.sqrt(np.mean((outputs[0] - outputs[1]) ** 2))
+    assert apart < 0.5 * off[0] and 0.7 < off[1] / off[0] < 1.4, (apart, off)
 
 
 def test_bad_input_changes_nothing():

@@ -17,6 +17,7 @@
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/storage/quantized.hpp"
 #include "latents.hpp"
+#include "policy.hpp"
 
 namespace kvplane_python {
 
@@ -241,6 +242,16 @@ void bind_caches(nb::module_& m) {
             },
             "The recipe of each layer, by name.")
         .def(
+            "with_halves",
+            [](const kvplane::ModelPolicy& p, bool halves) {
+                return with_layout(p,
+                                   halves ? kvplane::RopeLayout::halves : kvplane::RopeLayout::interleaved);
+            },
+            "halves"_a = true, nb::call_guard<nb::gil_scoped_release>(),
+            "The same policy for keys and queries whose rotary pairs are channels i and i + dims / 2, as in "
+            "transformers, or 2 i and 2 i + 1 (halves=False), as GGUF stores llama models: what is known of "
+            "channels moves with them.")
+        .def(
             "require_model",
             [](const kvplane::ModelPolicy& p, const std::string& model, const std::vector<Layer>& layers) {
                 std::vector<kvplane::CacheConfiguration> own;
@@ -263,19 +274,24 @@ void bind_caches(nb::module_& m) {
         "holds the GIL while it works.")
         .def(
             "__init__",
-            [](Cache* self, std::vector<Layer> layers, const Recipes& recipe,
+            [](Cache* self, std::vector<Layer> layers, const std::optional<Recipes>& recipe,
                const kvplane::ModelPolicy* policy, const std::string& model, Index batch, Index threads,
                std::uint64_t rotation_seed) {
+                require(!policy || (!recipe && rotation_seed == 0), ErrorCode::option,
+                        recipe ? "recipe" : "rotation_seed", ": given beside a policy, which has one for ",
+                        "each layer; expected one of the two");
                 if (policy)
                     new (self) Cache(std::move(layers), *policy, model, batch, threads);
                 else
-                    new (self) Cache(std::move(layers), names(recipe), batch, threads, rotation_seed);
+                    new (self) Cache(std::move(layers), names(recipe.value_or("standard")), batch, threads,
+                                     rotation_seed);
             },
-            "layers"_a, "recipe"_a = std::string("standard"), nb::kw_only(), "policy"_a = nb::none(),
+            "layers"_a, "recipe"_a = nb::none(), nb::kw_only(), "policy"_a = nb::none(),
             "model"_a = std::string(), "batch"_a = 1, "threads"_a = 1, "rotation_seed"_a = 0,
             "layers: one Layer for each layer of the model. recipe: how they are stored, one name for all or "
             "one for "
-            "each; recipes() lists the names. policy: instead of a recipe; `model` is then the model's name, "
+            "each, by default 'standard'; recipes() lists the names. policy: instead of a recipe; `model` is "
+            "then the model's name, "
             "which "
             "the policy must be of. threads: how many share the work of a call.\n\nRaises Error (option, "
             "shape; "

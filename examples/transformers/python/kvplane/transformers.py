@@ -15,6 +15,7 @@ gradients, attention weights.
 """
 from __future__ import annotations
 
+import numbers
 import os
 from typing import Any, Sequence
 
@@ -37,6 +38,7 @@ ATTENTION = "kvplane"
 MOST_DRAFTS = 128
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NOT_GIVEN = object()
 
 
@@ -49,6 +51,10 @@ def _refuse(code: str, sentence: str) -> None:
 def _require(condition: bool, code: str, sentence: str) -> None:
     if not condition:
         _refuse(code, sentence)
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, numbers.Integral) or torch.is_tensor(number) and not number.is_floating_point()
 
 
 # What a model is -----------------------------------------------------------------------------------------------------
@@ -107,7 +113,8 @@ class _Handed(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in ("__get__", "size", "dim", "stride", "is_contiguous", "numel"):
+        if getattr(function, "__name__", "") in ("__get__", "size", "dim", "stride", "is_contiguous", "numel",
+                                                 "__repr__"):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         _refuse("option",
@@ -171,15 +178,31 @@ class CacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
+    def _require_states(self, name: str, states: Any, heads: int, channels: int, keys: Any = None) -> None:
+        """Raises Error (option, shape) for what is not (batch, heads, tokens, channels) on the CPU, of `keys`' batch,
+        tokens and type where these are given."""
+        what = f"{name} of layer {self._index}"
+        _require(isinstance(states, torch.Tensor), "option",
+                 f"{what}: {type(states).__name__}, expected a torch.Tensor")
+        _require(states.device.type == "cpu", "option", f"{what}: on device '{states.device.type}', expected the CPU")
+        _require(states.layout == torch.strided, "option", f"{what}: of layout {states.layout}, expected torch.strided")
+        _require(not states.requires_grad, "option",
+                 f"{what}: with a gradient, which kvplane does not compute; expected a call under torch.no_grad()")
+        _require(states.dtype in _DTYPES, "option",
+                 f"{what}: elements of {states.dtype}, expected float32, float16 or bfloat16")
+        _require(states.dim() == 4 and states.shape[1] == heads and states.shape[3] == channels, "shape",
+                 f"{what}: shape {tuple(states.shape)}, expected (batch, {heads}, tokens, {channels})")
+        if keys is not None:
+            _require(states.dtype == keys.dtype, "option", f"{what}: {states.dtype}, expected {keys.dtype} as keys are")
+            expected = (keys.shape[0], heads, keys.shape[2], channels)
+            _require(tuple(states.shape) == expected, "shape",
+                     f"{what}: shape {tuple(states.shape)}, expected {expected}: batch and tokens of the keys")
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Hands keys and values on to the attention function. Raises Error (option)."""
+        """Hands keys and values on to the attention function. Raises Error (option, shape)."""
         self._owner.require_attention()
-        for name, states in (("keys", key_states), ("values", value_states)):
-            _require(states.device.type == "cpu", "option",
-                     f"{name} of layer {self._index}: on device '{states.device.type}', expected the CPU")
-            _require(not states.requires_grad, "option",
-                     f"{name} of layer {self._index}: with a gradient, which kvplane does not compute; expected a call "
-                     "under torch.no_grad()")
+        self._require_states("keys", key_states, self._layer.kv_heads, self._layer.head_dim)
+        self._require_states("values", value_states, self._layer.kv_heads, self._layer.value_head_dim, key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.pending = key_states, value_states
@@ -191,6 +214,7 @@ class CacheLayer(CacheLayerMixin):
         _require(self.pending is not None, "option",
                  f"attention of layer {self._index}: its keys are stored already; expected one call for each update()")
         keys, values = self.pending
+        self._require_states("queries", query, self._layer.query_heads, self._layer.head_dim, keys)
         batch, _, tokens, _ = keys.shape
         cache = self._owner.kvplane_cache(batch)
         padding = self.padding or [0] * batch
@@ -245,19 +269,22 @@ class CacheLayer(CacheLayerMixin):
 class Cache(_TransformersCache):
     """The KV cache of a model of transformers in few bits: give it to generate() or to the model as past_key_values.
 
-    config: the model's, or the model. recipe: how layers are stored, one name for all or one for each;
-    kvplane.recipes() lists the names. policy: a kvplane.Policy or the path of one, instead of a recipe; name: the
-    model's name, which the policy must be of (as the policy has it, unless it is given). threads: how many share the
-    work, by default as many as torch has. read: a read policy, such as 'tolerance=0.01'; '': all bits. exact_prompt:
-    the tokens of the first call attend to each other's keys and values as they come, which are there as floats then;
-    otherwise to what is stored.
+    config: the model's, or the model. recipe: how layers are stored, one name for all or one for each, by default
+    'standard'; kvplane.recipes() lists the names. policy: instead of a recipe, a kvplane.Policy or the path of one, as
+    the engine's program `tune` writes it; name: the model's name, which the policy must be of (as the policy has it,
+    unless it is given). threads: how many share the work, by default as many as torch has. read: a read policy, such
+    as 'tolerance=0.01'; '': all bits. exact_prompt: the tokens of the first call attend to each other's keys and values
+    as they come, which are there as floats then; otherwise to what is stored.
 
     Raises kvplane.Error, a ValueError, whose sentence says what was found and what is supported.
     """
 
-    def __init__(self, config: Any, recipe: str | Sequence[str] = "standard", *,
+    def __init__(self, config: Any, recipe: str | Sequence[str] | None = None, *,
                  policy: Policy | str | os.PathLike | None = None, name: str | None = None, threads: int | None = None,
                  rotation_seed: int = 0, read: str = "", exact_prompt: bool = True, offloading: bool = False):
+        if isinstance(config, torch.nn.Module):
+            device = getattr(config, "device", torch.device("cpu"))
+            _require(device.type == "cpu", "option", f"model: on device '{device}', expected the CPU")
         config = getattr(config, "config", config)
         _require(isinstance(config, transformers.PreTrainedConfig), "option",
                  f"config: {type(config).__name__}, expected a model of transformers or its config")
@@ -266,15 +293,27 @@ class Cache(_TransformersCache):
         self._config = config.get_text_config(decoder=True)
         self.require_attention()
         self._layers = layers_of(config)
-        if policy is not None and not isinstance(policy, Policy):
-            policy = Policy.load(policy)
-        self._options = dict(recipe=recipe if isinstance(recipe, str) else list(recipe), policy=policy,
-                             model=name if name is not None or policy is None else policy.model,
-                             threads=threads or torch.get_num_threads(), rotation_seed=rotation_seed)
-        self._options["model"] = self._options["model"] or ""
+        self._options = dict(threads=torch.get_num_threads() if threads is None else threads,
+                             rotation_seed=rotation_seed)
+        if policy is None:
+            _require(name is None, "option", f"name: '{name}' without a policy, which is of a model; expected policy=")
+        else:
+            if not isinstance(policy, Policy):
+                _require(isinstance(policy, (str, os.PathLike)), "option",
+                         f"policy: {type(policy).__name__}, expected a kvplane.Policy or the path of a file")
+                policy = Policy.load(policy)
+            # Heads of GGUF's llama models have their rotary pairs elsewhere than those of transformers.
+            policy = policy.with_halves()
+            self._options.update(policy=policy, model=policy.model if name is None else name)
+        if recipe is not None:
+            names = [recipe] if isinstance(recipe, str) else recipe
+            _require(isinstance(names, (list, tuple)) and all(isinstance(r, str) for r in names), "option",
+                     f"recipe: {recipe!r}, expected a name, or a list of one for each layer")
+            self._options["recipe"] = list(names)
         self.read, self.exact_prompt = read, exact_prompt
         # Made at once, so that what cannot be is refused now; for more sequences it is made again.
         self._cache = _Cache(self._layers, **self._options)
+        self._cache.attend(torch.empty(1, self._layers[0].query_heads, 0, self._layers[0].head_dim), read=read)
         self._empty = True
         self.records_past = False
         self._masks: dict[int, tuple[torch.Tensor, list[int]]] = {}
@@ -324,6 +363,18 @@ class Cache(_TransformersCache):
 
     # What transformers calls ---------------------------------------------------------------------------------------
 
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Hands keys and values of a layer on to the attention function. Raises Error (index, option, shape)."""
+        _require(0 <= layer_idx < len(self.layers), "index",
+                 f"layer {layer_idx} of {len(self.layers)}: expected the model whose config the cache was made for")
+        if layer_idx == 0:
+            seen = [layer.seen for layer in self.layers]
+            other = next((i for i, tokens in enumerate(seen) if tokens != seen[0]), 0)
+            _require(other == 0, "option",
+                     f"layer 0 holds {seen[0]} tokens, layer {other} {seen[other]}: a call failed between them, or was "
+                     f"of a model of fewer layers than {len(seen)}; expected truncate({min(seen)}) first")
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
     def reset(self) -> None:
         self._cache.clear()
         self._empty = True
@@ -337,15 +388,18 @@ class Cache(_TransformersCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last -tokens_to_remove tokens back; those before them are drafts no more. Raises Error (index)."""
-        _require(tokens_to_remove <= 0, "index",
-                 f"crop: {tokens_to_remove}, expected a negative number: how many tokens to take back")
-        self.truncate(max(0, self.get_seq_length() + int(tokens_to_remove)))
+        seen = self.get_seq_length()
+        _require(_is_whole(tokens_to_remove) and -seen <= tokens_to_remove <= 0, "index",
+                 f"crop: {tokens_to_remove} with {seen} tokens, expected a negative number: how many to take back, at "
+                 f"most {-seen}")
+        self.truncate(seen + int(tokens_to_remove))
 
     def truncate(self, tokens: int) -> None:
         """Forgets all but the first tokens, counted as get_seq_length() does, in whatever layers have more: also those
         of a call that failed in some layer. Raises Error (index)."""
         longest = max(self.layers, key=lambda layer: layer.seen)
-        _require(0 <= tokens <= longest.seen, "index", f"truncate: to {tokens} of {longest.seen} tokens")
+        _require(_is_whole(tokens) and 0 <= tokens <= longest.seen, "index",
+                 f"truncate: to {tokens} of {longest.seen} tokens")
         if longest.seen > 0:
             self._cache.truncate([max(0, tokens - p) for p in longest.padding])
             self._cache.accept()
@@ -354,25 +408,39 @@ class Cache(_TransformersCache):
             layer.seen = min(layer.seen, tokens)
             layer.padding = [min(p, layer.seen) for p in layer.padding]
 
-    def _reorder(self, indices: list[int]) -> None:
-        self._cache.reorder(indices)
+    def _reorder(self, name: str, indices: Any) -> None:
+        found = torch.as_tensor(indices)
+        batch = self._cache.batch
+        _require(not found.is_floating_point() and found.dim() == 1, "option",
+                 f"{name}: {found.dtype} of shape {tuple(found.shape)}, expected a list of numbers of sequences")
+        if found.dtype == torch.bool:
+            _require(found.numel() == batch, "shape",
+                     f"{name}: {found.numel()} flags, expected {batch}, one for each sequence")
+            found = found.nonzero()[:, 0]
+        for index in found.tolist():
+            _require(0 <= index < batch, "index", f"{name}: sequence {index} of {batch}, expected 0 to {batch - 1}")
+        _require(found.numel() > 0, "shape", f"{name}: no sequences, expected at least 1")
+        self._cache.reorder(found.tolist())
         for layer in self.layers:
             if layer.padding:
-                layer.padding = [layer.padding[i] for i in indices]
+                layer.padding = [layer.padding[i] for i in found.tolist()]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Sequence i becomes a fork of sequence beam_idx[i]. Raises Error (index) for one that is not there."""
         if not self._empty:
-            self._reorder([int(i) for i in beam_idx])
+            self._reorder("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Of each sequence that many, side by side. Raises Error (option)."""
+        _require(_is_whole(repeats) and repeats >= 1, "option",
+                 f"batch_repeat_interleave: {repeats} times, expected at least 1")
         if not self._empty:
-            self._reorder([i for i in range(self._cache.batch) for _ in range(repeats)])
+            self._reorder("batch_repeat_interleave", [i for i in range(self._cache.batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these sequences: their numbers, or a flag for each. Raises Error (index, shape, option)."""
         if not self._empty:
-            chosen = torch.arange(self._cache.batch)[indices] if torch.is_tensor(indices) else indices
-            self._reorder([int(i) for i in chosen])
+            self._reorder("batch_select_indices", indices)
 
     # What kvplane's cache has beside it ----------------------------------------------------------------------------
 
