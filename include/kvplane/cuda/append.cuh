@@ -9,7 +9,9 @@
 
 #include "kvplane/cuda/arguments.hpp"
 #include "kvplane/cuda/encode.hpp"
+#include "kvplane/cuda/latents.hpp"
 #include "kvplane/cuda/launch.hpp"
+#include "kvplane/cuda/token_rows.hpp"
 
 namespace kvplane::cuda::detail {
 
