@@ -3,6 +3,8 @@
 
 #if defined(__CUDACC__)
 #define KVPLANE_DEVICE __host__ __device__
+/// A function that is one with its caller, so that what it is given stays in registers.
+#define KVPLANE_DEVICE_INLINED __host__ __device__ __forceinline__
 /// A function that is seldom run and called at many places.
 #define KVPLANE_DEVICE_APART __host__ __device__ __noinline__
 /// Before a loop whose counter is an index of registers.
@@ -13,6 +15,7 @@
 #define KVPLANE_KEEP_ROLLED _Pragma("unroll 1")
 #else
 #define KVPLANE_DEVICE
+#define KVPLANE_DEVICE_INLINED
 #define KVPLANE_DEVICE_APART
 #define KVPLANE_UNROLL
 #define KVPLANE_UNROLL_FEW

@@ -17,8 +17,8 @@
 namespace kvplane::cuda::detail {
 
 template <class Value, class Block>
-KVPLANE_DEVICE void encode_item(const Block& block, const TilesArguments& a, const Item& item, int tile,
-                                std::byte* shared) {
+KVPLANE_DEVICE_INLINED void encode_item(const Block& block, const TilesArguments& a, const Item& item,
+                                        int tile, std::byte* shared) {
     const Side& side = a.sides[item.side];
     const SharedPlan plan = shared_plan(item, a.segments, side.dim);
     TileWork<Value> work{a,
@@ -67,9 +67,10 @@ KVPLANE_DEVICE void encode_item(const Block& block, const TilesArguments& a, con
 
 /// What block `index` of item_count x tile_count does.
 template <class Block>
-KVPLANE_DEVICE void encode_tile(const Block& block, const TilesArguments& a, int index, std::byte* shared) {
+KVPLANE_DEVICE_INLINED void encode_tile(const Block& block, const TilesArguments& a, int index,
+                                        std::byte* shared) {
     const int tile = index / a.item_count;
-    const Item& item = a.items[index % a.item_count];
+    const Item item = a.items[index % a.item_count];
     if (index == 0 && a.change.entry)
         block.run([&](int thread, int) {
             if (thread == 0) *a.change.entry = a.change.tile;

@@ -67,6 +67,16 @@ KVPLANE_DEVICE inline void keep_halves(FourWords& halves, int left) {
     for (int i = 0; i < 4; ++i) halves.at[i] &= left >= 2 * i + 2 ? ~0u : left == 2 * i + 1 ? 0xFFFFu : 0u;
 }
 
+/// Where the planes of a segment of fp16 numbers are.
+struct HalfPlanes {
+    std::byte *high, *middle, *low;
+
+    KVPLANE_DEVICE HalfPlanes(const Segment& segment, std::byte* tile)
+        : high(tile + segment.plane_at[0]),
+          middle(tile + segment.plane_at[1]),
+          low(tile + segment.plane_at[2]) {}
+};
+
 /// Planes of keys, four tokens times eight channels at a time, and the largest magnitudes of each channel and
 /// four tokens: [four tokens][channel].
 template <class Value, class Source>
@@ -75,6 +85,7 @@ KVPLANE_DEVICE void pack_half_keys(const TileWork<Value>& work, const SegmentPar
     constexpr int tokens = 4;
     auto* const magnitudes = work.template part<std::uint16_t>(work.plan.partial);
     const int pitch = whole_units_of(part.channels);
+    const HalfPlanes planes(part.segment, work.tile);
     const ThreadGrid grid(thread, threads, (part.channels + 7) / 8, 8);
     for (int c = grid.column * 8; c < part.channels; c += grid.columns * 8)
         for (int row = grid.row * tokens; row < work.count; row += grid.rows * tokens) {
@@ -99,12 +110,9 @@ KVPLANE_DEVICE void pack_half_keys(const TileWork<Value>& work, const SegmentPar
                     most.at[i] = greater_words(most.at[i], halves[t].at[i] & 0x7FFF7FFFu);
             }
             *reinterpret_cast<FourWords*>(magnitudes + row / tokens * pitch + c) = most;
-            KVPLANE_KEEP_ROLLED
-            for (int p = 0; p < part.segment.planes; ++p)
-                if (part.segment.low_byte[p])
-                    pack_keys<8, 4>(work, part, p, low, work.base + row, c);
-                else
-                    pack_keys<8, 4>(work, part, p, high, work.base + row, c);
+            pack_keys<8>(work, part, planes.high, 0, high, work.base + row, c);
+            pack_keys<4>(work, part, planes.middle, 4, low, work.base + row, c);
+            pack_keys<4>(work, part, planes.low, 0, low, work.base + row, c);
         }
 }
 /// The exponents of the largest magnitudes of channels.
@@ -139,6 +147,7 @@ KVPLANE_DEVICE void pack_half_values(const TileWork<Value>& work, const SegmentP
                                      int thread, int threads) {
     constexpr int tokens = 8;
     const int channels = (part.channels + 15) / 16 * 16;
+    const HalfPlanes planes(part.segment, work.tile);
     const ThreadGrid grid(thread, threads, channels / 8, 32);
     for (int c = grid.column * 8; c < channels; c += grid.columns * 8)
         for (int row = grid.row * tokens; row < work.count; row += grid.rows * tokens) {
@@ -169,12 +178,9 @@ KVPLANE_DEVICE void pack_half_values(const TileWork<Value>& work, const SegmentP
                         both(0x7351, high.four[2 * i][q], high.four[2 * i + 1][q]);
                     }
                 }
-                KVPLANE_KEEP_ROLLED
-                for (int p = 0; p < part.segment.planes; ++p)
-                    if (part.segment.low_byte[p])
-                        pack_values<8, 4>(work, part, p, low, work.base + row, c + 4 * k);
-                    else
-                        pack_values<8, 4>(work, part, p, high, work.base + row, c + 4 * k);
+                pack_values<8>(work, part, planes.high, 0, high, work.base + row, c + 4 * k);
+                pack_values<4>(work, part, planes.middle, 4, low, work.base + row, c + 4 * k);
+                pack_values<4>(work, part, planes.low, 0, low, work.base + row, c + 4 * k);
             }
         }
 }

@@ -15,6 +15,7 @@
 #include "kvplane/cuda/input.hpp"
 #include "kvplane/cuda/numbers.hpp"
 #include "kvplane/cuda/tile_work.hpp"
+#include "kvplane/storage/planes.hpp"
 
 namespace kvplane::cuda::detail {
 
@@ -48,67 +49,107 @@ KVPLANE_DEVICE void store_words(std::byte* to, const std::uint32_t (&words)[lane
     else
         *reinterpret_cast<TwoWords*>(to) = {words[0], words[1]};
 }
+/// Bit i is set where token `token` + i, i < 32, is written.
+KVPLANE_DEVICE inline std::uint32_t covered_tokens(const TilesArguments& a, int token) {
+    const int begin = a.from - token, end = a.to - token;
+    const std::uint32_t before = begin <= 0    ? 0u
+                                 : begin >= 32 ? ~0u
+                                               : (1u << begin) - 1u,
+                        up_to = end <= 0    ? 0u
+                                : end >= 32 ? ~0u
+                                            : (1u << end) - 1u;
+    return up_to & ~before;
+}
+/// Words of which the bits of others stay: lane i's where lane_bits has bit i, of these the bits of codes that
+/// code_bits has.
+KVPLANE_DEVICE_APART inline void merge_words(std::uint32_t* to, int lanes, std::uint32_t a, std::uint32_t b,
+                                             std::uint32_t c, std::uint32_t d, std::uint32_t lane_bits,
+                                             std::uint32_t code_bits, int width) {
+    std::uint32_t written = 0;
+    KVPLANE_KEEP_ROLLED
+    for (int i = 0; i < 32 / width; ++i)
+        if (code_bits >> i & 1u) written |= ((1u << width) - 1u) << (i % 4 * 8 + i / 4 * width);
+    KVPLANE_KEEP_ROLLED
+    for (int lane = 0; lane < lanes; ++lane) {
+        if (lane_bits >> lane & 1u) to[lane] = (a & written) | (to[lane] & ~written);
+        a = b, b = c, c = d;
+    }
+}
+template <int width, int lanes>
+KVPLANE_DEVICE void merge(std::byte* to, const std::uint32_t (&words)[lanes], std::uint32_t lane_bits,
+                          std::uint32_t code_bits) {
+    merge_words(reinterpret_cast<std::uint32_t*>(to), lanes, words[0], words[1],
+                lanes > 2 ? words[lanes - 2] : 0u, lanes > 2 ? words[lanes - 1] : 0u, lane_bits, code_bits,
+                width);
+}
 
-/// Planes of keys: tokens row, .. of the tile, channels c, .. of the part.
-template <int... widths, class Value, class Codes>
-KVPLANE_DEVICE void pack_keys(const TileWork<Value>& work, const SegmentPart& part, int plane,
-                              const Codes& codes, int token, int c) {
-    const Segment& segment = part.segment;
-    with_bits<widths...>(segment.width[plane], [&](auto bits) {
-        constexpr int width = decltype(bits)::count, depth = 32 / width;
-        if constexpr (depth <= Codes::depth) {
-            const int units = (segment.channels + depth - 1) / depth;
-            const bool whole = work.a.fresh || work.covers(token, Codes::lanes);
-            std::byte* const to = work.tile + segment.plane_at[plane] +
-                                  ((token / 16 * units + (part.first + c) / depth) * 16 + token % 16) * 4;
-            KVPLANE_UNROLL
-            for (int j = 0; j < Codes::depth / depth; ++j) {
-                if (c + j * depth >= part.channels) break;
-                std::uint32_t words[Codes::lanes];
-                words_of<width>(codes, segment.shift[plane], j, words);
-                if (whole) {
-                    store_words(to + j * 64, words);
-                    continue;
-                }
-                KVPLANE_UNROLL
-                for (int t = 0; t < Codes::lanes; ++t)
-                    if (work.covers(token + t)) reinterpret_cast<std::uint32_t*>(to + j * 64)[t] = words[t];
+/// A plane of keys of one width: tokens token, .. of the tile, channels c, .. of the part.
+template <int width, class Value, class Codes>
+KVPLANE_DEVICE void pack_keys(const TileWork<Value>& work, const SegmentPart& part, std::byte* plane,
+                              int shift, const Codes& codes, int token, int c) {
+    constexpr int depth = 32 / width, words_of_lane = Codes::depth / depth;
+    const int units = (part.segment_channels + depth - 1) / depth,
+              ends = (part.channels - c + depth - 1) / depth;
+    std::byte* const to = plane + ((token / 16 * units + (part.first + c) / depth) * 16 + token % 16) * 4;
+    KVPLANE_UNROLL
+    for (int j = 0; j < words_of_lane; ++j) {
+        if (j > 0 && j >= ends) break;
+        std::uint32_t words[Codes::lanes];
+        words_of<width>(codes, shift, j, words);
+        if (work.a.fresh)
+            store_words(to + j * 64, words);
+        else
+            merge<width>(to + j * 64, words, covered_tokens(work.a, token), ~0u);
+    }
+}
+/// A plane of values of one width: channels c, .. of the part, tokens token, .. of the tile.
+template <int width, class Value, class Codes>
+KVPLANE_DEVICE void pack_values(const TileWork<Value>& work, const SegmentPart& part, std::byte* plane,
+                                int shift, const Codes& codes, int token, int c) {
+    constexpr int depth = 32 / width, units = tile_rows / depth;
+    std::byte* const to = plane + ((((part.first + c) / 16) * units + token / depth) * 16 + c % 16) * 4;
+    KVPLANE_UNROLL
+    for (int j = 0; j < Codes::depth / depth; ++j) {
+        std::uint32_t words[Codes::lanes];
+        words_of<width>(codes, shift, j, words);
+        if (work.a.fresh)
+            store_words(to + j * 64, words);
+        else
+            merge<width>(to + j * 64, words, ~0u, covered_tokens(work.a, token + j * depth));
+    }
+}
+
+/// Where the planes of a segment are: the narrowest, which is the last one; before it one of 2 bits where that
+/// is wider, and one of 4. (4 + 4 bits have two of 4.)
+struct PlacedPlanes {
+    std::byte *last = nullptr, *twos = nullptr, *fours = nullptr;
+    int shift_of_twos = 0, shift_of_fours = 0;
+
+    KVPLANE_DEVICE PlacedPlanes(const Segment& segment, std::byte* tile) {
+        KVPLANE_UNROLL
+        for (int p = 0; p < PlaneSplit::max_planes; ++p) {
+            if (p >= segment.planes) continue;
+            std::byte* const at = tile + segment.plane_at[p];
+            if (p == segment.planes - 1) {
+                last = at;
+            } else if (segment.width[p] == 4) {
+                fours = at;
+                shift_of_fours = segment.shift[p];
+            } else {
+                twos = at;
+                shift_of_twos = segment.shift[p];
             }
         }
-    });
-}
-/// Planes of values: channels c, .. of the part, tokens token, .. of the tile.
-template <int... widths, class Value, class Codes>
-KVPLANE_DEVICE void pack_values(const TileWork<Value>& work, const SegmentPart& part, int plane,
-                                const Codes& codes, int token, int c) {
-    const Segment& segment = part.segment;
-    with_bits<widths...>(segment.width[plane], [&](auto bits) {
-        constexpr int width = decltype(bits)::count, depth = 32 / width, units = tile_rows / depth;
-        if constexpr (depth <= Codes::depth) {
-            std::byte* const to = work.tile + segment.plane_at[plane] +
-                                  ((((part.first + c) / 16) * units + token / depth) * 16 + c % 16) * 4;
-            KVPLANE_UNROLL
-            for (int j = 0; j < Codes::depth / depth; ++j) {
-                const int first = token + j * depth;
-                std::uint32_t words[Codes::lanes];
-                words_of<width>(codes, segment.shift[plane], j, words);
-                if (!work.a.fresh && !work.covers(first, depth)) {
-                    std::uint32_t written = 0;
-                    KVPLANE_KEEP_ROLLED
-                    for (int i = 0; i < depth; ++i)
-                        if (work.covers(first + i))
-                            written |= ((1u << width) - 1u) << (i % 4 * 8 + i / 4 * width);
-                    if (written == 0) continue;
-                    const auto* const old = reinterpret_cast<const std::uint32_t*>(to + j * 64);
-                    KVPLANE_UNROLL
-                    for (int lane = 0; lane < Codes::lanes; ++lane)
-                        words[lane] = (words[lane] & written) | (old[lane] & ~written);
-                }
-                store_words(to + j * 64, words);
-            }
-        }
-    });
-}
+    }
+    /// pack(width, plane, shift) for each of them.
+    template <int narrowest, class Pack>
+    KVPLANE_DEVICE void each(const Pack& pack) const {
+        if (fours) pack(Constant<4>{}, fours, shift_of_fours);
+        if constexpr (narrowest == 1)
+            if (twos) pack(Constant<2>{}, twos, shift_of_twos);
+        pack(Constant<narrowest>{}, last, 0);
+    }
+};
 
 // Codes
 // ------------------------------------------------------------------------------------------------------
@@ -118,7 +159,8 @@ struct GridsOfPart {
     const TwoFloats* cells;
     const float* steps;
     int by_channel, rows, group, runs;
-    float last;  ///< code
+    float last;    ///< code
+    float centre;  ///< of codes without bias, which stand for code + centre steps
 
     template <class Value>
     KVPLANE_DEVICE GridsOfPart(const TileWork<Value>& work, const Segment& segment)
@@ -128,12 +170,16 @@ struct GridsOfPart {
           rows(work.count),
           group(segment.group),
           runs(segment.runs),
-          last(static_cast<float>((1 << segment.bits) - 1)) {}
+          last(static_cast<float>((1 << segment.bits) - 1)),
+          centre(0.5f - 0.5f * static_cast<float>(1 << segment.bits)) {}
 
     /// Whether the grids of eight channels of a row lie side by side or are one.
     KVPLANE_DEVICE bool in_eights() const { return by_channel || runs == 1 || group % 8 == 0; }
     KVPLANE_DEVICE int index(int c, int row) const {
-        return by_channel ? c : runs == 1 ? row : c / group * rows + row;
+        if (by_channel) return c;
+        if (runs == 1) return row;
+        const int run = c / group;  // behind the last channel there is none
+        return (run < runs ? run : runs - 1) * rows + row;
     }
     /// The grids of channels c, c + 1, .., by channel.
     template <int count>
@@ -174,89 +220,89 @@ KVPLANE_DEVICE float beyond_half_step(const float (&x)[count], const float (&cel
     return difference_of(most, 0.5f * step);
 }
 
+/// Whose grids are whose, as code is compiled for it.
+enum : int { grids_by_channel, grids_by_row, grids_unbiased };
+
 /// Codes of keys: tokens row, .. of the resident ones, channels c, .. of the part. Zero where there is none.
-template <class Value, class Codes>
+template <int kind, class Value, class Codes>
 KVPLANE_DEVICE void make_keys(const TileWork<Value>& work, const SegmentPart& part, const GridsOfPart& grids,
                               int row, int c, Codes& codes, float& beyond) {
-    const bool unbiased = part.segment.scheme == Scheme::unbiased,
-               whole = work.covers(work.base + row, Codes::lanes) && part.channels - c >= Codes::depth;
-    const float centre = 0.5f - static_cast<float>(1 << (part.segment.bits - 1));
     KVPLANE_UNROLL
     for (int e = 0; e < Codes::depth / 8; ++e) {
-        const int left = part.channels - c - 8 * e, at = c + 8 * e;
-        if (left <= 0) {
-            KVPLANE_UNROLL
-            for (int t = 0; t < Codes::lanes; ++t) codes.four[t][2 * e] = codes.four[t][2 * e + 1] = 0;
-            continue;
-        }
+        const int at = c + 8 * e;
         float lower[8], inverse[8];
-        if (grids.by_channel) grids.load_channels(at, lower, inverse);
-        const int of_rows = grids.by_channel ? 0 : grids.index(at, row);
+        int of_rows = 0;
+        if constexpr (kind == grids_by_channel)
+            grids.load_channels(at, lower, inverse);
+        else
+            of_rows = grids.index(at, row);
         KVPLANE_UNROLL
         for (int t = 0; t < Codes::lanes; ++t) {
-            std::uint32_t &first = codes.four[t][2 * e], &second = codes.four[t][2 * e + 1];
-            if (!grids.by_channel) grids.load_one(of_rows + t, lower, inverse);
+            if constexpr (kind != grids_by_channel) grids.load_one(of_rows + t, lower, inverse);
             float x[8], cell[8];
             load_numbers<8>(work.rows.at(row + t, part.column + at), x);
             KVPLANE_UNROLL
             for (int j = 0; j < 8; ++j) cell[j] = cell_of(x[j], lower[j], inverse[j], grids.last);
-            first = codes_of_cells(cell[0], cell[1], cell[2], cell[3]);
-            second = codes_of_cells(cell[4], cell[5], cell[6], cell[7]);
-            if (unbiased && work.covers(work.base + row + t))
-                beyond =
-                    greater_of(beyond, beyond_half_step(x, cell, centre, grids.steps[of_rows + t], left));
-            if (!whole) {
-                const int kept = work.covers(work.base + row + t) ? left : 0;
-                first &= kept >= 4 ? ~0u : (1u << 8 * kept) - 1u;
-                second &= kept >= 8 ? ~0u : kept <= 4 ? 0u : (1u << 8 * (kept - 4)) - 1u;
-            }
+            codes.four[t][2 * e] = codes_of_cells(cell[0], cell[1], cell[2], cell[3]);
+            codes.four[t][2 * e + 1] = codes_of_cells(cell[4], cell[5], cell[6], cell[7]);
+            // Rows that are not written are zero, and so are their steps and errors.
+            if constexpr (kind == grids_unbiased)
+                beyond = greater_of(beyond, beyond_half_step(x, cell, grids.centre, grids.steps[of_rows + t],
+                                                             part.channels - at));
+        }
+    }
+    const int left = part.channels - c;
+    if (left >= Codes::depth && work.covers(work.base + row, Codes::lanes)) return;
+    KVPLANE_UNROLL
+    for (int t = 0; t < Codes::lanes; ++t) {
+        const bool covered = work.covers(work.base + row + t);
+        KVPLANE_UNROLL
+        for (int k = 0; k < Codes::depth / 4; ++k) {
+            const int kept = covered ? left - 4 * k : 0;
+            codes.four[t][k] &= kept >= 4 ? ~0u : kept <= 0 ? 0u : (1u << 8 * kept) - 1u;
         }
     }
 }
 /// The same of values: channels c, .. and tokens row, ..
-template <class Value, class Codes>
+template <int kind, class Value, class Codes>
 KVPLANE_DEVICE void make_values(const TileWork<Value>& work, const SegmentPart& part,
                                 const GridsOfPart& grids, int row, int c, Codes& codes, float& beyond) {
     constexpr int channels = Codes::lanes;
-    const bool unbiased = part.segment.scheme == Scheme::unbiased,
-               whole = work.covers(work.base + row, Codes::depth) && part.channels - c >= channels;
-    const float centre = 0.5f - static_cast<float>(1 << (part.segment.bits - 1));
     const int left = part.channels - c;
-    if (left <= 0) {
-        KVPLANE_UNROLL
-        for (int q = 0; q < Codes::depth / 4; ++q) KVPLANE_UNROLL
-        for (int j = 0; j < channels; ++j) codes.four[j][q] = 0;
-        return;
-    }
     float lower[channels], inverse[channels];
-    if (grids.by_channel) grids.load_channels(c, lower, inverse);
-    const int of_rows = grids.by_channel ? 0 : grids.index(c, row);
+    int of_rows = 0;
+    if constexpr (kind == grids_by_channel)
+        grids.load_channels(c, lower, inverse);
+    else
+        of_rows = grids.index(c, row);
+    const Value* from = work.rows.at(row, part.column + c);
     KVPLANE_UNROLL
     for (int q = 0; q < Codes::depth / 4; ++q) {
         float cell[4][channels];
         KVPLANE_UNROLL
         for (int t = 0; t < 4; ++t) {
-            const int of_row = 4 * q + t;
             float x[channels];
-            if (!grids.by_channel) grids.load_one(of_rows + of_row, lower, inverse);
-            load_numbers<channels>(work.rows.at(row + of_row, part.column + c), x);
+            if constexpr (kind != grids_by_channel) grids.load_one(of_rows + 4 * q + t, lower, inverse);
+            load_numbers<channels>(from, x);
+            from += work.rows.pitch;
             KVPLANE_UNROLL
             for (int j = 0; j < channels; ++j) cell[t][j] = cell_of(x[j], lower[j], inverse[j], grids.last);
-            if (unbiased && work.covers(work.base + row + of_row))
-                beyond = greater_of(
-                    beyond, beyond_half_step(x, cell[t], centre, grids.steps[of_rows + of_row], left));
+            if constexpr (kind == grids_unbiased)
+                beyond = greater_of(beyond, beyond_half_step(x, cell[t], grids.centre,
+                                                             grids.steps[of_rows + 4 * q + t], left));
         }
         KVPLANE_UNROLL
         for (int j = 0; j < channels; ++j)
             codes.four[j][q] = codes_of_cells(cell[0][j], cell[1][j], cell[2][j], cell[3][j]);
-        if (!whole) {
-            std::uint32_t kept = 0;
-            KVPLANE_UNROLL
-            for (int t = 0; t < 4; ++t)
-                if (work.covers(work.base + row + 4 * q + t)) kept |= 0xFFu << 8 * t;
-            KVPLANE_UNROLL
-            for (int j = 0; j < channels; ++j) codes.four[j][q] &= j < left ? kept : 0u;
-        }
+    }
+    if (left >= channels && work.covers(work.base + row, Codes::depth)) return;
+    const std::uint32_t covered = covered_tokens(work.a, work.base + row);
+    KVPLANE_UNROLL
+    for (int q = 0; q < Codes::depth / 4; ++q) {
+        // A bit to a byte of ones.
+        const std::uint32_t kept = ((covered >> 4 * q & 0xFu) * 0x00204081u & 0x01010101u) * 0xFFu;
+        KVPLANE_UNROLL
+        for (int j = 0; j < channels; ++j) codes.four[j][q] &= j < left ? kept : 0u;
     }
 }
 
@@ -307,7 +353,7 @@ KVPLANE_DEVICE void measure_codes(const Block& block, const TileWork<Value>& wor
     const Segment& segment = part.segment;
     block.run([&](int thread, int threads) {
         const GridsOfPart grids(work, segment);
-        const float codes = static_cast<float>(1 << segment.bits), centre = 0.5f - 0.5f * codes;
+        const float codes = static_cast<float>(1 << segment.bits);
         const ThreadGrid grid(thread, threads, part.channels, 32);
         float beyond = 0.0f;
         double excess = 0.0;
@@ -321,7 +367,7 @@ KVPLANE_DEVICE void measure_codes(const Block& block, const TileWork<Value>& wor
                             x[1] = {number(*work.rows.at(row, part.column + c))};
                 if (segment.scheme == Scheme::unbiased) {
                     const float cell[1] = {cell_of(x[0], lower, grids.cells[at].at[1], grids.last)};
-                    beyond = greater_of(beyond, beyond_half_step(x, cell, centre, step, 1));
+                    beyond = greater_of(beyond, beyond_half_step(x, cell, grids.centre, step, 1));
                     continue;
                 }
                 const float upper = sum_of(lower, product_of(step, codes)), least = lesser_of(lower, upper),
@@ -357,6 +403,39 @@ KVPLANE_DEVICE void keep_decoded(const Block& block, const TileWork<Value>& work
 }
 
 /// Codes and planes of a part of a segment with grids, of the resident rows.
+template <int narrowest, int kind, class Value>
+KVPLANE_DEVICE_INLINED float encode_part(const TileWork<Value>& work, const SegmentPart& part,
+                                         const GridsOfPart& grids, bool keys, int thread, int threads) {
+    constexpr int depth = 32 / narrowest, lanes = depth == 32 ? 2 : 4;
+    const PlacedPlanes planes(part.segment, work.tile);
+    float beyond = 0.0f;
+    if (keys) {
+        // Eight threads side by side have eights of one row, which meet all banks, and whole units.
+        const ThreadGrid grid(thread, threads, (part.channels + depth - 1) / depth, 8);
+        KVPLANE_KEEP_ROLLED
+        for (int c = grid.column * depth; c < part.channels; c += grid.columns * depth) KVPLANE_KEEP_ROLLED
+        for (int row = grid.row * lanes; row < work.count; row += grid.rows * lanes) {
+            PackedCodes<lanes, depth> codes;
+            make_keys<kind>(work, part, grids, row, c, codes, beyond);
+            planes.each<narrowest>([&](auto width, std::byte* plane, int shift) {
+                pack_keys<decltype(width)::count>(work, part, plane, shift, codes, work.base + row, c);
+            });
+        }
+        return beyond;
+    }
+    const int channels = (part.channels + 15) / 16 * 16;
+    const ThreadGrid grid(thread, threads, channels / lanes, 32);
+    KVPLANE_KEEP_ROLLED
+    for (int c = grid.column * lanes; c < channels; c += grid.columns * lanes) KVPLANE_KEEP_ROLLED
+    for (int row = grid.row * depth; row < work.count; row += grid.rows * depth) {
+        PackedCodes<lanes, depth> codes;
+        make_values<kind>(work, part, grids, row, c, codes, beyond);
+        planes.each<narrowest>([&](auto width, std::byte* plane, int shift) {
+            pack_values<decltype(width)::count>(work, part, plane, shift, codes, work.base + row, c);
+        });
+    }
+    return beyond;
+}
 template <class Value, class Block>
 KVPLANE_DEVICE void encode_codes(const Block& block, const TileWork<Value>& work, const SegmentPart& part) {
     const Segment& segment = part.segment;
@@ -364,34 +443,15 @@ KVPLANE_DEVICE void encode_codes(const Block& block, const TileWork<Value>& work
     block.run([&](int thread, int threads) {
         const GridsOfPart grids(work, segment);
         if (!grids.in_eights()) return encode_words(work, part, grids, keys, thread, threads);
+        const int kind = segment.by_channel                   ? grids_by_channel
+                         : segment.scheme == Scheme::unbiased ? grids_unbiased
+                                                              : grids_by_row;
         float beyond = 0.0f;
         with_bits<4, 2, 1>(segment.width[segment.planes - 1], [&](auto narrowest) {
-            constexpr int depth = 32 / decltype(narrowest)::count, lanes = depth == 32 ? 2 : 4;
-            PackedCodes<lanes, depth> codes;
-            if (keys) {
-                // Eight threads side by side have eights of one row, which meet all banks, and whole units.
-                const ThreadGrid grid(thread, threads, (part.channels + depth - 1) / depth, 8);
-                KVPLANE_KEEP_ROLLED
-                for (int c = grid.column * depth; c < part.channels; c += grid.columns * depth)
-                    KVPLANE_KEEP_ROLLED
-                for (int row = grid.row * lanes; row < work.count; row += grid.rows * lanes) {
-                    make_keys(work, part, grids, row, c, codes, beyond);
-                    KVPLANE_KEEP_ROLLED
-                    for (int p = 0; p < segment.planes; ++p)
-                        pack_keys<4, 2, 1>(work, part, p, codes, work.base + row, c);
-                }
-            } else {
-                const int channels = (part.channels + 15) / 16 * 16;
-                const ThreadGrid grid(thread, threads, channels / lanes, 32);
-                KVPLANE_KEEP_ROLLED
-                for (int c = grid.column * lanes; c < channels; c += grid.columns * lanes) KVPLANE_KEEP_ROLLED
-                for (int row = grid.row * depth; row < work.count; row += grid.rows * depth) {
-                    make_values(work, part, grids, row, c, codes, beyond);
-                    KVPLANE_KEEP_ROLLED
-                    for (int p = 0; p < segment.planes; ++p)
-                        pack_values<4, 2, 1>(work, part, p, codes, work.base + row, c);
-                }
-            }
+            with_bits<grids_by_channel, grids_by_row, grids_unbiased>(kind, [&](auto of) {
+                beyond = encode_part<decltype(narrowest)::count, decltype(of)::count>(work, part, grids, keys,
+                                                                                      thread, threads);
+            });
         });
         if (beyond > 0.0f) raise(&work.found->excess[work.item.side], static_cast<double>(beyond));
     });

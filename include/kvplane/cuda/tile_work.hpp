@@ -22,11 +22,12 @@ struct SegmentPart {
     int first, channels;  ///< within the segment
     int column;           ///< of the block's rows
     int channel;          ///< of the tile
+    int segment_channels;
 };
 
 /// body(part) for every segment that an item has channels of.
 template <class Body>
-KVPLANE_DEVICE void each_part(const Segment* segments, const Item& item, const Body& body) {
+KVPLANE_DEVICE_INLINED void each_part(const Segment* segments, const Item& item, const Body& body) {
     int column = 0;
     for (int s = item.first_segment; s < item.first_segment + item.segments; ++s) {
         const Segment& segment = segments[s];
@@ -35,7 +36,8 @@ KVPLANE_DEVICE void each_part(const Segment* segments, const Item& item, const B
                   begin =
                       segment.first_channel > item.first_channel ? segment.first_channel : item.first_channel,
                   end = of_item < of_segment ? of_item : of_segment;
-        body(SegmentPart{segment, begin - segment.first_channel, end - begin, column, begin});
+        body(SegmentPart{segment, begin - segment.first_channel, end - begin, column, begin,
+                         segment.channels});
         column += whole_units_of(end - begin);
     }
 }
