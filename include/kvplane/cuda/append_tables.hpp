@@ -71,6 +71,11 @@ class AppendTables {
     const float* mean() const noexcept { return at<float>(mean_at_); }
 
     int item_count() const noexcept { return static_cast<int>(items_.size()); }
+    /// Those of keys, which come first.
+    int key_item_count() const noexcept {
+        return static_cast<int>(
+            std::count_if(items_.begin(), items_.end(), [](const Item& item) { return item.side == 0; }));
+    }
     int subspace_count() const noexcept { return static_cast<int>(subspaces_.size()); }
     int pair_count() const noexcept { return static_cast<int>(pairs_.size()); }
     /// [pair] radians a position.

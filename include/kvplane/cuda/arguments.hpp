@@ -164,7 +164,7 @@ struct CentreArguments {
 
 /// Products of centred keys with the columns of a basis, and of latents with those of its inverse.
 struct ProductArguments {
-    static constexpr int rows_of_block = 64, columns_of_block = 32, depth = 32;
+    static constexpr int rows_of_block = 64, columns_of_block = 64, depth = 32;
 
     const Subspace* subspaces;
     std::int32_t subspace_count, strips;  ///< strips of columns_of_block columns, the most of any subspace

@@ -393,7 +393,16 @@ class DeviceAppend {
         }
         std::optional<ProductArguments> back;
         PageReference centred, latents, angles;
-        if (next_.latent) back = latents_of(sources, count, position, centred, latents, angles, a);
+        if (next_.latent) {
+            // Values need no basis: they are under way while the host computes angles.
+            TilesArguments values = a;
+            values.items += tables_.key_item_count();
+            values.item_count -= tables_.key_item_count();
+            if (values.item_count > 0)
+                queue_.run(values, values.item_count * values.tile_count, tables_.tiles_shared());
+            a.item_count = tables_.key_item_count();
+            back = latents_of(sources, count, position, centred, latents, angles, a);
+        }
         if (a.item_count > 0) queue_.run(a, a.item_count * a.tile_count, tables_.tiles_shared());
         if (!back) return;
         back->back = 1;

@@ -47,11 +47,18 @@ struct InputHalves {
     KVPLANE_DEVICE void load(int row, int c, FourWords (&halves)[rows]) {
         const int channels = part.channel + part.count;
         Eight<input_half> eights[rows];
-        KVPLANE_UNROLL
-        for (int t = 0; t < rows; ++t) {
-            eights[t].clear();
-            if (row + t >= part.begin && row + t < part.end)
-                eights[t].load(part.input, part.first + row + t, part.head, part.channel + c, channels);
+        const std::int64_t token = part.first + row;
+        if (row >= part.begin && row + rows <= part.end) {
+            KVPLANE_UNROLL
+            for (int t = 0; t < rows; ++t)
+                eights[t].load(part.input, token + t, part.head, part.channel + c, channels);
+        } else {
+            KVPLANE_UNROLL
+            for (int t = 0; t < rows; ++t) {
+                eights[t].clear();
+                if (row + t >= part.begin && row + t < part.end)
+                    eights[t].load(part.input, token + t, part.head, part.channel + c, channels);
+            }
         }
         KVPLANE_UNROLL
         for (int t = 0; t < rows; ++t) {
