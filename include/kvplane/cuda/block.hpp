@@ -62,7 +62,8 @@ struct ThreadGrid {
 #if defined(__CUDA_ARCH__)
         const int log_across = across > 1 ? 32 - __clz(across - 1) : 0;
 #else
-        const int log_across = std::bit_width(static_cast<unsigned>(across > 1 ? across - 1 : 0));
+        const auto log_across =
+            static_cast<int>(std::bit_width(static_cast<unsigned>(across > 1 ? across - 1 : 0)));
 #endif
         columns = 1 << log_across < most ? 1 << log_across : most;
         const int log_columns = 1 << log_across < most ? log_across : log_of(most);

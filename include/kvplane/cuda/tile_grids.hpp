@@ -209,12 +209,25 @@ KVPLANE_DEVICE void fit_unbiased(const Block& block, const TileWork<Value>& work
         const int column = part.column + channels.first, row = of_rows.rest(g);
         double sums[4] = {};
         int c = share;
-        for (; c + 12 < channels.count; c += 16) KVPLANE_UNROLL
-        for (int k = 0; k < 4; ++k) sums[k] = term(number(*work.rows.at(row, column + c + 4 * k)), sums[k]);
-        KVPLANE_UNROLL
-        for (int k = 0; k < 3; ++k)
-            if (c + 4 * k < channels.count)
-                sums[k] = term(number(*work.rows.at(row, column + c + 4 * k)), sums[k]);
+        if (column % 16 == 0) {
+            // Sixteen channels from a multiple of it lie side by side.
+            KVPLANE_UNROLL_FEW
+            for (; c + 12 < channels.count; c += 16) {
+                const Value* const from = work.rows.at(row, column + c);
+                KVPLANE_UNROLL
+                for (int k = 0; k < 4; ++k) sums[k] = term(number(from[4 * k]), sums[k]);
+            }
+        }
+        KVPLANE_KEEP_ROLLED
+        for (; c < channels.count; c += 4) {
+            const double sum = term(number(*work.rows.at(row, column + c)), sums[0]);
+            // The sum of the next channel comes first.
+            sums[0] = sums[1];
+            sums[1] = sums[2];
+            sums[2] = sums[3];
+            sums[3] = sum;
+        }
+        // However often they were turned, the same two are added first.
         return sum_of(sum_of(sums[0], sums[2]), sum_of(sums[1], sums[3]));
     };
     const float centre = 0.5f - static_cast<float>(1 << (bits - 1)),
