@@ -48,12 +48,18 @@ KVPLANE_DEVICE_INLINED void encode_item(const Block& block, const TilesArguments
         const bool direct = item.direct && side.input.type == input_half && side.input.in_eights &&
                             work.fresh() == work.begin();
         if (!direct) load_tokens(block, work);
-        each_part(a.segments, item, [&](const SegmentPart& part) {
-            if (part.segment.bits == 0) return;
-            if (part.segment.bits == 16) return encode_halves(block, work, part, direct);
+        int column = 0;
+        for (int s = item.first_segment; s < item.first_segment + item.segments; ++s) {
+            const SegmentPart part = part_of(a.segments, item, s, column);
+            column += whole_units_of(part.channels);
+            if (part.segment.bits == 0) continue;
+            if (part.segment.bits == 16) {
+                encode_halves(block, work, part, direct);
+                continue;
+            }
             fit_grids(block, work, part);
             encode_codes(block, work, part);
-        });
+        }
     }
     block.run([&](int thread, int) {
         if (thread != 0) return;

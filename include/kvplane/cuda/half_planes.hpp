@@ -87,8 +87,8 @@ struct HalfPlanes {
 /// Planes of keys, four tokens times eight channels at a time, and the largest magnitudes of each channel and
 /// four tokens: [four tokens][channel].
 template <class Value, class Source>
-KVPLANE_DEVICE void pack_half_keys(const TileWork<Value>& work, const SegmentPart& part, Source& source,
-                                   int thread, int threads) {
+KVPLANE_DEVICE_INLINED void pack_half_keys(const TileWork<Value>& work, const SegmentPart& part,
+                                           Source& source, int thread, int threads) {
     constexpr int tokens = 4;
     auto* const magnitudes = work.template part<std::uint16_t>(work.plan.partial);
     const int pitch = whole_units_of(part.channels);
@@ -150,8 +150,8 @@ KVPLANE_DEVICE void store_exponents(const Block& block, const TileWork<Value>& w
 
 /// Planes of values, eight tokens times eight channels at a time.
 template <class Value, class Source>
-KVPLANE_DEVICE void pack_half_values(const TileWork<Value>& work, const SegmentPart& part, Source& source,
-                                     int thread, int threads) {
+KVPLANE_DEVICE_INLINED void pack_half_values(const TileWork<Value>& work, const SegmentPart& part,
+                                             Source& source, int thread, int threads) {
     constexpr int tokens = 8;
     const int channels = (part.channels + 15) / 16 * 16;
     const HalfPlanes planes(part.segment, work.tile);
@@ -194,8 +194,8 @@ KVPLANE_DEVICE void pack_half_values(const TileWork<Value>& work, const SegmentP
 
 /// Planes of a part of a segment that is fp16, of the resident rows, or of the input itself where `direct`.
 template <class Value, class Block>
-KVPLANE_DEVICE void encode_halves(const Block& block, const TileWork<Value>& work, const SegmentPart& part,
-                                  bool direct) {
+KVPLANE_DEVICE_INLINED void encode_halves(const Block& block, const TileWork<Value>& work,
+                                          const SegmentPart& part, bool direct) {
     const bool keys = work.a.formats[work.item.format].keys;
     const auto pack = [&](auto& source, int thread, int threads) {
         if (keys)

@@ -63,8 +63,8 @@ KVPLANE_DEVICE void rotate_some(float* row, int first, int half, float scale, co
 /// Replaces rows [begin, end) by their products with H / sqrt(n), block by block of the diagonal, and with
 /// signs where these are given. `done`: stages that rows have behind them, 0 or first_stages.
 template <class Block>
-KVPLANE_DEVICE void rotate_rows(const Block& block, float* rows, int pitch, int begin, int end, int channels,
-                                int done, const float* signs_after) {
+KVPLANE_DEVICE_INLINED void rotate_rows(const Block& block, float* rows, int pitch, int begin, int end,
+                                        int channels, int done, const float* signs_after) {
     int log_most = 0;
     while (2 << log_most <= channels) ++log_most;
     const bool has_single = signs_after && channels % 2 == 1;  // a block of one, which no stage touches

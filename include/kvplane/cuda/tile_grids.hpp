@@ -78,7 +78,8 @@ struct ExtremesOfEights<float> {
 
 /// A grid for each channel of all resident tokens.
 template <class Value, class Block>
-KVPLANE_DEVICE void fit_channels(const Block& block, const TileWork<Value>& work, const SegmentPart& part) {
+KVPLANE_DEVICE_INLINED void fit_channels(const Block& block, const TileWork<Value>& work,
+                                         const SegmentPart& part) {
     const int channels = whole_units_of(part.channels);
     Value *const low = work.template part<Value>(work.plan.partial),
                  *const high = low + channel_shares * channels;  // [share][channel]
@@ -134,7 +135,8 @@ KVPLANE_DEVICE void store_grid(const TileWork<Value>& work, const Segment& segme
 
 /// A grid for each run of channels of each resident token: grid run * rows + row.
 template <class Value, class Block>
-KVPLANE_DEVICE void fit_runs(const Block& block, const TileWork<Value>& work, const SegmentPart& part) {
+KVPLANE_DEVICE_INLINED void fit_runs(const Block& block, const TileWork<Value>& work,
+                                     const SegmentPart& part) {
     const Segment& segment = part.segment;
     const int shares = run_shares(segment), rows = work.count, grids = rows * segment.runs;
     float *const low = work.template part<float>(work.plan.partial), *const high = low + shares * grids;
@@ -193,7 +195,8 @@ KVPLANE_DEVICE void fit_runs(const Block& block, const TileWork<Value>& work, co
 /// The same of grids without bias, some at a time. Element i of a run goes to sum i % 16; sums i and i + 8 are
 /// added first, then those 4 apart, 2 apart and 1 apart. A thread has sums i, i + 4, i + 8 and i + 12.
 template <class Value, class Block>
-KVPLANE_DEVICE void fit_unbiased(const Block& block, const TileWork<Value>& work, const SegmentPart& part) {
+KVPLANE_DEVICE_INLINED void fit_unbiased(const Block& block, const TileWork<Value>& work,
+                                         const SegmentPart& part) {
     const Segment& segment = part.segment;
     const int rows = work.count, grids = rows * segment.runs, bits = segment.bits;
     double *const squares = work.template part<double>(work.plan.partial), *const products =
@@ -274,7 +277,8 @@ KVPLANE_DEVICE void fit_unbiased(const Block& block, const TileWork<Value>& work
 
 /// Grids of a part of a segment, which is not fp16.
 template <class Value, class Block>
-KVPLANE_DEVICE void fit_grids(const Block& block, const TileWork<Value>& work, const SegmentPart& part) {
+KVPLANE_DEVICE_INLINED void fit_grids(const Block& block, const TileWork<Value>& work,
+                                      const SegmentPart& part) {
     if (part.segment.by_channel) return fit_channels(block, work, part);
     if (part.segment.scheme == Scheme::unbiased) return fit_unbiased(block, work, part);
     fit_runs(block, work, part);

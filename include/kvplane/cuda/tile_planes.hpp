@@ -437,7 +437,8 @@ KVPLANE_DEVICE_INLINED float encode_part(const TileWork<Value>& work, const Segm
     return beyond;
 }
 template <class Value, class Block>
-KVPLANE_DEVICE void encode_codes(const Block& block, const TileWork<Value>& work, const SegmentPart& part) {
+KVPLANE_DEVICE_INLINED void encode_codes(const Block& block, const TileWork<Value>& work,
+                                         const SegmentPart& part) {
     const Segment& segment = part.segment;
     const bool keys = work.a.formats[work.item.format].keys;
     block.run([&](int thread, int threads) {

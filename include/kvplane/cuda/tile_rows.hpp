@@ -27,7 +27,8 @@ KVPLANE_DEVICE void load_recent_eight(const Side& side, const std::byte* page, i
 }
 
 template <class Block>
-KVPLANE_DEVICE void load_latents(const Block& block, const TileWork<float>& work, const SegmentPart& part) {
+KVPLANE_DEVICE_INLINED void load_latents(const Block& block, const TileWork<float>& work,
+                                         const SegmentPart& part) {
     const float* const latents =
         work.a.latents + work.tile_index * work.a.latent_stride + work.item.latent_at + part.channel;
     block.run([&](int thread, int threads) {
@@ -45,7 +46,8 @@ KVPLANE_DEVICE void load_latents(const Block& block, const TileWork<float>& work
 
 /// Tokens that need no more than to be rounded to fp16, if that.
 template <class Value, class Block>
-KVPLANE_DEVICE void load_input(const Block& block, const TileWork<Value>& work, const SegmentPart& part) {
+KVPLANE_DEVICE_INLINED void load_input(const Block& block, const TileWork<Value>& work,
+                                       const SegmentPart& part) {
     const int begin = work.begin(), fresh = work.fresh(), end = work.end();
     block.run([&](int thread, int threads) {
         const InputPart input{work.side.input,
@@ -97,7 +99,7 @@ KVPLANE_DEVICE void load_input(const Block& block, const TileWork<Value>& work, 
 /// Tokens that are rotated, or rounded to 8 bits, on the way: all channels of the head, and of these those of
 /// the item's parts.
 template <class Block>
-KVPLANE_DEVICE void load_staged(const Block& block, const TileWork<float>& work) {
+KVPLANE_DEVICE_INLINED void load_staged(const Block& block, const TileWork<float>& work) {
     float* const staging = work.part<float>(work.plan.staging);
     const int step_rows = work.plan.step_rows < work.count ? work.plan.step_rows : work.count,
               pitch = work.plan.staging_pitch;
@@ -135,7 +137,7 @@ KVPLANE_DEVICE void load_staged(const Block& block, const TileWork<float>& work)
 
 /// Takes the tokens of the window to shared memory; those that are not written become zero.
 template <class Value, class Block>
-KVPLANE_DEVICE void load_tokens(const Block& block, const TileWork<Value>& work) {
+KVPLANE_DEVICE_INLINED void load_tokens(const Block& block, const TileWork<Value>& work) {
     if constexpr (sizeof(Value) == 4)
         if (work.item.staged) return load_staged(block, work);
     each_part(work.a.segments, work.item, [&](const SegmentPart& part) {

@@ -25,20 +25,23 @@ struct SegmentPart {
     int segment_channels;
 };
 
+/// What an item has of segment s; its columns begin at `column`.
+KVPLANE_DEVICE inline SegmentPart part_of(const Segment* segments, const Item& item, int s, int column) {
+    const Segment& segment = segments[s];
+    const int of_item = item.first_channel + item.channels,
+              of_segment = segment.first_channel + segment.channels,
+              begin = segment.first_channel > item.first_channel ? segment.first_channel : item.first_channel,
+              end = of_item < of_segment ? of_item : of_segment;
+    return {segment, begin - segment.first_channel, end - begin, column, begin, segment.channels};
+}
 /// body(part) for every segment that an item has channels of.
 template <class Body>
 KVPLANE_DEVICE_INLINED void each_part(const Segment* segments, const Item& item, const Body& body) {
     int column = 0;
     for (int s = item.first_segment; s < item.first_segment + item.segments; ++s) {
-        const Segment& segment = segments[s];
-        const int of_item = item.first_channel + item.channels,
-                  of_segment = segment.first_channel + segment.channels,
-                  begin =
-                      segment.first_channel > item.first_channel ? segment.first_channel : item.first_channel,
-                  end = of_item < of_segment ? of_item : of_segment;
-        body(SegmentPart{segment, begin - segment.first_channel, end - begin, column, begin,
-                         segment.channels});
-        column += whole_units_of(end - begin);
+        const SegmentPart part = part_of(segments, item, s, column);
+        column += whole_units_of(part.channels);
+        body(part);
     }
 }
 

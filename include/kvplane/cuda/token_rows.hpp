@@ -32,9 +32,9 @@ KVPLANE_DEVICE constexpr int row_grids_bytes(int rows) {
 /// Takes tokens first + row of the input to the rows [begin, end) of `rows`, as floats in the frame in which
 /// they are stored; checks them, and leaves the largest magnitude of each row in eight parts.
 template <class Block>
-KVPLANE_DEVICE void stage_rows(const Block& block, const Side& side, int head, std::int64_t first, int begin,
-                               int end, float* rows, int pitch, float* parts, std::uint32_t* bad,
-                               std::uint32_t* largest) {
+KVPLANE_DEVICE_INLINED void stage_rows(const Block& block, const Side& side, int head, std::int64_t first,
+                                       int begin, int end, float* rows, int pitch, float* parts,
+                                       std::uint32_t* bad, std::uint32_t* largest) {
     if (begin >= end) return;
     const bool in_eights = side.dim % 8 == 0;
     block.run([&](int thread, int threads) {
@@ -182,9 +182,10 @@ KVPLANE_DEVICE inline void load_recent(const Side& side, const std::byte* page, 
 /// Tokens base + row of a tile, rows [begin, end), of one head, as they are or would be stored outside tiles:
 /// floats in `rows`. `first`: the token of the input that is token 0 of the tile. `row_grids`: of end rows.
 template <class Block>
-KVPLANE_DEVICE void stage_tokens(const Block& block, const Side& side, int head, std::int64_t first, int base,
-                                 int begin, int end, const std::byte* const* recent, float* rows, int pitch,
-                                 float* parts, float* row_grids, std::uint32_t* bad, std::uint32_t* largest) {
+KVPLANE_DEVICE_INLINED void stage_tokens(const Block& block, const Side& side, int head, std::int64_t first,
+                                         int base, int begin, int end, const std::byte* const* recent,
+                                         float* rows, int pitch, float* parts, float* row_grids,
+                                         std::uint32_t* bad, std::uint32_t* largest) {
     // Rows [begin, fresh) are recent tokens, [fresh, end) come from the input.
     const std::int64_t before = -(first + base);
     const int fresh = before <= begin ? begin : before >= end ? end : static_cast<int>(before);
