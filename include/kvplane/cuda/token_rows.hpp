@@ -74,8 +74,7 @@ KVPLANE_DEVICE_INLINED void stage_rows(const Block& block, const Side& side, int
             for (; c + 4 <= side.dim; c += row_parts * 4) {
                 float x[4];
                 load_numbers<4>(rows + row * pitch + place_of(c), x);
-                for (int i = 0; i < 4; ++i)
-                    magnitude = magnitude < magnitude_of(x[i]) ? magnitude_of(x[i]) : magnitude;
+                for (int i = 0; i < 4; ++i) magnitude = greater_of(magnitude, magnitude_of(x[i]));
             }
             for (; c < side.dim && c % 4 != 3; ++c) {  // the part that has the rest of a row
                 const float x = magnitude_of(rows[row * pitch + place_of(c)]);
@@ -213,11 +212,16 @@ KVPLANE_DEVICE_INLINED void stage_tokens(const Block& block, const Side& side, i
                 float* const at = rows + row * pitch + place_of(c);
                 float x[4];
                 load_numbers<4>(at, x);
-                KVPLANE_UNROLL
-                for (int i = 0; i < 4; ++i)
-                    x[i] = halves ? widened(nearest_half(x[i]))
-                                  : product_of(step, difference_of(cell_of(x[i], lower, inverse, 255.0f),
-                                                                   0x1p23f + 128.0f));
+                if (halves) {
+                    KVPLANE_UNROLL
+                    for (int i = 0; i < 4; ++i) x[i] = widened(nearest_half(x[i]));
+                } else {
+                    // The code less 128, times the step.
+                    KVPLANE_UNROLL
+                    for (int i = 0; i < 4; ++i)
+                        x[i] = product_of(
+                            step, difference_of(cell_of(x[i], lower, inverse, 255.0f), 0x1p23f + 128.0f));
+                }
                 put_numbers<4>(at, x);
             }
         }
