@@ -55,13 +55,17 @@ inline std::vector<AppendCase> append_cases() {
          "block32:4+key_group=24",
          "key_favored:4:4+key_scheme=symmetric",
          "key_favored:3:3+key_scheme=full_range",
-         "key_favored:2:3+value_group=8"},
+         "key_favored:2:3+value_group=8",
+         "block32:4+key_group=20",  // grids that begin in the middle of eight channels
+         "block32:5:rotated+key_group=5",
+         "key_favored:3:4+value_group=12"},
         {});
     add({"fp16", "standard", "compact", "key_favored:8:8", "key_favored:4:4", "block32:8",
          "block32:4:rotated"},
         {2, 128, 128});
     add({"fp16", "standard", "key_favored:3:3+rotate_keys=1+recent_bits=8", "block32:4:rotated", "kivi:2"},
         {3, 80, 37});
+    add({"fp16", "standard", "compact", "key_favored:7:6", "key_favored:8:8", "block32:4"}, {2, 96, 80});
     add({"standard", "fp16", "key_favored:4:2+rotate_keys=1"}, {1, 1, 3});
     add({"key_favored:4:4+sinks=1", "standard+sinks=3"}, {1, 2, 4});  // rows at odd places of pages
     add({"key_favored:4:4", "standard", "block32:8:rotated"}, {1, 256, 192});
@@ -120,15 +124,18 @@ struct StridedRows {
     std::vector<std::byte> bytes;
     cuda::DeviceRows rows;  ///< rows.data is to be set
 
-    enum class Order { token_head_channel, head_token_channel, channels_apart };
+    /// The last one begins at an address that no more than one element can be loaded from.
+    enum class Order { token_head_channel, head_token_channel, channels_apart, unaligned };
 
     StridedRows(const Matrix& matrix, Index heads, ScalarType type, Order order) {
-        const Index tokens = matrix.rows(), dim = heads > 0 ? matrix.cols() / heads : 0;
+        const Index tokens = matrix.rows(), dim = heads > 0 ? matrix.cols() / heads : 0,
+                    before = order == Order::unaligned ? 1 : 0;
         rows.type = type;
         rows.tokens = tokens;
         rows.heads = heads;
         switch (order) {
             case Order::token_head_channel:
+            case Order::unaligned:
                 rows.token_stride = heads * dim;
                 rows.head_stride = dim;
                 break;
@@ -146,14 +153,14 @@ struct StridedRows {
                                    ? 0
                                    : (tokens - 1) * rows.token_stride + (heads - 1) * rows.head_stride +
                                          (dim - 1) * rows.channel_stride + 1;
-        bytes.assign(static_cast<std::size_t>(elements) * bytes_of(type), std::byte{0xFF});
+        bytes.assign(static_cast<std::size_t>(elements + before) * bytes_of(type), std::byte{0xFF});
         for (Index t = 0; t < tokens; ++t)
             for (Index h = 0; h < heads; ++h)
                 for (Index c = 0; c < dim; ++c) {
                     const Index at = t * rows.token_stride + h * rows.head_stride + c * rows.channel_stride;
-                    put(at, matrix(t, h * dim + c));
+                    put(before + at, matrix(t, h * dim + c));
                 }
-        rows.data = bytes.data();
+        rows.data = bytes.data() + static_cast<std::size_t>(before) * bytes_of(type);
     }
 
   private:

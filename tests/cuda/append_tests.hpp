@@ -94,8 +94,8 @@ class AppendTest : public testing::TestWithParam<AppendCase> {
     void gives_the_bytes_of_the_host() {
         int round = 0;
         for (const ScalarType type : {ScalarType::float32, ScalarType::float16, ScalarType::bfloat16})
-            for (const Order order :
-                 {Order::token_head_channel, Order::head_token_channel, Order::channels_apart}) {
+            for (const Order order : {Order::token_head_channel, Order::head_token_channel,
+                                      Order::channels_apart, Order::unaligned}) {
                 if (sanitized && round++ % 4 != 0) continue;
                 SCOPED_TRACE("element type " + std::to_string(static_cast<int>(type)) + ", order " +
                              std::to_string(static_cast<int>(order)));

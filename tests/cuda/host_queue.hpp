@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "kvplane/cuda/encode.hpp"
+#include "kvplane/cuda/latents.hpp"
 #include "kvplane/cuda/queue.hpp"
+#include "kvplane/cuda/token_rows.hpp"
 
 namespace kvplane_test {
 

@@ -9,13 +9,15 @@
 
 #include "kvplane/cuda/arguments.hpp"
 #include "kvplane/cuda/encode.hpp"
+#include "kvplane/cuda/latents.hpp"
 #include "kvplane/cuda/launch.hpp"
+#include "kvplane/cuda/token_rows.hpp"
 
 namespace kvplane::cuda::detail {
 
 extern __shared__ FourWords kvplane_shared[];
 
-inline constexpr int row_threads = 128, tile_threads = 256;
+inline constexpr int row_threads = 128, tile_threads = 256, product_threads = 128;
 
 __global__ void __launch_bounds__(row_threads) rows_kernel(const __grid_constant__ RowsArguments a) {
     write_rows(DeviceBlock{}, a, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y),
@@ -27,7 +29,8 @@ __global__ void __launch_bounds__(tile_threads, 3) tiles_kernel(const __grid_con
 __global__ void __launch_bounds__(tile_threads) centre_kernel(const __grid_constant__ CentreArguments a) {
     centre_keys(DeviceBlock{}, a, static_cast<int>(blockIdx.x), reinterpret_cast<std::byte*>(kvplane_shared));
 }
-__global__ void __launch_bounds__(tile_threads) product_kernel(const __grid_constant__ ProductArguments a) {
+__global__ void __launch_bounds__(product_threads)
+    product_kernel(const __grid_constant__ ProductArguments a) {
     multiply_keys(DeviceBlock{}, a, static_cast<int>(blockIdx.x),
                   reinterpret_cast<std::byte*>(kvplane_shared));
 }
@@ -64,7 +67,7 @@ int launch(const CentreArguments& a, int blocks, int shared_bytes, CUstream_st* 
                       stream);
 }
 int launch(const ProductArguments& a, int blocks, int shared_bytes, CUstream_st* stream) {
-    return run_kernel(product_kernel, dim3(static_cast<unsigned>(blocks)), tile_threads, a, shared_bytes,
+    return run_kernel(product_kernel, dim3(static_cast<unsigned>(blocks)), product_threads, a, shared_bytes,
                       stream);
 }
 int launch_probe(float* results, CUstream_st* stream) {

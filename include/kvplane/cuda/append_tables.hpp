@@ -14,8 +14,10 @@
 #include "kvplane/cache/shape.hpp"
 #include "kvplane/cache/state.hpp"
 #include "kvplane/cuda/arguments.hpp"
-#include "kvplane/cuda/encode.hpp"
+#include "kvplane/cuda/latents.hpp"
 #include "kvplane/cuda/queue.hpp"
+#include "kvplane/cuda/tile_work.hpp"
+#include "kvplane/cuda/token_rows.hpp"
 #include "kvplane/storage/tile_planes.hpp"
 
 namespace kvplane::cuda::detail {
@@ -24,11 +26,6 @@ using kvplane::detail::CacheShape;
 using kvplane::detail::CacheState;
 using kvplane::detail::PerSide;
 
-static_assert(static_cast<int>(Scheme::cell) == scheme_cell &&
-              static_cast<int>(Scheme::min_max) == scheme_min_max &&
-              static_cast<int>(Scheme::symmetric) == scheme_symmetric &&
-              static_cast<int>(Scheme::full_range) == scheme_full_range &&
-              static_cast<int>(Scheme::unbiased) == scheme_unbiased);
 static_assert(static_cast<int>(ScalarType::float32) == input_float &&
               static_cast<int>(ScalarType::float16) == input_half &&
               static_cast<int>(ScalarType::bfloat16) == input_bfloat);
@@ -74,6 +71,11 @@ class AppendTables {
     const float* mean() const noexcept { return at<float>(mean_at_); }
 
     int item_count() const noexcept { return static_cast<int>(items_.size()); }
+    /// Those of keys, which come first.
+    int key_item_count() const noexcept {
+        return static_cast<int>(
+            std::count_if(items_.begin(), items_.end(), [](const Item& item) { return item.side == 0; }));
+    }
     int subspace_count() const noexcept { return static_cast<int>(subspaces_.size()); }
     int pair_count() const noexcept { return static_cast<int>(pairs_.size()); }
     /// [pair] radians a position.
@@ -86,10 +88,14 @@ class AppendTables {
     }
     /// Floats of the latents of a tile.
     std::int64_t latent_floats() const noexcept { return latent_floats_; }
-    /// Whether items begin at channels that four can be loaded from.
-    bool in_fours() const noexcept {
-        return std::all_of(items_.begin(), items_.end(),
-                           [](const Item& item) { return item.first_channel % 4 == 0; });
+    /// Whether blocks take runs of the input's channels that begin at multiples of `count`.
+    bool begins_at(int count) const noexcept {
+        return std::all_of(items_.begin(), items_.end(), [&](const Item& item) {
+            const Segment* const first = segments_.data() + item.first_segment;
+            return item.latent_at >= 0 || std::all_of(first, first + item.segments, [&](const Segment& s) {
+                       return s.first_channel % count == 0;
+                   });
+        });
     }
     /// Shared memory that blocks take.
     int rows_shared() const noexcept { return rows_shared_; }
@@ -113,7 +119,7 @@ class AppendTables {
             segment.first_channel = static_cast<std::int32_t>(placed.first_channel);
             segment.channels = static_cast<std::int32_t>(placed.channels);
             segment.bits = placed.bits;
-            segment.scheme = static_cast<std::int32_t>(placed.scheme);
+            segment.scheme = placed.scheme;
             segment.by_channel = by_channel;
             segment.group = static_cast<std::int32_t>(group);
             segment.runs = by_channel ? 0 : static_cast<std::int32_t>(groups_of(placed.channels, group));
@@ -171,21 +177,28 @@ class AppendTables {
         item.head = static_cast<std::int32_t>(head);
         item.format = format_index;
         item.at = static_cast<std::int32_t>(at);
-        item.resident_rows = by_channel ? static_cast<std::int32_t>(format.rule().group) : step_rows;
-        item.halves = !subspace && (recent == 16 || (recent == 32 && all_half));
         item.staged = !subspace && (cache.rotates(side) || recent == 8);
+        item.halves = !subspace && !item.staged && (recent == 16 || all_half);
+        item.direct = !subspace && !item.staged && all_half;
+        const int element = item.halves ? 2 : 4;
+        const auto pitch = [&](Index channels) {
+            const int columns = whole_units_of(static_cast<int>(channels));
+            return item.halves ? half_pitch_of(columns) : pitch_of(columns);
+        };
+        const int budget = item.staged ? 80 * 1024 : 48 * 1024;
+        item.spans_tokens = by_channel;
+        item.resident_rows = by_channel                 ? static_cast<std::int32_t>(format.rule().group)
+                             : half_keys && item.direct ? tile_rows
+                             : 2 * step_rows * pitch(format.channels()) * element <= budget || item.direct
+                                 ? 2 * step_rows
+                                 : step_rows;
         item.latent_at = subspace ? subspace->latent_at : -1;
         item.latent_stride = subspace ? subspace->latent_stride : 0;
         const int rows = half_keys ? tile_rows : item.resident_rows;
-        const int budget = item.staged ? 80 * 1024 : 48 * 1024, element = item.halves ? 2 : 4;
         const auto fits = [&](int channels) {
-            return !by_channel || item.resident_rows * pitch_of(channels) * element <= budget;
+            return !by_channel || item.resident_rows * pitch(channels) * element <= budget;
         };
         const auto add = [&] {
-            int columns = 0;
-            for (int s = item.first_segment; s < item.first_segment + item.segments; ++s)
-                columns += whole_units_of(static_cast<int>(segments_[static_cast<std::size_t>(s)].channels));
-            item.code_rows = item.resident_rows * columns <= 20 * 1024 ? item.resident_rows : step_rows;
             for (int row = 0; row < tile_rows; row += rows) {
                 item.first_row = row;
                 item.rows = rows;

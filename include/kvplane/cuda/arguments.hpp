@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kvplane/quantize/grid.hpp"
+
 namespace kvplane::cuda {
 
 /// A tile of a cache in device memory, as attention kernels find it.
@@ -21,7 +23,7 @@ struct DeviceTile {
 
 namespace detail {
 
-/// Tokens of a tile, of a page of recent ones, and of what a block takes to its shared memory at a time.
+/// Tokens of a tile, of a page of recent ones, and of what a block turns to floats at a time.
 inline constexpr int tile_rows = 128, recent_rows = 32, step_rows = 32;
 
 /// Elements of input, kvplane::ScalarType as numbers.
@@ -30,7 +32,7 @@ enum : std::int32_t { input_float, input_half, input_bfloat };
 struct InputView {
     const void* data;
     std::int32_t type;
-    std::int32_t in_fours;                                   ///< whether four channels may be loaded at once
+    std::int32_t in_fours, in_eights;  ///< whether so many channels may be loaded at once
     std::int64_t token_stride, head_stride, channel_stride;  ///< in elements
 };
 
@@ -80,7 +82,8 @@ struct RowsArguments {
 
 /// Consecutive channels of a tile, kvplane::TileFormat::Placed as numbers.
 struct Segment {
-    std::int32_t first_channel, channels, bits, scheme;
+    std::int32_t first_channel, channels, bits;
+    Scheme scheme;
     std::int32_t
         by_channel;  ///< a grid for each channel of `group` tokens; otherwise for `group` channels of a token
     std::int32_t group, runs;
@@ -99,11 +102,13 @@ struct Item {
     std::int32_t at;  ///< of the tile in its page
     std::int32_t first_segment, segments;
     std::int32_t first_channel, channels;  ///< of the tile; within a segment they begin at a multiple of 32
-    std::int32_t first_row, rows, resident_rows;
-    std::int32_t code_rows;
-    std::int32_t halves;     ///< whether shared memory holds fp16 numbers
-    std::int32_t staged;     ///< whether rows are rotated or rounded to 8 bits on the way
-    std::int32_t latent_at;  ///< in floats, of a subspace among the latents of a tile; -1: not in latents
+    std::int32_t first_row, rows;
+    std::int32_t resident_rows;  ///< how many a block takes to its shared memory at a time, a power of two
+    std::int32_t spans_tokens;   ///< whether grids span all resident rows
+    std::int32_t halves;         ///< whether shared memory holds fp16 numbers
+    std::int32_t direct;         ///< whether planes are made of the input itself: all channels are fp16
+    std::int32_t staged;         ///< whether rows are rotated or rounded to 8 bits on the way
+    std::int32_t latent_at;      ///< in floats, of a subspace among the latents of a tile; -1: not in latents
     std::int32_t latent_stride;
     std::int32_t clears;  ///< whether it is this block that makes the room between grids and planes zero
 };
@@ -159,7 +164,7 @@ struct CentreArguments {
 
 /// Products of centred keys with the columns of a basis, and of latents with those of its inverse.
 struct ProductArguments {
-    static constexpr int rows_of_block = 64, columns_of_block = 32, depth = 32;
+    static constexpr int rows_of_block = 64, columns_of_block = 64, depth = 32;
 
     const Subspace* subspaces;
     std::int32_t subspace_count, strips;  ///< strips of columns_of_block columns, the most of any subspace

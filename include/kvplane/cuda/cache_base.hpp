@@ -226,10 +226,13 @@ class DeviceAppend {
     bool changed_entry() const noexcept { return changed_entry_; }
 
   private:
-    std::int32_t in_fours(const DeviceRows& rows, Index dim) const noexcept {
+    /// Whether `count` channels from any multiple of it may be loaded at once, in loads of up to 16 bytes.
+    std::int32_t loads(const DeviceRows& rows, Index dim, int count) const noexcept {
         const auto address = reinterpret_cast<std::uintptr_t>(rows.data);
-        return tables_.in_fours() && rows.channel_stride == 1 && rows.token_stride % 4 == 0 &&
-               rows.head_stride % 4 == 0 && dim % 4 == 0 && address % (4 * bytes_of(rows.type)) == 0;
+        return tables_.begins_at(count) && rows.channel_stride == 1 && rows.token_stride % count == 0 &&
+               rows.head_stride % count == 0 && dim % count == 0 &&
+               address % std::min<std::size_t>(16, static_cast<std::size_t>(count) * bytes_of(rows.type)) ==
+                   0;
     }
     RowPlace place(const kvplane::detail::TokenRows& rows, TileSide side, Index capacity) const noexcept {
         return {.rows_at = rows.row(side, 0, 0),
@@ -243,7 +246,8 @@ class DeviceAppend {
         const DeviceRows& rows = side == TileSide::keys ? input_.keys : *input_.values;
         made.input = {.data = rows.data,
                       .type = static_cast<std::int32_t>(rows.type),
-                      .in_fours = in_fours(rows, cache_.dim(side)),
+                      .in_fours = loads(rows, cache_.dim(side), 4),
+                      .in_eights = loads(rows, cache_.dim(side), 8),
                       .token_stride = rows.token_stride,
                       .head_stride = rows.head_stride,
                       .channel_stride = rows.channel_stride};
@@ -389,7 +393,16 @@ class DeviceAppend {
         }
         std::optional<ProductArguments> back;
         PageReference centred, latents, angles;
-        if (next_.latent) back = latents_of(sources, count, position, centred, latents, angles, a);
+        if (next_.latent) {
+            // Values need no basis: they are under way while the host computes angles.
+            TilesArguments values = a;
+            values.items += tables_.key_item_count();
+            values.item_count -= tables_.key_item_count();
+            if (values.item_count > 0)
+                queue_.run(values, values.item_count * values.tile_count, tables_.tiles_shared());
+            a.item_count = tables_.key_item_count();
+            back = latents_of(sources, count, position, centred, latents, angles, a);
+        }
         if (a.item_count > 0) queue_.run(a, a.item_count * a.tile_count, tables_.tiles_shared());
         if (!back) return;
         back->back = 1;

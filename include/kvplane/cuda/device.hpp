@@ -1,46 +1,39 @@
 // kvplane/cuda/device.hpp: marks what is compiled for the device and for the host.
 #pragma once
 
-#include <type_traits>
-
 #if defined(__CUDACC__)
 #define KVPLANE_DEVICE __host__ __device__
+/// A function that is one with its caller, so that what it is given stays in registers.
+#define KVPLANE_DEVICE_INLINED __host__ __device__ __forceinline__
+/// A function that is seldom run and called at many places.
+#define KVPLANE_DEVICE_APART __host__ __device__ __noinline__
 /// Before a loop whose counter is an index of registers.
 #define KVPLANE_UNROLL _Pragma("unroll")
+/// Before a loop of which some rounds should overlap.
+#define KVPLANE_UNROLL_FEW _Pragma("unroll 4")
 /// Before a loop that is seldom run, so that it takes little of the memory of instructions.
 #define KVPLANE_KEEP_ROLLED _Pragma("unroll 1")
-/// Before a loop whose turns are done two at a time, so that what they read is under way at once.
-#define KVPLANE_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #define KVPLANE_DEVICE
+#define KVPLANE_DEVICE_INLINED
+#define KVPLANE_DEVICE_APART
 #define KVPLANE_UNROLL
+#define KVPLANE_UNROLL_FEW
 #define KVPLANE_KEEP_ROLLED
-#define KVPLANE_UNROLL_TWICE
 #endif
 
-namespace kvplane::cuda {
+namespace kvplane::cuda::detail {
 
-/// body() with a width of 1 to 8 bits as a type, whose value the compiler knows.
-template <class Body>
-KVPLANE_DEVICE void with_width(int bits, const Body& body) {
-    switch (bits) {
-        case 1:
-            return body(std::integral_constant<int, 1>{});
-        case 2:
-            return body(std::integral_constant<int, 2>{});
-        case 3:
-            return body(std::integral_constant<int, 3>{});
-        case 4:
-            return body(std::integral_constant<int, 4>{});
-        case 5:
-            return body(std::integral_constant<int, 5>{});
-        case 6:
-            return body(std::integral_constant<int, 6>{});
-        case 7:
-            return body(std::integral_constant<int, 7>{});
-        default:
-            return body(std::integral_constant<int, 8>{});
-    }
+/// A number that is known when code is compiled.
+template <int value>
+struct Constant {
+    static constexpr int count = value;
+    KVPLANE_DEVICE constexpr operator int() const { return value; }
+};
+/// Calls body(Constant<w>{}) for the one of the widths w that `width` is.
+template <int... widths, class Body>
+KVPLANE_DEVICE void with_bits(int width, const Body& body) {
+    (void)((width == widths ? (body(Constant<widths>{}), true) : false) || ...);
 }
 
-}  // namespace kvplane::cuda
+}  // namespace kvplane::cuda::detail

@@ -143,7 +143,7 @@ struct LatentMath {
         for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = Float(0.0f);
         const int depth = view.channels / 16;
         const std::byte* const columns = memory.head + view.basis_at + group * depth * 1024;
-        KVPLANE_UNROLL_TWICE
+        KVPLANE_UNROLL_FEW
         for (int k = 0; k < depth; ++k) {
             Word a[4], b[2][4];
             W::load16(operands, W::lane() * 16u + std::uint32_t(512 * k), a);

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "kvplane/cuda/device.hpp"
+#include "kvplane/quantize/grid.hpp"
 
 namespace kvplane::cuda::detail {
 
@@ -77,6 +78,56 @@ KVPLANE_DEVICE inline std::uint16_t nearest_half(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(x));
     return result;
 }
+/// The same of two numbers, b's bits above a's.
+KVPLANE_DEVICE inline std::uint32_t nearest_halves(float a, float b) {
+    std::uint32_t result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(b), "f"(a));
+    return result;
+}
+/// a + b rounded toward zero, a >= 0 and b = 2^23: 2^23 and the whole part of a.
+KVPLANE_DEVICE inline float whole_sum_of(float a, float b) {
+    float result;
+    asm("add.rz.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+/// Of two numbers, the other where one is NaN. The sign of a zero may be either.
+KVPLANE_DEVICE inline float lesser_of(float a, float b) {
+    return fminf(a, b);
+}
+KVPLANE_DEVICE inline float greater_of(float a, float b) {
+    return fmaxf(a, b);
+}
+/// sum + a b, of which the product is exact.
+KVPLANE_DEVICE inline double sum_with_product(double sum, float a, float b) {
+    return __fma_rn(static_cast<double>(a), static_cast<double>(b), sum);
+}
+/// x within 0 and last; NaN becomes 0.
+KVPLANE_DEVICE inline float clamped(float x, float last) {
+    float result;
+    asm("max.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));
+    asm("min.f32 %0, %0, %1;" : "+f"(result) : "f"(last));
+    return result;
+}
+/// The lesser, and the greater, of two pairs of fp16 numbers, pair by pair. The sign of a zero may be either.
+KVPLANE_DEVICE inline std::uint32_t lesser_halves(std::uint32_t a, std::uint32_t b) {
+    std::uint32_t result;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+KVPLANE_DEVICE inline std::uint32_t greater_halves(std::uint32_t a, std::uint32_t b) {
+    std::uint32_t result;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+/// The greater of two pairs of whole numbers of 16 bits.
+KVPLANE_DEVICE inline std::uint32_t greater_words(std::uint32_t a, std::uint32_t b) {
+    return __vmaxu2(a, b);
+}
+/// Four of the bytes of two words, b's behind a's: those that the digits of `which` number, the last digit
+/// first.
+KVPLANE_DEVICE inline std::uint32_t picked(std::uint32_t a, std::uint32_t b, std::uint32_t which) {
+    return __byte_perm(a, b, which);
+}
 #else
 /// A product that no compiler contracts with the sum which it goes into.
 inline float product_of(float a, float b) {
@@ -138,6 +189,49 @@ inline std::uint16_t nearest_half(float x) {
         half = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
     return static_cast<std::uint16_t>(half | sign);
 }
+inline std::uint32_t nearest_halves(float a, float b) {
+    return static_cast<std::uint32_t>(nearest_half(b)) << 16 | nearest_half(a);
+}
+inline float whole_sum_of(float a, float b) {
+    return static_cast<float>(static_cast<int>(a)) + b;
+}
+inline float lesser_of(float a, float b) {
+    return b < a ? b : a;
+}
+inline float greater_of(float a, float b) {
+    return a < b ? b : a;
+}
+inline double sum_with_product(double sum, float a, float b) {
+    return sum + static_cast<double>(a) * static_cast<double>(b);
+}
+inline float clamped(float x, float last) {
+    const float above = x > 0.0f ? x : 0.0f;
+    return above < last ? above : last;
+}
+template <class Choice>
+std::uint32_t pair_by_pair(std::uint32_t a, std::uint32_t b, const Choice& choice) {
+    return choice(a & 0xFFFFu, b & 0xFFFFu) | choice(a >> 16, b >> 16) << 16;
+}
+inline std::uint32_t lesser_halves(std::uint32_t a, std::uint32_t b) {
+    return pair_by_pair(a, b, [](std::uint32_t x, std::uint32_t y) {
+        return widened(static_cast<std::uint16_t>(y)) < widened(static_cast<std::uint16_t>(x)) ? y : x;
+    });
+}
+inline std::uint32_t greater_halves(std::uint32_t a, std::uint32_t b) {
+    return pair_by_pair(a, b, [](std::uint32_t x, std::uint32_t y) {
+        return widened(static_cast<std::uint16_t>(x)) < widened(static_cast<std::uint16_t>(y)) ? y : x;
+    });
+}
+inline std::uint32_t greater_words(std::uint32_t a, std::uint32_t b) {
+    return pair_by_pair(a, b, [](std::uint32_t x, std::uint32_t y) { return x < y ? y : x; });
+}
+inline std::uint32_t picked(std::uint32_t a, std::uint32_t b, std::uint32_t which) {
+    const std::uint64_t both = static_cast<std::uint64_t>(b) << 32 | a;
+    std::uint32_t result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= static_cast<std::uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+    return result;
+}
 #endif
 
 KVPLANE_DEVICE inline float widened_bfloat(std::uint16_t bits) {
@@ -182,13 +276,6 @@ KVPLANE_DEVICE inline std::uint16_t half_above(float x) {
 
 // Grids ----------------------------------------------------------------------------------------------------
 
-/// kvplane::Scheme as numbers, because nvcc cannot read quantize/grid.hpp.
-enum : std::int32_t { scheme_cell, scheme_min_max, scheme_symmetric, scheme_full_range, scheme_unbiased };
-
-KVPLANE_DEVICE inline bool keeps_lower(std::int32_t scheme) {
-    return scheme == scheme_cell || scheme == scheme_min_max;
-}
-
 /// A grid as codes are computed with it, and as it is stored.
 struct FittedGrid {
     float lower, step, inverse;
@@ -196,16 +283,16 @@ struct FittedGrid {
 };
 
 /// The grid of values between two extremes, of every scheme but `unbiased`.
-KVPLANE_DEVICE inline FittedGrid fitted_grid(std::int32_t scheme, int bits, float min, float max) {
+KVPLANE_DEVICE inline FittedGrid fitted_grid(Scheme scheme, int bits, float min, float max) {
     FittedGrid grid{};
     const float codes = static_cast<float>(1 << bits);
     const float low = magnitude_of(min), high = magnitude_of(max);
-    if (scheme == scheme_symmetric) {
+    if (scheme == Scheme::symmetric) {
         grid.stored_step =
             half_above(quotient_of(low < high ? high : low, static_cast<float>((1 << (bits - 1)) - 1)));
         grid.step = widened(grid.stored_step);
         grid.lower = product_of(grid.step, -0.5f * codes - 0.5f);
-    } else if (scheme == scheme_full_range) {
+    } else if (scheme == Scheme::full_range) {
         grid.stored_step = half_above(quotient_of(low <= high ? high : low, 0.5f * codes));
         if ((low <= high ? max : min) > 0.0f) grid.stored_step |= 0x8000u;
         grid.step = widened(grid.stored_step);
@@ -216,25 +303,31 @@ KVPLANE_DEVICE inline FittedGrid fitted_grid(std::int32_t scheme, int bits, floa
         grid.lower = widened(grid.stored_lower);
     } else {
         float lower = min;
-        if (scheme == scheme_min_max)
+        if (scheme == Scheme::min_max)
             lower = difference_of(min, quotient_of(difference_of(max, min), 2.0f * codes - 2.0f));
         if (lower < -65504.0f) lower = -65504.0f;
         grid.stored_lower = half_below(lower);
         grid.lower = widened(grid.stored_lower);
         grid.stored_step = half_above(
-            quotient_of(difference_of(max, grid.lower), scheme == scheme_cell ? codes : codes - 0.5f));
+            quotient_of(difference_of(max, grid.lower), scheme == Scheme::cell ? codes : codes - 0.5f));
         grid.step = widened(grid.stored_step);
     }
     grid.inverse = grid.step != 0.0f ? quotient_of(1.0f, grid.step) : 0.0f;
     return grid;
 }
 
-/// The cell of x, the nearest one where x lies outside all. NaN gets 0.
-KVPLANE_DEVICE inline int code_of(float x, float lower, float inverse, int last) {
-    const float position = product_of(difference_of(x, lower), inverse);
-    if (!(position > 0.0f)) return 0;
-    if (position >= static_cast<float>(last)) return last;
-    return static_cast<int>(position);
+/// The cell of x, the nearest one where x lies outside all, as the float 2^23 + code: the code is in its lowest
+/// byte. NaN gets 0.
+KVPLANE_DEVICE inline float cell_of(float x, float lower, float inverse, float last) {
+    return whole_sum_of(clamped(product_of(difference_of(x, lower), inverse), last), 0x1p23f);
+}
+/// The code of a cell as a number.
+KVPLANE_DEVICE inline float number_of_cell(float cell) {
+    return difference_of(cell, 0x1p23f);
+}
+/// The codes of four cells as the bytes of a word, the first one lowest.
+KVPLANE_DEVICE inline std::uint32_t codes_of_cells(float a, float b, float c, float d) {
+    return picked(picked(bits_of(a), bits_of(b), 0x0040), picked(bits_of(c), bits_of(d), 0x0040), 0x5410);
 }
 
 // Grids without bias ----------------------------------------------------------------------------------------

@@ -299,8 +299,8 @@ struct TileMath {
         } else {
             if (view.runs > 0) return run_sums(tile, view, memory, weight, factor, state);
             if (view.all.bits == 16) return half_sums(tile, view.all, weight, factor, state);
-            with_width(view.all.bits,
-                       [&](auto width) { coded_sums<width>(tile, view, weight, factor, state); });
+            detail::with_bits<1, 2, 3, 4, 5, 6, 7, 8>(
+                view.all.bits, [&](auto width) { coded_sums<width>(tile, view, weight, factor, state); });
         }
     }
 
@@ -749,7 +749,7 @@ struct TileMath {
                 factors[0][2 * i + 1] =
                     W::template permute<0x6420>(words[2 * i], words[2 * i + 1]) ^ 0x80808080u;
             }
-            with_width(segment.bits, [&](auto bits) {
+            detail::with_bits<1, 2, 3, 4, 5, 6, 7, 8>(segment.bits, [&](auto bits) {
                 add_round<bits, 8>(tile, segment, factors, round.number, first_m, end_m, sums);
             });
         }
@@ -1033,7 +1033,7 @@ struct TileMath {
                     Word factors[4];
                     run_factors(memory, begin + std::uint32_t(run.first_row),
                                 W::select(there, inverse, Float(0.0f)), factors);
-                    with_width(run.segment.bits, [&](auto bits) {
+                    detail::with_bits<1, 2, 3, 4, 5, 6, 7, 8>(run.segment.bits, [&](auto bits) {
                         KVPLANE_UNROLL
                         for (int b = 0; b < 4; ++b)
                             if (first_block + b < blocks)
