@@ -169,10 +169,10 @@ int main(int count, char** arguments) try {
     };
     for (const Row& row :
          {Row{"key_favored:4:4", true}, Row{"latent:3:3", false}, Row{"latent:4:4", false},
-          Row{"key_favored:8:8", false}, Row{"key_favored:8:8", false, {1, 1}, " first planes"},
-          Row{"key_favored:2:2", false}, Row{"key_favored:5:3", true}, Row{"key_favored:4:2", false},
-          Row{"key_favored:3:3", false}, Row{"kivi:4:32", false}, Row{"key_favored:6:6", false},
-          Row{"fp16", true}}) {
+          Row{"smallest", false}, Row{"key_favored:8:8", false},
+          Row{"key_favored:8:8", false, {1, 1}, " first planes"}, Row{"key_favored:2:2", false},
+          Row{"key_favored:5:3", true}, Row{"key_favored:4:2", false}, Row{"key_favored:3:3", false},
+          Row{"kivi:4:32", false}, Row{"key_favored:6:6", false}, Row{"fp16", true}}) {
         const auto named = std::span(arguments, static_cast<std::size_t>(count)).subspan(1);
         if (!named.empty() && std::none_of(named.begin(), named.end(), [&](const char* name) {
                 return std::strcmp(name, row.recipe) == 0;

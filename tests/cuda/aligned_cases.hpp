@@ -35,7 +35,12 @@ inline void add_peaks(kvplane::Matrix& keys, const kvplane::Matrix& queries, kvp
 /// The largest norm of a value that the grids of a key head can hold, and its tokens outside tiles.
 inline double largest_norm(const kvplane::KvCache& cache, kvplane::Index head) {
     const kvplane::Index dim = cache.configuration().value_head_dim;
-    const kvplane::Matrix values = cache.stored_values(0, cache.tokens()).middleCols(head * dim, dim);
+    // Of what is kept: sinks, and what comes behind the tokens that were dropped.
+    const kvplane::Index dropped = cache.state().dropped, sinks = dropped > 0 ? cache.state().kept_sinks : 0;
+    kvplane::Matrix values(sinks + cache.tokens() - dropped, dim);
+    if (sinks > 0) values.topRows(sinks) = cache.stored_values(0, sinks).middleCols(head * dim, dim);
+    values.bottomRows(cache.tokens() - dropped) =
+        cache.stored_values(dropped, cache.tokens() - dropped).middleCols(head * dim, dim);
     double most = static_cast<double>(values.rowwise().norm().maxCoeff());
     float steps[128];
     for (const kvplane::TilePlace& tile : cache.state().tiles)

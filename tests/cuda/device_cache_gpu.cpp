@@ -56,12 +56,15 @@ struct DeviceMachine {
     void append(Cache& cache, const StridedRows& keys, const StridedRows* values, AppendCheck check) {
         const DeviceBytes key_bytes(keys.bytes),
             value_bytes(values ? values->bytes : std::vector<std::byte>{});
-        cuda::DeviceRows key_rows = keys.rows;
-        key_rows.data = key_bytes.get();
-        if (!values) return cache.append(key_rows, stream, check);
-        cuda::DeviceRows value_rows = values->rows;
-        value_rows.data = value_bytes.get();
-        cache.append(key_rows, value_rows, stream, check);
+        const auto on_device = [](const StridedRows& rows, const DeviceBytes& bytes) {
+            cuda::DeviceRows to = rows.rows;
+            // Rows need not begin where their memory does.
+            to.data = static_cast<const std::byte*>(bytes.get()) +
+                      (static_cast<const std::byte*>(rows.rows.data) - rows.bytes.data());
+            return to;
+        };
+        if (!values) return cache.append(on_device(keys, key_bytes), stream, check);
+        cache.append(on_device(keys, key_bytes), on_device(*values, value_bytes), stream, check);
     }
     Cache fork(Cache& cache) { return cache.fork(stream); }
     void truncate(Cache& cache, Index count) { cache.truncate(count, stream); }

@@ -367,7 +367,8 @@ TEST(TileMath, ValuesOfSeveralWidthsAreWeighed) {
                 Tile tile(format, rows_of(random, 128, channels));
                 const std::string name = std::to_string(runs.size()) + " runs from " +
                                          std::to_string(runs[0].tokens) + " tokens, " + kvplane::name(scheme);
-                using General = TileMath<HostWarp, any_width, 256, any_width, channels>;
+                using General =
+                    TileMath<HostWarp, any_width, 256, token_widths, (channels + 127) / 128 * 128>;
                 expect_values<General>(tile, value_tile_view(format), scores, 16, name + ", run time");
                 using Made = TileMath<HostWarp, 4, 128, token_widths, channels>;
                 expect_values<Made>(tile, value_tile_view(format), scores, 16, name);
@@ -507,8 +508,11 @@ TEST(TileMath, WholeCachesAreAttended) {
                 cache.append(keys, values);
             cache.truncate(478);  // where nothing is left outside tiles, the last of which is cut
             const Matrix queries = kvplane_test::normal_matrix(query_tokens, 6 * 64, random);
-            using Math = TileMath<HostWarp, 0, 256, 0, 96>;
-            const Matrix found = attend_as_warps<Math>(cache, queries, parameters, 3);
+            using Math = TileMath<HostWarp, any_width, 256, any_width, 96>;
+            using OfRuns = TileMath<HostWarp, any_width, 256, token_widths, 96>;
+            const Matrix found = cache.configuration().recipe.values.widths.empty()
+                                     ? attend_as_warps<Math>(cache, queries, parameters, 3)
+                                     : attend_as_warps<OfRuns>(cache, queries, parameters, 3);
             const MatrixD exact = reference_attention(cache.stored_keys(0, 478), cache.stored_values(0, 478),
                                                       queries, 6, 2, parameters);
             // Values are up to 4 or so, and scores off by a few 1e-5.

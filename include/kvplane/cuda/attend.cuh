@@ -174,21 +174,22 @@ bool is_made(const AttendArguments& arguments) {
     return KVPLANE_CUDA_KERNELS::fit(arguments);
 }
 
+/// The kernel for widths that are known at run time.
 template <int key_bits>
 int launch_general(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
                    CUstream_st* stream) {
+    const auto start = [&]<int value_bits, int dim, bool paired>() {
+        return launch_kernel<TileMath<DeviceWarp, key_bits, 256, value_bits, dim, paired>>(
+            arguments, blocks, warps, bytes, stream);
+    };
     const std::int32_t dim = arguments.layer.value_head_dim;
-    if (dim <= 64)
-        return launch_kernel<TileMath<DeviceWarp, key_bits, 256, any_width, 64>>(arguments, blocks, warps,
-                                                                                 bytes, stream);
-    if (dim <= 96)
-        return launch_kernel<TileMath<DeviceWarp, key_bits, 256, any_width, 96>>(arguments, blocks, warps,
-                                                                                 bytes, stream);
-    if (dim <= 128)
-        return launch_kernel<TileMath<DeviceWarp, key_bits, 256, any_width, 128>>(arguments, blocks, warps,
-                                                                                  bytes, stream);
-    return launch_kernel<TileMath<DeviceWarp, key_bits, 256, any_width, 256>>(arguments, blocks, warps, bytes,
-                                                                              stream);
+    if (arguments.layer.values.runs > 0)
+        return dim <= 128 ? start.template operator()<token_widths, 128, false>()
+                          : start.template operator()<token_widths, 256, false>();
+    if (dim <= 64) return start.template operator()<any_width, 64, false>();
+    if (dim <= 128 && arguments.most_rows <= 4) return start.template operator()<any_width, 128, true>();
+    if (dim <= 128) return start.template operator()<any_width, 128, false>();
+    return start.template operator()<any_width, 256, false>();
 }
 
 int launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,

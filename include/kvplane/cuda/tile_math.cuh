@@ -107,8 +107,8 @@ struct SoftmaxRows {
 };
 
 /// key_bits, value_bits: the width of all channels, 16 for fp16; any_width: what the views say at run time;
-/// latent_width: that, of latents; token_widths: values of several widths by token. Of keys and of values with so
-/// many channels, where these widths are known; of values otherwise the most there may be. paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by
+/// latent_width: that, of latents; token_widths: values of several widths by token, and these alone. Of keys and of
+/// values with so many channels, where these widths are known; of values otherwise the most there may be. paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by
 /// every product, it then takes one, and the lane of the other four rows the other: half of the work between
 /// the products.
 template <class W, int key_bits, int key_channels, int value_bits, int value_channels, bool paired = false>
@@ -297,7 +297,6 @@ struct TileMath {
             static_assert(least_chunk(bits) == least_chunk(value_bits));
             coded_sums<bits>(tile, view, weight, factor, state);
         } else {
-            if (view.runs > 0) return run_sums(tile, view, memory, weight, factor, state);
             if (view.all.bits == 16) return half_sums(tile, view.all, weight, factor, state);
             detail::with_bits<1, 2, 3, 4, 5, 6, 7, 8>(
                 view.all.bits, [&](auto width) { coded_sums<width>(tile, view, weight, factor, state); });
@@ -861,9 +860,9 @@ struct TileMath {
     /// The first of the four channels of values that a lane loads of a block.
     KVPLANE_DEVICE static Word block_channel(const SegmentView& segment, int block) {
         const Word channel = (W::lane() >> 2) * 4u + std::uint32_t(32 * block);
-        if (!any_values && value_channels % 32 == 0) return channel;
+        if (value_bits > 0 && value_channels % 32 == 0) return channel;
         // A last block may be half there.
-        const int channels = any_values ? segment.channels : value_channels;
+        const int channels = value_bits > 0 ? value_channels : segment.channels;
         return W::minimum(channel, Word(std::uint32_t((channels + 15) / 16 * 16 - 4)));
     }
 
