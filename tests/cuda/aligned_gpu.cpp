@@ -284,8 +284,8 @@ TEST(CudaAligned, FixedPrefixesAreThoseOfTheHost) {
                                      nullptr);
                     expect_ok(cudaDeviceSynchronize());
                     const std::vector<float> found = out.read<float>();
-                    // Where few bits are read, codes meet factors of 8 bits on the host: each weight is off by up to
-                    // 2^-9 of the largest, and so are the outputs, of values up to 4.8.
+                    // Where few bits are read, codes meet factors of 8 bits on the host: each weight is off
+                    // by up to 2^-9 of the largest, and so are the outputs, of values up to 4.8.
                     const float bound = std::string(recipe) == "fp16" ? 1e-5f : 0x1p-9f * 4.8f;
                     for (Index i = 0; i < queries.size(); ++i)
                         ASSERT_NEAR(found[static_cast<std::size_t>(i)], expected(0, i), bound)

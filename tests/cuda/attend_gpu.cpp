@@ -52,8 +52,8 @@ CacheConfiguration configuration_of(const Case& c) {
     return configuration;
 }
 
-/// Normal numbers, some channels four times as large; for latents, of few directions of very different size, so
-/// that latents have several widths.
+/// Normal numbers, some channels four times as large; for latents, of few directions of very different size,
+/// so that latents have several widths.
 Matrix keys_of(const Case& c, const CacheConfiguration& configuration, Index tokens, Random& random) {
     Matrix keys = kvplane_test::normal_matrix(tokens, c.kv_heads * c.key_dim, random);
     if (!configuration.recipe.latents) {
@@ -181,8 +181,8 @@ void expect_attention(const Case& c, std::uint64_t seed) {
         const auto mine = found.middleRows(row, c.query_tokens).cast<double>();
         // Factors are rounded to 16 bits of the largest, .4 here where some channels are four times as large,
         // and meet codes of about 15 in 128 channels: scores err by .29 (.4 / 32512) 15 sqrt(128), 6e-4, as
-        // one standard deviation, and weights by as much of themselves. Outputs are sums of few tokens.
-        // Of rotated values what the rounding of a tile's weights adds to all channels alike comes out in one:
+        // one standard deviation, and weights by as much of themselves. Outputs are sums of few tokens. Of
+        // rotated values what the rounding of a tile's weights adds to all channels alike comes out in one:
         // .29 (.4 / 65500) 7.5 sqrt(128) sqrt(128), 1.7e-3 where the largest value is 4.8.
         const double bound = configuration.rotates(TileSide::values) ? 1.5e-3 : 4e-4;
         EXPECT_LE((mine - expected).cwiseAbs().maxCoeff(),

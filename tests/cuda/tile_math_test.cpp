@@ -213,8 +213,8 @@ void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, 
     Math::add_values(tile.bytes.data(), view, memory.data(), score, factor, state);
     Math::finish(state);
     const Matrix values = tile.decoded(depth);
-    // A weight is off by half of 1 / 65500 of the largest step, which times a code is at most twice a range; where
-    // widths differ, the largest step is one of the least width.
+    // A weight is off by half of 1 / 65500 of the largest step, which times a code is at most twice a range;
+    // where widths differ, the largest step is one of the least width.
     double codes = 128.0;
     if (view.runs > 0) {
         const double least = std::ldexp(1.0, view.run[view.runs - 1].segment.bits) - 1.0;

@@ -2,8 +2,8 @@
 // keys.
 //
 // A warp knows of the tiles that it has seen itself, and of what all warps see first: some tokens outside
-// tiles or, where there are none, the first tile and the last. Every rule goes by these alone, so that results
-// do not depend on who is first.
+// tiles or, where there are none, the first tile and the last. Every rule goes by these alone, so that
+// results do not depend on who is first.
 //
 //   tolerance  Let w' be the weights that were used, W' their sum, and eps_t what the score of token t may
 //              be off by, which is 0 where all planes of keys were read. By T13, with the sum over weights in

@@ -54,8 +54,8 @@ struct DeviceReads {
     ReadCounts* counts = nullptr;
 };
 
-/// Throws Error (option) for keys in latents, several widths in a tile, a policy that reads the same of all tiles, a budget
-/// that the first planes of keys exceed, and what require_policy() refuses.
+/// Throws Error (option) for keys in latents, several widths in a tile, a policy that reads the same of all
+/// tiles, a budget that the first planes of keys exceed, and what require_policy() refuses.
 inline AlignedRule aligned_rule(const ReadPolicy& policy, const PlanePrefixes& prefixes, Index key_channels,
                                 Index value_channels) {
     kvplane::detail::require_policy(policy);

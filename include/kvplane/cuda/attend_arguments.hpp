@@ -84,8 +84,8 @@ struct AttendArguments {
     std::int32_t most_rows;  ///< query rows of a key head
 };
 
-/// Whether there is a kernel that is made for the layer's widths: with keys in channels it keeps no factors in
-/// memory.
+/// Whether there is a kernel that is made for the layer's widths: with keys in channels it keeps no factors
+/// in memory.
 bool is_made(const AttendArguments& arguments);
 /// Launches attention with the kernel that is made for the layer's widths, or that for all. `bytes`: of
 /// shared memory. Returns a cudaError_t. Defined by cuda/attend.cuh.

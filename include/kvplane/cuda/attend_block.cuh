@@ -90,8 +90,8 @@ struct AttendBlock {
     const int warps, warp, lane;
     const int group, rows;
     float *const plain, *const rotated;  ///< queries as they are, and rotated
-    /// In a page, and bytes of a tile of keys that are read. Of latents each head has tiles of its own size, or
-    /// all have one tile of keys.
+    /// In a page, and bytes of a tile of keys that are read. Of latents each head has tiles of its own size,
+    /// or all have one tile of keys.
     const std::int32_t key_at, value_at;
     const std::uint32_t key_bytes;
 

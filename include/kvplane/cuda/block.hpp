@@ -1,8 +1,8 @@
-// kvplane/cuda/block.hpp: a block of threads, on a device or on the host in its place, and how its threads share
-// work and shared memory.
+// kvplane/cuda/block.hpp: a block of threads, on a device or on the host in its place, and how its threads
+// share work and shared memory.
 //
-// A block works in phases: block.run(phase) calls phase(thread, threads) for every thread and waits for all of
-// them. Between phases nothing is kept but shared and global memory.
+// A block works in phases: block.run(phase) calls phase(thread, threads) for every thread and waits for all
+// of them. Between phases nothing is kept but shared and global memory.
 #pragma once
 
 #include <bit>
@@ -121,8 +121,9 @@ struct alignas(8) TwoWords {
     std::uint32_t at[2];
 };
 
-/// Rows of floats in shared memory are longer by 4 elements for each 32, so that the passes of a rotation meet
-/// all banks, and by as many more as make rows next to each other meet different ones. Where channel c stands:
+/// Rows of floats in shared memory are longer by 4 elements for each 32, so that the passes of a rotation
+/// meet all banks, and by as many more as make rows next to each other meet different ones. Where channel c
+/// stands:
 KVPLANE_DEVICE constexpr int place_of(int c) {
     return c + c / 32 * 4;
 }

@@ -1,10 +1,10 @@
 // kvplane/cuda/latent_math.cuh: queries on their way into the latents of a tile, by the 32 lanes of a warp.
 //
 // Keys in the frame of their tile are those before RoPE, turned by no more than 127 positions
-// (transform/rope.hpp). So a query is turned back by the tile's origin, and multiplied with the columns of the
-// basis (T6). Both are fp16 in that product; the basis is stored so. Rounding a turned query adds less to scores
-// than rounding factors to 16 bits does: a channel's part of them is off by 2^-12 of itself, and the parts are
-// many.
+// (transform/rope.hpp). So a query is turned back by the tile's origin, and multiplied with the columns of
+// the basis (T6). Both are fp16 in that product; the basis is stored so. Rounding a turned query adds less to
+// scores than rounding factors to 16 bits does: a channel's part of them is off by 2^-12 of itself, and the
+// parts are many.
 #pragma once
 
 #include <cstddef>
@@ -24,8 +24,8 @@ struct LatentMath {
 
     static constexpr int rows = paired ? 4 : 8, tiles = LatentView::product_rows / rows;
 
-    /// Memory of the block: queries as given and with the channels of RoPE's pairs exchanged, and the table of
-    /// the head; and of the warp, LatentView::warp_bytes().
+    /// Memory of the block: queries as given and with the channels of RoPE's pairs exchanged, and the table
+    /// of the head; and of the warp, LatentView::warp_bytes().
     struct Memory {
         const std::byte *queries, *partners;
         std::uint32_t stride;  ///< bytes from row to row
@@ -46,8 +46,8 @@ struct LatentMath {
         return W::maximum(largest, W::shuffle_xor(largest, 2));
     }
 
-    /// Makes the latents of all rows for `tiles` tiles, whose row 0 stands at origin[tile], in the memory of the
-    /// warp. largest: largest_of().
+    /// Makes the latents of all rows for `tiles` tiles, whose row 0 stands at origin[tile], in the memory of
+    /// the warp. largest: largest_of().
     KVPLANE_DEVICE static void project(const LatentView& view, const LatentHead& head, const Memory& memory,
                                        Float largest, const std::uint32_t (&origin)[tiles]) {
         W::sync();  // all lanes are done with the latents before
@@ -103,7 +103,8 @@ struct LatentMath {
 
   private:
     KVPLANE_DEVICE static Word query_row() { return paired ? W::lane() >> 2 & 3u : W::lane() >> 2; }
-    /// The tile of the lane's row of the first eight of a product; that of the last eight is tiles / 2 further.
+    /// The tile of the lane's row of the first eight of a product; that of the last eight is tiles / 2
+    /// further.
     KVPLANE_DEVICE static Word first_tile() { return paired ? W::lane() >> 4 : Word(0u); }
     /// The first of the four channels of sixteen that a lane has.
     KVPLANE_DEVICE static Word channel_of(int first) { return (W::lane() & 3u) * 4u + std::uint32_t(first); }

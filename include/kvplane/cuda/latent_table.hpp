@@ -107,8 +107,8 @@ class LatentTable {
             const bool is_it = subspace.channels[static_cast<std::size_t>(column)] == first_channel + c;
             return Eigen::half(is_it ? 1.0f : 0.0f);
         };
-        // [32 columns][16 channels][16 columns][lane][8 columns of these][4 channels]: lane 4 g + t has channels 4 t
-        // to 4 t + 3 of column g of eight.
+        // [32 columns][16 channels][16 columns][lane][8 columns of these][4 channels]: lane 4 g + t has
+        // channels 4 t to 4 t + 3 of column g of eight.
         std::byte* const basis =
             to + view_.basis_at + column / 32 * (view_.channels / 16) * 1024 + column % 32 / 16 * 512;
         for (Index c = 0; c < channels; ++c)

@@ -36,8 +36,8 @@ struct LatentView {
     /// Rows of tiles that are projected together.
     static constexpr int product_rows = 16;
 
-    // A warp's memory: latents of several tiles, in turn with cosines and sines; what the mean adds; operands of
-    // the projection, in turn with factors.
+    // A warp's memory: latents of several tiles, in turn with cosines and sines; what the mean adds; operands
+    // of the projection, in turn with factors.
 
     /// Of a tile's latents, [column][row]; tiles begin in different banks of memory.
     KVPLANE_DEVICE std::uint32_t tile_bytes(int rows) const {

@@ -60,8 +60,8 @@ KVPLANE_DEVICE void centre_keys(const Block& block, const CentreArguments& a, in
     });
 }
 
-/// Shared memory of a product's block: [depth][rows] of the left factor, [depth][columns] of the right one, and
-/// sums, [rows][columns].
+/// Shared memory of a product's block: [depth][rows] of the left factor, [depth][columns] of the right one,
+/// and sums, [rows][columns].
 KVPLANE_DEVICE inline int product_shared_bytes() {
     using A = ProductArguments;
     return 4 * (A::depth * (A::rows_of_block + A::columns_of_block) + A::rows_of_block * A::columns_of_block);

@@ -1,9 +1,9 @@
 // kvplane/cuda/launch.hpp: the seam between what the host's compiler reads and what nvcc reads.
 //
-// nvcc 13 reads the declarations of caches (KVPLANE_COMPILED), but not the vectors of simd/, which DeviceCache
-// needs. So these functions are declared for everyone, and cuda/append.cuh, which one .cu file of a program
-// includes, defines them; CMake's target kvplane::cuda has such a file. They return what the CUDA runtime says,
-// as cudaError_t in an int.
+// nvcc 13 reads the declarations of caches (KVPLANE_COMPILED), but not the vectors of simd/, which
+// DeviceCache needs. So these functions are declared for everyone, and cuda/append.cuh, which one .cu file of
+// a program includes, defines them; CMake's target kvplane::cuda has such a file. They return what the CUDA
+// runtime says, as cudaError_t in an int.
 #pragma once
 
 #include "kvplane/cuda/arguments.hpp"

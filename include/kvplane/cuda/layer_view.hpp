@@ -48,8 +48,9 @@ struct AttendLayer {
 };
 
 /// latent: for caches that fit a basis of their own, that of the cache, DeviceCache::state().latent. Throws
-/// Error (option) for a configuration whose tiles the kernels do not read: values in keys, and what LatentTable,
-/// key_tile_view() and value_tile_view() refuse; for heads of other than a multiple of 8 channels up to 256.
+/// Error (option) for a configuration whose tiles the kernels do not read: values in keys, and what
+/// LatentTable, key_tile_view() and value_tile_view() refuse; for heads of other than a multiple of 8
+/// channels up to 256.
 inline AttendLayer attend_layer(const kvplane::detail::CacheShape& shape, const PlanesRead& read = {},
                                 std::shared_ptr<const LatentKeys> latent = nullptr) {
     const CacheConfiguration& c = shape.configuration;

@@ -316,8 +316,8 @@ KVPLANE_DEVICE inline FittedGrid fitted_grid(Scheme scheme, int bits, float min,
     return grid;
 }
 
-/// The cell of x, the nearest one where x lies outside all, as the float 2^23 + code: the code is in its lowest
-/// byte. NaN gets 0.
+/// The cell of x, the nearest one where x lies outside all, as the float 2^23 + code: the code is in its
+/// lowest byte. NaN gets 0.
 KVPLANE_DEVICE inline float cell_of(float x, float lower, float inverse, float last) {
     return whole_sum_of(clamped(product_of(difference_of(x, lower), inverse), last), 0x1p23f);
 }

@@ -69,7 +69,8 @@ KVPLANE_DEVICE_INLINED void rotate_rows(const Block& block, float* rows, int pit
     while (2 << log_most <= channels) ++log_most;
     const bool has_single = signs_after && channels % 2 == 1;  // a block of one, which no stage touches
     for (int stages; done < log_most; done += stages) {
-        // From a stage of 8 on, rows of their pitch let all passes meet different banks; before, two stages do.
+        // From a stage of 8 on, rows of their pitch let all passes meet different banks; before, two stages
+        // do.
         stages = done == 0 ? 2 : log_most - done <= 4 ? log_most - done : 3;
         block.run([=](int thread, int threads) {
             for (int first = 0, log_size; first < channels; first += 1 << log_size) {

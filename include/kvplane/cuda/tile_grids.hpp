@@ -192,8 +192,8 @@ KVPLANE_DEVICE_INLINED void fit_runs(const Block& block, const TileWork<Value>& 
     });
 }
 
-/// The same of grids without bias, some at a time. Element i of a run goes to sum i % 16; sums i and i + 8 are
-/// added first, then those 4 apart, 2 apart and 1 apart. A thread has sums i, i + 4, i + 8 and i + 12.
+/// The same of grids without bias, some at a time. Element i of a run goes to sum i % 16; sums i and i + 8
+/// are added first, then those 4 apart, 2 apart and 1 apart. A thread has sums i, i + 4, i + 8 and i + 12.
 template <class Value, class Block>
 KVPLANE_DEVICE_INLINED void fit_unbiased(const Block& block, const TileWork<Value>& work,
                                          const SegmentPart& part) {

@@ -11,8 +11,8 @@
 //   values   the steps are folded into the weights, rounded to unsigned 16 bits. Sums: 65535 x 255 x 128 <
 //            2^31.
 //
-// fp16 tiles are put together in registers, of as many planes as are read, and multiplied as fp16, queries and weights in two parts (high and
-// low half) as above. Scores are in units of log 2.
+// fp16 tiles are put together in registers, of as many planes as are read, and multiplied as fp16, queries
+// and weights in two parts (high and low half) as above. Scores are in units of log 2.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,8 @@ struct QueryRowsView {
     std::uint32_t offset_at = 0;  ///< [row] in bytes; of latents alone
 };
 
-/// In place of a width: what the views say at run time; of keys, that of latents; of values, several by token.
+/// In place of a width: what the views say at run time; of keys, that of latents; of values, several by
+/// token.
 inline constexpr int any_width = 0, latent_width = -1, token_widths = -1;
 
 /// A row of a token outside tiles.
@@ -107,10 +108,11 @@ struct SoftmaxRows {
 };
 
 /// key_bits, value_bits: the width of all channels, 16 for fp16; any_width: what the views say at run time;
-/// latent_width: that, of latents; token_widths: values of several widths by token, and these alone. Of keys and of
-/// values with so many channels, where these widths are known; of values otherwise the most there may be. paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by
-/// every product, it then takes one, and the lane of the other four rows the other: half of the work between
-/// the products.
+/// latent_width: that, of latents; token_widths: values of several widths by token, and these alone. Of keys
+/// and of values with so many channels, where these widths are known; of values otherwise the most there may
+/// be. paired: rows 4 to 7 are rows 0 to 3 once more. Of the two tokens whose scores a lane gets by every
+/// product, it then takes one, and the lane of the other four rows the other: half of the work between the
+/// products.
 template <class W, int key_bits, int key_channels, int value_bits, int value_channels, bool paired = false>
 struct TileMath {
     using Word = typename W::Word;
@@ -124,7 +126,8 @@ struct TileMath {
     /// fp16 has no grids, and so no part that all channels share.
     static constexpr bool has_bases = value_bits != 16;
     static constexpr int key_chunk = segmented || key_bits == 16 ? 8 : least_chunk(key_bits);
-    /// Where keys have grids over fewer tokens, quads of tokens ascend, so that those of a grid are neighbours.
+    /// Where keys have grids over fewer tokens, quads of tokens ascend, so that those of a grid are
+    /// neighbours.
     static constexpr int value_chunk =
         key_bits == any_width || value_bits <= 0 || value_bits == 16 ? 8 : least_chunk(value_bits);
     static constexpr int key_octets = octets_of(key_channels, key_chunk);
@@ -163,8 +166,9 @@ struct TileMath {
     using Scores = Float[4][4][own];
 
     /// The keys of a tile, before softcap and the like. Scores of whatever the tile holds beside tokens are
-    /// finite. bits: that are read of keys of one width of codes; a chunk holds the same channels then. memory: of
-    /// the warp, where factors of segmented keys go, eight rows of KeyTileView::factor_stride() bytes.
+    /// finite. bits: that are read of keys of one width of codes; a chunk holds the same channels then.
+    /// memory: of the warp, where factors of segmented keys go, eight rows of KeyTileView::factor_stride()
+    /// bytes.
     template <int bits = key_bits>
     KVPLANE_DEVICE static void score(const QueryRowsView& queries, const std::byte* tile,
                                      const KeyTileView& view, std::byte* memory, Scores& score) {
@@ -284,8 +288,8 @@ struct TileMath {
         }
     }
 
-    /// Adds the values of a tile. weight: relative to `factor`. bits: as for score(). memory: of the warp, where
-    /// weights of values of several widths go, ValueTileView::run_bytes bytes.
+    /// Adds the values of a tile. weight: relative to `factor`. bits: as for score(). memory: of the warp,
+    /// where weights of values of several widths go, ValueTileView::run_bytes bytes.
     template <int bits = value_bits>
     KVPLANE_DEVICE static void add_values(const std::byte* tile, const ValueTileView& view, std::byte* memory,
                                           const Scores& weight, Float factor, State& state) {
@@ -522,8 +526,8 @@ struct TileMath {
         return W::select(largest > 1e-30f, signed_range / W::maximum(largest, Float(1e-30f)), Float(0.0f));
     }
 
-    /// Adds the products of the tokens of m in [first_m, end_m) and one chunk of each quarter: of round `round`,
-    /// which the lane's quarter has factors of.
+    /// Adds the products of the tokens of m in [first_m, end_m) and one chunk of each quarter: of round
+    /// `round`, which the lane's quarter has factors of.
     template <int bits, int chunk>
     KVPLANE_DEVICE static void add_round(const std::byte* tile, const SegmentView& segment,
                                          const Word (*factors)[4], int round, int first_m, int end_m,
@@ -624,9 +628,9 @@ struct TileMath {
     /// Rounds that are folded together, so that what they read is under way at once.
     static constexpr int folded = 4;
 
-    /// Of keys whose widths are known at run time lanes fold channels, each for all rows: grids stand anywhere in
-    /// such tiles. Makes the factors of one group of tokens in the memory of the warp, [row][32 channels a round],
-    /// each in 16 bits.
+    /// Of keys whose widths are known at run time lanes fold channels, each for all rows: grids stand
+    /// anywhere in such tiles. Makes the factors of one group of tokens in the memory of the warp, [row][32
+    /// channels a round], each in 16 bits.
     KVPLANE_DEVICE static void fold_segments(const QueryRowsView& queries, const std::byte* tile,
                                              const KeyTileView& view, int group, std::byte* factors,
                                              Float& worth, Float& base) {
@@ -657,9 +661,9 @@ struct TileMath {
             }
         }
     }
-    /// Query times step of a channel a lane, of up to `folded` rounds from round `first` on, for all rows; their
-    /// largest magnitude, and what they add to the score beside the products. Rounds that are not there count
-    /// nothing, instead of branches.
+    /// Query times step of a channel a lane, of up to `folded` rounds from round `first` on, for all rows;
+    /// their largest magnitude, and what they add to the score beside the products. Rounds that are not there
+    /// count nothing, instead of branches.
     KVPLANE_DEVICE static void fold_rounds(const QueryRowsView& queries, const std::byte* tile,
                                            const KeyTileView& view, int group, int first,
                                            Float (&f)[folded][rows], Float (&low)[rows],
@@ -703,8 +707,8 @@ struct TileMath {
             }
         }
     }
-    /// Puts each lane's numbers of all rows together with those of all lanes, and leaves in each lane that of its
-    /// row: half of the rows change lanes at a time.
+    /// Puts each lane's numbers of all rows together with those of all lanes, and leaves in each lane that of
+    /// its row: half of the rows change lanes at a time.
     template <class Operation>
     KVPLANE_DEVICE static Float across_lanes(Float (&x)[rows], const Operation& operation) {
         across_half<rows / 2>(x, operation);
@@ -952,8 +956,8 @@ struct TileMath {
         W::store4(to, W::lane() * 4u, packed & 0x7F7F7F7Fu, W::lane() < 32u);
     }
 
-    /// Weights times steps in the order of rows, in the memory of the warp: [row of queries][row of the tile]; the
-    /// largest of the lane's row, and what they add beside the products.
+    /// Weights times steps in the order of rows, in the memory of the warp: [row of queries][row of the
+    /// tile]; the largest of the lane's row, and what they add beside the products.
     KVPLANE_DEVICE static void fold_runs(const std::byte* tile, const ValueTileView& view, std::byte* memory,
                                          const Scores& weight, Float& largest, Float& base) {
         std::byte* const places = memory + rows * weight_stride;
@@ -1096,8 +1100,8 @@ struct TileMath {
 
     // Tiles of fp16 numbers.
 
-    /// The first planes of fp16 numbers, of 8 numbers along the product: two words of the plane of high bytes,
-    /// one each of the two others.
+    /// The first planes of fp16 numbers, of 8 numbers along the product: two words of the plane of high
+    /// bytes, one each of the two others.
     template <int planes>
     KVPLANE_DEVICE static void load_halves(const std::byte* tile, const SegmentView& segment, Word at[3],
                                            std::uint32_t next, Word (&words)[4][4]) {

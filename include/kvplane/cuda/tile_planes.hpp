@@ -1,9 +1,9 @@
-// kvplane/cuda/tile_planes.hpp: codes of the rows that a block has in shared memory, and the planes of a tile made
-// of them.
+// kvplane/cuda/tile_planes.hpp: codes of the rows that a block has in shared memory, and the planes of a tile
+// made of them.
 //
 // A thread makes the codes of some tokens times some channels and packs them in its registers. Lanes are what
-// words of a plane belong to, tokens of keys and channels of values; a lane has `depth` codes, as many as fill
-// a word of the narrowest plane. Lanes are 4, words of 16 bytes, or 2 where 32 codes fill a word.
+// words of a plane belong to, tokens of keys and channels of values; a lane has `depth` codes, as many as
+// fill a word of the narrowest plane. Lanes are 4, words of 16 bytes, or 2 where 32 codes fill a word.
 #pragma once
 
 #include <cstddef>
@@ -60,8 +60,8 @@ KVPLANE_DEVICE inline std::uint32_t covered_tokens(const TilesArguments& a, int 
                                             : (1u << end) - 1u;
     return up_to & ~before;
 }
-/// Words of which the bits of others stay: lane i's where lane_bits has bit i, of these the bits of codes that
-/// code_bits has.
+/// Words of which the bits of others stay: lane i's where lane_bits has bit i, of these the bits of codes
+/// that code_bits has.
 KVPLANE_DEVICE_APART inline void merge_words(std::uint32_t* to, int lanes, std::uint32_t a, std::uint32_t b,
                                              std::uint32_t c, std::uint32_t d, std::uint32_t lane_bits,
                                              std::uint32_t code_bits, int width) {
@@ -119,8 +119,8 @@ KVPLANE_DEVICE void pack_values(const TileWork<Value>& work, const SegmentPart& 
     }
 }
 
-/// Where the planes of a segment are: the narrowest, which is the last one; before it one of 2 bits where that
-/// is wider, and one of 4. (4 + 4 bits have two of 4.)
+/// Where the planes of a segment are: the narrowest, which is the last one; before it one of 2 bits where
+/// that is wider, and one of 4. (4 + 4 bits have two of 4.)
 struct PlacedPlanes {
     std::byte *last = nullptr, *twos = nullptr, *fours = nullptr;
     int shift_of_twos = 0, shift_of_fours = 0;

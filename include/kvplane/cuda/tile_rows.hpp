@@ -1,5 +1,5 @@
-// kvplane/cuda/tile_rows.hpp: takes the tokens of a tile to shared memory, as they are or would be stored outside
-// tiles.
+// kvplane/cuda/tile_rows.hpp: takes the tokens of a tile to shared memory, as they are or would be stored
+// outside tiles.
 #pragma once
 
 #include <cstddef>

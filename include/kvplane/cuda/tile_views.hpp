@@ -47,8 +47,8 @@ struct KeyTileView {
     SegmentView segment[max_segments];
     Round round[max_rounds];
 
-    /// Bytes from row to row of the factors that a warp keeps of eight rows where widths are known at run time:
-    /// 16 bits each, and so many that rows begin in different banks of memory.
+    /// Bytes from row to row of the factors that a warp keeps of eight rows where widths are known at run
+    /// time: 16 bits each, and so many that rows begin in different banks of memory.
     KVPLANE_DEVICE std::uint32_t factor_stride() const {
         return static_cast<std::uint32_t>(rounds) * 64u + 16u;
     }
@@ -59,7 +59,8 @@ struct ValueTileView {
     static constexpr int most_runs = 4;
     /// Bytes from row to row of weights in the order of a tile's rows.
     static constexpr std::uint32_t weight_stride = (128 + 4) * 4;
-    /// What a warp keeps where tokens have different widths: weights of eight query rows, and where tokens stand.
+    /// What a warp keeps where tokens have different widths: weights of eight query rows, and where tokens
+    /// stand.
     static constexpr std::uint32_t run_bytes = 8 * weight_stride + 128;
 
     /// Rows of one width.

@@ -164,7 +164,8 @@ struct TileWork {
     KVPLANE_DEVICE bool covers(int token, int tokens) const {
         return token >= a.from && token + tokens <= a.to;
     }
-    /// Resident rows [begin, fresh) are recent tokens, [fresh, end) come from the input; others are not written.
+    /// Resident rows [begin, fresh) are recent tokens, [fresh, end) come from the input; others are not
+    /// written.
     KVPLANE_DEVICE int begin() const { return a.from > base ? a.from - base : 0; }
     KVPLANE_DEVICE int end() const { return a.to - base < count ? a.to - base : count; }
     KVPLANE_DEVICE int fresh() const {

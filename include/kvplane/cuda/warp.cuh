@@ -189,8 +189,8 @@ class TileSlot {
         return true;
 #endif
     }
-    /// Until the copy is there. On 8.x `behind` copies, or turns in which nothing is copied, have begun behind
-    /// it at least.
+    /// Until the copy is there. On 8.x `behind` copies, or turns in which nothing is copied, have begun
+    /// behind it at least.
     template <int behind = 1>
     __device__ const std::byte* wait() {
 #if __CUDA_ARCH__ >= 900
