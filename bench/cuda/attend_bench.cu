@@ -91,6 +91,12 @@ class Batch {
     void fill_grids(std::byte* page, std::mt19937_64& random) const {
         std::uniform_real_distribution<float> uniform(0.005f, 0.02f);
         const auto fill = [&](std::byte* tile, const TileFormat& format) {
+            if (format.by_token()) {
+                TokenOfRow tokens;
+                std::iota(tokens.begin(), tokens.end(), std::uint8_t{0});
+                std::shuffle(tokens.begin(), tokens.end(), random);
+                write_runs(format, tokens, tile);
+            }
             for (const TileFormat::Placed& s : format.segments()) {
                 if (!s.has_grids()) {
                     // High bytes of small numbers.

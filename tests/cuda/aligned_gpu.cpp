@@ -174,8 +174,8 @@ std::vector<Case> shapes(const std::string& recipe, const ReadPolicy& read) {
     std::vector<Case> all;
     for (const double hot : {0.0, 0.1, 0.5, 1.0}) all.push_back({.recipe = recipe, .read = read, .hot = hot});
     all.push_back({.recipe = recipe, .read = read, .group = 8});
-    all.push_back({.recipe = recipe, .read = read, .group = 1, .tokens = {300, 1, 5000, 40, 129, 12000}});
-    all.push_back({.recipe = recipe, .read = read, .kv_heads = 8, .tokens = {20000}});
+    all.push_back({.recipe = recipe, .read = read, .group = 1, .tokens = {300, 1, 2000, 40, 129, 5000}});
+    all.push_back({.recipe = recipe, .read = read, .kv_heads = 8, .tokens = {6000}});
     all.push_back({.recipe = recipe, .read = read, .group = 3, .tokens = {2000, 700}, .query_tokens = 5});
     all.push_back({.recipe = recipe,
                    .read = read,

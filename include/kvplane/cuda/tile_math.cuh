@@ -991,11 +991,12 @@ struct TileMath {
                     offset =
                         offset + W::select(there, W::low_half(W::load2(tile + segment.lower_at, at * 2u)),
                                            Float(0.0f));
-                const Word in_row = (at + std::uint32_t(run.first_row)) * 4u;
+                // Lanes without a row look where nobody writes.
+                const Word in_row = W::select(there, at + std::uint32_t(run.first_row), Word(128u)) * 4u;
                 KVPLANE_UNROLL
                 for (int r = 0; r < rows; ++r) {
                     const Word row_at = in_row + std::uint32_t(r) * weight_stride;
-                    const Float w = W::as_float(W::load4(memory, row_at));
+                    const Float w = W::select(there, W::as_float(W::load4(memory, row_at)), Float(0.0f));
                     const Float f = w * step;
                     low[r] = W::multiply_add(w, offset, low[r]);
                     // Steps of narrow runs are large, but their tokens' weights are small.
