@@ -29,8 +29,6 @@ using namespace kvplane;
 using namespace kvplane::cuda;
 using kvplane_test::Random;
 
-constexpr float log2_e = 1.44269504f;
-
 /// Rows of queries as a block keeps them, for one key head.
 struct QueryRows {
     QueryRows(const Matrix& rows, bool paired)

@@ -16,6 +16,9 @@
 
 namespace kvplane::cuda {
 
+/// Scores are in units of log 2.
+inline constexpr float log2_e = 1.44269504f;
+
 /// A register: one number a lane.
 template <class T>
 struct Lanes {

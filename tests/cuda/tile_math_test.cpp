@@ -29,8 +29,6 @@ using namespace kvplane;
 using namespace kvplane::cuda;
 using kvplane_test::Random;
 
-constexpr float log2_e = 1.44269504f;
-
 /// Bytes aligned as pages are.
 struct AlignedBytes {
     explicit AlignedBytes(Index bytes) : lines(static_cast<std::size_t>(bytes + 63) / 64) {}
