@@ -39,9 +39,9 @@ struct QueryRows {
             for (Index c = 0; c < channels; ++c) at(r)[c] = of < rows.rows() ? rows(of, c) : 0.0f;
         }
     }
-    float* at(Index row) { return lines[0].at + row * (channels + 4); }
+    float* at(Index row) { return reinterpret_cast<float*>(lines.data()) + row * (channels + 4); }
     QueryRowsView view() {
-        return {reinterpret_cast<const std::byte*>(lines[0].at),
+        return {reinterpret_cast<const std::byte*>(lines.data()),
                 static_cast<std::uint32_t>(channels + 4) * 4};
     }
     struct alignas(64) Line {
@@ -134,13 +134,14 @@ Attended attend(const KvCache& cache, const Matrix& queries, const AttentionPara
             std::byte at[16];
         };
         std::vector<Line> factors(8 * layer.keys.factor_stride() / sizeof(Line));
+        const auto memory = reinterpret_cast<std::byte*>(factors.data());
         const auto score = [&](const TilePlace& tile, int planes, typename Math::Scores& to) {
             const std::byte* const keys = tile.page + head * layer.head_stride;
             if (planes == rule.first_planes)
-                Math::score_first(queries_of(tile), keys, views, planes, factors[0].at, to);
+                Math::score_first(queries_of(tile), keys, views, planes, memory, to);
             else
                 Math::score(queries_of(tile), keys, views.keys[planes - 1], planes == views.key_planes,
-                            factors[0].at, to);
+                            memory, to);
             Math::apply(rules,
                         {static_cast<std::int32_t>(tile.origin()), static_cast<std::int32_t>(tile.row),
                          static_cast<std::int32_t>(tile.end_row())},
