@@ -181,22 +181,29 @@ class CacheLayer(CacheLayerMixin):
     def _require_states(self, name: str, states: Any, heads: int, channels: int, keys: Any = None) -> None:
         """Raises Error (option, shape) for what is not (batch, heads, tokens, channels) on the CPU, of `keys`' batch,
         tokens and type where these are given."""
-        what = f"{name} of layer {self._index}"
-        _require(isinstance(states, torch.Tensor), "option",
-                 f"{what}: {type(states).__name__}, expected a torch.Tensor")
-        _require(states.device.type == "cpu", "option", f"{what}: on device '{states.device.type}', expected the CPU")
-        _require(states.layout == torch.strided, "option", f"{what}: of layout {states.layout}, expected torch.strided")
-        _require(not states.requires_grad, "option",
-                 f"{what}: with a gradient, which kvplane does not compute; expected a call under torch.no_grad()")
-        _require(states.dtype in _DTYPES, "option",
-                 f"{what}: elements of {states.dtype}, expected float32, float16 or bfloat16")
-        _require(states.dim() == 4 and states.shape[1] == heads and states.shape[3] == channels, "shape",
-                 f"{what}: shape {tuple(states.shape)}, expected (batch, {heads}, tokens, {channels})")
-        if keys is not None:
-            _require(states.dtype == keys.dtype, "option", f"{what}: {states.dtype}, expected {keys.dtype} as keys are")
-            expected = (keys.shape[0], heads, keys.shape[2], channels)
-            _require(tuple(states.shape) == expected, "shape",
-                     f"{what}: shape {tuple(states.shape)}, expected {expected}: batch and tokens of the keys")
+        # Sentences are made where they are needed: this is called for every layer and step.
+        def refuse(code: str, sentence: str) -> None:
+            _refuse(code, f"{name} of layer {self._index}: {sentence}")
+
+        if not isinstance(states, torch.Tensor):
+            refuse("option", f"{type(states).__name__}, expected a torch.Tensor")
+        if states.device.type != "cpu":
+            refuse("option", f"on device '{states.device.type}', expected the CPU")
+        if states.layout != torch.strided:
+            refuse("option", f"of layout {states.layout}, expected torch.strided")
+        if states.requires_grad:
+            refuse("option", "with a gradient, which kvplane does not compute; expected a call under torch.no_grad()")
+        if states.dtype not in _DTYPES:
+            refuse("option", f"elements of {states.dtype}, expected float32, float16 or bfloat16")
+        if states.dim() != 4 or states.shape[1] != heads or states.shape[3] != channels:
+            refuse("shape", f"shape {tuple(states.shape)}, expected (batch, {heads}, tokens, {channels})")
+        if keys is None:
+            return
+        if states.dtype != keys.dtype:
+            refuse("option", f"{states.dtype}, expected {keys.dtype} as keys are")
+        expected = (keys.shape[0], heads, keys.shape[2], channels)
+        if tuple(states.shape) != expected:
+            refuse("shape", f"shape {tuple(states.shape)}, expected {expected}: batch and tokens of the keys")
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Hands keys and values on to the attention function. Raises Error (option, shape)."""
