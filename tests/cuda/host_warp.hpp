@@ -147,6 +147,9 @@ struct HostWarp {
                 std::memcpy(base + at[i], &word.at[index(i)], 4);
             }
     }
+    static void store4(std::byte* base, const Word& at, const Word& word) {
+        store4(base, at, word, Flag(true));
+    }
     static void store2(std::byte* base, const Word& at, const Word& word) {
         for (int i = 0; i < 32; ++i) {
             check<2>(base + at[i]);

@@ -310,50 +310,24 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     block.merge(state, rule.kind == AlignedRule::tolerance ? error : 0.0f);
 }
 
-template <class Math>
-int launch_aligned_kernel(const AttendArguments& arguments, const AlignedArguments& aligned, int blocks,
-                          int warps, std::uint32_t bytes, cudaStream_t stream) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        aligned_kernel<Math>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (status != cudaSuccess) return status;
-    aligned_kernel<Math><<<static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps), bytes, stream>>>(
-        arguments, aligned);
-    return cudaGetLastError();
-}
-
 /// A kernel made for one width of keys and one of values, as Made of attend.cuh.
 template <int key_bits, int value_bits, int head_dim, bool paired>
 struct AlignedMade {
     using Math = AlignedMath<DeviceWarp, key_bits, head_dim, value_bits, head_dim, paired>;
 
+    static auto kernel() { return aligned_kernel<Math>; }
     static bool fits(const AttendArguments& arguments, const AlignedArguments& aligned) {
         const PlanePrefixes& views = aligned.prefixes;
-        const KeyTileView& keys = views.keys[views.key_planes - 1];
         const ValueTileView& values = views.values[views.value_planes - 1];
-        return keys.groups == 1 && keys.segment[0].bits == key_bits &&
-               (key_bits == 16 || keys.segment[0].lower_at >= 0) && values.all.bits == value_bits &&
+        return has_width<key_bits>(views.keys[views.key_planes - 1]) && has_width<value_bits>(values) &&
                arguments.layer.key_head_dim == head_dim && arguments.layer.value_head_dim == head_dim &&
                values.run_blocks >= Math::blocks && (!paired || arguments.most_rows <= 4);
     }
 };
-/// Of the first kernel that fits: its launch.
-template <class... M>
-struct AlignedKernels {
-    static bool fit(const AttendArguments& arguments, const AlignedArguments& aligned) {
-        return (M::fits(arguments, aligned) || ...);
-    }
-    static bool launch(const AttendArguments& arguments, const AlignedArguments& aligned, int blocks,
-                       int warps, std::uint32_t bytes, cudaStream_t stream, int& status) {
-        return ((M::fits(arguments, aligned) && (status = launch_aligned_kernel<typename M::Math>(
-                                                     arguments, aligned, blocks, warps, bytes, stream),
-                                                 true)) ||
-                ...);
-    }
-};
 /// Those that are compiled beside the ones for widths that are known at run time.
 using StandardAlignedKernels =
-    AlignedKernels<AlignedMade<8, 8, 128, true>, AlignedMade<16, 16, 128, true>, AlignedMade<4, 4, 128, true>,
-                   AlignedMade<8, 8, 128, false>, AlignedMade<16, 16, 128, false>>;
+    Kernels<AlignedMade<8, 8, 128, true>, AlignedMade<16, 16, 128, true>, AlignedMade<4, 4, 128, true>,
+            AlignedMade<8, 8, 128, false>, AlignedMade<16, 16, 128, false>>;
 
 #if !defined(KVPLANE_CUDA_ALIGNED_KERNELS)
 #define KVPLANE_CUDA_ALIGNED_KERNELS StandardAlignedKernels
@@ -364,14 +338,14 @@ bool is_made(const AttendArguments& arguments, const AlignedArguments& aligned) 
 }
 int launch_aligned(const AttendArguments& arguments, const AlignedArguments& aligned, int blocks, int warps,
                    std::uint32_t bytes, CUstream_st* stream) {
+    const LaunchShape shape{blocks, warps, bytes, stream};
     int status = cudaSuccess;
-    if (KVPLANE_CUDA_ALIGNED_KERNELS::launch(arguments, aligned, blocks, warps, bytes, stream, status))
-        return status;
-    if (arguments.layer.value_head_dim <= 128)
-        return launch_aligned_kernel<AlignedMath<DeviceWarp, 0, 256, 0, 128>>(arguments, aligned, blocks,
-                                                                              warps, bytes, stream);
-    return launch_aligned_kernel<AlignedMath<DeviceWarp, 0, 256, 0, 256>>(arguments, aligned, blocks, warps,
-                                                                          bytes, stream);
+    if (KVPLANE_CUDA_ALIGNED_KERNELS::launch(status, shape, arguments, aligned)) return status;
+    return arguments.layer.value_head_dim <= 128
+               ? start(aligned_kernel<AlignedMath<DeviceWarp, any_width, 256, any_width, 128>>, shape,
+                       arguments, aligned)
+               : start(aligned_kernel<AlignedMath<DeviceWarp, any_width, 256, any_width, 256>>, shape,
+                       arguments, aligned);
 }
 
 }  // namespace detail

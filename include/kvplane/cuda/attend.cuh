@@ -108,35 +108,20 @@ __global__ void __launch_bounds__(32 * most_warps, 1)
     block.merge(state, 0.0f);
 }
 
-template <class Math>
-int launch_kernel(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
-                  cudaStream_t stream) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        attend_kernel<Math>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (status != cudaSuccess) return status;
-    attend_kernel<Math>
-        <<<static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps), bytes, stream>>>(arguments);
-    return cudaGetLastError();
-}
-
 /// A kernel made for one width of all channels of keys and one of values, 16: fp16, with one grid a token of
 /// values; paired: for at most four query rows of a key head.
 template <int key_bits, int value_bits, int key_head_dim, bool paired, int value_head_dim = key_head_dim>
 struct Made {
     using Math = TileMath<DeviceWarp, key_bits, key_head_dim, value_bits, value_head_dim, paired>;
 
+    static auto kernel() { return attend_kernel<Math>; }
     static bool fits(const AttendArguments& arguments) {
         const LayerView& layer = arguments.layer;
-        const bool keys_fit = Math::in_latents
-                                  ? layer.latents.table != nullptr
-                                  : layer.latents.table == nullptr && layer.keys.segments == 1 &&
-                                        layer.keys.groups == 1 && layer.keys.segment[0].bits == key_bits &&
-                                        (key_bits == 16 || layer.keys.segment[0].lower_at >= 0) &&
-                                        layer.key_head_dim == key_head_dim;
-        const bool values_fit = value_bits == token_widths
-                                    ? layer.values.runs > 0
-                                    : layer.values.runs == 0 && layer.values.all.bits == value_bits;
-        return keys_fit && values_fit && layer.value_head_dim == value_head_dim &&
+        const bool in_latents = layer.latents.table != nullptr,
+                   keys_fit = Math::in_latents ? in_latents
+                                               : !in_latents && has_width<key_bits>(layer.keys) &&
+                                                     layer.key_head_dim == key_head_dim;
+        return keys_fit && has_width<value_bits>(layer.values) && layer.value_head_dim == value_head_dim &&
                layer.values.run_blocks >= Math::blocks && (!paired || arguments.most_rows <= 4);
     }
 };
@@ -148,17 +133,6 @@ template <int key_bits, int value_bits, int head_dim>
 using Few = Made<key_bits, value_bits, head_dim, true>;
 template <int key_bits, int value_bits, int head_dim>
 using Many = Made<key_bits, value_bits, head_dim, false>;
-/// Of the first kernel that fits: its launch.
-template <class... M>
-struct Kernels {
-    static bool fit(const AttendArguments& arguments) { return (M::fits(arguments) || ...); }
-    static bool launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
-                       cudaStream_t stream, int& status) {
-        return ((M::fits(arguments) &&
-                 (status = launch_kernel<typename M::Math>(arguments, blocks, warps, bytes, stream), true)) ||
-                ...);
-    }
-};
 /// Those that are compiled beside the ones for widths that are known at run time, which are slower.
 using StandardKernels =
     Kernels<Few<4, 4, 128>, Few<8, 8, 128>, Few<5, 3, 128>, Few<4, 2, 128>, Few<3, 3, 128>, Few<2, 2, 128>,
@@ -176,29 +150,28 @@ bool is_made(const AttendArguments& arguments) {
 
 /// The kernel for widths that are known at run time.
 template <int key_bits>
-int launch_general(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
-                   CUstream_st* stream) {
-    const auto start = [&]<int value_bits, int dim, bool paired>() {
-        return launch_kernel<TileMath<DeviceWarp, key_bits, 256, value_bits, dim, paired>>(
-            arguments, blocks, warps, bytes, stream);
+int launch_general(const AttendArguments& arguments, const LaunchShape& shape) {
+    const auto start_for = [&]<int value_bits, int dim, bool paired>() {
+        return start(attend_kernel<TileMath<DeviceWarp, key_bits, 256, value_bits, dim, paired>>, shape,
+                     arguments);
     };
     const std::int32_t dim = arguments.layer.value_head_dim;
     if (arguments.layer.values.runs > 0)
-        return dim <= 128 ? start.template operator()<token_widths, 128, false>()
-                          : start.template operator()<token_widths, 256, false>();
-    if (dim <= 64) return start.template operator()<any_width, 64, false>();
-    if (dim <= 128 && arguments.most_rows <= 4) return start.template operator()<any_width, 128, true>();
-    if (dim <= 128) return start.template operator()<any_width, 128, false>();
-    return start.template operator()<any_width, 256, false>();
+        return dim <= 128 ? start_for.template operator()<token_widths, 128, false>()
+                          : start_for.template operator()<token_widths, 256, false>();
+    if (dim <= 64) return start_for.template operator()<any_width, 64, false>();
+    if (dim <= 128 && arguments.most_rows <= 4) return start_for.template operator()<any_width, 128, true>();
+    if (dim <= 128) return start_for.template operator()<any_width, 128, false>();
+    return start_for.template operator()<any_width, 256, false>();
 }
 
 int launch(const AttendArguments& arguments, int blocks, int warps, std::uint32_t bytes,
            CUstream_st* stream) {
+    const LaunchShape shape{blocks, warps, bytes, stream};
     int status = cudaSuccess;
-    if (KVPLANE_CUDA_KERNELS::launch(arguments, blocks, warps, bytes, stream, status)) return status;
-    return arguments.layer.latents.table
-               ? launch_general<latent_width>(arguments, blocks, warps, bytes, stream)
-               : launch_general<any_width>(arguments, blocks, warps, bytes, stream);
+    if (KVPLANE_CUDA_KERNELS::launch(status, shape, arguments)) return status;
+    return arguments.layer.latents.table ? launch_general<latent_width>(arguments, shape)
+                                         : launch_general<any_width>(arguments, shape);
 }
 
 }  // namespace detail

@@ -407,5 +407,46 @@ struct AttendBlock {
     }
 };
 
+/// How a kernel is started: blocks, warps of each, and bytes of shared memory.
+struct LaunchShape {
+    int blocks, warps;
+    std::uint32_t bytes;
+    cudaStream_t stream;
+};
+template <class... Taken, class... Given>
+int start(void (*kernel)(Taken...), const LaunchShape& shape, const Given&... arguments) {
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(shape.bytes));
+    if (status != cudaSuccess) return status;
+    kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(32 * shape.warps), shape.bytes,
+             shape.stream>>>(arguments...);
+    return cudaGetLastError();
+}
+
+/// Whether a kernel that is made for a width of all channels, 16: fp16, reads such tiles.
+template <int bits>
+bool has_width(const KeyTileView& view) {
+    return view.segments == 1 && view.groups == 1 && view.segment[0].bits == bits &&
+           (bits == 16 || view.segment[0].lower_at >= 0);
+}
+template <int bits>
+bool has_width(const ValueTileView& view) {
+    return bits == token_widths ? view.runs > 0 : view.runs == 0 && view.all.bits == bits;
+}
+
+/// Kernels that are made for some widths each, the first of which that fits is started.
+template <class... M>
+struct Kernels {
+    template <class... Arguments>
+    static bool fit(const Arguments&... arguments) {
+        return (M::fits(arguments...) || ...);
+    }
+    /// Returns whether one fits; status: of its start.
+    template <class... Arguments>
+    static bool launch(int& status, const LaunchShape& shape, const Arguments&... arguments) {
+        return ((M::fits(arguments...) && (status = start(M::kernel(), shape, arguments...), true)) || ...);
+    }
+};
+
 }  // namespace detail
 }  // namespace kvplane::cuda

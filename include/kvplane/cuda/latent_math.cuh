@@ -38,12 +38,11 @@ struct LatentMath {
         Float largest(1e-30f);
         for (int first = 0; first < view.channels; first += 16) {
             Float x[4];
-            load_floats(memory.queries, query_row() * memory.stride + channel_of(first) * 4u, x);
+            load_floats<W>(memory.queries, query_row() * memory.stride + channel_of(first) * 4u, x);
             KVPLANE_UNROLL
             for (int i = 0; i < 4; ++i) largest = W::maximum(largest, W::absolute(x[i]));
         }
-        largest = W::maximum(largest, W::shuffle_xor(largest, 1));
-        return W::maximum(largest, W::shuffle_xor(largest, 2));
+        return over_quarters_max<W>(largest);
     }
 
     /// Makes the latents of all rows for `tiles` tiles, whose row 0 stands at origin[tile], in the memory of
@@ -62,11 +61,11 @@ struct LatentMath {
         for (int first = 0; first < view.channels; first += 16) {
             const Word channel = channel_of(first), at = query_row() * memory.stride + channel * 4u;
             Float x[4], partner[4], mean[4], angles[2][8];
-            load_floats(memory.queries, at, x);
-            load_floats(memory.partners, at, partner);
-            load_floats(memory.warp, angles_at + channel * 8u, angles[0]);
-            load_floats(memory.warp, angles_at + (channel * 8u + second_tile), angles[1]);
-            load_floats(memory.head + view.mean_at, channel * 4u, mean);
+            load_floats<W>(memory.queries, at, x);
+            load_floats<W>(memory.partners, at, partner);
+            load_floats<W>(memory.warp, angles_at + channel * 8u, angles[0]);
+            load_floats<W>(memory.warp, angles_at + (channel * 8u + second_tile), angles[1]);
+            load_floats<W>(memory.head + view.mean_at, channel * 4u, mean);
             Word a[4];
             KVPLANE_UNROLL
             for (int tile = 0; tile < 2; ++tile) {
@@ -84,8 +83,7 @@ struct LatentMath {
         }
         KVPLANE_UNROLL
         for (int tile = 0; tile < 2; ++tile) {
-            offset[tile] = offset[tile] + W::shuffle_xor(offset[tile], 1);
-            offset[tile] = offset[tile] + W::shuffle_xor(offset[tile], 2);
+            offset[tile] = over_quarters<W>(offset[tile]);
             W::store4(memory.warp, (W::lane() >> 2) * 4u + (view.offsets_at() + std::uint32_t(32 * tile)),
                       W::as_word(offset[tile]), (W::lane() & 3u) == 0u);
         }
@@ -108,16 +106,6 @@ struct LatentMath {
     KVPLANE_DEVICE static Word first_tile() { return paired ? W::lane() >> 4 : Word(0u); }
     /// The first of the four channels of sixteen that a lane has.
     KVPLANE_DEVICE static Word channel_of(int first) { return (W::lane() & 3u) * 4u + std::uint32_t(first); }
-    template <int count>
-    KVPLANE_DEVICE static void load_floats(const std::byte* from, Word at, Float (&to)[count]) {
-        KVPLANE_UNROLL
-        for (int four = 0; four < count / 4; ++four) {
-            Word words[4];
-            W::load16(from, at + std::uint32_t(16 * four), words);
-            KVPLANE_UNROLL
-            for (int i = 0; i < 4; ++i) to[4 * four + i] = W::as_float(words[i]);
-        }
-    }
     /// [tile][channel] cosine and sine of the turn back by the tile's origin.
     KVPLANE_DEVICE static void turn(const LatentView& view, const Memory& memory,
                                     const std::uint32_t (&origin)[tiles]) {
@@ -167,8 +155,7 @@ struct LatentMath {
                 W::store4(memory.warp,
                           row_at + column * std::uint32_t(rows * 4) +
                               (std::uint32_t(i % 2 * rows * 4) + (i / 2 == 1 ? second_tile : 0u)),
-                          W::as_word(sums[n][i] * (W::as_float(scale[i % 2]) * worth)),
-                          column < std::uint32_t(view.columns));
+                          W::as_word(sums[n][i] * (W::as_float(scale[i % 2]) * worth)));
         }
     }
 };

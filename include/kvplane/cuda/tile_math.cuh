@@ -32,6 +32,29 @@ struct QueryRowsView {
     std::uint32_t offset_at = 0;  ///< [row] in bytes; of latents alone
 };
 
+/// `count` floats, a multiple of 4, `at` bytes behind a base.
+template <class W, int count>
+KVPLANE_DEVICE void load_floats(const std::byte* from, typename W::Word at, typename W::Float (&to)[count]) {
+    KVPLANE_UNROLL
+    for (int four = 0; four < count / 4; ++four) {
+        typename W::Word words[4];
+        W::load16(from, at + std::uint32_t(16 * four), words);
+        KVPLANE_UNROLL
+        for (int i = 0; i < 4; ++i) to[4 * four + i] = W::as_float(words[i]);
+    }
+}
+/// The sum over the four lanes of a row, and the largest.
+template <class W>
+KVPLANE_DEVICE typename W::Float over_quarters(typename W::Float x) {
+    x = x + W::shuffle_xor(x, 1);
+    return x + W::shuffle_xor(x, 2);
+}
+template <class W>
+KVPLANE_DEVICE typename W::Float over_quarters_max(typename W::Float x) {
+    x = W::maximum(x, W::shuffle_xor(x, 1));
+    return W::maximum(x, W::shuffle_xor(x, 2));
+}
+
 /// In place of a width: what the views say at run time; of keys, that of latents; of values, several by
 /// token.
 inline constexpr int any_width = 0, latent_width = -1, token_widths = -1;
@@ -319,15 +342,16 @@ struct TileMath {
             const Word at = W::select(valid, channel, Word(0u));
             Float key[8], query[8];
             key_row.load(at, key);
-            load_floats(queries.rows, g * queries.stride + at * 4u, query);
+            load_floats<W>(queries.rows, g * queries.stride + at * 4u, query);
             Float part(0.0f);
             KVPLANE_UNROLL
             for (int i = 0; i < 8; ++i) part = part + key[i] * query[i];
             sum = sum + W::select(valid, part, Float(0.0f));
         }
-        return over_quarters(sum);
+        return over_quarters<W>(sum);
     }
-    /// The same of several at once, so that their loads do not wait for each other.
+    /// The same of several at once, so that their loads do not wait for each other. (One by it would spill
+    /// registers of kernels that have none left.)
     template <int count, class Row>
     KVPLANE_DEVICE static void score_rows(const QueryRowsView& queries, const Row (&key_rows)[count],
                                           int channels, Float (&score)[count]) {
@@ -343,7 +367,7 @@ struct TileMath {
             KVPLANE_UNROLL
             for (int n = 0; n < count; ++n) key_rows[n].load_words(at, words[n]);
             Float query[8];
-            load_floats(queries.rows, g * queries.stride + at * 4u, query);
+            load_floats<W>(queries.rows, g * queries.stride + at * 4u, query);
             KVPLANE_UNROLL
             for (int n = 0; n < count; ++n) {
                 Float key[8], part(0.0f);
@@ -354,7 +378,7 @@ struct TileMath {
             }
         }
         KVPLANE_UNROLL
-        for (int n = 0; n < count; ++n) score[n] = over_quarters(score[n]);
+        for (int n = 0; n < count; ++n) score[n] = over_quarters<W>(score[n]);
     }
     /// Enters up to four such tokens. A masked score has no weight.
     template <class Row>
@@ -405,20 +429,12 @@ struct TileMath {
     }
 
   protected:
-    KVPLANE_DEVICE static Float over_quarters(Float x) {
-        x = x + W::shuffle_xor(x, 1);
-        return x + W::shuffle_xor(x, 2);
-    }
-    KVPLANE_DEVICE static Float over_quarters_max(Float x) {
-        x = W::maximum(x, W::shuffle_xor(x, 1));
-        return W::maximum(x, W::shuffle_xor(x, 2));
-    }
     KVPLANE_DEVICE static Float over_row(Float x) {
-        x = over_quarters(x);
+        x = over_quarters<W>(x);
         return paired ? x + W::shuffle_xor(x, 16) : x;
     }
     KVPLANE_DEVICE static Float over_row_max(Float x) {
-        x = over_quarters_max(x);
+        x = over_quarters_max<W>(x);
         return paired ? W::maximum(x, W::shuffle_xor(x, 16)) : x;
     }
     KVPLANE_DEVICE static typename W::Flag first_of_row() { return (W::lane() & (paired ? 19u : 3u)) == 0u; }
@@ -434,15 +450,6 @@ struct TileMath {
     }
     KVPLANE_DEVICE static constexpr int channels_of(const SegmentView& segment) {
         return segmented ? segment.channels : key_channels;
-    }
-    KVPLANE_DEVICE static void load_floats(const std::byte* from, Word at, Float (&to)[8]) {
-        KVPLANE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            Word words[4];
-            W::load16(from, at + std::uint32_t(16 * half), words);
-            KVPLANE_UNROLL
-            for (int i = 0; i < 4; ++i) to[4 * half + i] = W::as_float(words[i]);
-        }
     }
 
     /// Steps or lowers of eight channels from `first` on.
@@ -465,7 +472,7 @@ struct TileMath {
         Float query[8], step[8], lower[8];
         // Octets behind the last channel take the last eight and count nothing.
         const Word begin = full ? channel : W::minimum(channel, Word(std::uint32_t(key_channels - 8)));
-        load_floats(queries.rows, g * queries.stride + begin * 4u, query);
+        load_floats<W>(queries.rows, g * queries.stride + begin * 4u, query);
         load_grid(tile + segment.step_at, begin, step);
         load_grid(tile + segment.lower_at, begin, lower);
         KVPLANE_UNROLL
@@ -518,12 +525,16 @@ struct TileMath {
             largest = W::maximum(largest, W::absolute(f[i]));
         }
     }
+    /// What numbers up to `largest` are multiplied by to be rounded to that range; 0 where there is none.
+    KVPLANE_DEVICE static Float inverse_of(Float largest, float range) {
+        return W::select(largest > 1e-30f, range / W::maximum(largest, Float(1e-30f)), Float(0.0f));
+    }
     /// From the lanes' parts to what a unit of the integer sums is worth, and what is added to them.
     KVPLANE_DEVICE static Float scale_of(Float sum, Float low, Float largest, Float& worth, Float& base) {
-        largest = over_quarters_max(largest);
-        base = over_quarters(low + sum * 0.5f);
+        largest = over_quarters_max<W>(largest);
+        base = over_quarters<W>(low + sum * 0.5f);
         worth = largest * (1.0f / signed_range);
-        return W::select(largest > 1e-30f, signed_range / W::maximum(largest, Float(1e-30f)), Float(0.0f));
+        return inverse_of(largest, signed_range);
     }
 
     /// Adds the products of the tokens of m in [first_m, end_m) and one chunk of each quarter: of round
@@ -642,8 +653,7 @@ struct TileMath {
         base = across_lanes(low, [](Float a, Float b) { return a + b; });
         const Float most = across_lanes(largest, [](Float a, Float b) { return W::maximum(a, b); });
         worth = most * (1.0f / signed_range);
-        const Float inverse =
-            W::select(most > 1e-30f, signed_range / W::maximum(most, Float(1e-30f)), Float(0.0f));
+        const Float inverse = inverse_of(most, signed_range);
         Float inverses[rows];
         KVPLANE_UNROLL
         for (int r = 0; r < rows; ++r) inverses[r] = W::of_lane(inverse, 4 * r);
@@ -814,24 +824,21 @@ struct TileMath {
         if (!lowers_there) low = sum * (segment.lower_in_steps * segment.step_scale);
         base = low + sum * (0.5f * segment.step_scale);
         worth = largest * segment.step_scale * (1.0f / unsigned_range);
-        const Float inverse =
-            W::select(largest > 1e-30f, unsigned_range / W::maximum(largest, Float(1e-30f)), Float(0.0f));
+        const Float inverse = inverse_of(largest, unsigned_range);
         KVPLANE_UNROLL
-        for (int quad = 0; quad < 4 * own; ++quad) {
-            Word bits[4];
-            // The low 16 bits of this float are the rounded number.
-            KVPLANE_UNROLL
-            for (int s = 0; s < 4; ++s)
-                bits[s] = W::as_word(W::multiply_add(f[quad][s], inverse, Float(8388608.0f)));
-            const Word low_pair = W::template permute<0x5140>(bits[0], bits[1]),
-                       high_pair = W::template permute<0x5140>(bits[2], bits[3]);
-            const Word high = W::template permute<0x7632>(low_pair, high_pair),
-                       low_bytes = W::template permute<0x5410>(low_pair, high_pair);
-            put_quad(quad, high, low_bytes, factors[quad / own]);
-        }
+        for (int quad = 0; quad < 4 * own; ++quad) put_quad(quad, f[quad], inverse, factors[quad / own]);
     }
-    /// What a lane has of a quad into its place of A; the place of the quad that the lane has not gets zeros.
-    KVPLANE_DEVICE static void put_quad(int quad, Word high, Word low, Word (&a)[4]) {
+    /// Four numbers up to unsigned_range, in the bytes of A where the lane's quad has its place: high and low
+    /// parts; the place of a quad that the lane has not gets zeros.
+    KVPLANE_DEVICE static void put_quad(int quad, const Float (&f)[4], Float inverse, Word (&a)[4]) {
+        Word bits[4];
+        // The low 16 bits of this float are the rounded number.
+        KVPLANE_UNROLL
+        for (int s = 0; s < 4; ++s) bits[s] = W::as_word(W::multiply_add(f[s], inverse, Float(8388608.0f)));
+        const Word low_pair = W::template permute<0x5140>(bits[0], bits[1]),
+                   high_pair = W::template permute<0x5140>(bits[2], bits[3]);
+        const Word high = W::template permute<0x7632>(low_pair, high_pair),
+                   low = W::template permute<0x5410>(low_pair, high_pair);
         if (paired) {
             const auto even = W::lane() < 16u;
             const Word none(0u);
@@ -907,24 +914,19 @@ struct TileMath {
 
     /// Puts the rows that all tokens stand in into the memory of the warp, a byte each. A lane finds four.
     KVPLANE_DEVICE static void place_tokens(const std::byte* tile, const ValueTileView& view, std::byte* to) {
-        // Bit t of a plane: a digit of the run of token t.
+        // Bit t of a plane: a digit of the run of token t, the upper one first. A lone plane is the lower
+        // digit.
         Word planes[2][4], own_digits[2];
         const Word none(0u), word = W::lane() >> 3, first_bit = (W::lane() & 7u) * 4u;
         KVPLANE_UNROLL
-        for (int p = 0; p < 2; ++p) {
-            if (p < view.run_planes) {
-                W::load16(tile, Word(std::uint32_t(16 * p)), planes[p]);
-                own_digits[p] = W::load4(tile, word * 4u + std::uint32_t(16 * p)) >> first_bit;
-            } else {
-                // A lone plane is the lower digit.
-                KVPLANE_UNROLL
-                for (int w = 0; w < 4; ++w) {
-                    planes[p][w] = planes[0][w];
-                    planes[0][w] = none;
-                }
-                own_digits[1] = own_digits[0];
-                own_digits[0] = none;
-            }
+        for (int digit = 0; digit < 2; ++digit) {
+            const int plane = view.run_planes - 2 + digit;
+            KVPLANE_UNROLL
+            for (int w = 0; w < 4; ++w) planes[digit][w] = none;
+            own_digits[digit] = none;
+            if (plane < 0) continue;
+            W::load16(tile, Word(std::uint32_t(16 * plane)), planes[digit]);
+            own_digits[digit] = W::load4(tile, word * 4u + std::uint32_t(16 * plane)) >> first_bit;
         }
         Word row[ValueTileView::most_runs];
         KVPLANE_UNROLL
@@ -953,7 +955,7 @@ struct TileMath {
             }
         }
         // Of a tile that is broken, too.
-        W::store4(to, W::lane() * 4u, packed & 0x7F7F7F7Fu, W::lane() < 32u);
+        W::store4(to, W::lane() * 4u, packed & 0x7F7F7F7Fu);
     }
 
     /// Weights times steps in the order of rows, in the memory of the warp: [row of queries][row of the
@@ -970,7 +972,7 @@ struct TileMath {
             KVPLANE_UNROLL
             for (int s = 0; s < 4; ++s)
                 W::store4(memory, row() * weight_stride + (place >> std::uint32_t(8 * s) & 0xFFu) * 4u,
-                          W::as_word(weight[quad / own][s][quad % own]), W::lane() < 32u);
+                          W::as_word(weight[quad / own][s][quad % own]));
         }
         W::sync();
         Float low[rows], most[rows];
@@ -1015,8 +1017,7 @@ struct TileMath {
         Float largest, base;
         fold_runs(tile, view, memory, weight, largest, base);
         const Float worth = factor * (largest * (1.0f / unsigned_range));
-        const Float inverse =
-            W::select(largest > 1e-30f, unsigned_range / W::maximum(largest, Float(1e-30f)), Float(0.0f));
+        const Float inverse = inverse_of(largest, unsigned_range);
         // All lanes of a row have the same.
         const Float once = W::select(first_of_row(), factor * base, Float(0.0f));
         KVPLANE_UNROLL
@@ -1064,15 +1065,9 @@ struct TileMath {
         for (int quad = 0; quad < own; ++quad) {
             // Of paired rows a lane has one of the two quads.
             const Word at = begin + (paired ? (W::lane() >> 4) * 4u : Word(std::uint32_t(4 * quad)));
-            Word bits[4];
-            W::load16(memory, row() * weight_stride + at * 4u, bits);
-            KVPLANE_UNROLL
-            for (int i = 0; i < 4; ++i)
-                bits[i] = W::as_word(W::multiply_add(W::as_float(bits[i]), inverse, Float(8388608.0f)));
-            const Word low_pair = W::template permute<0x5140>(bits[0], bits[1]),
-                       high_pair = W::template permute<0x5140>(bits[2], bits[3]);
-            put_quad(quad, W::template permute<0x7632>(low_pair, high_pair),
-                     W::template permute<0x5410>(low_pair, high_pair), a);
+            Float f[4];
+            load_floats<W>(memory, row() * weight_stride + at * 4u, f);
+            put_quad(quad, f, inverse, a);
         }
     }
     /// Adds the products of weights and 32 channels of values of one round of a run.
@@ -1159,14 +1154,14 @@ struct TileMath {
         KVPLANE_UNROLL
         for (int o = 0; o < octets; ++o) {
             Float query[8];
-            load_floats(
+            load_floats<W>(
                 queries.rows,
                 g * queries.stride + W::minimum(octet_channel(o, quarter, 8), Word(channels - 8u)) * 4u,
                 query);
             KVPLANE_UNROLL
             for (int i = 0; i < 8; ++i) largest = W::maximum(largest, W::absolute(query[i]));
         }
-        largest = W::maximum(over_quarters_max(largest), Float(1e-30f));
+        largest = W::maximum(over_quarters_max<W>(largest), Float(1e-30f));
         const Float scale = 256.0f / largest;
         KVPLANE_UNROLL
         for (int o = 0; o < octets; ++o) {
@@ -1174,7 +1169,7 @@ struct TileMath {
             const auto valid = channel < channels;
             const Word begin = W::minimum(channel, Word(channels - 8u));
             Float query[8], first[4], second[4];
-            load_floats(queries.rows, g * queries.stride + begin * 4u, query);
+            load_floats<W>(queries.rows, g * queries.stride + begin * 4u, query);
             KVPLANE_UNROLL
             for (int i = 0; i < 4; ++i) {
                 first[i] = W::select(valid, query[i] * scale, Float(0.0f));

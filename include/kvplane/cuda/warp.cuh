@@ -46,8 +46,11 @@ struct DeviceWarp {
     __device__ static void store8(std::byte* base, Word at, Word first, Word second) {
         *reinterpret_cast<uint2*>(base + at) = make_uint2(first, second);
     }
+    __device__ static void store4(std::byte* base, Word at, Word word) {
+        *reinterpret_cast<std::uint32_t*>(base + at) = word;
+    }
     __device__ static void store4(std::byte* base, Word at, Word word, Flag there) {
-        if (there) *reinterpret_cast<std::uint32_t*>(base + at) = word;
+        if (there) store4(base, at, word);
     }
     __device__ static void store2(std::byte* base, Word at, Word word) {
         *reinterpret_cast<std::uint16_t*>(base + at) = static_cast<std::uint16_t>(word);
