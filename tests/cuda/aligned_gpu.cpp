@@ -244,6 +244,15 @@ TEST(CudaAligned, BudgetsAreKept) {
 }
 
 /// Prefixes that are the same for all tiles, of fp16 too.
+/// Two key heads of 128 channels.
+CacheConfiguration configuration_of(const char* recipe, Index group) {
+    return {.kv_heads = 2,
+            .query_heads = 2 * group,
+            .key_head_dim = 128,
+            .value_head_dim = 128,
+            .recipe = recipes::parse(recipe)};
+}
+
 TEST(CudaAligned, FixedPrefixesAreThoseOfTheHost) {
     KVPLANE_NEEDS_DEVICE();
     Random random(kvplane_test::seed());
@@ -252,12 +261,7 @@ TEST(CudaAligned, FixedPrefixesAreThoseOfTheHost) {
             for (int keys = 1; keys <= 3; ++keys)
                 for (int values = 1; values <= 3; ++values) {
                     TilePool pool;
-                    const CacheConfiguration configuration{.kv_heads = 2,
-                                                           .query_heads = 2 * group,
-                                                           .key_head_dim = 128,
-                                                           .value_head_dim = 128,
-                                                           .recipe = recipes::parse(recipe)};
-                    KvCache cache(configuration, pool);
+                    KvCache cache(configuration_of(recipe, group), pool);
                     cache.append(kvplane_test::normal_matrix(1500, 256, random),
                                  kvplane_test::normal_matrix(1500, 256, random));
                     const RowMajorMatrix<float> queries =
@@ -297,12 +301,7 @@ TEST(CudaAligned, IsCapturedInAGraph) {
     KVPLANE_NEEDS_DEVICE();
     Random random(kvplane_test::seed());
     TilePool pool;
-    KvCache cache({.kv_heads = 2,
-                   .query_heads = 8,
-                   .key_head_dim = 128,
-                   .value_head_dim = 128,
-                   .recipe = recipes::parse("key_favored:8:8")},
-                  pool);
+    KvCache cache(configuration_of("key_favored:8:8", 4), pool);
     cache.append(kvplane_test::normal_matrix(2000, 256, random),
                  kvplane_test::normal_matrix(2000, 256, random));
     kvplane::cuda::DeviceMemory memory;
@@ -327,19 +326,10 @@ TEST(CudaAligned, IsCapturedInAGraph) {
     const std::vector<float> expected = out.read<float>();
     const ReadCounts once = counts.read<ReadCounts>()[0];
     expect_ok(cudaMemset(out.as(), 0xFF, 8 * 128 * 4));
-    cudaGraph_t graph;
-    cudaGraphExec_t executable;
-    expect_ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    attend();
-    expect_ok(cudaStreamEndCapture(stream, &graph));
-    expect_ok(cudaGraphInstantiate(&executable, graph, 0));
-    for (int launch = 0; launch < 3; ++launch) expect_ok(cudaGraphLaunch(executable, stream));
-    expect_ok(cudaStreamSynchronize(stream));
+    kvplane_test::launch_captured(stream, 3, attend);
     EXPECT_EQ(out.read<float>(), expected);
     const ReadCounts all = counts.read<ReadCounts>()[0];
     for (int p = 0; p < 4; ++p) EXPECT_EQ(all.keys[p], 4 * once.keys[p]);
-    cudaGraphExecDestroy(executable);
-    cudaGraphDestroy(graph);
     cudaStreamDestroy(stream);
 }
 
@@ -347,12 +337,7 @@ TEST(CudaAligned, RefusesWhatItCannotDo) {
     KVPLANE_NEEDS_DEVICE();
     using kvplane_test::refusal;
     TilePool pool;
-    KvCache cache({.kv_heads = 2,
-                   .query_heads = 8,
-                   .key_head_dim = 128,
-                   .value_head_dim = 128,
-                   .recipe = recipes::parse("key_favored:8:8")},
-                  pool);
+    KvCache cache(configuration_of("key_favored:8:8", 4), pool);
     kvplane::cuda::DeviceMemory memory;
     TilePool device_pool(&memory);
     const auto uploaded = kvplane::cuda::DeviceCache::upload(cache, device_pool, nullptr);

@@ -317,17 +317,8 @@ TEST(CudaAttention, IsCapturedInAGraph) {
     expect_ok(cudaStreamSynchronize(stream));
     const std::vector<float> expected = out.read<float>();
     expect_ok(cudaMemset(out.as(), 0xFF, 8 * 128 * 4));
-    cudaGraph_t graph;
-    cudaGraphExec_t executable;
-    expect_ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    attend();
-    expect_ok(cudaStreamEndCapture(stream, &graph));
-    expect_ok(cudaGraphInstantiate(&executable, graph, 0));
-    for (int launch = 0; launch < 3; ++launch) expect_ok(cudaGraphLaunch(executable, stream));
-    expect_ok(cudaStreamSynchronize(stream));
+    kvplane_test::launch_captured(stream, 3, attend);
     EXPECT_EQ(out.read<float>(), expected);
-    cudaGraphExecDestroy(executable);
-    cudaGraphDestroy(graph);
     cudaStreamDestroy(stream);
 }
 

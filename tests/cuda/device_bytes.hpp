@@ -26,6 +26,21 @@ inline void expect_ok(cudaError_t status) {
     ASSERT_EQ(status, cudaSuccess) << cudaGetErrorString(status);
 }
 
+/// What `body` starts on the stream, in a graph that is launched `times` times and waited for.
+template <class Body>
+void launch_captured(cudaStream_t stream, int times, const Body& body) {
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    expect_ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    body();
+    expect_ok(cudaStreamEndCapture(stream, &graph));
+    expect_ok(cudaGraphInstantiate(&executable, graph, 0));
+    for (int launch = 0; launch < times; ++launch) expect_ok(cudaGraphLaunch(executable, stream));
+    expect_ok(cudaStreamSynchronize(stream));
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+}
+
 /// Memory of the device.
 class DeviceBytes {
   public:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "append_tests.hpp"
+#include "cuda/device_bytes.hpp"
 #include "kvplane/cuda/device_cache.cuh"
 
 namespace {
@@ -20,21 +21,9 @@ using cuda::DeviceCache;
 using cuda::require_cuda;
 
 /// A copy of the host's bytes in device memory.
-class DeviceBytes {
-  public:
-    explicit DeviceBytes(const std::vector<std::byte>& bytes) {
-        if (bytes.empty()) return;
-        require_cuda(cudaMalloc(&memory_, bytes.size()), "taking memory of a test");
-        require_cuda(cudaMemcpy(memory_, bytes.data(), bytes.size(), cudaMemcpyHostToDevice),
-                     "copying input");
-    }
-    DeviceBytes(DeviceBytes&& other) noexcept : memory_(std::exchange(other.memory_, nullptr)) {}
-    ~DeviceBytes() { (void)cudaFree(memory_); }
-    const void* get() const noexcept { return memory_; }
-
-  private:
-    void* memory_ = nullptr;
-};
+DeviceBytes on_device(const std::vector<std::byte>& bytes) {
+    return {bytes.data(), bytes.size()};
+}
 
 struct DeviceMachine {
     using Cache = DeviceCache;
@@ -54,17 +43,16 @@ struct DeviceMachine {
     }
     KvCache download(Cache& cache, TilePool& host) { return cache.download(host, stream); }
     void append(Cache& cache, const StridedRows& keys, const StridedRows* values, AppendCheck check) {
-        const DeviceBytes key_bytes(keys.bytes),
-            value_bytes(values ? values->bytes : std::vector<std::byte>{});
-        const auto on_device = [](const StridedRows& rows, const DeviceBytes& bytes) {
+        const DeviceBytes key_bytes = on_device(keys.bytes),
+                          value_bytes = on_device(values ? values->bytes : std::vector<std::byte>{});
+        const auto rows_in = [](const StridedRows& rows, const DeviceBytes& bytes) {
             cuda::DeviceRows to = rows.rows;
             // Rows need not begin where their memory does.
-            to.data = static_cast<const std::byte*>(bytes.get()) +
-                      (static_cast<const std::byte*>(rows.rows.data) - rows.bytes.data());
+            to.data = bytes.as() + (static_cast<const std::byte*>(rows.rows.data) - rows.bytes.data());
             return to;
         };
-        if (!values) return cache.append(on_device(keys, key_bytes), stream, check);
-        cache.append(on_device(keys, key_bytes), on_device(*values, value_bytes), stream, check);
+        if (!values) return cache.append(rows_in(keys, key_bytes), stream, check);
+        cache.append(rows_in(keys, key_bytes), rows_in(*values, value_bytes), stream, check);
     }
     Cache fork(Cache& cache) { return cache.fork(stream); }
     void truncate(Cache& cache, Index count) { cache.truncate(count, stream); }
@@ -118,13 +106,13 @@ TEST(DeviceCache, ManyTokensWithoutWaiting) {
     expected.append(keys, values);
     const StridedRows key_rows(keys, 8, ScalarType::float16, StridedRows::Order::token_head_channel),
         value_rows(values, 8, ScalarType::float16, StridedRows::Order::token_head_channel);
-    const DeviceBytes key_bytes(key_rows.bytes), value_bytes(value_rows.bytes);
+    const DeviceBytes key_bytes = on_device(key_rows.bytes), value_bytes = on_device(value_rows.bytes);
     DeviceCache cache(c, machine.pool);
     for (Index t = 0; t < 700; ++t) {
         const auto one = [&](const StridedRows& rows, const DeviceBytes& bytes) {
             cuda::DeviceRows row = rows.rows;
             row.tokens = 1;
-            row.data = static_cast<const std::byte*>(bytes.get()) + 2 * t * row.token_stride;
+            row.data = bytes.as() + 2 * t * row.token_stride;
             return row;
         };
         cache.append(one(key_rows, key_bytes), one(value_rows, value_bytes), machine.stream,
