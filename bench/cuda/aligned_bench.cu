@@ -158,14 +158,8 @@ class Batch {
 }  // namespace
 
 int main(int count, char** arguments) try {
-    std::setvbuf(stdout, nullptr, _IOLBF, 0);
-    cudaDeviceProp device{};
-    must(cudaGetDeviceProperties(&device, 0), "device");
-    std::printf("%s, %d multiprocessors, L2 %d MB\n", device.name, device.multiProcessorCount,
-                device.l2CacheSize >> 20);
-    std::byte* other = nullptr;
-    must(cudaMalloc(&other, flush_bytes), "memory");
-    must(cudaMemset(other, 1, flush_bytes), "fill");
+    const std::byte* const other = begin_bench();
+    const std::span named(arguments, static_cast<std::size_t>(count));
     std::printf("%-16s %2s %7s %5s  %-16s %8s %7s %6s %6s %6s  %-24s %9s %9s\n", "recipe", "B", "N", "hot",
                 "read", "us", "of all", "keys", "values", "bits", "values by planes", "error", "bound");
     struct Read {
@@ -174,11 +168,8 @@ int main(int count, char** arguments) try {
         PlanesRead planes = {};
     };
     constexpr int never = AlignmentThresholds::never;
-    const auto named = std::span(arguments, static_cast<std::size_t>(count)).subspan(1);
     for (const char* recipe : {"key_favored:8:8", "fp16"}) {
-        if (!named.empty() && std::none_of(named.begin(), named.end(),
-                                           [&](const char* name) { return std::strcmp(name, recipe) == 0; }))
-            continue;
+        if (!is_wanted(recipe, named)) continue;
         const bool half = std::string(recipe) == "fp16";
         std::vector<Read> reads = {{"all", ReadPolicy::all()}};
         if (half) {

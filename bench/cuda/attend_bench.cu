@@ -155,14 +155,8 @@ std::shared_ptr<const LatentKeys> fitted_basis(const CacheConfiguration& configu
 }  // namespace
 
 int main(int count, char** arguments) try {
-    std::setvbuf(stdout, nullptr, _IOLBF, 0);
-    cudaDeviceProp device{};
-    must(cudaGetDeviceProperties(&device, 0), "device");
-    std::printf("%s, %d multiprocessors, L2 %d MB\n", device.name, device.multiProcessorCount,
-                device.l2CacheSize >> 20);
-    std::byte* other = nullptr;
-    must(cudaMalloc(&other, flush_bytes), "memory");
-    must(cudaMemset(other, 1, flush_bytes), "fill");
+    const std::byte* const other = begin_bench();
+    const std::span named(arguments, static_cast<std::size_t>(count));
     std::printf("empty launch %.1f us\n", time_of([] { read_all<<<1, 32>>>(nullptr, 0, nullptr); }, other));
     std::printf("%-18s %3s %7s %7s %9s %10s %7s %6s\n", "recipe", "B", "N", "MB", "us", "plain read", "TB/s",
                 "share");
@@ -179,11 +173,7 @@ int main(int count, char** arguments) try {
           Row{"key_favored:8:8", false, {1, 1}, " first planes"}, Row{"key_favored:2:2", false},
           Row{"key_favored:5:3", true}, Row{"key_favored:4:2", false}, Row{"key_favored:3:3", false},
           Row{"kivi:4:32", false}, Row{"key_favored:6:6", false}, Row{"fp16", true}}) {
-        const auto named = std::span(arguments, static_cast<std::size_t>(count)).subspan(1);
-        if (!named.empty() && std::none_of(named.begin(), named.end(), [&](const char* name) {
-                return std::strcmp(name, row.recipe) == 0;
-            }))
-            continue;
+        if (!is_wanted(row.recipe, named)) continue;
         CacheConfiguration configuration{.kv_heads = 8,
                                          .query_heads = 32,
                                          .key_head_dim = 128,

@@ -1,4 +1,4 @@
-// bench/cuda/timing.cuh: how long a launch takes whose data is in no cache.
+// bench/cuda/timing.cuh: how long a launch takes whose data is in no cache, and how benches begin.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <span>
 #include <vector>
 
 namespace kvplane_bench {
@@ -54,6 +56,26 @@ double time_of(const Launch& launch, const std::byte* other) {
     }
     std::nth_element(times.begin(), times.begin() + 15, times.end());
     return times[15];
+}
+
+/// Says which device it is. Returns memory that time_of() reads in between.
+inline const std::byte* begin_bench() {
+    std::setvbuf(stdout, nullptr, _IOLBF, 0);
+    cudaDeviceProp device{};
+    must(cudaGetDeviceProperties(&device, 0), "device");
+    std::printf("%s, %d multiprocessors, L2 %d MB\n", device.name, device.multiProcessorCount,
+                device.l2CacheSize >> 20);
+    std::byte* other = nullptr;
+    must(cudaMalloc(&other, flush_bytes), "memory");
+    must(cudaMemset(other, 1, flush_bytes), "fill");
+    return other;
+}
+
+/// Whether a recipe is among a program's arguments, or all are wanted.
+inline bool is_wanted(const char* recipe, std::span<char*> arguments) {
+    return arguments.size() < 2 || std::any_of(arguments.begin() + 1, arguments.end(), [&](const char* name) {
+               return std::strcmp(name, recipe) == 0;
+           });
 }
 
 }  // namespace kvplane_bench
