@@ -81,8 +81,8 @@ Matrix rows_of(Random& random, Index tokens, Index channels) {
 }
 
 /// The most by which scores of a row may be off for a group of tokens [first, end): every factor, a query
-/// times the step of a channel, is off by half a unit, the largest of them over 32512, and meets codes of up
-/// to 2^bits.
+/// times the step of a channel, is off by half a unit, the largest of them over 32512, and meets codes up to
+/// half of 2^bits from their middle.
 double score_bound(const KeyTileView& view, const Matrix& keys, const Matrix& queries, Index row, Index first,
                    Index end) {
     double largest = 0.0, codes = 0.0;
@@ -95,7 +95,7 @@ double score_bound(const KeyTileView& view, const Matrix& keys, const Matrix& qu
             // but one; fp16 rounds steps up by 2^-10 of them.
             const double cells = std::ldexp(1.0, s.bits), range = column.maxCoeff() - column.minCoeff();
             largest = std::max(largest, std::abs(queries(row, c)) * 2.0 * range / std::max(1.0, cells - 1.0));
-            codes += cells - 1.0;
+            codes += 0.5 * (cells - 1.0);
         }
     }
     return 0.5 * largest / 32512.0 * codes;
@@ -114,15 +114,25 @@ void each_score(const Body& body) {
         }
 }
 
-/// Scores of a tile against those of its decoded keys.
+/// Scores of a tile: [row of queries][token].
 template <class Math>
-void expect_scores(Tile& tile, const KeyTileView& view, const Matrix& queries, int depth,
-                   const std::string& name) {
+Matrix scores_of(Tile& tile, const KeyTileView& view, const Matrix& queries) {
     QueryMemory memory(queries, queries.cols());
     AlignedBytes factors(8 * view.factor_stride());
     typename Math::Scores score;
     Math::score(memory.view(), tile.bytes.data(), view, factors.data(), score);
-    const Matrix keys = tile.decoded(depth);
+    Matrix to(8, 128);
+    each_score<Math>([&](int lane, Index row, Index token, int m, int s, int j) {
+        to(row, token) = score[m][s][j][lane];
+    });
+    return to;
+}
+
+/// Scores of a tile against those of its decoded keys.
+template <class Math>
+void expect_scores(Tile& tile, const KeyTileView& view, const Matrix& queries, int depth,
+                   const std::string& name) {
+    const Matrix found = scores_of<Math>(tile, view, queries), keys = tile.decoded(depth);
     const Eigen::MatrixXd exact = queries.cast<double>() * keys.cast<double>().transpose();
     const Eigen::MatrixXd sizes =
         queries.cast<double>().cwiseAbs() * keys.cast<double>().cwiseAbs().transpose();
@@ -131,11 +141,11 @@ void expect_scores(Tile& tile, const KeyTileView& view, const Matrix& queries, i
     for (Index row = 0; row < 8; ++row)
         for (Index g = 0; g < view.groups; ++g)
             bound(row, g) = score_bound(view, keys, queries, row, g * group, (g + 1) * group);
-    each_score<Math>([&](int lane, Index row, Index token, int m, int s, int j) {
-        ASSERT_NEAR(score[m][s][j][lane], exact(row, token),
-                    bound(row, token / group) + 3e-6 * sizes(row, token))
-            << name << " row " << row << " token " << token;
-    });
+    for (Index row = 0; row < (Math::shares_rows ? 4 : 8); ++row)
+        for (Index token = 0; token < 128; ++token)
+            ASSERT_NEAR(found(row, token), exact(row, token),
+                        bound(row, token / group) + 3e-6 * sizes(row, token))
+                << name << " row " << row << " token " << token;
 }
 
 /// check<bits, channels>() at every width, 16 for fp16.
@@ -196,10 +206,15 @@ TEST(TileMath, GroupsOfTokensSegmentsAndPrefixesAreRead) {
     }
 }
 
-/// Output of one tile against that of its decoded values, for given scores.
+/// Weights of a tile whose scores are in units of log 2, relative to the largest of a row.
+Eigen::MatrixXd weights_of(const Matrix& scores) {
+    return (scores.cast<double>().colwise() - scores.cast<double>().rowwise().maxCoeff())
+        .unaryExpr([](double x) { return std::exp2(x); });
+}
+
+/// Output of one tile for given scores, not divided by the sum of weights: [row of queries][channel].
 template <class Math>
-void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, int depth,
-                   const std::string& name) {
+Matrix sums_of(Tile& tile, const ValueTileView& view, const Matrix& scores) {
     typename Math::Scores score;
     each_score<Math>([&](int lane, Index row, Index token, int m, int s, int j) {
         score[m][s][j][lane] = scores(row, token);
@@ -210,9 +225,26 @@ void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, 
     AlignedBytes memory(ValueTileView::run_bytes);
     Math::add_values(tile.bytes.data(), view, memory.data(), score, factor, state);
     Math::finish(state);
-    const Matrix values = tile.decoded(depth);
-    // A weight is off by half of 1 / 65500 of the largest step, which times a code is at most twice a range;
-    // where widths differ, the largest step is one of the least width.
+    const Eigen::VectorXd weights = weights_of(scores).rowwise().sum();
+    Matrix to(8, tile.format.channels());
+    for (int row = 0; row < (Math::shares_rows ? 4 : 8); ++row) {
+        EXPECT_NEAR(state.softmax.sum[4 * row], weights[row], 1e-5 * weights[row]);
+        for (Index c = 0; c < to.cols(); ++c) {
+            const int in_block = static_cast<int>(c % 32);
+            to(row, c) = state.out[static_cast<std::size_t>(c / 32)][in_block % 4][in_block % 8 / 4]
+                                  [4 * row + in_block / 8];
+        }
+    }
+    return to;
+}
+
+/// The same against that of the tile's decoded values.
+template <class Math>
+void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, int depth,
+                   const std::string& name) {
+    const Matrix found = sums_of<Math>(tile, view, scores), values = tile.decoded(depth);
+    // A weight is off by half of 1 / 65500 of the largest step, which times a code's distance from the middle
+    // is at most a range; where widths differ, the largest step is one of the least width.
     double codes = 128.0;
     if (view.runs > 0) {
         const double least = std::ldexp(1.0, view.run[view.runs - 1].segment.bits) - 1.0;
@@ -220,24 +252,80 @@ void expect_values(Tile& tile, const ValueTileView& view, const Matrix& scores, 
         for (int i = 0; i < view.runs; ++i)
             codes += view.run[i].rows * (std::ldexp(1.0, view.run[i].segment.bits) - 1.0) / least;
     }
-    const double rounding = codes / 65500.0 * (values.maxCoeff() - values.minCoeff()),
+    const double rounding = 0.5 * codes / 65500.0 * (values.maxCoeff() - values.minCoeff()),
                  largest = values.cwiseAbs().maxCoeff();
-    for (int row = 0; row < (Math::shares_rows ? 4 : 8); ++row) {
-        const Eigen::VectorXd weights = (scores.row(row).cast<double>().array() - scores.row(row).maxCoeff())
-                                            .unaryExpr([](double x) { return std::exp2(x); })
-                                            .matrix();
-        const double sum = weights.sum();
-        EXPECT_NEAR(state.softmax.sum[4 * row], sum, 1e-5 * sum) << name;
-        for (Index c = 0; c < values.cols(); ++c) {
-            const double exact = weights.dot(values.col(c).cast<double>()) / sum;
-            const auto block = static_cast<std::size_t>(c / 32);
-            const int in_block = static_cast<int>(c % 32);
-            const double found =
-                state.out[block][in_block % 4][in_block % 8 / 4][4 * row + in_block / 8] / sum;
-            ASSERT_NEAR(found, exact, rounding / sum + 3e-6 * largest)
+    const Eigen::MatrixXd weights = weights_of(scores), exact = weights * values.cast<double>();
+    for (Index row = 0; row < (Math::shares_rows ? 4 : 8); ++row)
+        for (Index c = 0; c < values.cols(); ++c)
+            ASSERT_NEAR(found(row, c), exact(row, c), rounding + 3e-6 * largest * weights.row(row).sum())
                 << name << " row " << row << " channel " << c;
-        }
+}
+
+/// Numbers that are in the middle of grids from -1 to 1, but for the first two, which are their ends.
+Matrix middle_rows(Random& random, Index rows, Index length, int bits) {
+    std::uniform_real_distribution<float> half_a_cell(-0.5f, 0.5f);
+    Matrix to(rows, length);
+    for (Index row = 0; row < rows; ++row)
+        for (Index i = 0; i < length; ++i)
+            to(row, i) = i < 2 ? 1.0f - 2.0f * static_cast<float>(i) : std::ldexp(half_a_cell(random), -bits);
+    return to;
+}
+/// Scores of tokens all of whose codes are next to the middle: half a step from it.
+template <class Math>
+void expect_middle_scores(Tile& tile, const Matrix& queries, int bits, const std::string& name) {
+    const Matrix found = scores_of<Math>(tile, key_tile_view(tile.format), queries);
+    const Eigen::MatrixXd exact = queries.cast<double>() * tile.decoded().cast<double>().transpose();
+    for (Index row = 0; row < 8; ++row) {
+        const Eigen::VectorXd sizes = queries.row(row).cast<double>().cwiseAbs().transpose();
+        const double unit = sizes.maxCoeff() * 2.0 / (std::ldexp(1.0, bits) - 1.0) / 32512.0;
+        for (Index token = 2; token < 128; ++token)
+            ASSERT_NEAR(found(row, token), exact(row, token),
+                        0.5 * unit * 0.5 * static_cast<double>(queries.cols()) + 1e-6 * sizes.sum())
+                << name << " row " << row << " token " << token;
     }
+}
+/// Sums of channels all of whose codes are.
+template <class Math>
+void expect_middle_values(Tile& tile, const Matrix& scores, const std::string& name) {
+    const Matrix found = sums_of<Math>(tile, value_tile_view(tile.format), scores), values = tile.decoded();
+    const double step =
+        values.col(0).cwiseAbs().maxCoeff() * 2.0 / (std::ldexp(1.0, tile.format.segments()[0].bits) - 1.0);
+    const Eigen::MatrixXd weights = weights_of(scores), exact = weights * values.cast<double>(),
+                          sizes = weights * values.col(0).cast<double>().cwiseAbs();
+    for (Index row = 0; row < 8; ++row)
+        for (Index c = 2; c < values.cols(); ++c)
+            ASSERT_NEAR(found(row, c), exact(row, c),
+                        0.5 * step / 65500.0 * 0.5 * 128.0 + 1e-6 * sizes(row, 0))
+                << name << " row " << row << " channel " << c;
+}
+
+TEST(TileMath, RoundingOfFactorsLeavesTheMiddleOfCodesAsItIs) {
+    Random random(kvplane_test::seed());
+    std::normal_distribution<float> normal;
+    const auto check = [&]<int bits, int channels>() {
+        if (bits == 16) return;
+        const std::string name = std::to_string(bits) + " bits, " + std::to_string(channels) + " channels";
+        const Matrix scores = 3.0f * kvplane_test::normal_matrix(8, 128, random);
+        using Made = TileMath<HostWarp, bits, channels, bits, channels>;
+        using General = TileMath<HostWarp, any_width, 256, any_width, channels>;
+        for (const Scheme scheme : {Scheme::min_max, Scheme::cell}) {
+            const std::string with = name + ", " + kvplane::name(scheme);
+            const GridRule of_keys{Granularity::per_channel, 128, scheme, Clip::none};
+            Tile keys(TileFormat(TileSide::keys, channels, bits, of_keys),
+                      middle_rows(random, channels, 128, bits).transpose());
+            const Matrix queries = rows_of(random, 8, channels);
+            expect_middle_scores<Made>(keys, queries, bits, with);
+            expect_middle_scores<General>(keys, queries, bits, with + ", run time");
+            Matrix rows = middle_rows(random, 128, channels, bits);
+            for (Index t = 0; t < 128; ++t) rows.row(t) *= std::exp2(normal(random));
+            const GridRule of_values{Granularity::per_token, whole_head, scheme, Clip::none};
+            Tile values(TileFormat(TileSide::values, channels, bits, of_values), rows);
+            expect_middle_values<Made>(values, scores, with);
+            expect_middle_values<General>(values, scores, with + ", run time");
+        }
+    };
+    at_every_width<80>(check);
+    at_every_width<128>(check);
 }
 
 TEST(TileMath, PrefixesOfHalvesAreReadWithTheirMiddle) {

@@ -11,6 +11,10 @@
 //   values   the steps are folded into the weights, rounded to unsigned 16 bits. Sums: 65535 x 255 x 128 <
 //            2^31.
 //
+// What rounding does to the middle of all codes, which all tokens (of values, all channels) have in common,
+// is taken back: a rounded factor errs by a code's distance from the middle only. Otherwise all channels of
+// a sum of values would be off by the same, which the rotation back puts into one of them.
+//
 // fp16 tiles are put together in registers, of as many planes as are read, and multiplied as fp16, queries
 // and weights in two parts (high and low half) as above. Scores are in units of log 2.
 #pragma once
@@ -209,7 +213,7 @@ struct TileMath {
         } else {
             Word factors[key_octets][4];
             Float worth, base;
-            fold_uniform(queries, tile, view.segment[0], factors, worth, base);
+            fold_uniform<bits>(queries, tile, view.segment[0], factors, worth, base);
             Int sums[16][4];
             zero(sums);
             KVPLANE_UNROLL
@@ -483,16 +487,22 @@ struct TileMath {
         }
     }
 
-    /// A float whose low 16 bits are f inverse, up to signed_range, rounded, + 128, in two's complement.
+    /// f inverse, up to signed_range, rounded, on top of signed_zero.
     KVPLANE_DEVICE static Word rounded(Float f, Float inverse) {
         return W::as_word(W::multiply_add(f, inverse, Float(12582912.0f + 128.0f)));
     }
+    /// The float of 1.5 2^23 + 128, whose unit in the last place is 1; and that of 2^23.
+    static constexpr std::uint32_t signed_zero = 0x4B400080u, unsigned_zero = 0x4B000000u;
     /// Eight numbers up to signed_range in the bytes of A: the high and the low parts of four, and of four
-    /// more.
-    KVPLANE_DEVICE static void signed_bytes(const Float (&f)[8], Float inverse, Word (&a)[4]) {
+    /// more. Adds the rounded numbers to `total`.
+    KVPLANE_DEVICE static void signed_bytes(const Float (&f)[8], Float inverse, Word (&a)[4], Word& total) {
         Word bits[8];
         KVPLANE_UNROLL
-        for (int i = 0; i < 8; ++i) bits[i] = rounded(f[i], inverse);
+        for (int i = 0; i < 8; ++i) {
+            bits[i] = rounded(f[i], inverse);
+            total = total + bits[i];
+        }
+        total = total - 8u * signed_zero;
         KVPLANE_UNROLL
         for (int half = 0; half < 2; ++half) {
             const Word* b = bits + 4 * half;
@@ -503,6 +513,7 @@ struct TileMath {
         }
     }
 
+    template <int bits>
     KVPLANE_DEVICE static void fold_uniform(const QueryRowsView& queries, const std::byte* tile,
                                             const SegmentView& segment, Word (&factors)[key_octets][4],
                                             Float& worth, Float& base) {
@@ -514,9 +525,19 @@ struct TileMath {
             fold_octet(queries, tile, segment, octet_channel(o, quarter, key_chunk), f[o], low);
             gather(f[o], sum, largest);
         }
-        const Float inverse = scale_of(sum, low, largest, worth, base);
+        largest = over_quarters_max<W>(largest);
+        worth = largest * (1.0f / signed_range);
+        const Float inverse = inverse_of(largest, signed_range);
+        Word total(0u);
         KVPLANE_UNROLL
-        for (int o = 0; o < key_octets; ++o) signed_bytes(f[o], inverse, factors[o]);
+        for (int o = 0; o < key_octets; ++o) signed_bytes(f[o], inverse, factors[o], total);
+        base = over_quarters<W>(low + sum * middle_of(bits) - of_middles(bits, total, worth));
+    }
+    /// The middle of all codes of a width, in steps.
+    KVPLANE_DEVICE static constexpr float middle_of(int bits) { return 0.5f * static_cast<float>(1 << bits); }
+    /// What the middle codes take part with in the integer sums, which have factors that sum up to `total`.
+    KVPLANE_DEVICE static Float of_middles(int bits, Word total, Float worth) {
+        return W::to_float(W::to_int(total)) * worth * (middle_of(bits) - 0.5f);
     }
     KVPLANE_DEVICE static void gather(const Float (&f)[8], Float& sum, Float& largest) {
         KVPLANE_UNROLL
@@ -528,13 +549,6 @@ struct TileMath {
     /// What numbers up to `largest` are multiplied by to be rounded to that range; 0 where there is none.
     KVPLANE_DEVICE static Float inverse_of(Float largest, float range) {
         return W::select(largest > 1e-30f, range / W::maximum(largest, Float(1e-30f)), Float(0.0f));
-    }
-    /// From the lanes' parts to what a unit of the integer sums is worth, and what is added to them.
-    KVPLANE_DEVICE static Float scale_of(Float sum, Float low, Float largest, Float& worth, Float& base) {
-        largest = over_quarters_max<W>(largest);
-        base = over_quarters<W>(low + sum * 0.5f);
-        worth = largest * (1.0f / signed_range);
-        return inverse_of(largest, signed_range);
     }
 
     /// Adds the products of the tokens of m in [first_m, end_m) and one chunk of each quarter: of round
@@ -650,26 +664,40 @@ struct TileMath {
         for (int r = 0; r < rows; ++r) low[r] = largest[r] = Float(0.0f);
         for (int first = 0; first < view.rounds; first += folded)
             fold_rounds(queries, tile, view, group, first, f, low, largest);
-        base = across_lanes(low, [](Float a, Float b) { return a + b; });
         const Float most = across_lanes(largest, [](Float a, Float b) { return W::maximum(a, b); });
         worth = most * (1.0f / signed_range);
         const Float inverse = inverse_of(most, signed_range);
         Float inverses[rows];
+        Float counted[rows];  // what is in `low` already
+        Word total[rows];     // of rounded factors times the largest codes
         KVPLANE_UNROLL
-        for (int r = 0; r < rows; ++r) inverses[r] = W::of_lane(inverse, 4 * r);
+        for (int r = 0; r < rows; ++r) {
+            inverses[r] = W::of_lane(inverse, 4 * r);
+            counted[r] = Float(0.0f);
+            total[r] = Word(0u);
+        }
         for (int first = 0; first < view.rounds; first += folded) {
-            if (view.rounds > folded) fold_rounds(queries, tile, view, group, first, f, low, largest);
+            if (view.rounds > folded) fold_rounds(queries, tile, view, group, first, f, counted, largest);
             KVPLANE_UNROLL
             for (int i = 0; i < folded; ++i) {
                 if (first + i >= view.rounds) break;
+                const std::uint32_t largest_code =
+                    (1u << view.segment[view.round[first + i].segment].bits) - 1u;
                 KVPLANE_UNROLL
-                for (int r = 0; r < rows; ++r)
+                for (int r = 0; r < rows; ++r) {
+                    const Word factor = rounded(f[i][r], inverses[r]);
+                    total[r] = total[r] + (factor - signed_zero) * largest_code;
                     W::store2(factors,
                               W::lane() * 2u +
                                   (std::uint32_t(r) * view.factor_stride() + std::uint32_t(64 * (first + i))),
-                              rounded(f[i][r], inverses[r]));
+                              factor);
+                }
             }
         }
+        KVPLANE_UNROLL
+        for (int r = 0; r < rows; ++r)
+            low[r] = low[r] - W::to_float(W::to_int(total[r])) * (W::of_lane(worth, 4 * r) * 0.5f);
+        base = across_lanes(low, [](Float a, Float b) { return a + b; });
     }
     /// Query times step of a channel a lane, of up to `folded` rounds from round `first` on, for all rows;
     /// their largest magnitude, and what they add to the score beside the products. Rounds that are not there
@@ -778,8 +806,8 @@ struct TileMath {
         for (int b = 0; b < blocks; ++b) {
             // Kernels that are made for a width have one grid a token.
             if (any_values ? b % view.run_blocks == 0 : b == 0)
-                fold_weights(tile, view.all, any_values ? b / view.run_blocks : 0, weight, factors, worth,
-                             base);
+                fold_weights(tile, view.all, any_values ? b / view.run_blocks : 0, bits, weight, factors,
+                             worth, base);
             state.base[b] = state.base[b] + factor * base;
             add_block<bits>(tile, view.all, factors, factor * worth, b, state.out[b]);
         }
@@ -787,19 +815,19 @@ struct TileMath {
 
     /// Weights times steps of one run of channels, as the bytes of A.
     KVPLANE_DEVICE static void fold_weights(const std::byte* tile, const SegmentView& segment, int run,
-                                            const Scores& weight, Word (&factors)[4][4], Float& worth,
-                                            Float& base) {
+                                            int bits, const Scores& weight, Word (&factors)[4][4],
+                                            Float& worth, Float& base) {
         if (segment.lower_at >= 0)
-            fold_weights_by<2, true>(tile, segment, run, weight, factors, worth, base);
+            fold_weights_by<2, true>(tile, segment, run, bits, weight, factors, worth, base);
         else if (segment.step_bytes == 2)
-            fold_weights_by<2, false>(tile, segment, run, weight, factors, worth, base);
+            fold_weights_by<2, false>(tile, segment, run, bits, weight, factors, worth, base);
         else
-            fold_weights_by<1, false>(tile, segment, run, weight, factors, worth, base);
+            fold_weights_by<1, false>(tile, segment, run, bits, weight, factors, worth, base);
     }
     template <int step_bytes, bool lowers_there>
     KVPLANE_DEVICE static void fold_weights_by(const std::byte* tile, const SegmentView& segment, int run,
-                                               const Scores& weight, Word (&factors)[4][4], Float& worth,
-                                               Float& base) {
+                                               int bits, const Scores& weight, Word (&factors)[4][4],
+                                               Float& worth, Float& base) {
         const std::byte* const steps = tile + segment.step_at + run * 128 * step_bytes;
         const std::byte* const lowers = tile + segment.lower_at + run * 128 * 2;
         Float f[4 * own][4];
@@ -821,20 +849,28 @@ struct TileMath {
             }
         }
         largest = over_row_max(largest);
-        if (!lowers_there) low = sum * (segment.lower_in_steps * segment.step_scale);
-        base = low + sum * (0.5f * segment.step_scale);
         worth = largest * segment.step_scale * (1.0f / unsigned_range);
         const Float inverse = inverse_of(largest, unsigned_range);
+        Word total(0u);
         KVPLANE_UNROLL
-        for (int quad = 0; quad < 4 * own; ++quad) put_quad(quad, f[quad], inverse, factors[quad / own]);
+        for (int quad = 0; quad < 4 * own; ++quad)
+            put_quad(quad, f[quad], inverse, factors[quad / own], total);
+        // In steps: of schemes that store no lower it is often exactly 0.
+        const float middle = middle_of(bits) + (lowers_there ? 0.0f : segment.lower_in_steps);
+        base = sum * (middle * segment.step_scale) - of_middles(bits, total, worth);
+        if (lowers_there) base = base + low;
     }
     /// Four numbers up to unsigned_range, in the bytes of A where the lane's quad has its place: high and low
-    /// parts; the place of a quad that the lane has not gets zeros.
-    KVPLANE_DEVICE static void put_quad(int quad, const Float (&f)[4], Float inverse, Word (&a)[4]) {
+    /// parts; the place of a quad that the lane has not gets zeros. Adds the rounded numbers to `total`.
+    KVPLANE_DEVICE static void put_quad(int quad, const Float (&f)[4], Float inverse, Word (&a)[4],
+                                        Word& total) {
         Word bits[4];
-        // The low 16 bits of this float are the rounded number.
         KVPLANE_UNROLL
-        for (int s = 0; s < 4; ++s) bits[s] = W::as_word(W::multiply_add(f[s], inverse, Float(8388608.0f)));
+        for (int s = 0; s < 4; ++s) {
+            bits[s] = W::as_word(W::multiply_add(f[s], inverse, Float(8388608.0f)));
+            total = total + bits[s];
+        }
+        total = total - 4u * unsigned_zero;
         const Word low_pair = W::template permute<0x5140>(bits[0], bits[1]),
                    high_pair = W::template permute<0x5140>(bits[2], bits[3]);
         const Word high = W::template permute<0x7632>(low_pair, high_pair),
@@ -988,7 +1024,8 @@ struct TileMath {
                 Float step = segment.step_bytes == 2 ? W::low_half(W::load2(tile + segment.step_at, at * 2u))
                                                      : W::low_half(W::load1(tile + segment.step_at, at) << 7);
                 step = W::select(there, step * segment.step_scale, Float(0.0f));
-                Float offset = step * (0.5f + (segment.lower_at >= 0 ? 0.0f : segment.lower_in_steps));
+                Float offset = step * (middle_of(segment.bits) +
+                                       (segment.lower_at >= 0 ? 0.0f : segment.lower_in_steps));
                 if (segment.lower_at >= 0)
                     offset =
                         offset + W::select(there, W::low_half(W::load2(tile + segment.lower_at, at * 2u)),
@@ -1020,16 +1057,16 @@ struct TileMath {
         const Float inverse = inverse_of(largest, unsigned_range);
         // All lanes of a row have the same.
         const Float once = W::select(first_of_row(), factor * base, Float(0.0f));
-        KVPLANE_UNROLL
-        for (int b = 0; b < blocks; ++b) state.base[b] = state.base[b] + once;
         // Sums of four blocks at a time stay in registers.
         KVPLANE_UNROLL
         for (int first_block = 0; first_block < blocks; first_block += 4) {
             Int sums[4][4][4];
             KVPLANE_UNROLL
             for (int i = 0; i < 64; ++i) sums[i / 16][i / 4 % 4][i % 4] = Int(0);
+            Word middles(0u);  // of rounded factors times the largest codes
             for (int i = 0; i < view.runs; ++i) {
                 const ValueTileView::Run& run = view.run[i];
+                Word total(0u);
                 KVPLANE_KEEP_ROLLED
                 for (std::int32_t first = 0; first < run.rows; first += 32) {
                     const Word in_run = (W::lane() & 3u) * 8u + std::uint32_t(first);
@@ -1037,7 +1074,7 @@ struct TileMath {
                     const Word begin = W::select(there, in_run, Word(0u));
                     Word factors[4];
                     run_factors(memory, begin + std::uint32_t(run.first_row),
-                                W::select(there, inverse, Float(0.0f)), factors);
+                                W::select(there, inverse, Float(0.0f)), factors, total);
                     detail::with_bits<1, 2, 3, 4, 5, 6, 7, 8>(run.segment.bits, [&](auto bits) {
                         KVPLANE_UNROLL
                         for (int b = 0; b < 4; ++b)
@@ -1045,10 +1082,13 @@ struct TileMath {
                                 add_run<bits>(tile, run, begin, first_block + b, factors, sums[b]);
                     });
                 }
+                middles = middles + total * ((1u << run.segment.bits) - 1u);
             }
+            const Float added = once - W::to_float(W::to_int(middles)) * (0.5f * worth);
             KVPLANE_UNROLL
             for (int b = 0; b < 4; ++b) {
                 if (first_block + b >= blocks) continue;
+                state.base[first_block + b] = state.base[first_block + b] + added;
                 KVPLANE_UNROLL
                 for (int s = 0; s < 4; ++s) KVPLANE_UNROLL
                 for (int j = 0; j < 2; ++j) {
@@ -1059,7 +1099,8 @@ struct TileMath {
         }
     }
     /// The bytes of A of the eight rows of the tile from `begin` on.
-    KVPLANE_DEVICE static void run_factors(const std::byte* memory, Word begin, Float inverse, Word (&a)[4]) {
+    KVPLANE_DEVICE static void run_factors(const std::byte* memory, Word begin, Float inverse, Word (&a)[4],
+                                           Word& total) {
         a[0] = a[1] = a[2] = a[3] = Word(0u);
         KVPLANE_UNROLL
         for (int quad = 0; quad < own; ++quad) {
@@ -1067,7 +1108,7 @@ struct TileMath {
             const Word at = begin + (paired ? (W::lane() >> 4) * 4u : Word(std::uint32_t(4 * quad)));
             Float f[4];
             load_floats<W>(memory, row() * weight_stride + at * 4u, f);
-            put_quad(quad, f, inverse, a);
+            put_quad(quad, f, inverse, a, total);
         }
     }
     /// Adds the products of weights and 32 channels of values of one round of a run.

@@ -37,7 +37,7 @@ struct KeyTileView {
             lower_at;              ///< of the first channel and group of tokens; lower_at -1: there are none
         std::int32_t group_bytes;  ///< from the grids of a group to those of the next
         float step_scale;          ///< 2^(bits that are not read)
-        float middle;  ///< what codes stand for in the middle of their cells, in steps beyond the lower
+        float middle;              ///< of all codes, in steps beyond the lower; without lowers, beyond 0
         std::int16_t segment, number;  ///< number: among those of the segment
     };
     std::int32_t segments;
@@ -152,16 +152,16 @@ inline KeyTileView key_tile_view(const TileFormat& format, int planes = PlaneSpl
             require(view.rounds < KeyTileView::max_rounds, ErrorCode::option, "cuda: keys of more than ",
                     KeyTileView::max_rounds, " times 32 channels of one width");
             const std::int32_t channels = std::min(segment.channels - first, 32);
-            view.round[view.rounds++] = {
-                .first_channel = segment.first_channel + first,
-                .channels = channels,
-                .step_at = segment.step_at + 2 * first,
-                .lower_at = segment.lower_at < 0 ? -1 : segment.lower_at + 2 * first,
-                .group_bytes = 2 * segment.channels,
-                .step_scale = segment.step_scale,
-                .middle = 0.5f + (segment.lower_at < 0 ? segment.lower_in_steps : 0.0f),
-                .segment = static_cast<std::int16_t>(view.segments),
-                .number = static_cast<std::int16_t>(first / 32)};
+            view.round[view.rounds++] = {.first_channel = segment.first_channel + first,
+                                         .channels = channels,
+                                         .step_at = segment.step_at + 2 * first,
+                                         .lower_at = segment.lower_at < 0 ? -1 : segment.lower_at + 2 * first,
+                                         .group_bytes = 2 * segment.channels,
+                                         .step_scale = segment.step_scale,
+                                         .middle = 0.5f * power_of_two(segment.bits) +
+                                                   (segment.lower_at < 0 ? segment.lower_in_steps : 0.0f),
+                                         .segment = static_cast<std::int16_t>(view.segments),
+                                         .number = static_cast<std::int16_t>(first / 32)};
         }
         ++view.segments;
         end = std::max(end, detail::read_end(format, placed, read));
