@@ -16,8 +16,8 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVPLANE_BUILD_CUDA=
     >/dev/null
 log=$build/kernels.log
 cmake --build "$build" --target kvplane_cuda >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
-cmake --build "$build" --target device_cache_gpu attend_gpu aligned_gpu cuda_append_bench cuda_attend_bench \
-    cuda_aligned_bench readme_device
+cmake --build "$build" --target device_cache_gpu attend_gpu aligned_gpu integer_sums_gpu cuda_append_bench \
+    cuda_attend_bench cuda_aligned_bench cuda_decode readme_device
 
 # "Function properties for NAME", then the line of spills. A kernel for widths known at run time has 0 or -1 for those
 # of keys, and 256 channels.
@@ -30,6 +30,10 @@ if grep -q "Function properties" "$log"; then
          /bytes spill stores/ {kernels++}
          END {print kernels " kernels compiled"; exit bad || kernels == 0}' "$log"
 fi
-for program in device_cache_gpu attend_gpu aligned_gpu; do
+for program in device_cache_gpu attend_gpu aligned_gpu integer_sums_gpu; do
     "$build/tests/cuda/$program" --gtest_brief=1
 done
+if ! said=$("$build/examples/cuda/decode" --recipes standard --tokens 2048 2>&1); then
+    # Without a device it says so.
+    [[ $said == *"no CUDA device"* ]] || { echo "$said" >&2; exit 1; }
+fi

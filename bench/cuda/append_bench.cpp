@@ -1,6 +1,9 @@
 // How fast a device takes tokens in: prompts of 4096 tokens beside a copy of the same bytes, and single
-// tokens. Prints a table. Medians of 21 calls, by events; the L2 cache is flushed by reading other memory
-// before each.
+// tokens.
+//
+//   cuda_append_bench [recipes]
+//
+// Prints a table. Medians of 21 calls, by events; the L2 cache is flushed by reading other memory before each.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -102,7 +105,11 @@ CacheConfiguration with_basis(const CacheConfiguration& c, TilePool& host) {
     return given;
 }
 
-void run() {
+/// wanted: recipes; none: those of bench/README.md.
+void run(std::vector<std::string> wanted) {
+    if (wanted.empty())
+        wanted = {"fp16",      "standard", "compact",    "key_favored:4:4", "key_favored:8:8",
+                  "block32:8", "kivi:4",   "latent:4:4", "weighted:4:4"};
     cudaDeviceProp device{};
     require_cuda(cudaGetDeviceProperties(&device, 0), "asking for the device");
     cudaStream_t stream = nullptr;
@@ -145,8 +152,7 @@ void run() {
                 empty, bandwidth, copied);
     std::printf("%-32s %12s %10s %10s %12s %12s %14s\n", "recipe", "prompt us", "TB/s", "of copy", "token us",
                 "token host", "waiting host");
-    for (const char* const name : {"fp16", "standard", "compact", "key_favored:4:4", "key_favored:8:8",
-                                   "block32:8", "kivi:4", "latent:4:4", "weighted:4:4"}) {
+    for (const std::string& name : wanted) {
         TilePool host;
         cuda::DeviceMemory memory;
         TilePool pool(&memory);
@@ -193,8 +199,8 @@ void run() {
         };
         const double host_none = host_time(cuda::AppendCheck::none),
                      host_wait = host_time(cuda::AppendCheck::wait);
-        std::printf("%-32s %12.1f %10.2f %10.2f %12.1f %12.1f %14.1f\n", name, time, rate, rate / bandwidth,
-                    token, host_none, host_wait);
+        std::printf("%-32s %12.1f %10.2f %10.2f %12.1f %12.1f %14.1f\n", name.c_str(), time, rate,
+                    rate / bandwidth, token, host_none, host_wait);
     }
     std::printf(
         "\nTB/s: input read and pages written. token us: between events around one token, less than which\n"
@@ -204,14 +210,14 @@ void run() {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
         std::printf("NO DEVICE: nothing is measured\n");
         return 0;
     }
     try {
-        run();
+        run({arguments + 1, arguments + count});
     } catch (const std::exception& error) {
         std::printf("FAILED: %s\n", error.what());
         return 1;
