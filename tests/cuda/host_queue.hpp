@@ -61,7 +61,10 @@ class HostQueue : public kvplane::cuda::detail::Queue {
         ++launches;
         // Blocks have no order: the last may be the first.
         for (int block = blocks - 1; block >= 0; --block)
-            encode_tile(kvplane::cuda::detail::HostBlock{threads, backwards}, a, block, dirty(shared));
+            kvplane::cuda::detail::with_kind(a.kind, [&](auto kind) {
+                encode_tile<kind.value>(kvplane::cuda::detail::HostBlock{threads, backwards}, a, block,
+                                        dirty(shared));
+            });
     }
     void run(const kvplane::cuda::detail::CentreArguments& a, int blocks, int shared) override {
         ++launches;

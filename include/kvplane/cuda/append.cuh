@@ -23,8 +23,16 @@ __global__ void __launch_bounds__(row_threads) rows_kernel(const __grid_constant
     write_rows(DeviceBlock{}, a, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y),
                reinterpret_cast<std::byte*>(kvplane_shared));
 }
-__global__ void __launch_bounds__(tile_threads, 3) tiles_kernel(const __grid_constant__ TilesArguments a) {
-    encode_tile(DeviceBlock{}, a, static_cast<int>(blockIdx.x), reinterpret_cast<std::byte*>(kvplane_shared));
+/// Blocks of a multiprocessor. Staged rows go through so many phases that more blocks at once are worth some
+/// spilled registers.
+constexpr int blocks_of(TileKind kind) {
+    return kind == tiles_staged ? 4 : 3;
+}
+template <TileKind kind>
+__global__ void __launch_bounds__(tile_threads, blocks_of(kind))
+    tiles_kernel(const __grid_constant__ TilesArguments a) {
+    encode_tile<kind>(DeviceBlock{}, a, static_cast<int>(blockIdx.x),
+                      reinterpret_cast<std::byte*>(kvplane_shared));
 }
 __global__ void __launch_bounds__(tile_threads) centre_kernel(const __grid_constant__ CentreArguments a) {
     centre_keys(DeviceBlock{}, a, static_cast<int>(blockIdx.x), reinterpret_cast<std::byte*>(kvplane_shared));
@@ -59,8 +67,12 @@ int launch(const RowsArguments& a, int x, int y, int shared_bytes, CUstream_st* 
                       shared_bytes, stream);
 }
 int launch(const TilesArguments& a, int blocks, int shared_bytes, CUstream_st* stream) {
-    return run_kernel(tiles_kernel, dim3(static_cast<unsigned>(blocks)), tile_threads, a, shared_bytes,
-                      stream);
+    int result = cudaErrorInvalidValue;
+    with_kind(a.kind, [&](auto kind) {
+        result = run_kernel(tiles_kernel<kind.value>, dim3(static_cast<unsigned>(blocks)), tile_threads, a,
+                            shared_bytes, stream);
+    });
+    return result;
 }
 int launch(const CentreArguments& a, int blocks, int shared_bytes, CUstream_st* stream) {
     return run_kernel(centre_kernel, dim3(static_cast<unsigned>(blocks)), tile_threads, a, shared_bytes,

@@ -48,16 +48,23 @@ class AppendTables {
         for (Index head = 0; head < c.kv_heads && !layout.values_in_keys; ++head)
             add_items(cache, TileSide::values, head, static_cast<std::int32_t>(formats_.size()) - 1,
                       layout.values, layout.value_at[static_cast<std::size_t>(head)], nullptr);
+        make_runs(cache);
         upload(cache, state, pool, queue);
         for (const TileSide side : {TileSide::keys, TileSide::values}) {
             const int dim = static_cast<int>(cache.dim(side));
             rows_shared_ = std::max(rows_shared_, rows_shared_bytes(dim));
             if (side == TileSide::keys && state.latent) centre_shared_ = centre_shared_bytes(dim);
-            for (const Item& item : items_)
-                if ((item.side == 0) == (side == TileSide::keys))
-                    tiles_shared_ = std::max(tiles_shared_, shared_plan(item, segments_.data(), dim).bytes);
         }
     }
+
+    /// Items side by side that one launch takes.
+    struct Run {
+        TileKind kind;
+        bool in_latents;
+        int first, count;
+        int shared;  ///< memory that a block takes
+    };
+    const std::vector<Run>& runs() const noexcept { return runs_; }
 
     const Item* items() const noexcept { return at<Item>(items_at_); }
     const Format* formats() const noexcept { return at<Format>(formats_at_); }
@@ -70,12 +77,6 @@ class AppendTables {
     const std::int32_t* pairs() const noexcept { return at<std::int32_t>(pairs_at_); }
     const float* mean() const noexcept { return at<float>(mean_at_); }
 
-    int item_count() const noexcept { return static_cast<int>(items_.size()); }
-    /// Those of keys, which come first.
-    int key_item_count() const noexcept {
-        return static_cast<int>(
-            std::count_if(items_.begin(), items_.end(), [](const Item& item) { return item.side == 0; }));
-    }
     int subspace_count() const noexcept { return static_cast<int>(subspaces_.size()); }
     int pair_count() const noexcept { return static_cast<int>(pairs_.size()); }
     /// [pair] radians a position.
@@ -99,9 +100,13 @@ class AppendTables {
     }
     /// Shared memory that blocks take.
     int rows_shared() const noexcept { return rows_shared_; }
-    int tiles_shared() const noexcept { return tiles_shared_; }
     int centre_shared() const noexcept { return centre_shared_; }
-    int shared() const noexcept { return std::max({rows_shared_, tiles_shared_, centre_shared_}); }
+    /// The most of any.
+    int shared() const noexcept {
+        int most = std::max(rows_shared_, centre_shared_);
+        for (const Run& run : runs_) most = std::max(most, run.shared);
+        return most;
+    }
 
   private:
     void add_format(const TileFormat& format) {
@@ -229,6 +234,40 @@ class AppendTables {
         if (item.segments > 0) add();
     }
 
+    /// The kind that has what an item needs, and little else.
+    TileKind kind_of(const Item& item) const {
+        bool all_halves = true, plain = true, biased = true;
+        for (int s = item.first_segment; s < item.first_segment + item.segments; ++s) {
+            const Segment& segment = segments_[static_cast<std::size_t>(s)];
+            all_halves &= segment.bits == 16;
+            biased &= segment.scheme != Scheme::unbiased;
+            plain &= segment.bits <= 8 && segment.scheme != Scheme::full_range &&
+                     (segment.by_channel || segment.runs == 1 || segment.group % 8 == 0);
+        }
+        if (all_halves && item.halves) return tiles_of_halves;
+        if (!plain) return tiles_any;
+        if (item.staged) return tiles_staged;
+        if (!biased) return tiles_any;
+        return item.latent_at >= 0 ? tiles_of_latents : item.halves ? tiles_of_codes : tiles_any;
+    }
+    /// Puts items of a kind side by side, those that need a basis behind the others.
+    void make_runs(const CacheShape& cache) {
+        const auto order = [&](const Item& item) { return std::pair(item.latent_at >= 0, kind_of(item)); };
+        std::stable_sort(items_.begin(), items_.end(),
+                         [&](const Item& a, const Item& b) { return order(a) < order(b); });
+        for (int i = 0; i < static_cast<int>(items_.size()); ++i) {
+            const Item& item = items_[static_cast<std::size_t>(i)];
+            const auto [in_latents, kind] = order(item);
+            if (runs_.empty() || runs_.back().kind != kind || runs_.back().in_latents != in_latents)
+                runs_.push_back({kind, in_latents, i, 0, 0});
+            Run& run = runs_.back();
+            ++run.count;
+            const Index dim = cache.dim(item.side == 0 ? TileSide::keys : TileSide::values);
+            run.shared =
+                std::max(run.shared, shared_plan(item, segments_.data(), static_cast<int>(dim)).bytes);
+        }
+    }
+
     template <class T>
     const T* at(std::ptrdiff_t offset) const noexcept {
         return reinterpret_cast<const T*>(page_.data() + offset);
@@ -302,7 +341,8 @@ class AppendTables {
     std::ptrdiff_t items_at_ = 0, formats_at_ = 0, segments_at_ = 0, subspaces_at_ = 0, pairs_at_ = 0,
                    mean_at_ = 0;
     PerSide<std::ptrdiff_t> signs_at_;
-    int rows_shared_ = 0, tiles_shared_ = 0, centre_shared_ = 0;
+    std::vector<Run> runs_;
+    int rows_shared_ = 0, centre_shared_ = 0;
     PageReference page_;
 };
 

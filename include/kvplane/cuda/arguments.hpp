@@ -96,6 +96,17 @@ struct Format {
     std::int32_t channels, grid_end, plane_begin;
 };
 
+/// What the items of a launch have in common. A kernel of one kind has a fraction of the instructions that any
+/// tile may need, of which it waits for fewer.
+enum TileKind : std::int32_t {
+    tiles_any,
+    tiles_of_halves,   ///< fp16, of the input as it is
+    tiles_of_codes,    ///< codes of fp16 rows, by extremes
+    tiles_staged,      ///< codes of rows that are rotated or rounded to 8 bits on the way
+    tiles_of_latents,  ///< codes of latents
+    tile_kinds
+};
+
 /// What one block encodes of every tile: some channels and tokens.
 struct Item {
     std::int32_t side, head, format;
@@ -129,6 +140,7 @@ struct TilesArguments {
     const Format* formats;
     const Segment* segments;
     std::int32_t item_count, tile_count;
+    TileKind kind;               ///< of all items
     std::int32_t from, to;       ///< rows of each tile that are written
     std::int32_t fresh;          ///< whether all others become zero; otherwise they stay
     std::int64_t latent_stride;  ///< floats from tile to tile

@@ -368,10 +368,8 @@ class DeviceAppend {
         TilesArguments a{};
         a.sides[0] = sides_[0];
         a.sides[1] = sides_[1];
-        a.items = tables_.items();
         a.formats = tables_.formats();
         a.segments = tables_.segments();
-        a.item_count = tables_.item_count();
         a.tile_count = static_cast<std::int32_t>(count);
         a.from = static_cast<std::int32_t>(from);
         a.to = static_cast<std::int32_t>(to);
@@ -391,23 +389,26 @@ class DeviceAppend {
                 next_.tile_pages.size() - static_cast<std::size_t>(fresh ? 1 : count - t);
             a.pages[t] = next_.tile_pages[index].data();
         }
-        std::optional<ProductArguments> back;
+        // Values need no basis: they are under way while the host computes angles.
+        run_tiles(a, false);
+        if (!next_.latent) return;
         PageReference centred, latents, angles;
-        if (next_.latent) {
-            // Values need no basis: they are under way while the host computes angles.
-            TilesArguments values = a;
-            values.items += tables_.key_item_count();
-            values.item_count -= tables_.key_item_count();
-            if (values.item_count > 0)
-                queue_.run(values, values.item_count * values.tile_count, tables_.tiles_shared());
-            a.item_count = tables_.key_item_count();
-            back = latents_of(sources, count, position, centred, latents, angles, a);
+        ProductArguments back = latents_of(sources, count, position, centred, latents, angles, a);
+        run_tiles(a, true);
+        back.back = 1;
+        back.strips = tables_.strips(true);
+        run_products(back);
+    }
+    /// The items in latents, or the others.
+    void run_tiles(TilesArguments& a, bool in_latents) {
+        for (const AppendTables::Run& run : tables_.runs()) {
+            if (run.in_latents != in_latents) continue;
+            a.items = tables_.items() + run.first;
+            a.item_count = run.count;
+            a.kind = run.kind;
+            queue_.run(a, run.count * a.tile_count, run.shared);
+            a.change = {};  // made by the first of them
         }
-        if (a.item_count > 0) queue_.run(a, a.item_count * a.tile_count, tables_.tiles_shared());
-        if (!back) return;
-        back->back = 1;
-        back->strips = tables_.strips(true);
-        run_products(*back);
     }
     void run_products(const ProductArguments& a) {
         const int blocks =

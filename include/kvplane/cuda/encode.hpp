@@ -16,22 +16,22 @@
 
 namespace kvplane::cuda::detail {
 
-template <class Value, class Block>
+template <class Of, class Block>
 KVPLANE_DEVICE_INLINED void encode_item(const Block& block, const TilesArguments& a, const Item& item,
                                         int tile, std::byte* shared) {
     const Side& side = a.sides[item.side];
     const SharedPlan plan = shared_plan(item, a.segments, side.dim);
-    TileWork<Value> work{a,
-                         item,
-                         side,
-                         plan,
-                         {reinterpret_cast<Value*>(shared + plan.resident), plan.pitch},
-                         a.pages[tile] + item.at,
-                         shared,
-                         tile,
-                         reinterpret_cast<Findings*>(shared + plan.found),
-                         0,
-                         0};
+    TileWork<Of> work{a,
+                      item,
+                      side,
+                      plan,
+                      {reinterpret_cast<typename Of::Value*>(shared + plan.resident), plan.pitch},
+                      a.pages[tile] + item.at,
+                      shared,
+                      tile,
+                      reinterpret_cast<Findings*>(shared + plan.found),
+                      0,
+                      0};
     block.run([&](int thread, int threads) {
         if (thread == 0) *work.found = Findings{};
         const Format& format = a.formats[item.format];
@@ -45,20 +45,23 @@ KVPLANE_DEVICE_INLINED void encode_item(const Block& block, const TilesArguments
     for (work.base = item.first_row; work.base < item.first_row + item.rows; work.base += work.count) {
         if (!a.fresh && (work.base >= a.to || work.base + work.count <= a.from)) continue;
         // fp16 that comes from the input alone is packed as it comes.
-        const bool direct = item.direct && side.input.type == input_half && side.input.in_eights &&
-                            work.fresh() == work.begin();
+        const bool direct = Of::has_halves && item.direct && side.input.type == input_half &&
+                            side.input.in_eights && work.fresh() == work.begin();
         if (!direct) load_tokens(block, work);
         int column = 0;
         for (int s = item.first_segment; s < item.first_segment + item.segments; ++s) {
             const SegmentPart part = part_of(a.segments, item, s, column);
             column += whole_units_of(part.channels);
             if (part.segment.bits == 0) continue;
-            if (part.segment.bits == 16) {
-                encode_halves(block, work, part, direct);
-                continue;
+            if constexpr (Of::has_halves)
+                if (!Of::has_codes || part.segment.bits == 16) {
+                    encode_halves(block, work, part, direct);
+                    continue;
+                }
+            if constexpr (Of::has_codes) {
+                fit_grids(block, work, part);
+                encode_codes(block, work, part);
             }
-            fit_grids(block, work, part);
-            encode_codes(block, work, part);
         }
     }
     block.run([&](int thread, int) {
@@ -71,8 +74,8 @@ KVPLANE_DEVICE_INLINED void encode_item(const Block& block, const TilesArguments
     });
 }
 
-/// What block `index` of item_count x tile_count does.
-template <class Block>
+/// What block `index` of item_count x tile_count does, where all items are of a kind.
+template <TileKind kind, class Block>
 KVPLANE_DEVICE_INLINED void encode_tile(const Block& block, const TilesArguments& a, int index,
                                         std::byte* shared) {
     const int tile = index / a.item_count;
@@ -82,10 +85,14 @@ KVPLANE_DEVICE_INLINED void encode_tile(const Block& block, const TilesArguments
             if (thread == 0) *a.change.entry = a.change.tile;
         });
     if (!a.fresh && (item.first_row >= a.to || item.first_row + item.rows <= a.from)) return;
-    if (item.halves)
-        encode_item<std::uint16_t>(block, a, item, tile, shared);
+    if constexpr (in_halves<kind>)
+        encode_item<TilesOf<kind, std::uint16_t>>(block, a, item, tile, shared);
+    else if constexpr (kind != tiles_any)
+        encode_item<TilesOf<kind, float>>(block, a, item, tile, shared);
+    else if (item.halves)
+        encode_item<TilesOf<kind, std::uint16_t>>(block, a, item, tile, shared);
     else
-        encode_item<float>(block, a, item, tile, shared);
+        encode_item<TilesOf<kind, float>>(block, a, item, tile, shared);
 }
 
 }  // namespace kvplane::cuda::detail

@@ -16,17 +16,17 @@
 namespace kvplane::cuda::detail {
 
 /// Eights of resident rows, as fp16 bits. What a source gives of rows that are not written is anything.
-template <class Value>
+template <class Of>
 struct ResidentHalves {
-    const TileWork<Value>& work;
+    const TileWork<Of>& work;
     int column;  ///< of the part
 
     template <int rows>
     KVPLANE_DEVICE void load(int row, int c, FourWords (&halves)[rows]) const {
         KVPLANE_UNROLL
         for (int t = 0; t < rows; ++t) {
-            const Value* const from = work.rows.at(row + t, column + c);
-            if constexpr (sizeof(Value) == 2) {
+            const typename Of::Value* const from = work.rows.at(row + t, column + c);
+            if constexpr (Of::in_halves) {
                 halves[t] = *reinterpret_cast<const FourWords*>(from);
             } else {
                 float x[8];
@@ -86,9 +86,9 @@ struct HalfPlanes {
 
 /// Planes of keys, four tokens times eight channels at a time, and the largest magnitudes of each channel and
 /// four tokens: [four tokens][channel].
-template <class Value, class Source>
-KVPLANE_DEVICE_INLINED void pack_half_keys(const TileWork<Value>& work, const SegmentPart& part,
-                                           Source& source, int thread, int threads) {
+template <class Of, class Source>
+KVPLANE_DEVICE_INLINED void pack_half_keys(const TileWork<Of>& work, const SegmentPart& part, Source& source,
+                                           int thread, int threads) {
     constexpr int tokens = 4;
     auto* const magnitudes = work.template part<std::uint16_t>(work.plan.partial);
     const int pitch = whole_units_of(part.channels);
@@ -123,9 +123,8 @@ KVPLANE_DEVICE_INLINED void pack_half_keys(const TileWork<Value>& work, const Se
         }
 }
 /// The exponents of the largest magnitudes of channels.
-template <class Value, class Block>
-KVPLANE_DEVICE void store_exponents(const Block& block, const TileWork<Value>& work,
-                                    const SegmentPart& part) {
+template <class Of, class Block>
+KVPLANE_DEVICE void store_exponents(const Block& block, const TileWork<Of>& work, const SegmentPart& part) {
     const auto* const magnitudes = work.template part<std::uint16_t>(work.plan.partial);
     const int pitch = whole_units_of(part.channels);
     block.run([&](int thread, int threads) {
@@ -149,8 +148,8 @@ KVPLANE_DEVICE void store_exponents(const Block& block, const TileWork<Value>& w
 }
 
 /// Planes of values, eight tokens times eight channels at a time.
-template <class Value, class Source>
-KVPLANE_DEVICE_INLINED void pack_half_values(const TileWork<Value>& work, const SegmentPart& part,
+template <class Of, class Source>
+KVPLANE_DEVICE_INLINED void pack_half_values(const TileWork<Of>& work, const SegmentPart& part,
                                              Source& source, int thread, int threads) {
     constexpr int tokens = 8;
     const int channels = (part.channels + 15) / 16 * 16;
@@ -193,8 +192,8 @@ KVPLANE_DEVICE_INLINED void pack_half_values(const TileWork<Value>& work, const 
 }
 
 /// Planes of a part of a segment that is fp16, of the resident rows, or of the input itself where `direct`.
-template <class Value, class Block>
-KVPLANE_DEVICE_INLINED void encode_halves(const Block& block, const TileWork<Value>& work,
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void encode_halves(const Block& block, const TileWork<Of>& work,
                                           const SegmentPart& part, bool direct) {
     const bool keys = work.a.formats[work.item.format].keys;
     const auto pack = [&](auto& source, int thread, int threads) {
@@ -204,7 +203,7 @@ KVPLANE_DEVICE_INLINED void encode_halves(const Block& block, const TileWork<Val
             pack_half_values(work, part, source, thread, threads);
     };
     block.run([&](int thread, int threads) {
-        if constexpr (sizeof(Value) == 2)
+        if constexpr (Of::in_halves)
             if (direct) {
                 InputHalves source{{work.side.input, work.first() + work.base, work.item.head, part.channel,
                                     part.channels, work.begin(), work.end()}};
@@ -215,7 +214,7 @@ KVPLANE_DEVICE_INLINED void encode_halves(const Block& block, const TileWork<Val
                     find_bad(source.part, work.side.largest, &work.found->bad[work.item.side]);
                 return;
             }
-        ResidentHalves<Value> source{work, part.column};
+        ResidentHalves<Of> source{work, part.column};
         pack(source, thread, threads);
     });
     if (keys) store_exponents(block, work, part);

@@ -77,18 +77,18 @@ struct ExtremesOfEights<float> {
 };
 
 /// A grid for each channel of all resident tokens.
-template <class Value, class Block>
-KVPLANE_DEVICE_INLINED void fit_channels(const Block& block, const TileWork<Value>& work,
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void fit_channels(const Block& block, const TileWork<Of>& work,
                                          const SegmentPart& part) {
     const int channels = whole_units_of(part.channels);
-    Value *const low = work.template part<Value>(work.plan.partial),
-                 *const high = low + channel_shares * channels;  // [share][channel]
+    typename Of::Value *const low = work.template part<typename Of::Value>(work.plan.partial),
+                              *const high = low + channel_shares * channels;  // [share][channel]
     block.run([&](int thread, int threads) {
         const Divisor eights((part.channels + 7) / 8);
         for (int i = thread; i < channel_shares * eights.by; i += threads) {
             const int c = eights.rest(i) * 8, share = eights.quotient(i);
-            const Value* from = work.rows.at(share, part.column + c);
-            ExtremesOfEights<Value> found;
+            const typename Of::Value* from = work.rows.at(share, part.column + c);
+            ExtremesOfEights<typename Of::Value> found;
             found.start(from);
             KVPLANE_UNROLL_FEW
             for (int row = share + channel_shares; row < work.count; row += channel_shares)
@@ -117,8 +117,8 @@ KVPLANE_DEVICE_INLINED void fit_channels(const Block& block, const TileWork<Valu
 }
 
 /// Stores the grid of a token's run.
-template <class Value>
-KVPLANE_DEVICE void store_grid(const TileWork<Value>& work, const Segment& segment, int run, int token,
+template <class Of>
+KVPLANE_DEVICE void store_grid(const TileWork<Of>& work, const Segment& segment, int run, int token,
                                const FittedGrid& grid) {
     const bool given = work.covers(token);
     if (!given && !work.a.fresh) return;
@@ -134,9 +134,8 @@ KVPLANE_DEVICE void store_grid(const TileWork<Value>& work, const Segment& segme
 }
 
 /// A grid for each run of channels of each resident token: grid run * rows + row.
-template <class Value, class Block>
-KVPLANE_DEVICE_INLINED void fit_runs(const Block& block, const TileWork<Value>& work,
-                                     const SegmentPart& part) {
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void fit_runs(const Block& block, const TileWork<Of>& work, const SegmentPart& part) {
     const Segment& segment = part.segment;
     const int shares = run_shares(segment), rows = work.count, grids = rows * segment.runs;
     float *const low = work.template part<float>(work.plan.partial), *const high = low + shares * grids;
@@ -153,7 +152,7 @@ KVPLANE_DEVICE_INLINED void fit_runs(const Block& block, const TileWork<Value>& 
             int c = share * 8;
             if (in_eights) {
                 if (c + 8 <= channels.count) {
-                    ExtremesOfEights<Value> found;
+                    ExtremesOfEights<typename Of::Value> found;
                     found.start(work.rows.at(row, column + c));
                     KVPLANE_UNROLL_FEW
                     for (c += shares * 8; c + 8 <= channels.count; c += shares * 8)
@@ -194,8 +193,8 @@ KVPLANE_DEVICE_INLINED void fit_runs(const Block& block, const TileWork<Value>& 
 
 /// The same of grids without bias, some at a time. Element i of a run goes to sum i % 16; sums i and i + 8
 /// are added first, then those 4 apart, 2 apart and 1 apart. A thread has sums i, i + 4, i + 8 and i + 12.
-template <class Value, class Block>
-KVPLANE_DEVICE_INLINED void fit_unbiased(const Block& block, const TileWork<Value>& work,
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void fit_unbiased(const Block& block, const TileWork<Of>& work,
                                          const SegmentPart& part) {
     const Segment& segment = part.segment;
     const int rows = work.count, grids = rows * segment.runs, bits = segment.bits;
@@ -216,7 +215,7 @@ KVPLANE_DEVICE_INLINED void fit_unbiased(const Block& block, const TileWork<Valu
             // Sixteen channels from a multiple of it lie side by side.
             KVPLANE_UNROLL_FEW
             for (; c + 12 < channels.count; c += 16) {
-                const Value* const from = work.rows.at(row, column + c);
+                const typename Of::Value* const from = work.rows.at(row, column + c);
                 KVPLANE_UNROLL
                 for (int k = 0; k < 4; ++k) sums[k] = term(number(from[4 * k]), sums[k]);
             }
@@ -276,11 +275,11 @@ KVPLANE_DEVICE_INLINED void fit_unbiased(const Block& block, const TileWork<Valu
 }
 
 /// Grids of a part of a segment, which is not fp16.
-template <class Value, class Block>
-KVPLANE_DEVICE_INLINED void fit_grids(const Block& block, const TileWork<Value>& work,
-                                      const SegmentPart& part) {
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void fit_grids(const Block& block, const TileWork<Of>& work, const SegmentPart& part) {
     if (part.segment.by_channel) return fit_channels(block, work, part);
-    if (part.segment.scheme == Scheme::unbiased) return fit_unbiased(block, work, part);
+    if constexpr (Of::has_unbiased)
+        if (part.segment.scheme == Scheme::unbiased) return fit_unbiased(block, work, part);
     fit_runs(block, work, part);
 }
 

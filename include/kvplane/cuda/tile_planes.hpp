@@ -84,9 +84,9 @@ KVPLANE_DEVICE void merge(std::byte* to, const std::uint32_t (&words)[lanes], st
 }
 
 /// A plane of keys of one width: tokens token, .. of the tile, channels c, .. of the part.
-template <int width, class Value, class Codes>
-KVPLANE_DEVICE void pack_keys(const TileWork<Value>& work, const SegmentPart& part, std::byte* plane,
-                              int shift, const Codes& codes, int token, int c) {
+template <int width, class Of, class Codes>
+KVPLANE_DEVICE void pack_keys(const TileWork<Of>& work, const SegmentPart& part, std::byte* plane, int shift,
+                              const Codes& codes, int token, int c) {
     constexpr int depth = 32 / width, words_of_lane = Codes::depth / depth;
     const int units = (part.segment_channels + depth - 1) / depth,
               ends = (part.channels - c + depth - 1) / depth;
@@ -103,8 +103,8 @@ KVPLANE_DEVICE void pack_keys(const TileWork<Value>& work, const SegmentPart& pa
     }
 }
 /// A plane of values of one width: channels c, .. of the part, tokens token, .. of the tile.
-template <int width, class Value, class Codes>
-KVPLANE_DEVICE void pack_values(const TileWork<Value>& work, const SegmentPart& part, std::byte* plane,
+template <int width, class Of, class Codes>
+KVPLANE_DEVICE void pack_values(const TileWork<Of>& work, const SegmentPart& part, std::byte* plane,
                                 int shift, const Codes& codes, int token, int c) {
     constexpr int depth = 32 / width, units = tile_rows / depth;
     std::byte* const to = plane + ((((part.first + c) / 16) * units + token / depth) * 16 + c % 16) * 4;
@@ -162,8 +162,8 @@ struct GridsOfPart {
     float last;    ///< code
     float centre;  ///< of codes without bias, which stand for code + centre steps
 
-    template <class Value>
-    KVPLANE_DEVICE GridsOfPart(const TileWork<Value>& work, const Segment& segment)
+    template <class Of>
+    KVPLANE_DEVICE GridsOfPart(const TileWork<Of>& work, const Segment& segment)
         : cells(work.cells()),
           steps(work.steps()),
           by_channel(segment.by_channel),
@@ -224,8 +224,8 @@ KVPLANE_DEVICE float beyond_half_step(const float (&x)[count], const float (&cel
 enum : int { grids_by_channel, grids_by_row, grids_unbiased };
 
 /// Codes of keys: tokens row, .. of the resident ones, channels c, .. of the part. Zero where there is none.
-template <int kind, class Value, class Codes>
-KVPLANE_DEVICE void make_keys(const TileWork<Value>& work, const SegmentPart& part, const GridsOfPart& grids,
+template <int kind, class Of, class Codes>
+KVPLANE_DEVICE void make_keys(const TileWork<Of>& work, const SegmentPart& part, const GridsOfPart& grids,
                               int row, int c, Codes& codes, float& beyond) {
     KVPLANE_UNROLL
     for (int e = 0; e < Codes::depth / 8; ++e) {
@@ -264,9 +264,9 @@ KVPLANE_DEVICE void make_keys(const TileWork<Value>& work, const SegmentPart& pa
     }
 }
 /// The same of values: channels c, .. and tokens row, ..
-template <int kind, class Value, class Codes>
-KVPLANE_DEVICE void make_values(const TileWork<Value>& work, const SegmentPart& part,
-                                const GridsOfPart& grids, int row, int c, Codes& codes, float& beyond) {
+template <int kind, class Of, class Codes>
+KVPLANE_DEVICE void make_values(const TileWork<Of>& work, const SegmentPart& part, const GridsOfPart& grids,
+                                int row, int c, Codes& codes, float& beyond) {
     constexpr int channels = Codes::lanes;
     const int left = part.channels - c;
     float lower[channels], inverse[channels];
@@ -275,7 +275,7 @@ KVPLANE_DEVICE void make_values(const TileWork<Value>& work, const SegmentPart& 
         grids.load_channels(c, lower, inverse);
     else
         of_rows = grids.index(c, row);
-    const Value* from = work.rows.at(row, part.column + c);
+    const typename Of::Value* from = work.rows.at(row, part.column + c);
     KVPLANE_UNROLL
     for (int q = 0; q < Codes::depth / 4; ++q) {
         float cell[4][channels];
@@ -307,9 +307,9 @@ KVPLANE_DEVICE void make_values(const TileWork<Value>& work, const SegmentPart& 
 }
 
 /// The words of planes one by one, where eights of channels have several grids.
-template <class Value>
-KVPLANE_DEVICE void encode_words(const TileWork<Value>& work, const SegmentPart& part,
-                                 const GridsOfPart& grids, bool keys, int thread, int threads) {
+template <class Of>
+KVPLANE_DEVICE void encode_words(const TileWork<Of>& work, const SegmentPart& part, const GridsOfPart& grids,
+                                 bool keys, int thread, int threads) {
     const Segment& segment = part.segment;
     KVPLANE_KEEP_ROLLED
     for (int p = 0; p < segment.planes; ++p) {
@@ -348,8 +348,8 @@ KVPLANE_DEVICE void encode_words(const TileWork<Value>& work, const SegmentPart&
 }
 
 /// By how much numbers lie outside grids that clip or, without bias, errors exceed half a step, one by one.
-template <class Value, class Block>
-KVPLANE_DEVICE void measure_codes(const Block& block, const TileWork<Value>& work, const SegmentPart& part) {
+template <class Of, class Block>
+KVPLANE_DEVICE void measure_codes(const Block& block, const TileWork<Of>& work, const SegmentPart& part) {
     const Segment& segment = part.segment;
     block.run([&](int thread, int threads) {
         const GridsOfPart grids(work, segment);
@@ -382,8 +382,8 @@ KVPLANE_DEVICE void measure_codes(const Block& block, const TileWork<Value>& wor
     });
 }
 /// Puts what codes of latents stand for in the place of the latents, to be measured.
-template <class Value, class Block>
-KVPLANE_DEVICE void keep_decoded(const Block& block, const TileWork<Value>& work, const SegmentPart& part) {
+template <class Of, class Block>
+KVPLANE_DEVICE void keep_decoded(const Block& block, const TileWork<Of>& work, const SegmentPart& part) {
     float* const latents =
         work.a.latents + work.tile_index * work.a.latent_stride + work.item.latent_at + part.channel;
     block.run([&](int thread, int threads) {
@@ -403,8 +403,8 @@ KVPLANE_DEVICE void keep_decoded(const Block& block, const TileWork<Value>& work
 }
 
 /// Codes and planes of a part of a segment with grids, of the resident rows.
-template <int narrowest, int kind, class Value>
-KVPLANE_DEVICE_INLINED float encode_part(const TileWork<Value>& work, const SegmentPart& part,
+template <int narrowest, int kind, class Of>
+KVPLANE_DEVICE_INLINED float encode_part(const TileWork<Of>& work, const SegmentPart& part,
                                          const GridsOfPart& grids, bool keys, int thread, int threads) {
     constexpr int depth = 32 / narrowest, lanes = depth == 32 ? 2 : 4;
     const PlacedPlanes planes(part.segment, work.tile);
@@ -436,30 +436,35 @@ KVPLANE_DEVICE_INLINED float encode_part(const TileWork<Value>& work, const Segm
     }
     return beyond;
 }
-template <class Value, class Block>
-KVPLANE_DEVICE_INLINED void encode_codes(const Block& block, const TileWork<Value>& work,
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void encode_codes(const Block& block, const TileWork<Of>& work,
                                          const SegmentPart& part) {
     const Segment& segment = part.segment;
     const bool keys = work.a.formats[work.item.format].keys;
     block.run([&](int thread, int threads) {
         const GridsOfPart grids(work, segment);
-        if (!grids.in_eights()) return encode_words(work, part, grids, keys, thread, threads);
+        if constexpr (Of::any)
+            if (!grids.in_eights()) return encode_words(work, part, grids, keys, thread, threads);
         const int kind = segment.by_channel                   ? grids_by_channel
                          : segment.scheme == Scheme::unbiased ? grids_unbiased
                                                               : grids_by_row;
+        // Where nothing is unbiased, rows stand here twice, and the second is not reached.
+        constexpr int last_kind = Of::has_unbiased ? grids_unbiased : grids_by_row;
         float beyond = 0.0f;
         with_bits<4, 2, 1>(segment.width[segment.planes - 1], [&](auto narrowest) {
-            with_bits<grids_by_channel, grids_by_row, grids_unbiased>(kind, [&](auto of) {
+            with_bits<grids_by_channel, grids_by_row, last_kind>(kind, [&](auto of) {
                 beyond = encode_part<decltype(narrowest)::count, decltype(of)::count>(work, part, grids, keys,
                                                                                       thread, threads);
             });
         });
         if (beyond > 0.0f) raise(&work.found->excess[work.item.side], static_cast<double>(beyond));
     });
-    if (segment.scheme == Scheme::full_range ||
-        (segment.scheme == Scheme::unbiased && segment.runs > 1 && segment.group % 8 != 0))
-        measure_codes(block, work, part);
-    if (work.item.latent_at >= 0) keep_decoded(block, work, part);
+    if constexpr (Of::any)
+        if (segment.scheme == Scheme::full_range ||
+            (segment.scheme == Scheme::unbiased && segment.runs > 1 && segment.group % 8 != 0))
+            measure_codes(block, work, part);
+    if constexpr (Of::has_latents)
+        if (work.item.latent_at >= 0) keep_decoded(block, work, part);
 }
 
 }  // namespace kvplane::cuda::detail

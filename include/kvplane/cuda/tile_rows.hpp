@@ -26,8 +26,8 @@ KVPLANE_DEVICE void load_recent_eight(const Side& side, const std::byte* page, i
     }
 }
 
-template <class Block>
-KVPLANE_DEVICE_INLINED void load_latents(const Block& block, const TileWork<float>& work,
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void load_latents(const Block& block, const TileWork<Of>& work,
                                          const SegmentPart& part) {
     const float* const latents =
         work.a.latents + work.tile_index * work.a.latent_stride + work.item.latent_at + part.channel;
@@ -45,8 +45,8 @@ KVPLANE_DEVICE_INLINED void load_latents(const Block& block, const TileWork<floa
 }
 
 /// Tokens that need no more than to be rounded to fp16, if that.
-template <class Value, class Block>
-KVPLANE_DEVICE_INLINED void load_input(const Block& block, const TileWork<Value>& work,
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void load_input(const Block& block, const TileWork<Of>& work,
                                        const SegmentPart& part) {
     const int begin = work.begin(), fresh = work.fresh(), end = work.end();
     block.run([&](int thread, int threads) {
@@ -61,8 +61,8 @@ KVPLANE_DEVICE_INLINED void load_input(const Block& block, const TileWork<Value>
         with_type(work.side.input, [&](auto type) {
             most = each_eight<decltype(type)::count>(input, thread, threads, [&](int c) {
                 return [&work, column = part.column + c](int row, const auto& eight) {
-                    Value* const to = work.rows.at(row, column);
-                    if constexpr (sizeof(Value) == 2) {
+                    typename Of::Value* const to = work.rows.at(row, column);
+                    if constexpr (Of::in_halves) {
                         *reinterpret_cast<FourWords*>(to) = eight.halves();
                     } else {
                         float x[8];
@@ -83,7 +83,7 @@ KVPLANE_DEVICE_INLINED void load_input(const Block& block, const TileWork<Value>
             if (row >= fresh && row < end) continue;
             KVPLANE_KEEP_ROLLED
             for (int e = grid.column; e < eights; e += grid.columns) {
-                Value* const to = work.rows.at(row, part.column + e * 8);
+                typename Of::Value* const to = work.rows.at(row, part.column + e * 8);
                 const int token = work.base + row;
                 const float nothing[8] = {};
                 if (row >= begin && row < fresh)
@@ -98,9 +98,9 @@ KVPLANE_DEVICE_INLINED void load_input(const Block& block, const TileWork<Value>
 
 /// Tokens that are rotated, or rounded to 8 bits, on the way: all channels of the head, and of these those of
 /// the item's parts.
-template <class Block>
-KVPLANE_DEVICE_INLINED void load_staged(const Block& block, const TileWork<float>& work) {
-    float* const staging = work.part<float>(work.plan.staging);
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void load_staged(const Block& block, const TileWork<Of>& work) {
+    float* const staging = work.template part<float>(work.plan.staging);
     const int step_rows = work.plan.step_rows < work.count ? work.plan.step_rows : work.count,
               pitch = work.plan.staging_pitch;
     for (int step = 0; step < work.count; step += step_rows) {
@@ -110,8 +110,9 @@ KVPLANE_DEVICE_INLINED void load_staged(const Block& block, const TileWork<float
         if (begin < end)
             stage_tokens(block, work.side, work.item.head, work.first(), low, begin, end,
                          work.a.sources.recent[work.tile_index], staged, pitch,
-                         work.part<float>(work.plan.partial), work.part<float>(work.plan.row_grids),
-                         &work.found->bad[work.item.side], &work.found->largest[work.item.side]);
+                         work.template part<float>(work.plan.partial),
+                         work.template part<float>(work.plan.row_grids), &work.found->bad[work.item.side],
+                         &work.found->largest[work.item.side]);
         if (work.plan.in_place && begin == 0 && end == step_rows) continue;
         block.run([&](int thread, int threads) {
             each_part(work.a.segments, work.item, [&](const SegmentPart& part) {
@@ -136,15 +137,15 @@ KVPLANE_DEVICE_INLINED void load_staged(const Block& block, const TileWork<float
 }
 
 /// Takes the tokens of the window to shared memory; those that are not written become zero.
-template <class Value, class Block>
-KVPLANE_DEVICE_INLINED void load_tokens(const Block& block, const TileWork<Value>& work) {
-    if constexpr (sizeof(Value) == 4)
-        if (work.item.staged) return load_staged(block, work);
+template <class Of, class Block>
+KVPLANE_DEVICE_INLINED void load_tokens(const Block& block, const TileWork<Of>& work) {
+    if constexpr (Of::has_staged && !Of::in_halves)
+        if (!Of::any || work.item.staged) return load_staged(block, work);
     each_part(work.a.segments, work.item, [&](const SegmentPart& part) {
         if (part.segment.bits == 0) return;
-        if constexpr (sizeof(Value) == 4)
-            if (work.item.latent_at >= 0) return load_latents(block, work, part);
-        load_input(block, work, part);
+        if constexpr (Of::has_latents && !Of::in_halves)
+            if (!Of::any || work.item.latent_at >= 0) return load_latents(block, work, part);
+        if constexpr (Of::has_input) load_input(block, work, part);
     });
 }
 

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kvplane/cuda/arguments.hpp"
 #include "kvplane/cuda/block.hpp"
@@ -136,14 +137,36 @@ struct Rows<float> {
     KVPLANE_DEVICE float* at(int row, int column) const { return data + row * pitch + place_of(column); }
 };
 
+/// Tiles of a kind, as code is compiled for them: what may be among them, and what rows hold in shared memory.
+template <TileKind kind, class Value_>
+struct TilesOf {
+    using Value = Value_;
+    static constexpr bool in_halves = sizeof(Value) == 2, any = kind == tiles_any;
+    static constexpr bool has_halves = any || kind == tiles_of_halves, has_codes = kind != tiles_of_halves,
+                          has_unbiased = any || kind == tiles_staged,
+                          has_latents = any || kind == tiles_of_latents,
+                          has_staged = any || kind == tiles_staged,
+                          has_input = kind != tiles_staged && kind != tiles_of_latents;
+};
+/// body(k) for the kind that `kind` is, k.value.
+template <class Body>
+void with_kind(TileKind kind, const Body& body) {
+    with_bits<tiles_any, tiles_of_halves, tiles_of_codes, tiles_staged, tiles_of_latents>(
+        kind, [&](auto known) {
+            body(std::integral_constant<TileKind, static_cast<TileKind>(decltype(known)::count)>{});
+        });
+}
+template <TileKind kind>
+constexpr bool in_halves = kind == tiles_of_halves || kind == tiles_of_codes;
+
 /// What encode_tile() works on.
-template <class Value>
+template <class Of>
 struct TileWork {
     const TilesArguments& a;
     const Item& item;
     const Side& side;
     const SharedPlan& plan;
-    Rows<Value> rows;
+    Rows<typename Of::Value> rows;
     std::byte *tile, *shared;
     int tile_index;
     Findings* found;  ///< of the block

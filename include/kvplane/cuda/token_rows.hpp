@@ -30,11 +30,12 @@ KVPLANE_DEVICE constexpr int row_grids_bytes(int rows) {
 }
 
 /// Takes tokens first + row of the input to the rows [begin, end) of `rows`, as floats in the frame in which
-/// they are stored; checks them, and leaves the largest magnitude of each row in eight parts.
+/// they are stored; checks them, and leaves the largest magnitude of each row in eight parts. to_halves:
+/// whether they are then rounded to fp16.
 template <class Block>
 KVPLANE_DEVICE_INLINED void stage_rows(const Block& block, const Side& side, int head, std::int64_t first,
                                        int begin, int end, float* rows, int pitch, float* parts,
-                                       std::uint32_t* bad, std::uint32_t* largest) {
+                                       bool to_halves, std::uint32_t* bad, std::uint32_t* largest) {
     if (begin >= end) return;
     const bool in_eights = side.dim % 8 == 0;
     block.run([&](int thread, int threads) {
@@ -73,12 +74,19 @@ KVPLANE_DEVICE_INLINED void stage_rows(const Block& block, const Side& side, int
             int c = part * 4;
             for (; c + 4 <= side.dim; c += row_parts * 4) {
                 float x[4];
-                load_numbers<4>(rows + row * pitch + place_of(c), x);
-                for (int i = 0; i < 4; ++i) magnitude = greater_of(magnitude, magnitude_of(x[i]));
+                float* const at = rows + row * pitch + place_of(c);
+                load_numbers<4>(at, x);
+                KVPLANE_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    magnitude = greater_of(magnitude, magnitude_of(x[i]));
+                    if (to_halves) x[i] = widened(nearest_half(x[i]));
+                }
+                if (to_halves) put_numbers<4>(at, x);
             }
             for (; c < side.dim && c % 4 != 3; ++c) {  // the part that has the rest of a row
-                const float x = magnitude_of(rows[row * pitch + place_of(c)]);
-                magnitude = magnitude < x ? x : magnitude;
+                float& x = rows[row * pitch + place_of(c)];
+                magnitude = magnitude < magnitude_of(x) ? magnitude_of(x) : magnitude;
+                if (to_halves) x = widened(nearest_half(x));
             }
             parts[row * row_parts + part] = magnitude;
             most = most < magnitude ? magnitude : most;
@@ -123,8 +131,8 @@ KVPLANE_DEVICE void write_rows(const Block& block, const RowsArguments& a, int b
     float* const rows = reinterpret_cast<float*>(shared);
     float* const parts = rows + most * pitch;
     const RowGrids grids(parts + most * row_parts, most);
-    stage_rows(block, side, head, a.first + done, 0, count, rows, pitch, parts, &a.findings->bad[side_index],
-               &a.findings->largest[side_index]);
+    stage_rows(block, side, head, a.first + done, 0, count, rows, pitch, parts, false,
+               &a.findings->bad[side_index], &a.findings->largest[side_index]);
     if (to.bits == 8) fit_rows(block, 0, count, parts, grids);
     block.run([&](int thread, int threads) {
         const Divisor fours((side.dim + 3) / 4), pages(a.page_rows);
@@ -198,30 +206,24 @@ KVPLANE_DEVICE_INLINED void stage_tokens(const Block& block, const Side& side, i
                 put_numbers<4>(rows + row * pitch + place_of(c), x);
             }
         });
-    stage_rows(block, side, head, first + base, fresh, end, rows, pitch, parts, bad, largest);
-    if (side.recent.bits == 32 || fresh >= end) return;
+    stage_rows(block, side, head, first + base, fresh, end, rows, pitch, parts, side.recent.bits == 16, bad,
+               largest);
+    if (side.recent.bits != 8 || fresh >= end) return;
     const RowGrids grids(row_grids, end);
-    if (side.recent.bits == 8) fit_rows(block, fresh, end, parts, grids);
+    fit_rows(block, fresh, end, parts, grids);
     block.run([&](int thread, int threads) {
         const ThreadGrid grid(thread, threads, (side.dim + 3) / 4, 32);
         for (int row = fresh + grid.row; row < end; row += grid.rows) {
-            const bool halves = side.recent.bits == 16;
-            const float step = halves ? 0.0f : grids.step[row], lower = halves ? 0.0f : grids.lower[row],
-                        inverse = halves ? 0.0f : grids.inverse[row];
+            const float step = grids.step[row], lower = grids.lower[row], inverse = grids.inverse[row];
             for (int c = grid.column * 4; c < side.dim; c += grid.columns * 4) {
                 float* const at = rows + row * pitch + place_of(c);
                 float x[4];
                 load_numbers<4>(at, x);
-                if (halves) {
-                    KVPLANE_UNROLL
-                    for (int i = 0; i < 4; ++i) x[i] = widened(nearest_half(x[i]));
-                } else {
-                    // The code less 128, times the step.
-                    KVPLANE_UNROLL
-                    for (int i = 0; i < 4; ++i)
-                        x[i] = product_of(
-                            step, difference_of(cell_of(x[i], lower, inverse, 255.0f), 0x1p23f + 128.0f));
-                }
+                // The code less 128, times the step.
+                KVPLANE_UNROLL
+                for (int i = 0; i < 4; ++i)
+                    x[i] = product_of(step,
+                                      difference_of(cell_of(x[i], lower, inverse, 255.0f), 0x1p23f + 128.0f));
                 put_numbers<4>(at, x);
             }
         }
