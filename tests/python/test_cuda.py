@@ -622,6 +622,26 @@ def test_crop_forks_and_files(tt, tmp_path):
 
 
 @needs_device
+def test_a_failed_call_can_be_taken_back(tt):
+    model, ids = tt.on(cuda_model(tt, "llama"), tt.kt.ATTENTION), tt.prompt(1, 50).to(DEVICE)
+    cache, same = tt.kt.Cache(model, "standard", check=True), tt.kt.Cache(model, "standard")
+    tt.logits(model, cache, ids, [50])
+    tt.logits(model, same, ids, [50])
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(1e30)
+        with refused(pytest, "beyond fp16", "values"):
+            model(tt.prompt(1, 5).to(DEVICE), past_key_values=cache)
+        weight.copy_(kept)
+    assert cache._cache.tokens(0) == [55] and cache._cache.tokens(1) == [50]
+    with refused(pytest, "option", "layer 0 holds 55 tokens, layer 1 50", "truncate(50)"), torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+    cache.truncate(50)
+    torch.testing.assert_close(tt.logits(model, cache, ids, [1]), tt.logits(model, same, ids, [1]), rtol=0, atol=0)
+
+
+@needs_device
 def test_other_devices_are_refused(tt):
     model, ids = tt.on(cuda_model(tt, "llama"), tt.kt.ATTENTION), tt.prompt(1, 9)
     cache = tt.kt.Cache(model, "fp16")

@@ -402,14 +402,13 @@ void bind_caches(nb::module_& m) {
             "padding: for each sequence how many of the first rows are no tokens (left padding). "
             "provisional: tokens "
             "that may yet be taken back: attention sees them, but what truncate() takes back of them leaves "
-            "no trace. "
-            "append() of others accepts them.\n\nOn a device: check: whether the call waits until the device "
-            "has found that all numbers can be stored; without it numbers that cannot (NaN, infinity, beyond "
-            "32000, of fp16 beyond 65504) spoil the tokens that share a grid with them. stream: the number "
-            "of "
-            "the CUDA stream that the "
-            "work goes to; None: torch's current one. Tokens taken back leave no trace but in bounds of "
-            "errors.\n\nRaises Error (shape, option, not finite, beyond fp16) and then has changed nothing.")
+            "no trace. append() of others accepts them.\n\nOn a device: check: whether the call waits until "
+            "the device has found that all numbers can be stored; without it numbers that cannot (NaN, "
+            "infinity, beyond 32000, of fp16 beyond 65504) spoil the tokens that share a grid with them. "
+            "stream: the number of the CUDA stream that the work goes to, None: torch's current one; "
+            "tensors that belong to another stay until it is done. Tokens taken back leave no trace but in "
+            "bounds of errors.\n\nRaises Error (shape, option, not finite, beyond fp16) and then has changed "
+            "nothing.")
         .def("attend", &attend, "queries"_a, nb::kw_only(), "layer"_a = 0, "out"_a = nb::none(),
              "scale"_a = 0.0, "softcap"_a = 0.0, "sink_logits"_a = nb::none(), "padding"_a = nb::none(),
              "read"_a = std::string(), "stream"_a = nb::none(),
