@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <unordered_map>
 #include <utility>
 
 #include "host_cache.hpp"
@@ -93,17 +94,21 @@ DeviceOutput device_output(const SequenceRows& rows, Index sequence, Index first
             rows.token_stride,        rows.head_stride};
 }
 
-/// Throws Error (option) for a recipe that a device does not serve.
-void require_served(const CacheConfiguration& c, const std::string& name, int device) {
+/// Whether the CPU must store every token: keys that are shaped, values of different widths, grids that clip.
+bool appends_on_host(const CacheConfiguration& c) {
     const auto& recipe = c.recipe;
     const auto clips = [](const kvplane::SideRecipe& side) {
         return !side.is_half() && side.rule.clip != kvplane::Clip::none;
     };
+    return recipe.shaped_keys || c.widths_by_token() || (!recipe.latents && clips(recipe.keys)) ||
+           clips(recipe.values);
+}
+
+/// Throws Error (option) for a recipe that a device does not serve.
+void require_served(const CacheConfiguration& c, const std::string& name, int device) {
+    const auto& recipe = c.recipe;
     const char* const why =
-        recipe.shaped_keys    ? "shapes keys by the queries of all tokens"
-        : c.widths_by_token() ? "gives tokens of values different widths by the queries of all tokens"
-        : (!recipe.latents && clips(recipe.keys)) || clips(recipe.values) ? "clips to the least squared error"
-        : c.keys_by_token()                                               ? "has grids of keys by token"
+        c.keys_by_token() ? "has grids of keys by token"
         : recipe.latents && recipe.latents->basis.frame == kvplane::KeyFrame::before_rope
             ? "stores keys before RoPE"
         : c.fits_basis() && recipe.latents->own_heads_together && c.kv_heads * c.key_head_dim > 256
@@ -111,9 +116,8 @@ void require_served(const CacheConfiguration& c, const std::string& name, int de
             : nullptr;
     require(!why, ErrorCode::option, "recipe '", name, "' on device ", place_name(device), ": it ",
             why ? why : "",
-            ", which kvplane does on the CPU alone; expected fp16, kivi, key_favored, standard, compact, "
-            "latent or "
-            "weighted");
+            ", which kvplane reads on the CPU alone; expected fp16, kivi, key_favored, standard, compact, "
+            "smallest, latent or weighted");
     // Of latents that are still to be fitted, all but the keys.
     CacheConfiguration known = c;
     if (c.fits_basis()) {
@@ -138,6 +142,85 @@ DeviceSequence ended_at(DeviceSequence sequence, Index tokens) {
 /// How many query tokens of a sequence a block takes, and in how many parts of so many a long prompt goes.
 constexpr Index most_query_tokens = 8, most_parts = 64;
 
+/// Copies of host pages on a device, by the address of the host's: each is copied once, however many caches share
+/// it. While a copy is there, so is the host's page, which whoever writes copies first: another page, at another
+/// address. So no copy is ever out of date.
+class MirroredPages {
+  public:
+    /// Between begin() and end() all pages are asked for; the copies of others go.
+    void begin() { ++round_; }
+    std::byte* copy_of(const PageReference& page, kvplane::TilePool& pool, cudaStream_t stream) {
+        Copy& copy = copies_[page.data()];
+        copy.round = round_;
+        if (!copy.here) {
+            copy.there = pool.unfilled(page.bytes());
+            require_cuda(cudaMemcpyAsync(copy.there.data(), page.data(), to_size(page.bytes()),
+                                         cudaMemcpyHostToDevice, stream),
+                         "copying a page to the device");
+            copy.here = page;
+        }
+        return copy.there.data();
+    }
+    void end() {
+        std::erase_if(copies_, [&](const auto& one) { return one.second.round != round_; });
+    }
+
+  private:
+    struct Copy {
+        PageReference here, there;
+        Index round = 0;
+    };
+    std::unordered_map<const std::byte*, Copy> copies_;
+    Index round_ = 0;
+};
+
+/// A sequence whose pages are mirrored.
+struct MirroredSequence {
+    std::vector<kvplane::cuda::DeviceTile> tiles;
+    std::vector<const std::byte*> recent;
+    const std::byte* sinks = nullptr;
+    PageReference table;
+
+    void show(const KvCache& cache, MirroredPages& pages, kvplane::TilePool& pool, cudaStream_t stream) {
+        const auto& state = cache.state();
+        std::vector<kvplane::cuda::DeviceTile> next;
+        for (std::size_t t = 0; t < state.tiles.size(); ++t) {
+            next.push_back(kvplane::cuda::detail::DeviceAppend::device_tile(state.tiles[t]));
+            next.back().page = pages.copy_of(state.tile_pages[t], pool, stream);
+        }
+        if (next != tiles) {
+            const Index bytes = static_cast<Index>(next.size() * sizeof(next[0]));
+            if (!table || table.bytes() < bytes) table = pool.unfilled((2 * bytes + 255) / 256 * 256);
+            tiles.clear();
+            if (bytes > 0)
+                require_cuda(cudaMemcpyAsync(table.data(), next.data(), to_size(bytes),
+                                             cudaMemcpyHostToDevice, stream),
+                             "copying a table of tiles");
+            tiles = std::move(next);
+        }
+        recent.clear();
+        for (const PageReference& page : state.recent) recent.push_back(pages.copy_of(page, pool, stream));
+        sinks = state.sinks ? pages.copy_of(state.sinks, pool, stream) : nullptr;
+    }
+    DeviceSequence sequence(const KvCache& cache) const {
+        const auto& state = cache.state();
+        return {.tiles = tiles,
+                .device_tiles = tiles.empty()
+                                    ? nullptr
+                                    : reinterpret_cast<const kvplane::cuda::DeviceTile*>(table.data()),
+                .sinks = sinks,
+                .recent = recent,
+                .sink_count = state.sink_count(cache.configuration().recipe),
+                .recent_first = state.recent_first,
+                .tokens = cache.tokens(),
+                .hidden_from = state.kept_sinks,
+                .hidden_to = state.dropped,
+                .page_bytes = state.layout->bytes,
+                .latent = state.latent.get(),
+                .narrowed = state.has_narrowed()};
+    }
+};
+
 class CudaCache final : public Cache {
   public:
     CudaCache(Contents contents, Index batch, Index threads, int device)
@@ -149,6 +232,7 @@ class CudaCache final : public Cache {
         for (Index i = 0; i < layers(); ++i) {
             DeviceLayer& layer = layers_.emplace_back();
             layer.truncates_exactly = kvplane::capabilities(configuration(i)).truncates_exactly;
+            layer.mirrors = appends_on_host(configuration(i));
             start(i);
         }
     }
@@ -226,7 +310,12 @@ class CudaCache final : public Cache {
         AttendLayer layer;
     };
     struct DeviceLayer {
-        bool on_host = false;  ///< while sequences have yet to learn what they are stored by
+        /// While sequences have yet to learn what they are stored by; for good where `mirrors`.
+        bool on_host = false;
+        /// Whether the CPU appends every token. What it stores is copied to the device, which attends to it.
+        bool mirrors = false;
+        MirroredPages mirrored_pages;
+        std::vector<MirroredSequence> mirrored;
         bool truncates_exactly = false;
         mutable std::vector<Sequence> sequences;  ///< what is downloaded takes over what kernels have found
         std::vector<View> views;
@@ -242,6 +331,8 @@ class CudaCache final : public Cache {
             DeviceLayer& copy = layers_.emplace_back();
             copy.on_host = layer.on_host;
             copy.truncates_exactly = layer.truncates_exactly;
+            copy.mirrors = layer.mirrors;
+            copy.mirrored_pages = layer.mirrored_pages;
             for (Sequence& sequence : layer.sequences) copy.sequences.push_back(forked(sequence));
         }
     }
@@ -281,7 +372,9 @@ class CudaCache final : public Cache {
         DeviceLayer& made = of(layer);
         made.sequences.clear();
         made.views.clear();
-        made.on_host = configuration(layer).fits_basis();
+        made.mirrored.clear();
+        made.mirrored_pages = {};
+        made.on_host = made.mirrors || configuration(layer).fits_basis();
         if (made.on_host) return;
         for (Index b = 0; b < batch_; ++b)
             made.sequences.push_back({DeviceCache(configuration(layer), pages_->pool), 0, {}, {}});
@@ -301,7 +394,7 @@ class CudaCache final : public Cache {
         return made;
     }
     void upload_when_ready(Index layer) {
-        if (!of(layer).on_host || !is_ready(host_->sequences(layer))) return;
+        if (!of(layer).on_host || of(layer).mirrors || !is_ready(host_->sequences(layer))) return;
         std::vector<KvCache> empty = host_->empty_sequences(layer);
         of(layer).sequences = uploaded(host_->sequences(layer));
         host_->sequences(layer) = std::move(empty);
@@ -342,7 +435,14 @@ class CudaCache final : public Cache {
                           std::span<const Index> padding, const AppendOptions& options);
     void attend_on_host(Index layer, const SequenceRows& queries, const SequenceRows& output,
                         std::span<const Index> padding, const Attention& attention);
-    const AttendLayer& view(Index layer, const Sequence& sequence);
+    /// A sequence as kernels take it, and what its tiles are.
+    struct Attended {
+        DeviceSequence sequence;
+        const kvplane::detail::CacheShape* shape;
+        std::shared_ptr<const kvplane::LatentKeys> latent;
+    };
+    std::vector<Attended> attended(Index layer);
+    const AttendLayer& view(Index layer, const Attended& sequence);
     void clear_rows(const SequenceRows& output, Index sequence, Index rows) const;
     void attend_sequence(const AttendLayer& view, const DeviceSequence& sequence, const DeviceRows& queries,
                          const DeviceOutput& output, const kvplane::AttentionParameters& parameters,
@@ -397,7 +497,7 @@ void CudaCache::load(const std::filesystem::path& path) {
     std::vector<std::vector<Sequence>> sequences(to_size(layers()));
     std::vector<bool> uploads(to_size(layers()));
     for (Index i = 0; i < layers(); ++i) {
-        uploads[to_size(i)] = is_ready(host->sequences(i));
+        uploads[to_size(i)] = !of(i).mirrors && is_ready(host->sequences(i));
         if (!uploads[to_size(i)]) continue;
         sequences[to_size(i)] = uploaded(host->sequences(i));
         host->sequences(i) = host->empty_sequences(i);
@@ -638,19 +738,21 @@ void CudaCache::attend(Index layer, const SequenceRows& queries, const SequenceR
     require(parameters.read.kind != ReadPolicy::Kind::fixed, ErrorCode::option, "read: '", attention.read,
             "' on device ", place_name(device()),
             ", expected '', tolerance, exponents, aligned or a number of bits on average");
-    if (of(layer).on_host) {
+    DeviceLayer& all = of(layer);
+    if (all.on_host && !std::all_of(host_->sequences(layer).begin(), host_->sequences(layer).end(),
+                                    [](const KvCache& cache) { return cache.state().layout != nullptr; })) {
         require(parameters.read.kind == ReadPolicy::Kind::all, ErrorCode::option, "read: '", attention.read,
                 "' of keys in latents on device ", place_name(device()), ", expected '': all bits");
         return attend_on_host(layer, queries, output, padding, attention);
     }
-    DeviceLayer& all = of(layer);
+    const std::vector<Attended> attended = this->attended(layer);
     if (parameters.read.kind != ReadPolicy::Kind::all) {
-        const AttendLayer& of_layer = view(layer, all.sequences[0]);
+        const AttendLayer& of_layer = view(layer, attended[0]);
         (void)kvplane::cuda::aligned_rule(parameters.read, of_layer.prefixes, of_layer.view.key_head_dim,
                                           of_layer.view.value_head_dim);
     }
     for (Index b = 0; b < batch_; ++b) {
-        const Index tokens = all.sequences[to_size(b)].cache.tokens(),
+        const Index tokens = attended[to_size(b)].sequence.tokens,
                     rows = queries.tokens - (padding.empty() ? 0 : padding[to_size(b)]);
         require(rows <= tokens, ErrorCode::shape, "queries: ", rows, " tokens of sequence ", b,
                 ", which has ", tokens, "; expected its last ones");
@@ -661,8 +763,8 @@ void CudaCache::attend(Index layer, const SequenceRows& queries, const SequenceR
     if (queries.tokens > most_query_tokens) parameters.read = ReadPolicy::all();
 
     const bool padded = std::any_of(padding.begin(), padding.end(), [](Index rows) { return rows > 0; });
-    const bool one_basis = std::all_of(all.sequences.begin(), all.sequences.end(), [&](const Sequence& one) {
-        return one.cache.state().latent == all.sequences[0].cache.state().latent;
+    const bool one_basis = std::all_of(attended.begin(), attended.end(), [&](const Attended& one) {
+        return one.sequence.latent == attended[0].sequence.latent;
     });
     const auto in_a_row = [&](const SequenceRows& rows) {
         return rows.batch == 1 || rows.tokens == 1 || rows.batch_stride == rows.tokens * rows.token_stride;
@@ -670,21 +772,21 @@ void CudaCache::attend(Index layer, const SequenceRows& queries, const SequenceR
     if (!padded && one_basis && queries.tokens <= most_query_tokens && in_a_row(queries) &&
         in_a_row(output)) {
         std::vector<DeviceSequence> sequences;
-        for (const Sequence& one : all.sequences) sequences.push_back(one.cache.sequence());
+        for (const Attended& one : attended) sequences.push_back(one.sequence);
         DeviceRows from = device_rows(queries, 0, 0);
         DeviceOutput to = device_output(output, 0, 0);
         from.tokens = to.tokens = batch_ * queries.tokens;
         if (queries.tokens == 1)
             from.token_stride = queries.batch_stride, to.token_stride = output.batch_stride;
-        return attend_parts(view(layer, all.sequences[0]), sequences, queries.tokens, from, to, parameters,
+        return attend_parts(view(layer, attended[0]), sequences, queries.tokens, from, to, parameters,
                             all.workspace);
     }
     for (Index b = 0; b < batch_; ++b) {
-        const Sequence& one = all.sequences[to_size(b)];
+        const Attended& one = attended[to_size(b)];
         const Index first = padding.empty() ? 0 : padding[to_size(b)];
         if (first > 0) clear_rows(output, b, first);
         if (first == queries.tokens) continue;
-        attend_sequence(view(layer, one), one.cache.sequence(), device_rows(queries, b, first),
+        attend_sequence(view(layer, one), one.sequence, device_rows(queries, b, first),
                         device_output(output, b, first), parameters,
                         queries.tokens > most_query_tokens ? long_calls_ : all.workspace);
     }
@@ -724,15 +826,32 @@ void CudaCache::attend_parts(const AttendLayer& view, std::span<const DeviceSequ
     workspace->attend(queries, output, nullptr, stream());
 }
 
-const AttendLayer& CudaCache::view(Index layer, const Sequence& sequence) {
-    const auto basis = configuration(layer).fits_basis() ? sequence.cache.state().latent : nullptr;
+std::vector<CudaCache::Attended> CudaCache::attended(Index layer) {
+    DeviceLayer& all = of(layer);
+    std::vector<Attended> made;
+    for (const Sequence& one : all.sequences)
+        made.push_back({one.cache.sequence(), &one.cache.shape(), one.cache.state().latent});
+    if (!all.on_host) return made;
+    const std::vector<KvCache>& caches = host_->sequences(layer);
+    all.mirrored.resize(caches.size());
+    all.mirrored_pages.begin();
+    for (std::size_t b = 0; b < caches.size(); ++b) {
+        all.mirrored[b].show(caches[b], all.mirrored_pages, pages_->pool, stream());
+        made.push_back({all.mirrored[b].sequence(caches[b]), &caches[b].shape(), caches[b].state().latent});
+    }
+    all.mirrored_pages.end();
+    return made;
+}
+
+const AttendLayer& CudaCache::view(Index layer, const Attended& sequence) {
+    const auto basis = configuration(layer).fits_basis() ? sequence.latent : nullptr;
     std::vector<View>& views = of(layer).views;
     for (const View& one : views)
         if (one.basis == basis) return one.layer;
     // Those of sequences that are gone go.
     if (views.size() > 2 * to_size(batch_))
         std::erase_if(views, [](const View& one) { return one.basis.use_count() <= 2; });
-    views.push_back({basis, kvplane::cuda::attend_layer(sequence.cache.shape(), {}, basis)});
+    views.push_back({basis, kvplane::cuda::attend_layer(*sequence.shape, {}, basis)});
     return views.back().layer;
 }
 
