@@ -26,4 +26,4 @@ if ! torch_loads; then
         exit
     fi
 fi
-tests tests/python/test_transformers.py tests/python/test_models.py tests/python/test_compare.py
+tests tests/python/test_transformers.py tests/python/test_models.py tests/python/test_compare.py tests/python/test_cuda.py

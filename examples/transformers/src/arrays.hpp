@@ -1,5 +1,5 @@
-// examples/transformers/src/arrays.hpp: numpy arrays, torch CPU tensors and all else that speaks DLPack or
-// the buffer protocol, as rows of heads. No element is copied.
+// examples/transformers/src/arrays.hpp: numpy arrays, torch tensors and all else that speaks DLPack or the
+// buffer protocol, as rows of heads. No element is copied.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -22,14 +22,20 @@ using kvplane::Matrix;
 using kvplane::require;
 using kvplane::ScalarType;
 
+/// Where arrays are: the number of a CUDA device, or -1 for the CPU.
+inline constexpr int on_cpu = -1;
+/// "the CPU" or "'cuda:0'"
+std::string place_name(int device);
+
 /// An array that Python holds: its memory, for as long as this lives. Made, copied and destroyed with the
 /// GIL.
 class Array {
   public:
     /// Throws Error: option for what is no array, for other element types than fp32, fp16 and bf16, for
-    /// memory outside the CPU's and, where it is to be written, for memory that cannot be. `name` is the
-    /// argument's.
-    Array(nb::handle object, const char* name, bool writable = false);
+    /// memory elsewhere than on `device` and, where it is to be written, for memory that cannot be. `name` is
+    /// the argument's. Of torch's CUDA tensors attributes alone are read, in a microsecond; DLPack would
+    /// record an event.
+    Array(nb::handle object, const char* name, bool writable = false, int device = on_cpu);
 
     Index dimensions() const noexcept { return static_cast<Index>(shape_.size()); }
     Index shape(Index i) const { return shape_[static_cast<std::size_t>(i)]; }
@@ -42,8 +48,11 @@ class Array {
     std::string shape_text() const;
 
   private:
+    bool take_torch_tensor(nb::handle object, int device);
+
     nb::ndarray<nb::ro> read_;
     nb::ndarray<> written_;
+    nb::object tensor_;  ///< a CUDA tensor of torch
     void* data_ = nullptr;
     ScalarType type_ = ScalarType::float32;
     std::vector<Index> shape_, strides_;
@@ -61,6 +70,10 @@ struct SequenceRows {
     std::size_t bytes_to(Index sequence, Index token) const noexcept {
         return static_cast<std::size_t>(sequence * batch_stride + token * token_stride) *
                kvplane::bytes_of(type);
+    }
+    /// The first number of a sequence's token.
+    std::byte* at(Index sequence, Index token) const noexcept {
+        return static_cast<std::byte*>(data) + bytes_to(sequence, token);
     }
     /// The tokens of one sequence from `first` on.
     kvplane::detail::AnyRows of(Index sequence, Index first) const;

@@ -12,7 +12,8 @@
 #include <limits>
 #include <variant>
 
-#include "cache.hpp"
+#include "cuda_cache.hpp"
+#include "host_cache.hpp"
 #include "kvplane/cache/capabilities.hpp"
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/storage/quantized.hpp"
@@ -106,28 +107,87 @@ decltype(auto) without_gil(const Body& body) {
 
 // Caches ---------------------------------------------------------------------------------------------------
 
+/// What a call on a device works on: the stream that is given, or torch's current one. 0, CUDA's default, where torch
+/// is not there.
+void* stream_of(const Cache& cache, std::optional<std::uintptr_t> given) {
+    if (given || cache.device() == on_cpu) return reinterpret_cast<void*>(given.value_or(0));
+    const nb::object torch = nb::module_::import_("sys").attr("modules").attr("get")("torch");
+    if (torch.is_none()) return nullptr;
+    const nb::object current = torch.attr("cuda").attr("current_stream")(cache.device());
+    return reinterpret_cast<void*>(nb::cast<std::uintptr_t>(current.attr("cuda_stream")));
+}
+
+std::span<const Index> span_of(const Padding& padding) {
+    return padding ? std::span<const Index>(*padding) : std::span<const Index>();
+}
+
 void append(Cache& cache, nb::handle keys, nb::handle values, nb::handle queries, Index layer,
-            const Padding& padding, bool provisional) {
-    const Array k(keys, "keys"), v(values, "values");
+            const Padding& padding, bool provisional, bool check, std::optional<std::uintptr_t> stream) {
+    const Array k(keys, "keys", false, cache.device()), v(values, "values", false, cache.device());
     std::optional<Array> q;
     SequenceRows query_rows;
-    if (!queries.is_none()) query_rows = sequence_rows(q.emplace(queries, "queries"));
+    if (!queries.is_none()) query_rows = sequence_rows(q.emplace(queries, "queries", false, cache.device()));
     const SequenceRows key_rows = sequence_rows(k), value_rows = sequence_rows(v);
+    const AppendOptions options{provisional, check, stream_of(cache, stream)};
     without_gil([&] {
-        cache.append(layer, key_rows, value_rows, q ? &query_rows : nullptr,
-                     padding ? std::span<const Index>(*padding) : std::span<const Index>(), provisional);
+        cache.append(layer, key_rows, value_rows, q ? &query_rows : nullptr, span_of(padding), options);
     });
 }
 
+/// Sink logits as a list, or on a device as a tensor of float32 there.
+class SinkLogits {
+  public:
+    SinkLogits(const Cache& cache, nb::handle object) {
+        if (object.is_none()) return;
+        if (cache.device() == on_cpu || !nb::hasattr(object, "data_ptr")) {
+            require(nb::try_cast(object, numbers_), ErrorCode::option,
+                    "sink_logits: ", nb::str(object.type().attr("__name__")).c_str(),
+                    ", expected a list of numbers, one a query head");
+            return;
+        }
+        const Array& array = array_.emplace(object, "sink_logits", false, cache.device());
+        require(array.dimensions() == 1 && array.stride(0) == 1, ErrorCode::shape, "sink_logits: shape ",
+                array.shape_text(), ", expected (query heads,), numbers side by side");
+        require(array.type() == ScalarType::float32, ErrorCode::option,
+                "sink_logits: of 16 bits, expected float32");
+        there_ = {static_cast<const float*>(array.data()), static_cast<std::size_t>(array.shape(0))};
+    }
+    const std::vector<float>& numbers() const noexcept { return numbers_; }
+    std::span<const float> there() const noexcept { return there_; }
+
+  private:
+    std::vector<float> numbers_;
+    std::optional<Array> array_;
+    std::span<const float> there_;
+};
+
+/// A new tensor of float32 beside `queries`, [batch][token][head][channel] in memory.
+nb::object new_tensor(nb::handle queries, const SequenceRows& rows, Index channels) {
+    require(nb::hasattr(queries, "new_empty"), ErrorCode::option, "out: none for queries of ",
+            nb::str(queries.type().attr("__name__")).c_str(),
+            " on a device, expected an array; one is made for tensors of torch alone");
+    const nb::object made =
+        queries.attr("new_empty")(nb::make_tuple(rows.batch, rows.tokens, rows.heads, channels),
+                                  "dtype"_a = nb::module_::import_("torch").attr("float32"));
+    return made.attr("transpose")(1, 2);
+}
+
 nb::any attend(Cache& cache, nb::handle queries, Index layer, nb::handle out, double scale, double softcap,
-               const std::optional<std::vector<float>>& sink_logits, const Padding& padding,
-               const std::string& read) {
-    const Array q(queries, "queries");
+               nb::handle sink_logits, const Padding& padding, const std::string& read,
+               std::optional<std::uintptr_t> stream) {
+    const Array q(queries, "queries", false, cache.device());
     const SequenceRows query_rows = sequence_rows(q);
     SequenceRows output;
     std::optional<Array> given;
     std::unique_ptr<float[]> made;
-    if (out.is_none()) {
+    nb::object result = nb::borrow(out);
+    if (!out.is_none()) {
+        output = sequence_rows(given.emplace(out, "out", true, cache.device()));
+    } else if (cache.device() != on_cpu) {
+        result = new_tensor(queries, query_rows, cache.layer(layer).value_head_dim);
+        output = sequence_rows(given.emplace(result, "out", true, cache.device()));
+        if (q.dimensions() == 3) result = result[nb::int_(0)];
+    } else {
         // [batch][token][head][channel], which attention writes as it comes.
         output.batch = query_rows.batch, output.heads = query_rows.heads, output.tokens = query_rows.tokens;
         output.channels = cache.layer(layer).value_head_dim;
@@ -137,15 +197,11 @@ nb::any attend(Cache& cache, nb::handle queries, Index layer, nb::handle out, do
         const Index size = output.batch * output.batch_stride;
         made.reset(new float[static_cast<std::size_t>(std::max<Index>(1, size))]);
         output.data = made.get();
-    } else {
-        output = sequence_rows(given.emplace(out, "out", true));
     }
-    const Attention attention{scale, softcap, sink_logits.value_or(std::vector<float>()), read};
-    without_gil([&] {
-        cache.attend(layer, query_rows, output,
-                     padding ? std::span<const Index>(*padding) : std::span<const Index>(), attention);
-    });
-    if (given) return nb::borrow<nb::any>(out);
+    const SinkLogits sinks(cache, sink_logits);
+    const Attention attention{scale, softcap, sinks.numbers(), read, stream_of(cache, stream), sinks.there()};
+    without_gil([&] { cache.attend(layer, query_rows, output, span_of(padding), attention); });
+    if (!made) return nb::borrow<nb::any>(result);
     const auto at = [](Index n) { return static_cast<std::size_t>(n); };
     float* const memory = made.release();
     const nb::object array = nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<4>>(
@@ -154,6 +210,35 @@ nb::any attend(Cache& cache, nb::handle queries, Index layer, nb::handle out, do
     nb::object transposed = array.attr("transpose")(0, 2, 1, 3);
     if (q.dimensions() == 3) transposed = transposed[nb::int_(0)];
     return nb::borrow<nb::any>(transposed);
+}
+
+/// The number of the device that "cuda", "cuda:0" and so on name, on_cpu for "cpu". Throws Error (option) for
+/// other names, for devices that are not there, and for a build without them.
+int device_of(const std::string& name) {
+    if (name == "cpu" || name.rfind("cpu:", 0) == 0) return on_cpu;
+    const bool cuda = name == "cuda" || (name.size() > 5 && name.size() < 10 && name.rfind("cuda:", 0) == 0 &&
+                                         name.find_first_not_of("0123456789", 5) == std::string::npos);
+    require(cuda, ErrorCode::option, "device: '", name, "', expected 'cpu', or 'cuda:0' and so on");
+    require(cuda_is_built(), ErrorCode::option, "device: '", name, "', ", without_cuda);
+    const int device = name == "cuda" ? 0 : std::stoi(name.substr(5)), count = cuda_device_count();
+    require(device < count, ErrorCode::option, "device: '", name, "' of ", count,
+            " CUDA devices that are there, expected ", count == 0 ? "the CPU" : "a number below that");
+    return device;
+}
+
+/// A cache of these layers, on the CPU or a device.
+std::unique_ptr<Cache> new_cache(std::vector<Layer> layers, const std::optional<Recipes>& recipe,
+                                 const kvplane::ModelPolicy* policy, const std::string& model, Index batch,
+                                 Index threads, std::uint64_t rotation_seed, nb::handle device) {
+    require(!policy || (!recipe && rotation_seed == 0), ErrorCode::option,
+            recipe ? "recipe" : "rotation_seed", ": given beside a policy, which has one for ",
+            "each layer; expected one of the two");
+    const int place = device_of(nb::str(device).c_str());  // torch.device has a name of its own
+    Contents contents =
+        policy ? Contents::of(std::move(layers), *policy, model)
+               : Contents::of(std::move(layers), names(recipe.value_or("standard")), rotation_seed);
+    if (place != on_cpu) return make_cuda_cache(std::move(contents), batch, threads, place);
+    return std::make_unique<HostCache>(std::move(contents), batch, threads);
 }
 
 void bind_caches(nb::module_& m) {
@@ -266,39 +351,37 @@ void bind_caches(nb::module_& m) {
         "Keys, values and queries are arrays (batch, heads, tokens, channels), or (heads, tokens, channels) "
         "for one "
         "sequence, of float32, float16 or bfloat16: numpy arrays, torch CPU tensors, and whatever else "
-        "speaks DLPack. "
+        "speaks DLPack; of a cache on a device torch CUDA tensors. "
         "They are read where they are, with any strides. Keys and queries are as attention takes them, after "
         "RoPE.\n\n"
         "Tokens are counted from 0 in each sequence. Several threads may use one cache; they take turns, and "
         "none "
         "holds the GIL while it works.")
         .def(
-            "__init__",
-            [](Cache* self, std::vector<Layer> layers, const std::optional<Recipes>& recipe,
-               const kvplane::ModelPolicy* policy, const std::string& model, Index batch, Index threads,
-               std::uint64_t rotation_seed) {
-                require(!policy || (!recipe && rotation_seed == 0), ErrorCode::option,
-                        recipe ? "recipe" : "rotation_seed", ": given beside a policy, which has one for ",
-                        "each layer; expected one of the two");
-                if (policy)
-                    new (self) Cache(std::move(layers), *policy, model, batch, threads);
-                else
-                    new (self) Cache(std::move(layers), names(recipe.value_or("standard")), batch, threads,
-                                     rotation_seed);
-            },
-            "layers"_a, "recipe"_a = nb::none(), nb::kw_only(), "policy"_a = nb::none(),
+            nb::new_(&new_cache), "layers"_a, "recipe"_a = nb::none(), nb::kw_only(), "policy"_a = nb::none(),
             "model"_a = std::string(), "batch"_a = 1, "threads"_a = 1, "rotation_seed"_a = 0,
+            "device"_a = "cpu",
             "layers: one Layer for each layer of the model. recipe: how they are stored, one name for all or "
             "one for "
             "each, by default 'standard'; recipes() lists the names. policy: instead of a recipe; `model` is "
             "then the model's name, "
             "which "
-            "the policy must be of. threads: how many share the work of a call.\n\nRaises Error (option, "
-            "shape; "
-            "mismatch for a policy of another model).")
+            "the policy must be of. threads: how many share the work of a call. device: 'cpu', or 'cuda:0' "
+            "and "
+            "so on, "
+            "where cuda_devices() says that the build has it; keys, values, queries and outputs are then "
+            "torch tensors there, and recipes that learn in the first tokens do so on the CPU.\n\nRaises "
+            "Error (option, shape; mismatch for a policy of another model).")
         .def_prop_ro("layers", &Cache::layers, "Number of layers.")
         .def_prop_ro("batch", &Cache::batch, "Number of sequences.")
         .def_prop_ro("threads", &Cache::threads)
+        .def_prop_ro(
+            "device",
+            [](const Cache& cache) {
+                return cache.device() == on_cpu ? std::string("cpu")
+                                                : "cuda:" + std::to_string(cache.device());
+            },
+            "'cpu', or the CUDA device.")
         .def_prop_ro("recipes", &Cache::recipes, "The recipe of each layer, by name.")
         .def("layer", &Cache::layer, "layer"_a = 0, nb::rv_policy::copy)
         .def("tokens", &Cache::tokens, "layer"_a = 0, "Tokens of each sequence in a layer.")
@@ -311,28 +394,34 @@ void bind_caches(nb::module_& m) {
              "Whether append() must be given queries now, from which some recipes learn at first.")
         .def("uses_queries", &Cache::uses_queries, "layer"_a = 0,
              "Whether append() makes use of queries, which it then need not be given for good.")
-        .def("append", &append, "keys"_a, "values"_a, "queries"_a = nb::none(), nb::kw_only(), "layer"_a = 0,
-             "padding"_a = nb::none(), "provisional"_a = false,
-             "Appends tokens to every sequence of a layer.\n\nqueries: those of the same tokens, where "
-             "uses_queries(). "
-             "padding: for each sequence how many of the first rows are no tokens (left padding). "
-             "provisional: tokens "
-             "that may yet be taken back: attention sees them, but what truncate() takes back of them leaves "
-             "no trace. "
-             "append() of others accepts them.\n\nRaises Error (shape, option, not finite, beyond fp16) and "
-             "then "
-             "has changed nothing.")
+        .def(
+            "append", &append, "keys"_a, "values"_a, "queries"_a = nb::none(), nb::kw_only(), "layer"_a = 0,
+            "padding"_a = nb::none(), "provisional"_a = false, "check"_a = true, "stream"_a = nb::none(),
+            "Appends tokens to every sequence of a layer.\n\nqueries: those of the same tokens, where "
+            "uses_queries(). "
+            "padding: for each sequence how many of the first rows are no tokens (left padding). "
+            "provisional: tokens "
+            "that may yet be taken back: attention sees them, but what truncate() takes back of them leaves "
+            "no trace. append() of others accepts them.\n\nOn a device: check: whether the call waits until "
+            "the device has found that all numbers can be stored; without it numbers that cannot (NaN, "
+            "infinity, beyond 32000, of fp16 beyond 65504) spoil the tokens that share a grid with them. "
+            "stream: the number of the CUDA stream that the work goes to, None: torch's current one; "
+            "tensors that belong to another stay until it is done. Tokens taken back leave no trace but in "
+            "bounds of errors.\n\nRaises Error (shape, option, not finite, beyond fp16) and then has changed "
+            "nothing.")
         .def("attend", &attend, "queries"_a, nb::kw_only(), "layer"_a = 0, "out"_a = nb::none(),
              "scale"_a = 0.0, "softcap"_a = 0.0, "sink_logits"_a = nb::none(), "padding"_a = nb::none(),
-             "read"_a = std::string(),
+             "read"_a = std::string(), "stream"_a = nb::none(),
              "Attention of the last tokens of every sequence of a layer, causal among themselves.\n\nout: "
              "where the "
              "result goes, (batch, heads, tokens, value channels) of any strides; None: a new numpy array of "
-             "float32. "
+             "float32, on a device a new tensor. "
              "scale: of q.k, 0: 1 / sqrt(head_dim). softcap: 0: none. sink_logits: one a query head. "
              "padding: rows that "
              "are no tokens; they become 0. read: a read policy, such as 'tolerance=0.01'; '': all "
-             "bits.\n\nReturns out. Raises Error (shape, option, not finite).")
+             "bits. On a device: sink_logits may be a tensor of float32 there, channels of out are "
+             "neighbours, and "
+             "stream is that of append().\n\nReturns out. Raises Error (shape, option, not finite).")
         .def(
             "truncate",
             [](Cache& cache, const Counts& tokens) {
@@ -413,6 +502,9 @@ void bind_caches(nb::module_& m) {
         },
         "recipe"_a, "layer"_a = nb::none(),
         "What a cache of a recipe can do. Raises Error (option) for a recipe that cannot be.");
+    m.def(
+        "cuda_devices", [] { return cuda_is_built() ? std::optional(cuda_device_count()) : std::nullopt; },
+        "How many CUDA devices are there; None of a build without them.");
     m.def("recipes", &kvplane::recipes::help,
           "All recipes, their settings and the read policies, as text of several lines.");
 }

@@ -622,9 +622,15 @@ class CacheBase {
         return all;
     }
 
+    /// Waits for nothing: what kernels have found of tokens that were appended without a check is copied, for
+    /// each to take over by itself.
     CacheBase fork(Queue& queue) {
-        collect(queue);
         CacheBase other(shape_, *pool_, state_);
+        if (unread_) {
+            other.record_ = pool_->unfilled(record_.bytes());
+            queue.within_device(other.record_.data(), record_.data(), sizeof(Findings));
+            other.unread_ = true;
+        }
         other.tables_ = tables_;
         other.tiles_ = tiles_;
         other.outside_ = outside_;
@@ -728,8 +734,9 @@ class CacheBase {
         require(sinks >= 0 && (!state_.hides() || sinks <= state_.kept_sinks), ErrorCode::index,
                 "drop_before: ", sinks, " sinks to keep, expected 0 to ",
                 state_.hides() ? state_.kept_sinks : tokens(), "; later ones were dropped");
+        const std::size_t before = state_.tiles.size();
         state_.drop_before(token, sinks, shape_->recipe().every_token);
-        show_tiles(0, queue);
+        if (state_.tiles.size() != before) show_tiles(0, queue);
     }
 
     /// Takes over what kernels have found of tokens that were appended without a check.

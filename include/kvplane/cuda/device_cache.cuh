@@ -150,7 +150,7 @@ class DeviceCache {
     }
 
     /// A cache of the same content. It shares all pages; the first append to a page that is not full copies
-    /// that page. Waits only for tokens that were appended without a check, whose magnitudes it asks for.
+    /// that page. It does not wait.
     DeviceCache fork(cudaStream_t stream) {
         detail::StreamQueue queue(stream);
         return DeviceCache(cache_.fork(queue));
@@ -227,7 +227,7 @@ class DeviceCache {
     }
 
     /// Pages of this state are in device memory. Its extremes lack tokens that were appended without a check,
-    /// until download() or fork().
+    /// until download().
     const kvplane::detail::CacheState& state() const noexcept { return cache_.state(); }
     const kvplane::detail::CacheShape& shape() const noexcept { return cache_.shape(); }
 

@@ -8,7 +8,8 @@
 `kvplane.quantize` has the quantizers for arrays, `kvplane.transformers` the cache for Hugging Face transformers (it
 imports torch and transformers, and is not imported by this module). What is refused raises kvplane.Error.
 """
-from ._kvplane import Cache, Error, Layer, Policy, Rope, __version__, capabilities, recipes
+from ._kvplane import Cache, Error, Layer, Policy, Rope, __version__, capabilities, cuda_devices, recipes
 from . import quantize
 
-__all__ = ["Cache", "Error", "Layer", "Policy", "Rope", "__version__", "capabilities", "quantize", "recipes"]
+__all__ = ["Cache", "Error", "Layer", "Policy", "Rope", "__version__", "capabilities", "cuda_devices", "quantize",
+           "recipes"]

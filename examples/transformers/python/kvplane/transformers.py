@@ -10,13 +10,16 @@ with the queries of the same tokens, from which some recipes learn, and attends 
 padding enter no cache. Drafts of assisted decoding are stored so that taking them back leaves no trace.
 
 What it does not serve is refused with kvplane.Error: another attention implementation, models with other layers than
-full and sliding-window attention, masks beyond causal ones with left padding, offloading, devices other than the CPU,
-gradients, attention weights.
+full and sliding-window attention, masks beyond causal ones with left padding, offloading, devices other than the CPU
+and CUDA's, gradients, attention weights.
+
+On a CUDA device, of a build that has them (kvplane.cuda_devices()), keys and values stay there, in packed bits, and a
+step waits for nothing but what generate() itself asks for.
 """
 from __future__ import annotations
 
-import numbers
 import os
+from numbers import Integral
 from typing import Any, Sequence
 
 import torch
@@ -38,6 +41,7 @@ ATTENTION = "kvplane"
 MOST_DRAFTS = 128
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_DEVICES = ("cpu", "cuda")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NOT_GIVEN = object()
 
@@ -54,7 +58,7 @@ def _require(condition: bool, code: str, sentence: str) -> None:
 
 
 def _is_whole(number: Any) -> bool:
-    return isinstance(number, numbers.Integral) or torch.is_tensor(number) and not number.is_floating_point()
+    return isinstance(number, Integral) or torch.is_tensor(number) and not number.is_floating_point()
 
 
 # What a model is -----------------------------------------------------------------------------------------------------
@@ -130,20 +134,36 @@ def _exact_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tens
     if group > 1:
         keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     mask = None
+    device = query.device
     if any(padding) or 0 < sliding_window < tokens:
-        position = torch.arange(tokens)
+        position = torch.arange(tokens, device=device)
         behind = position[:, None] - position[None]
         seen = behind >= 0
         if sliding_window > 0:
             seen &= behind < sliding_window
-        mask = seen & (position[None, None] >= torch.tensor(padding)[:, None, None]) if any(padding) else seen[None]
+        mask = seen[None]
+        if any(padding):
+            mask = mask & (position[None, None] >= torch.tensor(padding, device=device)[:, None, None])
         # A row of padding sees itself, so that it is a number; it becomes 0 below.
-        mask = (mask | torch.eye(tokens, dtype=torch.bool))[:, None]
+        mask = (mask | torch.eye(tokens, dtype=torch.bool, device=device))[:, None]
     out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None,
                                                            scale=scale).transpose(1, 2).contiguous()
     for b, rows in enumerate(padding):
-        out[b, :rows] = 0
+        if rows > 0:
+            out[b, :rows] = 0
     return out
+
+
+def _place(device: torch.device) -> str:
+    return "the CPU" if device.type == "cpu" else f"'{device}'"
+
+
+def _sinks_of(logits: torch.Tensor | None) -> Any:
+    """As kvplane.Cache.attend() takes them: a list, or on a device a tensor there, so that nothing waits for it."""
+    if logits is None:
+        return None
+    logits = logits.detach().float()
+    return logits.contiguous() if logits.is_cuda else logits.tolist()
 
 
 class CacheLayer(CacheLayerMixin):
@@ -179,16 +199,17 @@ class CacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _require_states(self, name: str, states: Any, heads: int, channels: int, keys: Any = None) -> None:
-        """Raises Error (option, shape) for what is not (batch, heads, tokens, channels) on the CPU, of `keys`' batch,
-        tokens and type where these are given."""
+        """Raises Error (option, shape) for what is not (batch, heads, tokens, channels) where the cache is, of `keys`'
+        batch, tokens and type where these are given."""
         # Sentences are made where they are needed: this is called for every layer and step.
         def refuse(code: str, sentence: str) -> None:
             _refuse(code, f"{name} of layer {self._index}: {sentence}")
 
         if not isinstance(states, torch.Tensor):
             refuse("option", f"{type(states).__name__}, expected a torch.Tensor")
-        if states.device.type != "cpu":
-            refuse("option", f"on device '{states.device.type}', expected the CPU")
+        if states.device != self._owner.device:
+            refuse("option", f"on device '{states.device}', expected {_place(self._owner.device)}, where the cache is; "
+                             "a model that is spread over several devices is not served")
         if states.layout != torch.strided:
             refuse("option", f"of layout {states.layout}, expected torch.strided")
         if states.requires_grad:
@@ -208,6 +229,7 @@ class CacheLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Hands keys and values on to the attention function. Raises Error (option, shape)."""
         self._owner.require_attention()
+        self._owner.follow(key_states)
         self._require_states("keys", key_states, self._layer.kv_heads, self._layer.head_dim)
         self._require_states("values", value_states, self._layer.kv_heads, self._layer.value_head_dim, key_states)
         if not self.is_initialized:
@@ -239,9 +261,15 @@ class CacheLayer(CacheLayerMixin):
         parts = [(first, tokens, self._owner.records_past)]
         if first > 0:
             parts.insert(0, (0, first, False))
+        stream, check = None, True
+        if keys.is_cuda:
+            stream = torch.cuda.current_stream(keys.device).cuda_stream
+            check = self._owner.check or self.seen == 0
         for begin, end, provisional in parts:
-            part = [None if x is None else x[:, :, begin:end] for x in (keys, values, queries)]
-            cache.append(*part, layer=index, provisional=provisional,
+            part = (keys, values, queries)
+            if len(parts) > 1:
+                part = [None if x is None else x[:, :, begin:end] for x in part]
+            cache.append(*part, layer=index, provisional=provisional, check=check, stream=stream,
                          padding=[min(max(0, r - begin), end - begin) for r in rows] if any(rows) else None)
         self.pending = None
         self.seen += tokens
@@ -250,8 +278,8 @@ class CacheLayer(CacheLayerMixin):
             return _exact_attention(query, keys, values, rows, scale, self._layer.sliding_window)
         out = query.new_empty(batch, tokens, query.shape[1], values.shape[-1])
         cache.attend(query, layer=index, out=out.transpose(1, 2), scale=scale or 0.0, softcap=softcap or 0.0,
-                     sink_logits=None if sink_logits is None else sink_logits.float().tolist(),
-                     padding=rows if any(rows) else None, read=self._owner.read)
+                     sink_logits=_sinks_of(sink_logits), padding=rows if any(rows) else None,
+                     read=self._owner.read, stream=stream)
         return out
 
     def get_seq_length(self) -> int:
@@ -281,22 +309,29 @@ class Cache(_TransformersCache):
     the engine's program `tune` writes it; name: the model's name, which the policy must be of (as the policy has it,
     unless it is given). threads: how many share the work, by default as many as torch has. read: a read policy, such
     as 'tolerance=0.01'; '': all bits. exact_prompt: the tokens of the first call attend to each other's keys and values
-    as they come, which are there as floats then; otherwise to what is stored.
+    as they come, which are there as floats then; otherwise to what is stored. device: 'cpu' or 'cuda:0' and so on; by
+    default the model's, or where the first keys are. check: on a CUDA device, whether every call waits until the device
+    has found that its keys and values can be stored; otherwise the first call of a sequence alone does, and later ones
+    that cannot (NaN, infinity, beyond 32000) spoil the tokens around them.
 
     Raises kvplane.Error, a ValueError, whose sentence says what was found and what is supported.
     """
 
     def __init__(self, config: Any, recipe: str | Sequence[str] | None = None, *,
                  policy: Policy | str | os.PathLike | None = None, name: str | None = None, threads: int | None = None,
-                 rotation_seed: int = 0, read: str = "", exact_prompt: bool = True, offloading: bool = False):
-        if isinstance(config, torch.nn.Module):
-            device = getattr(config, "device", torch.device("cpu"))
-            _require(device.type == "cpu", "option", f"model: on device '{device}', expected the CPU")
+                 rotation_seed: int = 0, read: str = "", exact_prompt: bool = True, offloading: bool = False,
+                 device: str | torch.device | None = None, check: bool = False):
+        if device is None:
+            device = "cpu"
+            if isinstance(config, torch.nn.Module):
+                device = getattr(config, "device", device)
+                _require(torch.device(device).type in _DEVICES, "option",
+                         f"model: on device '{device}', expected the CPU or a CUDA device")
         config = getattr(config, "config", config)
         _require(isinstance(config, transformers.PreTrainedConfig), "option",
                  f"config: {type(config).__name__}, expected a model of transformers or its config")
         _require(not offloading, "option",
-                 "offloading: a kvplane cache is not offloaded; expected offloading=False (it is in the CPU's memory)")
+                 "offloading: a kvplane cache is not offloaded; expected offloading=False (it is where the model is)")
         self._config = config.get_text_config(decoder=True)
         self.require_attention()
         self._layers = layers_of(config)
@@ -317,11 +352,10 @@ class Cache(_TransformersCache):
             _require(isinstance(names, (list, tuple)) and all(isinstance(r, str) for r in names), "option",
                      f"recipe: {recipe!r}, expected a name, or a list of one for each layer")
             self._options["recipe"] = list(names)
-        self.read, self.exact_prompt = read, exact_prompt
+        self.read, self.exact_prompt, self.check = read, exact_prompt, check
         # Made at once, so that what cannot be is refused now; for more sequences it is made again.
-        self._cache = _Cache(self._layers, **self._options)
-        self._cache.attend(torch.empty(1, self._layers[0].query_heads, 0, self._layers[0].head_dim), read=read)
         self._empty = True
+        self._make(1, device)
         self.records_past = False
         self._masks: dict[int, tuple[torch.Tensor, list[int]]] = {}
         super().__init__(layers=[CacheLayer(self, i, layer) for i, layer in enumerate(self._layers)])
@@ -334,12 +368,27 @@ class Cache(_TransformersCache):
                  f"model.set_attn_implementation('{ATTENTION}'), or attn_implementation='{ATTENTION}' in "
                  "from_pretrained()")
 
+    def _make(self, batch: int, device: str | torch.device) -> None:
+        made = _Cache(self._layers, batch=batch, device=str(device), **self._options)
+        layer = self._layers[0]
+        if batch == 1:  # a read policy that cannot be is refused before there are tokens
+            made.attend(torch.empty(1, layer.query_heads, 0, layer.head_dim, device=made.device), read=self.read)
+        self._cache, self.device = made, torch.device(made.device)
+
+    def follow(self, keys: Any) -> None:
+        """Goes to the device of the first keys. Raises Error (option) for one that kvplane does not serve, or that this
+        build does not."""
+        if self._empty and isinstance(keys, torch.Tensor) and keys.device != self.device:
+            _require(keys.device.type in _DEVICES, "option",
+                     f"keys: on device '{keys.device}', expected the CPU or a CUDA device")
+            self._make(self._cache.batch, keys.device)
+
     def kvplane_cache(self, batch: int) -> _Cache:
         """The kvplane.Cache of so many sequences; what it holds stays. Raises Error (shape) for another batch than its
         tokens are of."""
         if self._empty:
             if self._cache.batch != batch:
-                self._cache = _Cache(self._layers, batch=batch, **self._options)
+                self._make(batch, self.device)
             self._empty = False
         _require(self._cache.batch == batch, "shape",
                  f"a batch of {batch}, but the cache holds {self._cache.batch} sequences")
@@ -356,7 +405,7 @@ class Cache(_TransformersCache):
         _require(tuple(mask.shape) == (batch, columns), "shape",
                  f"attention mask of shape {tuple(mask.shape)}, expected {(batch, columns)}: one column for each token "
                  "that was seen or comes")
-        taken = mask.bool()
+        taken = mask.cpu().bool()
         leading = columns - taken.sum(dim=1)
         wrong = (torch.arange(columns)[None] >= leading[:, None]) != taken
         if wrong.any():
@@ -424,13 +473,14 @@ class Cache(_TransformersCache):
             _require(found.numel() == batch, "shape",
                      f"{name}: {found.numel()} flags, expected {batch}, one for each sequence")
             found = found.nonzero()[:, 0]
-        for index in found.tolist():
+        numbers = found.tolist()
+        for index in numbers:
             _require(0 <= index < batch, "index", f"{name}: sequence {index} of {batch}, expected 0 to {batch - 1}")
-        _require(found.numel() > 0, "shape", f"{name}: no sequences, expected at least 1")
-        self._cache.reorder(found.tolist())
+        _require(len(numbers) > 0, "shape", f"{name}: no sequences, expected at least 1")
+        self._cache.reorder(numbers)
         for layer in self.layers:
             if layer.padding:
-                layer.padding = [layer.padding[i] for i in found.tolist()]
+                layer.padding = [layer.padding[i] for i in numbers]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Sequence i becomes a fork of sequence beam_idx[i]. Raises Error (index) for one that is not there."""
@@ -534,6 +584,8 @@ def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_
     _require(attention_mask.shape[-1] == kv_length, "shape",
              f"attention mask of {attention_mask.shape[-1]} columns, expected {kv_length}: one for each token that was "
              "seen or comes")
+    # To the CPU at once, where the rest is asked: the one time that a step waits for a device.
+    attention_mask = attention_mask.cpu()
     return None if attention_mask.all() else attention_mask
 
 

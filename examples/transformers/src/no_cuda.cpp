@@ -1,0 +1,16 @@
+// In place of cuda_cache.cpp in builds without CUDA.
+#include "cuda_cache.hpp"
+
+namespace kvplane_python {
+
+bool cuda_is_built() noexcept {
+    return false;
+}
+int cuda_device_count() noexcept {
+    return 0;
+}
+std::unique_ptr<Cache> make_cuda_cache(Contents, Index, Index, int) {
+    kvplane::fail(ErrorCode::option, "device: a build of kvplane without CUDA, expected the CPU");
+}
+
+}  // namespace kvplane_python
