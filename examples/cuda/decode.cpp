@@ -1,4 +1,4 @@
-// examples/cuda/decode.cpp: decodes on a GPU, beside the CPU. A cache is filled on the CPU, goes to the device, grows
+// examples/cuda/decode.cpp: decodes on a GPU, beside the CPU. A cache is filled on the CPU, goes to the device, and grows
 // and is attended to there; the CPU does the same, and outputs are compared.
 #include <cuda_runtime_api.h>
 
@@ -99,16 +99,18 @@ class Pair {
             append_on_host(at, count);
             at += count;
         }
-        if (device_ && appends_on_host_because_.empty()) try {
-                return append_on_device(first, end - first);
-            } catch (const Error& error) {
-                if (error.code() != ErrorCode::option) throw;
-                appends_on_host_because_ = error.what();
-            }
-        if (host_.configuration().fits_basis() && !host_.state().latent) return;
+        if (device_ && appends_on_host_because_.empty()) return append_on_device(first, end - first);
+        const bool fits_basis = host_.configuration().fits_basis();
+        if (fits_basis && !host_.state().latent) return;
         device_.emplace(cuda::DeviceCache::upload(host_, device_pool_, stream_));
-        attend_layer_ = cuda::attend_layer(
-            device_->shape(), {}, host_.configuration().fits_basis() ? device_->state().latent : nullptr);
+        attend_layer_ =
+            cuda::attend_layer(device_->shape(), {}, fits_basis ? device_->state().latent : nullptr);
+        try {
+            append_on_device(end, 0);  // none, to hear whether there can be some
+        } catch (const Error& error) {
+            if (error.code() != ErrorCode::option) throw;
+            appends_on_host_because_ = error.what();
+        }
     }
     /// The query of a token, of as many tokens. Files have those of the last tokens; before these any will do,
     /// to be learned from or to be answered.

@@ -4,6 +4,7 @@
 #   environment.sh torch    also torch, transformers and what requirements.txt lists: 6 GB, for PyPI's torch brings
 #                           CUDA's libraries, without which it does not load
 # KVPLANE_LIBRARY is a libkvplane_compiled.a of this checkout to link; otherwise that of the release preset is built.
+# KVPLANE_CUDA_LIBRARY, a libkvplane_cuda.a of it, adds caches on CUDA devices.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -35,7 +36,10 @@ if [ -z "$library" ]; then
     cmake --build --preset release --target kvplane_compiled >&2
     library=$PWD/build/release/libkvplane_compiled.a
 fi
+cuda=OFF
+[ -n "${KVPLANE_CUDA_LIBRARY-}" ] && cuda=ON
 echo "building the Python package, for a minute or two" >&2
 quietly "$python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall \
-    ./examples/transformers -C cmake.define.KVPLANE_LIBRARY="$library" -C cmake.define.KVPLANE_WARNINGS_AS_ERRORS=ON
+    ./examples/transformers -C cmake.define.KVPLANE_LIBRARY="$library" -C cmake.define.KVPLANE_WARNINGS_AS_ERRORS=ON \
+    -C cmake.define.KVPLANE_CUDA=$cuda -C cmake.define.KVPLANE_CUDA_LIBRARY="${KVPLANE_CUDA_LIBRARY-}"
 echo "$python"
