@@ -92,6 +92,27 @@ KVPLANE_INLINE void multiply_rounded(Floats<Lanes>& product, const Floats<Lanes>
 #endif
 }
 
+/// sum += the products of both 16-bit halves of each lane.
+template <int Lanes>
+KVPLANE_INLINE void add_products(Ints<Lanes>& sum, const Ints<Lanes>& a, const Ints<Lanes>& b) {
+#if defined(KVPLANE_X86) && !defined(__clang__)
+    // g++ does not see one instruction in the expression below, and intrinsics cannot be inlined into a
+    // function that takes its target from its caller.
+    if constexpr (Lanes == 16) {
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    } else if constexpr (Lanes == 8) {
+        Ints<Lanes> products;
+        asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b));
+        sum += products;
+    } else {
+        using Shorts = Vector<short, 2 * Lanes>;
+        sum += (Ints<Lanes>)__builtin_ia32_pmaddwd128((Shorts)a, (Shorts)b);
+    }
+#else
+    sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
 /// Whether all bits of all lanes are set.
 template <int Lanes>
 KVPLANE_INLINE bool all_set(const Ints<Lanes>& good) {

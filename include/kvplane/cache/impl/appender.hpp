@@ -75,14 +75,19 @@ class Appender {
     /// Tokens of one piece in the stored frame.
     struct Piece {
         PerSide<RowView<const float>> rows;  ///< [token][kv_heads * dim]; no values where they are in keys
-        Matrix queries;           ///< [token][query_heads * key dim] after RoPE, where they are looked at
-        PerSide<double> largest;  ///< magnitudes
+        const AnyRows* queries = nullptr;  ///< of all tokens of the append, after RoPE, where there are some
+        Index first = 0;                   ///< of all tokens, the piece's first
+        PerSide<double> largest;           ///< magnitudes
     };
     /// Adds tokens to settled ones; none may be provisional.
     void add(const Piece& piece) {
         open_cut_tile();
         settled_extremes_.include({.largest = piece.largest, .excess = {}, .carried = {}});
-        const Matrix learned_from = before_rope(piece.queries, tokens_);
+        Matrix learned_from;
+        if (learns() && piece.queries) {
+            widen_rows(*piece.queries, piece.first, piece.rows.keys.rows, learned_from);
+            learned_from = before_rope(learned_from, tokens_);
+        }
         for (Index done = 0, count; done < piece.rows.keys.rows; done += count) {
             // Not beyond the token at which the oldest tile is due, so that what is stored does not depend on
             // how the tokens came.
@@ -90,7 +95,7 @@ class Appender {
                 fill(piece, done, std::min(piece.rows.keys.rows - done, due() - tokens_), settled_extremes_);
             settled_ = tokens_;
             for (Index t = done; t < done + count; ++t) note_query(learned_from, t);
-            note_attention(piece.queries, done, count);
+            if (piece.queries) note_attention(*piece.queries, piece.first + done, count);
             make_what_is_due();
         }
     }
@@ -99,20 +104,25 @@ class Appender {
         StoredExtremes extremes{.largest = piece.largest, .excess = {}, .carried = {}};
         fill(piece, 0, 1, extremes);
         provisional_.push_back(extremes);
-        if (!looks() || piece.queries.rows() == 0) return;
-        provisional_queries_.conservativeResize(provisional_queries_.rows() + 1, piece.queries.cols());
-        provisional_queries_.bottomRows(1) = piece.queries;
+        if (!looks() || !piece.queries) return;
+        Matrix query;
+        widen_rows(*piece.queries, piece.first, 1, query);
+        provisional_queries_.conservativeResize(provisional_queries_.rows() + 1, query.cols());
+        provisional_queries_.bottomRows(1) = query;
     }
     /// Settles the first `count` provisional tokens: all is as if they had never been provisional.
     void settle(Index count) {
         if (count == 0) return;
         open_cut_tile();
         const Matrix learned_from = before_rope(provisional_queries_, settled_);
+        const CacheConfiguration& c = cache_.configuration;
         for (Index t = 0; t < count; ++t) {
             settled_extremes_.include(provisional_[static_cast<std::size_t>(t)]);
             ++settled_;
             note_query(learned_from, t);
-            note_attention(provisional_queries_, t, 1);
+            if (provisional_queries_.rows() > 0)
+                note_attention(rows_of_heads(row_view(provisional_queries_), c.query_heads, c.key_head_dim),
+                               t, 1);
             make_what_is_due();
         }
         provisional_.erase(provisional_.begin(), provisional_.begin() + count);
@@ -306,10 +316,10 @@ class Appender {
         if (cache_.rope) cache_.rope->rotate_back(turned, position);
         return turned;
     }
-    /// What the queries of the last `count` settled tokens, rows [first, first + count), see of the next tile, if
-    /// they come in the last moment before it is made.
-    void note_attention(const Matrix& queries, Index first, Index count) {
-        if (attention_.empty() || queries.rows() == 0 || !layout_) return;
+    /// What the queries of the last `count` settled tokens, the tokens [first, first + count) of `queries`, see of
+    /// the next tile, if they come in the last moment before it is made.
+    void note_attention(const AnyRows& queries, Index first, Index count) {
+        if (attention_.empty() || !layout_) return;
         const Index end = std::max(recent_first_ + tile_tokens, due() - looking_tokens),
                     behind = std::max(settled_ - count, end);
         // Every other one: all would cost twice as much and tell hardly more.
@@ -318,17 +328,22 @@ class Appender {
         const CacheConfiguration& c = cache_.configuration;
         const Index dim = c.key_head_dim, sinks = std::min(c.recipe.sink_tokens, settled_),
                     recent = settled_ - recent_first_;
-        Matrix seen = queries.middleRows(first + position - (settled_ - count), settled_ - position);
-        if (cache_.rotates(TileSide::keys)) cache_.key_rotation.rotate(seen);
+        const Index before = first - (settled_ - count);
+        Matrix looking((settled_ - position + 1) / 2, queries.channels());
+        queries.visit([&](const auto& rows) {
+            for (Index row = 0; row < looking.rows(); ++row)
+                widen_token(current_isa(), rows, before + position + 2 * row, looking.row(row).data());
+        });
+        if (cache_.rotates(TileSide::keys)) cache_.key_rotation.rotate(looking);
         for (Index head = 0; head < c.kv_heads; ++head) {
             const RowView<float> keys = meter_.keys(sinks + recent, dim);
             if (sinks > 0)
                 sink_rows_.read(sinks_.data(), TileSide::keys, head, 0, sinks, keys.data, keys.stride);
             read_recent(TileSide::keys, head, recent, keys[sinks], keys.stride);
             meter_.take_keys(sinks + tile_tokens);
-            for (Index row = 0; row < seen.rows(); row += 2)
-                meter_.measure({seen.row(row).data() + head * c.group() * dim, dim, c.group()},
-                               sinks + position + row + 1 - recent_first_, sinks,
+            for (Index row = 0; row < looking.rows(); ++row)
+                meter_.measure({looking.row(row).data() + head * c.group() * dim, dim, c.group()},
+                               sinks + position + 2 * row + 1 - recent_first_, sinks,
                                attention_.data() + head * tile_tokens);
         }
     }
@@ -606,7 +621,8 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
             if (values) require_magnitudes(cache, *values, TileSide::values);
             checked = true;
         }
-        if (queries) widen_rows(*queries, first, count, piece.queries);
+        piece.queries = queries;
+        piece.first = first;
         provisional ? appender.add_provisional(piece) : appender.add(piece);
     }
     appender.commit();
