@@ -62,6 +62,18 @@ KVPLANE_INLINE void transpose_words(const void* from_rows, std::ptrdiff_t from_s
     }
 }
 
+/// The lower triangle of `size` x `size` numbers of four bytes to the upper one.
+KVPLANE_INLINE void mirror_lower(void* matrix, std::ptrdiff_t stride, std::ptrdiff_t size) {
+    auto* const at = static_cast<std::uint32_t*>(matrix);
+    constexpr std::ptrdiff_t block = 16;
+    for (std::ptrdiff_t first = 0; first < size; first += block) {
+        const std::ptrdiff_t end = first + block < size ? first + block : size;
+        for (std::ptrdiff_t r = first; r < end; ++r)
+            for (std::ptrdiff_t c = first; c < r; ++c) copy_word(at + r * stride + c, at + c * stride + r);
+        if (first > 0) transpose_words(at + first * stride, stride, end - first, first, at + first, stride);
+    }
+}
+
 /// One step of four: bytes of rows i and i + 8 alternate in rows 2 i and 2 i + 1.
 KVPLANE_INLINE void interleave_bytes(const Vector<std::uint8_t, 16> (&from)[16],
                                      Vector<std::uint8_t, 16> (&to)[16]) {

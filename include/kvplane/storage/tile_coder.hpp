@@ -55,7 +55,7 @@ class TileCoder {
 
     /// Tokens encoded from now on have shaped codes, for queries u with E[u u^T] = weight [channel][channel].
     /// Formats of one segment with grids per channel alone. Throws Error (option, shape, not_finite).
-    void shape(const Eigen::Ref<const MatrixD>& weight);
+    void shape(const Eigen::Ref<const Matrix>& weight);
 
     /// Tokens encoded from now on count so much each: of formats whose tokens have different widths, those with
     /// the largest weight times squared norm become the widest. Without weights [128] all count alike.
@@ -366,16 +366,17 @@ void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view 
                                  std::byte* tile) {
     GridRule rule = format_.rule();
     rule.scheme = segment.scheme;
-    quantizer_.quantize(rows, {.argument = argument,
-                               .head = tokens.head,
-                               .first = tokens.first,
-                               .count = tokens.count,
-                               .first_channel = segment.first_channel,
-                               .channels = segment.channels,
-                               .rule = rule,
-                               .bits = segment.bits,
-                               .codes = codes.byte(0) + tokens.tile_token * codes.stride(),
-                               .code_stride = codes.stride()});
+    quantizer_.quantize(rows,
+                        {.argument = argument,
+                         .head = tokens.head,
+                         .first = tokens.first,
+                         .count = tokens.count,
+                         .first_channel = segment.first_channel,
+                         .channels = segment.channels,
+                         .rule = rule,
+                         .bits = segment.bits,
+                         .codes = shaped_ ? nullptr : codes.byte(0) + tokens.tile_token * codes.stride(),
+                         .code_stride = codes.stride()});
     if (shaped_) {
         shape_codes(rows, tokens, segment, codes);
     } else {
@@ -404,7 +405,7 @@ void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view 
         }
 }
 
-inline void TileCoder::shape(const Eigen::Ref<const MatrixD>& weight) {
+inline void TileCoder::shape(const Eigen::Ref<const Matrix>& weight) {
     require(format_.segments().size() == 1 && format_.segments()[0].has_grids() &&
                 format_.rule().granularity == Granularity::per_channel,
             ErrorCode::option, "tile: shaped codes take one segment with grids per channel");
@@ -419,10 +420,16 @@ void TileCoder::shape_codes(const HeadRows<Scalar>& rows, const TileTokens& toke
     const Index channels = segment.channels, group = format_.rule().group;
     const auto size = static_cast<std::size_t>(channels);
     decoded_.resize(static_cast<std::size_t>(tokens.count) * size);
-    for (Index t = 0; t < tokens.count; ++t)
+    const Isa isa = current_isa();
+    for (Index t = 0; t < tokens.count; ++t) {
+        float* const to = decoded_.data() + t * channels;
+        if (rows.channel_stride() == 1) {
+            widen_checked(isa, rows.at(tokens.head, tokens.first + t, segment.first_channel), channels, to);
+            continue;
+        }
         for (Index c = 0; c < channels; ++c)
-            decoded_[static_cast<std::size_t>(t * channels + c)] =
-                static_cast<float>(*rows.at(tokens.head, tokens.first + t, segment.first_channel + c));
+            to[c] = static_cast<float>(*rows.at(tokens.head, tokens.first + t, segment.first_channel + c));
+    }
     row_lower_.resize(std::max(row_lower_.size(), size));
     row_step_.resize(std::max(row_step_.size(), size));
     for (Index first = 0, g = 0; first < tokens.count; first += group, g += channels) {

@@ -205,6 +205,8 @@ class Appender {
         PerSide<std::optional<TileCoder>> coders;  ///< made when a tile is
         BlockQuantizer quantizer;                  ///< of tokens outside tiles
         ShapedQuantizer chooser;                   ///< of rotation tile by tile
+        Matrix weight, rotated_weight, room;       ///< E[u u^T] of queries in the frames of keys
+        std::vector<float> least, most;            ///< [channel]
         Matrix gathered;
         RowMajorMatrix<Eigen::half> halves;
         PerSide<double> excess;  ///< the largest of what it packed since take_excess()
@@ -437,6 +439,8 @@ class Appender {
         const auto shaping = latent_ || shaping_ || !queries_
                                  ? shaping_
                                  : std::make_shared<const KeyShaping>(cache_.configuration, *queries_);
+        const KeyShaping::Frame frame =
+            shaping ? KeyShaping::frame(cache_.rope, recent_first_) : KeyShaping::Frame{};
         const auto keys = static_cast<Index>(layout_->key_at.size()),
                    values = layout_->values_in_keys ? 0 : cache_.configuration.kv_heads;
         pack_items(keys + values, tile_tokens, [&](Index item, Packer& packer) {
@@ -445,7 +449,7 @@ class Appender {
             else if (latent_)
                 pack_latents(item, page.data(), packer);
             else
-                pack_keys(item, shaping.get(), page.data(), packer);
+                pack_keys(item, shaping.get(), frame, page.data(), packer);
         });
         take_excess(settled_extremes_);
         std::fill(attention_.begin(), attention_.end(), 0);
@@ -460,12 +464,17 @@ class Appender {
                              page + layout_->key_at[static_cast<std::size_t>(subspace)]);
         packer.excess.keys = std::max(packer.excess.keys, off);
     }
-    void pack_keys(Index head, const KeyShaping* shaping, std::byte* page, Packer& packer) {
-        const bool rotate = layout_->rotates_by_tile() && shaping && rotation_helps(*shaping, head, packer);
+    void pack_keys(Index head, const KeyShaping* shaping, const KeyShaping::Frame& frame, std::byte* page,
+                   Packer& packer) {
+        const auto weigh = [&](bool rotated, Matrix& weight) {
+            shaping->weigh(frame, rotated ? &cache_.key_rotation : nullptr, head, weight, packer.room);
+        };
+        const bool choose = layout_->rotates_by_tile() && shaping;
+        if (shaping) weigh(cache_.rotates(TileSide::keys), packer.weight);
+        if (choose) weigh(true, packer.rotated_weight);
+        const bool rotate = choose && rotation_helps(head, packer);
         if (rotate) page[layout_->rotated_at + head] = std::byte{1};
-        if (shaping)
-            coder(TileSide::keys, packer)
-                .shape(weight(*shaping, head, rotate || cache_.rotates(TileSide::keys)));
+        if (shaping) coder(TileSide::keys, packer).shape(rotate ? packer.rotated_weight : packer.weight);
         encode_recent(TileSide::keys, head, page + layout_->key_at[static_cast<std::size_t>(head)], packer,
                       rotate);
     }
@@ -474,25 +483,31 @@ class Appender {
         encode_recent(TileSide::values, head, page + layout_->value_at[static_cast<std::size_t>(head)],
                       packer, false);
     }
-    /// E[u u^T] of queries that meet a head's keys of the next tile.
-    MatrixD weight(const KeyShaping& shaping, Index head, bool rotated) const {
-        return shaping.weight(cache_.configuration, rotated ? &cache_.key_rotation : nullptr, head,
-                              recent_first_);
-    }
     /// Whether rotation makes the expected error of scores with a head's keys of the next tile smaller. Their
     /// steps are as wide as channels are, apart from a factor.
-    bool rotation_helps(const KeyShaping& shaping, Index head, Packer& packer) const {
+    bool rotation_helps(Index head, Packer& packer) const {
         Matrix& keys = packer.gathered;
-        keys.resize(tile_tokens, cache_.dim(TileSide::keys));
-        read_recent(TileSide::keys, head, tile_tokens, keys.data(), keys.cols());
-        const auto expected = [&](bool rotated) {
-            packer.chooser.set_weight(weight(shaping, head, rotated));
-            const Eigen::VectorXf width = keys.colwise().maxCoeff() - keys.colwise().minCoeff();
-            return packer.chooser.expected_error(width).shaped;
+        const Index dim = cache_.dim(TileSide::keys);
+        keys.resize(tile_tokens, dim);
+        read_recent(TileSide::keys, head, tile_tokens, keys.data(), dim);
+        const auto expected = [&](const Matrix& weight) {
+            packer.chooser.set_weight(weight);
+            return packer.chooser.expected_error(channel_widths(keys, packer)).shaped;
         };
-        const double plain = expected(false);
+        const double plain = expected(packer.weight);
         cache_.key_rotation.rotate(keys);
-        return expected(true) < plain;
+        return expected(packer.rotated_weight) < plain;
+    }
+    /// [channel] how far values of some rows are apart.
+    static Eigen::VectorXf channel_widths(const Matrix& rows, Packer& packer) {
+        const Index channels = rows.cols();
+        if (channels % kernel_channels != 0) return rows.colwise().maxCoeff() - rows.colwise().minCoeff();
+        packer.least.resize(static_cast<std::size_t>(channels));
+        packer.most.resize(static_cast<std::size_t>(channels));
+        column_extremes(current_isa(), {rows.data(), ScalarType::float32, channels}, rows.rows(), channels,
+                        packer.least.data(), packer.most.data());
+        return Eigen::Map<const Eigen::VectorXf>(packer.most.data(), channels) -
+               Eigen::Map<const Eigen::VectorXf>(packer.least.data(), channels);
     }
     /// The oldest 128 recent tokens of one side and head, into their tile.
     void encode_recent(TileSide side, Index head, std::byte* tile, Packer& packer, bool rotate) {

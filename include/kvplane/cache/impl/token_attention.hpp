@@ -132,8 +132,7 @@ KVPLANE_INLINE void add_squares(std::int32_t* scores, const float* units, float 
     constexpr float most = 1e9f;  // far beyond what weighs anything
     constexpr int octave = 16, octave_bits = 4, one = 1 << 16;
     const Whole least = Whole{} - static_cast<std::int32_t>(most);
-    Whole top = least, lane, sum_of_products;
-    for (int i = 0; i < Lanes; ++i) lane[i] = i;
+    Whole top = least, used, sum_of_products;
     Floats<Lanes> score, scale;
     for (Index t = 0; t < seen; t += Lanes) {
         load(sum_of_products, scores + t);
@@ -143,7 +142,8 @@ KVPLANE_INLINE void add_squares(std::int32_t* scores, const float* units, float 
         score = score > most ? Floats<Lanes>{} + most : score;
         score = score < -most ? Floats<Lanes>{} - most : score;
         Whole level = __builtin_convertvector(score, Whole);
-        level = lane < static_cast<int>(seen - t) ? level : least;
+        simd::first_lanes<Lanes>(used, seen - t);
+        level = used != 0 ? level : least;
         top = level > top ? level : top;
         store(scores + t, level);
     }
