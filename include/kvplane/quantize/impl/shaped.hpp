@@ -111,7 +111,7 @@ KVPLANE_FUNCTION void ShapedQuantizer::lay_out() {
     room_.assign(row, 0.0f);
     feedback_.assign(size, 0);
     descent_.assign(size, 0);
-    columns_.assign(size, 0);
+    columns_.assign(size / 2, 0);
     feedback_shifts_.assign(at(2 * places_), 0);
     descent_shifts_.assign(at(2 * places_), 0);
     laid_out_ = channels_;
@@ -136,7 +136,7 @@ KVPLANE_FUNCTION bool ShapedQuantizer::prepare(const float* step, bool with_weig
     float* const room = room_.data();
     const shaped::Feedback feedback{feedback_.data(), feedback_shifts_.data(), stride_},
         descent{descent_.data(), descent_shifts_.data(), stride_};
-    const Index channels = channels_, places = places_, stride = stride_, pairs = stride_ / 2;
+    const Index channels = channels_, places = places_, stride = stride_;
     const bool in_columns = shaping_.passes > 1;
     std::int32_t* const columns = columns_.data();
     return detail::run_on(isa_, [&, steps, room, feedback, descent](auto lanes) KVPLANE_BODY {
@@ -166,7 +166,7 @@ KVPLANE_FUNCTION bool ShapedQuantizer::prepare(const float* step, bool with_weig
             std::memset(feedback.weights, 0, bytes);
             std::memset(descent.weights, 0, bytes);
         } else if (in_columns) {
-            detail::simd::transpose_words(descent.weights, pairs, places, pairs, columns, stride);
+            detail::simd::transpose_words(descent.weights, stride / 2, places, places / 2, columns, stride);
         }
         return done;
     });
