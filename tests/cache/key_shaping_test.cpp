@@ -67,7 +67,8 @@ TEST(KeyShaping, IsTheAverageOverDistances) {
             expected += (turned.transpose() * turned).cast<double>();
         }
         Matrix weight, room;
-        shaping.weigh(detail::KeyShaping::frame(rope, position), rotate ? &rotation : nullptr, 0, weight, room);
+        shaping.weigh(detail::KeyShaping::frame(rope, position), rotate ? &rotation : nullptr, 0, weight,
+                      room);
         const MatrixD found = weight.cast<double>();
         EXPECT_EQ(found, MatrixD(found.transpose()));
         const double scale = expected.trace() / found.trace();
