@@ -88,7 +88,7 @@ int main(int count, char** arguments) {
     for (const char* recipe :
          {"fp16", "key_favored:8:8", "key_favored:4:4", "key_favored:4:4+value_scheme=min_max",
           "key_favored:4:4+shaped_keys=1", "key_favored:4:2", "key_favored:4:2+value_widths=32x4/32x2/64x1",
-          "key_favored:2:2", "standard", "latent:3:3+heads_together=0"})
+          "key_favored:2:2", "standard", "smallest", "latent:3:3+heads_together=0"})
         for (const bool half : {true, false})
             for (const Index tokens : {1, 512})
                 for (const int threads : {1, 2}) {

@@ -66,7 +66,10 @@ TEST(KeyShaping, IsTheAverageOverDistances) {
             if (rotate) rotation.rotate(turned);
             expected += (turned.transpose() * turned).cast<double>();
         }
-        const MatrixD found = shaping.weight(c, rotate ? &rotation : nullptr, 0, position);
+        Matrix weight, room;
+        shaping.weigh(detail::KeyShaping::frame(rope, position), rotate ? &rotation : nullptr, 0, weight,
+                      room);
+        const MatrixD found = weight.cast<double>();
         EXPECT_EQ(found, MatrixD(found.transpose()));
         const double scale = expected.trace() / found.trace();
         EXPECT_LT((scale * found - expected).norm(), 2e-3 * expected.norm());

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <limits>
 #include <set>
+#include <vector>
 
 #include "cache/cache_support.hpp"
 #include "kvplane/cache/capabilities.hpp"
@@ -72,6 +74,94 @@ TEST(TokenAttention, IsTheSameOnEveryInstructionSet) {
         all.insert(found);
     });
     EXPECT_EQ(all.size(), 1u);
+}
+
+/// The definition in plain numbers: what one query sees.
+struct PlainMeter {
+    PlainMeter(const Matrix& keys, Index whole) : dim(keys.cols()) {
+        const Eigen::RowVectorXf mean =
+            (keys.topRows(whole).cast<double>().colwise().sum() / static_cast<double>(whole)).cast<float>();
+        for (Index t = 0; t < keys.rows(); ++t) rounded.push_back(levels(keys.row(t) - mean));
+    }
+    struct Levels {
+        std::vector<std::int64_t> numbers;
+        float unit = 0.0f;
+    };
+    Levels levels(const Eigen::RowVectorXf& x) const {
+        const float most = dim <= 1024 ? 127.0f : std::floor(4096.0f / std::sqrt(static_cast<float>(dim))),
+                    largest = x.cwiseAbs().maxCoeff();
+        if (!(largest > 1e-30f)) return {std::vector<std::int64_t>(static_cast<std::size_t>(dim)), 0.0f};
+        const float inverse = most / largest;
+        Levels made{{}, 1.0f / inverse};
+        for (const float number : x)
+            made.numbers.push_back(std::llrint(static_cast<double>(number) * static_cast<double>(inverse)));
+        return made;
+    }
+    void measure(const Eigen::RowVectorXf& query, Index seen, Index first, TokenAttention& squares) const {
+        const Levels looking = levels(query);
+        const float unit = looking.unit * static_cast<float>(16.0 * 1.4426950408889634 /
+                                                             std::sqrt(static_cast<double>(dim)));
+        std::vector<std::int64_t> weights;
+        for (Index t = 0; t < seen; ++t) {
+            const Levels& key = rounded[static_cast<std::size_t>(t)];
+            std::int64_t sum = 0;
+            for (std::size_t c = 0; c < key.numbers.size(); ++c) sum += key.numbers[c] * looking.numbers[c];
+            weights.push_back(static_cast<std::int64_t>(
+                std::clamp(static_cast<float>(sum) * (key.unit * unit), -1e9f, 1e9f)));
+        }
+        const std::int64_t top = *std::max_element(weights.begin(), weights.end());
+        std::int64_t sum = 0;
+        for (std::int64_t& weight : weights) {
+            const std::int64_t below = std::min<std::int64_t>(top - weight, 31 * 16);
+            weight = (65536 - below % 16 * 2048) >> (below / 16);
+            sum += weight;
+        }
+        const float share = 32768.0f / static_cast<float>(sum);
+        for (Index t = 0; t < tile_tokens; ++t) {
+            const auto weight = static_cast<std::int64_t>(
+                static_cast<float>(weights[static_cast<std::size_t>(first + t)]) * share);
+            std::int32_t& so_far = squares[static_cast<std::size_t>(t)];
+            so_far = static_cast<std::int32_t>(std::min<std::int64_t>(
+                so_far + (weight * weight >> 10), std::numeric_limits<std::int32_t>::max()));
+        }
+    }
+    Index dim;
+    std::vector<Levels> rounded;
+};
+
+/// Number for number, on every instruction set, of any number of query heads and channels.
+TEST(TokenAttention, IsWhatItsDefinitionSays) {
+    std::mt19937_64 random{seed()};
+    for (const Index dim : {1, 16, 20, 33, 128, 1100})
+        for (const Index rows : {1, 2, 3, 4, 5, 7, 8}) {
+            const Index sinks = static_cast<Index>(random() % 20),
+                        tokens = sinks + tile_tokens + 1 + static_cast<Index>(random() % 40);
+            Matrix keys = normal_matrix(random, tokens, dim);
+            keys.rowwise() += 20.0f * normal_matrix(random, 1, dim).row(0);
+            const float scale = random() % 4 == 0 ? 1e-32f : std::ldexp(1.0f, static_cast<int>(random() % 8));
+            const Matrix queries = scale * normal_matrix(random, rows, dim);
+            // More than one look, so that what is left of the last one is in the way.
+            const Index looks[] = {tokens, sinks + tile_tokens + 1, tokens};
+            TokenAttention expected(tile_tokens);
+            expected[5] = std::numeric_limits<std::int32_t>::max() - 1;
+            const PlainMeter plain(keys, sinks + tile_tokens);
+            for (const Index seen : looks)
+                for (Index r = 0; r < rows; ++r) plain.measure(queries.row(r), seen, sinks, expected);
+            for_each_isa([&](Isa) {
+                AttentionMeter meter;
+                // Memory of keys that were more and longer.
+                meter.keys(tokens + 30, dim + 16);
+                const detail::RowView<float> to = meter.keys(tokens, dim);
+                for (Index t = 0; t < tokens; ++t) std::copy_n(keys.row(t).data(), dim, to[t]);
+                meter.take_keys(sinks + tile_tokens);
+                TokenAttention found(tile_tokens);
+                found[5] = std::numeric_limits<std::int32_t>::max() - 1;
+                for (const Index seen : looks)
+                    meter.measure({queries.data(), dim, rows}, seen, sinks, found.data());
+                EXPECT_EQ(found, expected)
+                    << dim << " channels, " << rows << " rows, " << tokens << " tokens";
+            });
+        }
 }
 
 /// Queries that look at nothing, and weights without any query.

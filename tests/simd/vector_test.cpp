@@ -52,6 +52,43 @@ TEST(Vector, ReducesFourRowsAtOnce) {
     }
 }
 
+TEST(Vector, SetsTheFirstLanes) {
+    for_each_isa([&](Isa isa) {
+        for (int count = -2; count <= 18; ++count) {
+            std::array<std::int32_t, 16> mask{};
+            const int lanes = kvplane::detail::run_on(isa, [&](auto lanes) KVPLANE_BODY {
+                simd::Ints<lanes> first;
+                simd::first_lanes<lanes>(first, count);
+                simd::store(mask.data(), first);
+                return int{lanes};
+            });
+            for (int i = 0; i < lanes; ++i)
+                EXPECT_EQ(mask[static_cast<std::size_t>(i)], i < count ? -1 : 0) << count;
+        }
+    });
+}
+
+/// Halves of vectors, as sums in double take them.
+TEST(Vector, WidensToDoubles) {
+    Random random(kvplane_test::seed());
+    const std::array<float, 64> numbers = four_rows(random);
+    for_each_isa([&](Isa isa) {
+        std::array<double, 8> wide{};
+        const int count = kvplane::detail::run_on(isa, [&](auto lanes) KVPLANE_BODY {
+            constexpr int half = lanes / 2;
+            simd::Floats<half> narrow;
+            simd::Vector<double, half> doubles;
+            simd::load(narrow, numbers.data());
+            simd::widen_doubles<half>(doubles, narrow);
+            simd::store(wide.data(), doubles);
+            return int{half};
+        });
+        for (int i = 0; i < count; ++i)
+            EXPECT_EQ(wide[static_cast<std::size_t>(i)],
+                      static_cast<double>(numbers[static_cast<std::size_t>(i)]));
+    });
+}
+
 /// Wherever the extreme stands. 4 and 8 lanes: what row_extremes() takes.
 TEST(Vector, FindsTheLeastAndTheGreatestLane) {
     Random random(kvplane_test::seed());

@@ -95,6 +95,55 @@ TEST(TokenRuns, HoldEveryTokenInItsWidth) {
     });
 }
 
+/// Of tokens that are worth the same the earlier ones are wider.
+TEST(TokenRuns, GiveEqualTokensTheirWidthsInOrder) {
+    const TileFormat format(40, profiles[0], rule(Scheme::unbiased, whole_head));
+    Matrix values = Matrix::Ones(tile_tokens, 40);
+    values.row(100) *= 3.0f;
+    values.row(3) *= 0.5f;
+    Encoded encoded(format, values, {});
+    const TokenOfRow token_of_row = read_runs(format, encoded.tile.data());
+    TokenOfRow expected;
+    std::size_t row = 0;
+    const auto add = [&](int first, int last) {
+        for (int t = first; t <= last; ++t)
+            if (t != 3) expected[row++] = static_cast<std::uint8_t>(t);
+    };
+    add(0, 31);
+    expected[row++] = 100;  // behind 31 others
+    add(32, 63);
+    expected[row++] = 3;
+    add(64, 99);
+    add(101, 127);
+    ASSERT_EQ(row, expected.size());
+    EXPECT_EQ(token_of_row, expected);
+}
+
+/// The type of the rows, and how they stand in memory, change nothing.
+TEST(TokenRuns, AreTheSameFromRowsOfAnyKind) {
+    Random random(seed());
+    for (const Index channels : {40, 64}) {
+        const TileFormat format(channels, profiles[1], rule(Scheme::unbiased, 32));
+        const RowMajorMatrix<Eigen::half> halves =
+            normal_matrix(tile_tokens + 3, 2 * channels, random).cast<Eigen::half>();
+        const Matrix floats = halves.cast<float>();
+        std::vector<Tile> tiles;
+        for_each_isa([&](Isa) {
+            const auto encode = [&](const auto& rows) {
+                TileCoder coder(format);
+                Tile tile(static_cast<std::size_t>(format.bytes()));
+                coder.encode(rows, "values", {.head = 1, .first = 2}, tile.data());
+                tiles.push_back(std::move(tile));
+            };
+            encode(head_rows(halves, 2));
+            encode(head_rows(floats, 2));
+            const Eigen::MatrixXf by_channel = floats;  // channels of a token far apart
+            encode(head_rows(by_channel, 2));
+        });
+        for (const Tile& tile : tiles) ASSERT_EQ(tile, tiles[0]) << channels << " channels";
+    }
+}
+
 /// Bits add up: runs, a byte or more of grids for each token, and codes without padding between runs.
 TEST(TokenRuns, TakeTheMeanOfTheirWidths) {
     const TileFormat format(64, profiles[0], rule(Scheme::unbiased, whole_head));

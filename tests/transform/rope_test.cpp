@@ -199,6 +199,23 @@ TEST(RotaryEmbedding, TurnsByVectorsAsPairByPair) {
                 }
 }
 
+/// A turn that is made once turns rows as turn() does.
+TEST(RotaryEmbedding, TurnsRowsByATurnMadeOnce) {
+    Random random(kvplane_test::seed());
+    for (const RopeLayout layout : {RopeLayout::interleaved, RopeLayout::halves})
+        for (const Index dims : {2, 10, 40}) {
+            const RotaryEmbedding rope(40, {.layout = layout, .dims = dims});
+            const Matrix rows = normal_matrix(3, 80, random);
+            for (const Index positions : {0, 700, -700}) {
+                Matrix expected = rows, found = rows;
+                rope.turn(expected, positions);
+                const RotaryEmbedding::Turn turn = rope.turn_of(positions);
+                for (Index t = 0; t < 3; ++t) rope.turn_row(found.row(t).data(), 80, turn);
+                EXPECT_EQ(found, expected) << dims << " channels turn, by " << positions;
+            }
+        }
+}
+
 /// T6: q.k is the same in all three frames, wherever tokens stand.
 TEST(RotaryEmbedding, NoFrameChangesAScore) {
     Random random(kvplane_test::seed());

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -19,6 +20,7 @@
 #include "kvplane/latent/statistics.hpp"
 #include "kvplane/matrix.hpp"
 #include "kvplane/transform/hadamard.hpp"
+#include "kvplane/transform/rope.hpp"
 
 namespace kvplane::detail {
 
@@ -39,10 +41,18 @@ class KeyShaping {
     /// Numbers of one head.
     static constexpr Index triangle_size(Index channels) noexcept { return channels * (channels + 1) / 2; }
 
-    /// E[u u^T] of a head's queries [channel][channel], on some scale, as they meet the keys of a tile that
-    /// begins at `position`. rotation: of these keys; nullptr: none.
-    MatrixD weight(const CacheConfiguration& configuration, const Hadamard* rotation, Index head,
-                   Index position) const;
+    /// How the keys of a tile stand.
+    struct Frame {
+        const RotaryEmbedding* rope;  ///< nullptr: none
+        RotaryEmbedding::Turn turn;   ///< to the position at which the tile begins
+    };
+    static Frame frame(const std::optional<RotaryEmbedding>& rope, Index position) {
+        if (!rope) return {};
+        return {&*rope, rope->turn_of(position)};
+    }
+    /// E[u u^T] of a head's queries [channel][channel], on some scale, as they meet the keys of a tile. rotation: of
+    /// these keys; nullptr: none. `room` is taken for what lies between.
+    void weigh(const Frame& frame, const Hadamard* rotation, Index head, Matrix& weight, Matrix& room) const;
 
   private:
     Index heads_, channels_;

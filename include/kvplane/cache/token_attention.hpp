@@ -36,11 +36,17 @@ class AttentionMeter {
     void measure(RowView<const float> queries, Index seen, Index first, std::int32_t* squares);
 
   private:
+    /// Rows of queries that are scored together, and tokens whose rounded keys stand together.
+    static constexpr Index row_block = 4, token_block = 16;
+
     Index tokens_ = 0, dim_ = 0, stride_ = 0;
-    std::vector<float> keys_, queries_;  ///< rows padded with zeros
-    std::vector<float> scores_;          ///< [row][token, padded]
+    std::vector<float> keys_;            ///< [token][stride], padded with zeros
+    std::vector<float> mean_, query_;    ///< [stride]
+    std::vector<std::int16_t> rounded_;  ///< [token of a block][stride]
+    std::vector<std::int32_t> blocks_;   ///< [block of tokens][pair of channels][token of it]
     std::vector<float> units_;           ///< [token, padded] what 1 in a rounded key counts for
-    std::vector<double> mean_;
+    std::vector<std::int16_t> queries_;  ///< [row of a block][stride]
+    std::vector<std::int32_t> scores_;   ///< [row of a block][token, padded]
 };
 
 /// What the tokens of a tile count for by their attention alone [128], none of them nothing: a twentieth of

@@ -50,7 +50,8 @@ struct Block {
     Index first_channel = 0, channels = 0;  ///< of the head, likewise
     GridRule rule = {};
     int bits = 8;
-    std::uint8_t* codes = nullptr;  ///< [count][channels], rows `code_stride` apart
+    std::uint8_t* codes =
+        nullptr;  ///< [count][channels], rows `code_stride` apart; none: of grids by channel alone
     Index code_stride = 0;
 };
 
@@ -75,7 +76,7 @@ class BlockQuantizer {
         for (Index token = 0; token < block.count; token += rule_.group, done += block.channels) {
             group.first = block.first + token;
             group.count = std::min(rule_.group, block.count - token);
-            group.codes = block.codes + token * block.code_stride;
+            if (block.codes) group.codes = block.codes + token * block.code_stride;
             encode_by_channel(rows, group, done);
         }
     }
@@ -140,6 +141,7 @@ class BlockQuantizer {
         }
         std::copy_n(stored_lower_.begin(), channels, lower_.begin() + at);
         std::copy_n(stored_step_.begin(), channels, step_.begin() + at);
+        if (!block.codes) return;
         std::uint8_t* const to = source.padded ? padded_codes(count, source.channels) : block.codes;
         const Index stride = source.padded ? source.channels : block.code_stride;
         encode_columns(isa_, source.rows, count, source.channels, bits_, fp_lower_.data(), inverse_.data(),

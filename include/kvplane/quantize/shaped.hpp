@@ -69,6 +69,8 @@ class ShapedQuantizer {
     /// definite (zero, for instance), or so nearly singular that a pivot is below 2^-20 of its diagonal,
     /// codes are those of Grid::encode. Throws Error (shape, not_finite).
     void set_weight(const Eigen::Ref<const MatrixD>& weight);
+    /// The same from floats.
+    void set_weight(const Eigen::Ref<const Matrix>& weight);
 
     /// Writes the codes of a block. Returns how far errors exceed half a step, apart from what fp32 rounds:
     /// |x - x'| <= step / 2 + largest. Throws Error (shape) if the block's channels are not those of C,
@@ -88,26 +90,33 @@ class ShapedQuantizer {
     };
 
     static constexpr std::size_t at(Index place) noexcept { return static_cast<std::size_t>(place); }
+    template <class Scalar>
+    void take_weight(const Scalar* entries, Index rows, Index columns, Index stride);
     void require_steps(const float* step, Index channels) const;
     [[noreturn]] void refuse_value(const ShapedBlock& block) const;
     void order_places(const float* step);
+    void lay_out();
     bool prepare(const float* step, bool with_weights);
     bool code_tile(const ShapedBlock& block, const Run& run, ClipExcess& excess);
 
     Isa isa_ = current_isa();
     Shaping shaping_;
     Index channels_ = 0, places_ = 0, stride_ = 0;
+    Index laid_out_ = 0;                  ///< channels that the arrays by places have room for
     int exponent_ = 0;                    ///< C is weight_ times 2 to this
     detail::LineVector<float> weight_;    ///< [channel][channel], the largest entry 1/2 to 1
     std::vector<Index> order_;            ///< [place]: the channel there
+    std::vector<Index> place_of_;         ///< [channel]
+    std::vector<std::uint64_t> ranks_;    ///< what falls, then the channel
     detail::LineVector<float> by_place_;  ///< weight_ [place][stride]
     detail::LineVector<float> step_;      ///< [place]
     detail::LineVector<double> rest_, pivots_, left_, right_;
-    detail::LineVector<float> ratios_, room_, importance_, lower_, inverse_;
-    detail::LineVector<std::int16_t> feedback_, descent_;                ///< [place][stride]
+    detail::LineVector<float> ratios_, room_, lower_, inverse_;
+    detail::LineVector<std::int16_t> feedback_, descent_;  ///< [place][stride]
+    detail::LineVector<std::int32_t> columns_;             ///< [pair of places][stride] of descent_
     detail::LineVector<std::int32_t> feedback_shifts_, descent_shifts_;  ///< [place][2]
-    detail::LineVector<float> values_;                                   ///< [place][tile]
-    detail::LineVector<std::int32_t> positions_, errors_;
+    detail::LineVector<float> values_;                                   ///< [channel][tile]
+    detail::LineVector<std::int32_t> positions_, errors_, sums_;
     detail::LineVector<std::uint8_t> codes_;
 };
 

@@ -63,11 +63,20 @@ KVPLANE_INLINE void load_bytes(Ints<Lanes>& to, const std::uint8_t* from) {
     to = __builtin_convertvector(__builtin_convertvector(bytes, Vector<std::uint16_t, Lanes>), Ints<Lanes>);
 }
 
+/// Keeps compilers from reading a vector from memory again for each of its uses.
+template <class V>
+KVPLANE_INLINE void keep_in_register([[maybe_unused]] V& x) {
+#if defined(KVPLANE_X86) && !defined(__clang__)
+    asm("" : "+v"(x));
+#endif
+}
+
 /// To doubles.
 template <int Lanes>
 KVPLANE_INLINE void widen_doubles(Vector<double, Lanes>& to, const Floats<Lanes>& from) {
 #if defined(KVPLANE_X86) && !defined(__clang__)
-    if constexpr (Lanes == 8) {  // only AVX-512 has vectors of 8 doubles; g++ 12 makes two halves of them
+    // One instruction of AVX2 and AVX-512, which alone have vectors of so many doubles. g++ 12 makes two halves.
+    if constexpr (Lanes == 4 || Lanes == 8) {
         asm("vcvtps2pd %1, %0" : "=v"(to) : "v"(from));
         return;
     }
@@ -90,6 +99,35 @@ KVPLANE_INLINE void multiply_rounded(Floats<Lanes>& product, const Floats<Lanes>
     asm("" : "+w"(product));
 #endif
 #endif
+}
+
+/// sum += the products of both 16-bit halves of each lane.
+template <int Lanes>
+KVPLANE_INLINE void add_products(Ints<Lanes>& sum, const Ints<Lanes>& a, const Ints<Lanes>& b) {
+#if defined(KVPLANE_X86) && !defined(__clang__)
+    // g++ does not see one instruction in the expression below, and intrinsics cannot be inlined into a
+    // function that takes its target from its caller.
+    if constexpr (Lanes == 16) {
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    } else if constexpr (Lanes == 8) {
+        Ints<Lanes> products;
+        asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b));
+        sum += products;
+    } else {
+        using Shorts = Vector<short, 2 * Lanes>;
+        sum += (Ints<Lanes>)__builtin_ia32_pmaddwd128((Shorts)a, (Shorts)b);
+    }
+#else
+    sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+/// All bits of the first `count` lanes, of all lanes if there are not so many.
+template <int Lanes>
+KVPLANE_INLINE void first_lanes(Ints<Lanes>& mask, std::ptrdiff_t count) {
+    Ints<Lanes> lane;
+    for (int i = 0; i < Lanes; ++i) lane[i] = i;
+    mask = lane < static_cast<std::int32_t>(count);
 }
 
 /// Whether all bits of all lanes are set.

@@ -55,7 +55,7 @@ class TileCoder {
 
     /// Tokens encoded from now on have shaped codes, for queries u with E[u u^T] = weight [channel][channel].
     /// Formats of one segment with grids per channel alone. Throws Error (option, shape, not_finite).
-    void shape(const Eigen::Ref<const MatrixD>& weight);
+    void shape(const Eigen::Ref<const Matrix>& weight);
 
     /// Tokens encoded from now on count so much each: of formats whose tokens have different widths, those with
     /// the largest weight times squared norm become the widest. Without weights [128] all count alike.
@@ -90,7 +90,8 @@ class TileCoder {
     template <CacheScalar Scalar>
     void encode_by_token(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
                          std::byte* tile);
-    TokenOfRow rank_tokens(const float* values, Index stride) const;
+    template <CacheScalar Scalar>
+    TokenOfRow rank_tokens(RowView<const Scalar> values, Index padded) const;
     template <CacheScalar Scalar>
     void quantize_segment(const HeadRows<Scalar>& rows, std::string_view argument, const TileTokens& tokens,
                           const Segment& segment, TileCodes& codes, std::byte* tile);
@@ -121,7 +122,9 @@ class TileCoder {
     std::optional<ShapedQuantizer> shaped_;
     ClipExcess excess_;
     std::vector<double> weights_;              ///< [token], or none
-    std::vector<float> gathered_;              ///< [token or row][channel]
+    std::vector<float> gathered_;              ///< [channel] those of one token
+    std::vector<std::byte> gathered_rows_;     ///< [token][channel, padded] of the input's type
+    std::vector<std::byte> sorted_;            ///< [row][channel, padded] likewise
     std::vector<TileCodes> codes_;             ///< one a segment
     std::vector<float> lower_, step_;          ///< all grids of a segment, as floats
     std::vector<Eigen::half> half_steps_;      ///< the same steps where a byte each is stored
@@ -183,21 +186,32 @@ template <CacheScalar Scalar>
 void TileCoder::encode_by_token(const HeadRows<Scalar>& rows, std::string_view argument,
                                 const TileTokens& tokens, std::byte* tile) {
     const Index channels = format_.channels(), stride = padded_channels(channels);
-    const auto all = static_cast<std::size_t>(tile_tokens * stride);
-    gathered_.assign(2 * all, 0.0f);
-    for (Index t = 0; t < tile_tokens; ++t)
-        for (Index c = 0; c < channels; ++c) {
-            const auto x = static_cast<float>(*rows.at(tokens.head, tokens.first + t, c));
-            if (!(std::abs(x) <= fp16_max)) refuse_value(rows, argument, tokens.head, tokens.first + t, c);
-            gathered_[static_cast<std::size_t>(t * stride + c)] = x;
+    const std::size_t all = static_cast<std::size_t>(tile_tokens * stride) * sizeof(Scalar);
+    sorted_.resize(all);
+    RowView<const Scalar> of_token{rows.at(tokens.head, tokens.first, 0), rows.token_stride(), tile_tokens};
+    if (rows.channel_stride() != 1 || channels != stride) {
+        gathered_rows_.resize(all);
+        auto* const to = reinterpret_cast<Scalar*>(gathered_rows_.data());
+        for (Index t = 0; t < tile_tokens; ++t) {
+            for (Index c = 0; c < channels; ++c)
+                to[t * stride + c] = *rows.at(tokens.head, tokens.first + t, c);
+            std::fill(to + t * stride + channels, to + (t + 1) * stride, Scalar(0.0f));
         }
-    const TokenOfRow token_of_row = rank_tokens(gathered_.data(), stride);
+        of_token = {to, stride, tile_tokens};
+    }
+    const Isa isa = current_isa();
+    for (Index t = 0; t < tile_tokens; ++t) {
+        if (largest_magnitude(isa, of_token[t], channels) <= fp16_max) continue;
+        for (Index c = 0; c < channels; ++c)
+            if (!(std::abs(static_cast<float>(of_token[t][c])) <= fp16_max))
+                refuse_value(rows, argument, tokens.head, tokens.first + t, c);
+    }
+    const TokenOfRow token_of_row = rank_tokens(of_token, stride);
     write_runs(format_, token_of_row, tile);
-    float* const sorted = gathered_.data() + all;
+    auto* const sorted = reinterpret_cast<Scalar*>(sorted_.data());
     for (Index row = 0; row < tile_tokens; ++row)
-        std::copy_n(gathered_.data() + token_of_row[static_cast<std::size_t>(row)] * stride, channels,
-                    sorted + row * stride);
-    const HeadRows<float> in_runs(sorted, 1, tile_tokens, channels, 0, stride, 1);
+        std::copy_n(of_token[token_of_row[static_cast<std::size_t>(row)]], channels, sorted + row * stride);
+    const HeadRows<Scalar> in_runs(sorted, 1, tile_tokens, channels, 0, stride, 1);
     for (std::size_t s = 0; s < format_.segments().size(); ++s) {
         const Segment& segment = format_.segments()[s];
         codes_[s].clear_padding(0, segment.rows);
@@ -207,21 +221,32 @@ void TileCoder::encode_by_token(const HeadRows<Scalar>& rows, std::string_view a
     }
 }
 
-/// The token of each row, by weights and norms of tokens [token][channel, padded with zeros].
-inline TokenOfRow TileCoder::rank_tokens(const float* values, Index stride) const {
+/// The token of each row, by weights and norms of tokens [token][channel, padded with zeros]. Runs are in the
+/// order of their tokens.
+template <CacheScalar Scalar>
+TokenOfRow TileCoder::rank_tokens(RowView<const Scalar> values, Index padded) const {
     std::array<double, tile_tokens> worth;
-    run_on(current_isa(), [&](auto lanes) KVPLANE_BODY {
+    run_on(current_isa(), [=, &worth](auto lanes) KVPLANE_BODY {
         for (Index t = 0; t < tile_tokens; ++t)
-            worth[static_cast<std::size_t>(t)] =
-                grid_kernels::squared_norm<lanes>(values + t * stride, stride);
+            worth[static_cast<std::size_t>(t)] = grid_kernels::squared_norm<lanes>(values[t], padded);
     });
     for (std::size_t t = 0; t < weights_.size(); ++t) worth[t] *= weights_[t];
+    const auto before = [&](std::uint8_t a, std::uint8_t b) {
+        return worth[a] != worth[b] ? worth[a] > worth[b] : a < b;
+    };
     TokenOfRow tokens;
     std::iota(tokens.begin(), tokens.end(), std::uint8_t{0});
-    std::stable_sort(tokens.begin(), tokens.end(),
-                     [&](std::uint8_t a, std::uint8_t b) { return worth[a] > worth[b]; });
-    for (const Segment& segment : format_.segments())
-        std::sort(tokens.begin() + segment.first_row, tokens.begin() + segment.first_row + segment.rows);
+    std::array<std::uint8_t, tile_tokens> run_of;
+    std::array<Index, tile_tokens> next;  // [run] the next row of it
+    for (std::size_t s = 0; s < format_.segments().size(); ++s) {
+        const Segment& run = format_.segments()[s];
+        const auto first = tokens.begin() + run.first_row, last = first + run.rows;
+        if (last != tokens.end()) std::nth_element(first, last, tokens.end(), before);
+        for (auto token = first; token != last; ++token) run_of[*token] = static_cast<std::uint8_t>(s);
+        next[s] = run.first_row;
+    }
+    for (std::size_t t = 0; t < run_of.size(); ++t)
+        tokens[static_cast<std::size_t>(next[run_of[t]]++)] = static_cast<std::uint8_t>(t);
     return tokens;
 }
 
@@ -341,16 +366,17 @@ void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view 
                                  std::byte* tile) {
     GridRule rule = format_.rule();
     rule.scheme = segment.scheme;
-    quantizer_.quantize(rows, {.argument = argument,
-                               .head = tokens.head,
-                               .first = tokens.first,
-                               .count = tokens.count,
-                               .first_channel = segment.first_channel,
-                               .channels = segment.channels,
-                               .rule = rule,
-                               .bits = segment.bits,
-                               .codes = codes.byte(0) + tokens.tile_token * codes.stride(),
-                               .code_stride = codes.stride()});
+    quantizer_.quantize(rows,
+                        {.argument = argument,
+                         .head = tokens.head,
+                         .first = tokens.first,
+                         .count = tokens.count,
+                         .first_channel = segment.first_channel,
+                         .channels = segment.channels,
+                         .rule = rule,
+                         .bits = segment.bits,
+                         .codes = shaped_ ? nullptr : codes.byte(0) + tokens.tile_token * codes.stride(),
+                         .code_stride = codes.stride()});
     if (shaped_) {
         shape_codes(rows, tokens, segment, codes);
     } else {
@@ -379,7 +405,7 @@ void TileCoder::quantize_segment(const HeadRows<Scalar>& rows, std::string_view 
         }
 }
 
-inline void TileCoder::shape(const Eigen::Ref<const MatrixD>& weight) {
+inline void TileCoder::shape(const Eigen::Ref<const Matrix>& weight) {
     require(format_.segments().size() == 1 && format_.segments()[0].has_grids() &&
                 format_.rule().granularity == Granularity::per_channel,
             ErrorCode::option, "tile: shaped codes take one segment with grids per channel");
@@ -394,10 +420,16 @@ void TileCoder::shape_codes(const HeadRows<Scalar>& rows, const TileTokens& toke
     const Index channels = segment.channels, group = format_.rule().group;
     const auto size = static_cast<std::size_t>(channels);
     decoded_.resize(static_cast<std::size_t>(tokens.count) * size);
-    for (Index t = 0; t < tokens.count; ++t)
+    const Isa isa = current_isa();
+    for (Index t = 0; t < tokens.count; ++t) {
+        float* const to = decoded_.data() + t * channels;
+        if (rows.channel_stride() == 1) {
+            widen_checked(isa, rows.at(tokens.head, tokens.first + t, segment.first_channel), channels, to);
+            continue;
+        }
         for (Index c = 0; c < channels; ++c)
-            decoded_[static_cast<std::size_t>(t * channels + c)] =
-                static_cast<float>(*rows.at(tokens.head, tokens.first + t, segment.first_channel + c));
+            to[c] = static_cast<float>(*rows.at(tokens.head, tokens.first + t, segment.first_channel + c));
+    }
     row_lower_.resize(std::max(row_lower_.size(), size));
     row_step_.resize(std::max(row_step_.size(), size));
     for (Index first = 0, g = 0; first < tokens.count; first += group, g += channels) {

@@ -105,6 +105,16 @@ class RotaryEmbedding {
         turn_rows(rows, positions, 0, 1.0);
     }
 
+    /// What a number of positions turns each pair by: made once where many rows turn alike.
+    struct Turn {
+        std::vector<std::array<double, 2>> angles;  ///< [pair] cosine and sine
+        std::vector<float> vectors;                 ///< cosines, then sines, as vectors of channels take them
+    };
+    /// Forward, or back (negative).
+    Turn turn_of(Index positions) const;
+    /// Turns a row of floats, of as many heads as it holds: the numbers that turn() gives.
+    void turn_row(float* row, Index channels, const Turn& turn) const;
+
     FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::before_rope> keys) const;
     FramedKeys<KeyFrame::after_rope> after(FramedKeys<KeyFrame::tile> keys) const;
     FramedKeys<KeyFrame::before_rope> before(FramedKeys<KeyFrame::after_rope> keys) const;
@@ -125,9 +135,6 @@ class RotaryEmbedding {
         y = x * sine + y * cosine;
         x = turned;
     }
-    /// Turns a row of floats, of as many heads as it holds.
-    void turn_row(float* row, Index channels, const std::vector<std::array<double, 2>>& angles,
-                  const std::vector<float>& vectors) const;
     /// The cosines, then the sines, that go with the channels that turn_row() turns as vectors.
     void vectors_of(const std::vector<std::array<double, 2>>& angles, std::vector<float>& vectors) const;
     /// Turns row i by sign (first + i stride) positions.
@@ -148,22 +155,21 @@ void RotaryEmbedding::turn_rows(Eigen::MatrixBase<Derived>& rows, Index first, I
             " channels, expected a multiple of ", head_dim_);
     constexpr bool by_vectors =
         std::is_same_v<Scalar, float> && detail::has_memory<Derived> && Derived::IsRowMajor;
-    std::vector<std::array<double, 2>> angles;
-    std::vector<float> vectors;
+    Turn turn;
     for (Index r = 0; r < rows.rows(); ++r) {
         const bool other = r == 0 || stride != 0;
-        if (other) angles_at(sign * static_cast<double>(first + r * stride), angles);
+        if (other) angles_at(sign * static_cast<double>(first + r * stride), turn.angles);
         if constexpr (by_vectors)
             if (rows.derived().innerStride() == 1) {
-                if (other) vectors_of(angles, vectors);
-                turn_row(rows.derived().data() + r * rows.derived().outerStride(), rows.cols(), angles,
-                         vectors);
+                if (other) vectors_of(turn.angles, turn.vectors);
+                turn_row(rows.derived().data() + r * rows.derived().outerStride(), rows.cols(), turn);
                 continue;
             }
         for (Index head = 0; head < rows.cols(); head += head_dim_)
             for (std::size_t i = 0; i < pairs_.size(); ++i)
                 if (pairs_[i].frequency != 0.0)
-                    turn_pair(rows(r, head + pairs_[i].first), rows(r, head + pairs_[i].second), angles[i]);
+                    turn_pair(rows(r, head + pairs_[i].first), rows(r, head + pairs_[i].second),
+                              turn.angles[i]);
     }
 }
 

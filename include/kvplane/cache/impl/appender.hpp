@@ -75,14 +75,19 @@ class Appender {
     /// Tokens of one piece in the stored frame.
     struct Piece {
         PerSide<RowView<const float>> rows;  ///< [token][kv_heads * dim]; no values where they are in keys
-        Matrix queries;           ///< [token][query_heads * key dim] after RoPE, where they are looked at
-        PerSide<double> largest;  ///< magnitudes
+        const AnyRows* queries = nullptr;  ///< of all tokens of the append, after RoPE, where there are some
+        Index first = 0;                   ///< of all tokens, the piece's first
+        PerSide<double> largest;           ///< magnitudes
     };
     /// Adds tokens to settled ones; none may be provisional.
     void add(const Piece& piece) {
         open_cut_tile();
         settled_extremes_.include({.largest = piece.largest, .excess = {}, .carried = {}});
-        const Matrix learned_from = before_rope(piece.queries, tokens_);
+        Matrix learned_from;
+        if (learns() && piece.queries) {
+            widen_rows(*piece.queries, piece.first, piece.rows.keys.rows, learned_from);
+            learned_from = before_rope(learned_from, tokens_);
+        }
         for (Index done = 0, count; done < piece.rows.keys.rows; done += count) {
             // Not beyond the token at which the oldest tile is due, so that what is stored does not depend on
             // how the tokens came.
@@ -90,7 +95,7 @@ class Appender {
                 fill(piece, done, std::min(piece.rows.keys.rows - done, due() - tokens_), settled_extremes_);
             settled_ = tokens_;
             for (Index t = done; t < done + count; ++t) note_query(learned_from, t);
-            note_attention(piece.queries, done, count);
+            if (piece.queries) note_attention(*piece.queries, piece.first + done, count);
             make_what_is_due();
         }
     }
@@ -99,20 +104,25 @@ class Appender {
         StoredExtremes extremes{.largest = piece.largest, .excess = {}, .carried = {}};
         fill(piece, 0, 1, extremes);
         provisional_.push_back(extremes);
-        if (!looks() || piece.queries.rows() == 0) return;
-        provisional_queries_.conservativeResize(provisional_queries_.rows() + 1, piece.queries.cols());
-        provisional_queries_.bottomRows(1) = piece.queries;
+        if (!looks() || !piece.queries) return;
+        Matrix query;
+        widen_rows(*piece.queries, piece.first, 1, query);
+        provisional_queries_.conservativeResize(provisional_queries_.rows() + 1, query.cols());
+        provisional_queries_.bottomRows(1) = query;
     }
     /// Settles the first `count` provisional tokens: all is as if they had never been provisional.
     void settle(Index count) {
         if (count == 0) return;
         open_cut_tile();
         const Matrix learned_from = before_rope(provisional_queries_, settled_);
+        const CacheConfiguration& c = cache_.configuration;
         for (Index t = 0; t < count; ++t) {
             settled_extremes_.include(provisional_[static_cast<std::size_t>(t)]);
             ++settled_;
             note_query(learned_from, t);
-            note_attention(provisional_queries_, t, 1);
+            if (provisional_queries_.rows() > 0)
+                note_attention(rows_of_heads(row_view(provisional_queries_), c.query_heads, c.key_head_dim),
+                               t, 1);
             make_what_is_due();
         }
         provisional_.erase(provisional_.begin(), provisional_.begin() + count);
@@ -195,6 +205,8 @@ class Appender {
         PerSide<std::optional<TileCoder>> coders;  ///< made when a tile is
         BlockQuantizer quantizer;                  ///< of tokens outside tiles
         ShapedQuantizer chooser;                   ///< of rotation tile by tile
+        Matrix weight, rotated_weight, room;       ///< E[u u^T] of queries in the frames of keys
+        std::vector<float> least, most;            ///< [channel]
         Matrix gathered;
         RowMajorMatrix<Eigen::half> halves;
         PerSide<double> excess;  ///< the largest of what it packed since take_excess()
@@ -306,10 +318,10 @@ class Appender {
         if (cache_.rope) cache_.rope->rotate_back(turned, position);
         return turned;
     }
-    /// What the queries of the last `count` settled tokens, rows [first, first + count), see of the next tile, if
-    /// they come in the last moment before it is made.
-    void note_attention(const Matrix& queries, Index first, Index count) {
-        if (attention_.empty() || queries.rows() == 0 || !layout_) return;
+    /// What the queries of the last `count` settled tokens, the tokens [first, first + count) of `queries`, see of
+    /// the next tile, if they come in the last moment before it is made.
+    void note_attention(const AnyRows& queries, Index first, Index count) {
+        if (attention_.empty() || !layout_) return;
         const Index end = std::max(recent_first_ + tile_tokens, due() - looking_tokens),
                     behind = std::max(settled_ - count, end);
         // Every other one: all would cost twice as much and tell hardly more.
@@ -318,17 +330,22 @@ class Appender {
         const CacheConfiguration& c = cache_.configuration;
         const Index dim = c.key_head_dim, sinks = std::min(c.recipe.sink_tokens, settled_),
                     recent = settled_ - recent_first_;
-        Matrix seen = queries.middleRows(first + position - (settled_ - count), settled_ - position);
-        if (cache_.rotates(TileSide::keys)) cache_.key_rotation.rotate(seen);
+        const Index before = first - (settled_ - count);
+        Matrix looking((settled_ - position + 1) / 2, queries.channels());
+        queries.visit([&](const auto& rows) {
+            for (Index row = 0; row < looking.rows(); ++row)
+                widen_token(current_isa(), rows, before + position + 2 * row, looking.row(row).data());
+        });
+        if (cache_.rotates(TileSide::keys)) cache_.key_rotation.rotate(looking);
         for (Index head = 0; head < c.kv_heads; ++head) {
             const RowView<float> keys = meter_.keys(sinks + recent, dim);
             if (sinks > 0)
                 sink_rows_.read(sinks_.data(), TileSide::keys, head, 0, sinks, keys.data, keys.stride);
             read_recent(TileSide::keys, head, recent, keys[sinks], keys.stride);
             meter_.take_keys(sinks + tile_tokens);
-            for (Index row = 0; row < seen.rows(); row += 2)
-                meter_.measure({seen.row(row).data() + head * c.group() * dim, dim, c.group()},
-                               sinks + position + row + 1 - recent_first_, sinks,
+            for (Index row = 0; row < looking.rows(); ++row)
+                meter_.measure({looking.row(row).data() + head * c.group() * dim, dim, c.group()},
+                               sinks + position + 2 * row + 1 - recent_first_, sinks,
                                attention_.data() + head * tile_tokens);
         }
     }
@@ -422,6 +439,8 @@ class Appender {
         const auto shaping = latent_ || shaping_ || !queries_
                                  ? shaping_
                                  : std::make_shared<const KeyShaping>(cache_.configuration, *queries_);
+        const KeyShaping::Frame frame =
+            shaping ? KeyShaping::frame(cache_.rope, recent_first_) : KeyShaping::Frame{};
         const auto keys = static_cast<Index>(layout_->key_at.size()),
                    values = layout_->values_in_keys ? 0 : cache_.configuration.kv_heads;
         pack_items(keys + values, tile_tokens, [&](Index item, Packer& packer) {
@@ -430,7 +449,7 @@ class Appender {
             else if (latent_)
                 pack_latents(item, page.data(), packer);
             else
-                pack_keys(item, shaping.get(), page.data(), packer);
+                pack_keys(item, shaping.get(), frame, page.data(), packer);
         });
         take_excess(settled_extremes_);
         std::fill(attention_.begin(), attention_.end(), 0);
@@ -445,12 +464,17 @@ class Appender {
                              page + layout_->key_at[static_cast<std::size_t>(subspace)]);
         packer.excess.keys = std::max(packer.excess.keys, off);
     }
-    void pack_keys(Index head, const KeyShaping* shaping, std::byte* page, Packer& packer) {
-        const bool rotate = layout_->rotates_by_tile() && shaping && rotation_helps(*shaping, head, packer);
+    void pack_keys(Index head, const KeyShaping* shaping, const KeyShaping::Frame& frame, std::byte* page,
+                   Packer& packer) {
+        const auto weigh = [&](bool rotated, Matrix& weight) {
+            shaping->weigh(frame, rotated ? &cache_.key_rotation : nullptr, head, weight, packer.room);
+        };
+        const bool choose = layout_->rotates_by_tile() && shaping;
+        if (shaping) weigh(cache_.rotates(TileSide::keys), packer.weight);
+        if (choose) weigh(true, packer.rotated_weight);
+        const bool rotate = choose && rotation_helps(head, packer);
         if (rotate) page[layout_->rotated_at + head] = std::byte{1};
-        if (shaping)
-            coder(TileSide::keys, packer)
-                .shape(weight(*shaping, head, rotate || cache_.rotates(TileSide::keys)));
+        if (shaping) coder(TileSide::keys, packer).shape(rotate ? packer.rotated_weight : packer.weight);
         encode_recent(TileSide::keys, head, page + layout_->key_at[static_cast<std::size_t>(head)], packer,
                       rotate);
     }
@@ -459,25 +483,31 @@ class Appender {
         encode_recent(TileSide::values, head, page + layout_->value_at[static_cast<std::size_t>(head)],
                       packer, false);
     }
-    /// E[u u^T] of queries that meet a head's keys of the next tile.
-    MatrixD weight(const KeyShaping& shaping, Index head, bool rotated) const {
-        return shaping.weight(cache_.configuration, rotated ? &cache_.key_rotation : nullptr, head,
-                              recent_first_);
-    }
     /// Whether rotation makes the expected error of scores with a head's keys of the next tile smaller. Their
     /// steps are as wide as channels are, apart from a factor.
-    bool rotation_helps(const KeyShaping& shaping, Index head, Packer& packer) const {
+    bool rotation_helps(Index head, Packer& packer) const {
         Matrix& keys = packer.gathered;
-        keys.resize(tile_tokens, cache_.dim(TileSide::keys));
-        read_recent(TileSide::keys, head, tile_tokens, keys.data(), keys.cols());
-        const auto expected = [&](bool rotated) {
-            packer.chooser.set_weight(weight(shaping, head, rotated));
-            const Eigen::VectorXf width = keys.colwise().maxCoeff() - keys.colwise().minCoeff();
-            return packer.chooser.expected_error(width).shaped;
+        const Index dim = cache_.dim(TileSide::keys);
+        keys.resize(tile_tokens, dim);
+        read_recent(TileSide::keys, head, tile_tokens, keys.data(), dim);
+        const auto expected = [&](const Matrix& weight) {
+            packer.chooser.set_weight(weight);
+            return packer.chooser.expected_error(channel_widths(keys, packer)).shaped;
         };
-        const double plain = expected(false);
+        const double plain = expected(packer.weight);
         cache_.key_rotation.rotate(keys);
-        return expected(true) < plain;
+        return expected(packer.rotated_weight) < plain;
+    }
+    /// [channel] how far values of some rows are apart.
+    static Eigen::VectorXf channel_widths(const Matrix& rows, Packer& packer) {
+        const Index channels = rows.cols();
+        if (channels % kernel_channels != 0) return rows.colwise().maxCoeff() - rows.colwise().minCoeff();
+        packer.least.resize(static_cast<std::size_t>(channels));
+        packer.most.resize(static_cast<std::size_t>(channels));
+        column_extremes(current_isa(), {rows.data(), ScalarType::float32, channels}, rows.rows(), channels,
+                        packer.least.data(), packer.most.data());
+        return Eigen::Map<const Eigen::VectorXf>(packer.most.data(), channels) -
+               Eigen::Map<const Eigen::VectorXf>(packer.least.data(), channels);
     }
     /// The oldest 128 recent tokens of one side and head, into their tile.
     void encode_recent(TileSide side, Index head, std::byte* tile, Packer& packer, bool rotate) {
@@ -606,7 +636,8 @@ KVPLANE_FUNCTION void append_tokens(const CacheShape& cache, CacheState& state, 
             if (values) require_magnitudes(cache, *values, TileSide::values);
             checked = true;
         }
-        if (queries) widen_rows(*queries, first, count, piece.queries);
+        piece.queries = queries;
+        piece.first = first;
         provisional ? appender.add_provisional(piece) : appender.add(piece);
     }
     appender.commit();

@@ -5,6 +5,8 @@
 
 #include "kvplane/cache/key_shaping.hpp"
 #include "kvplane/latent/turn_average.hpp"
+#include "kvplane/simd/half.hpp"
+#include "kvplane/simd/transpose.hpp"
 #include "kvplane/transform/rope.hpp"
 
 namespace kvplane::detail {
@@ -33,22 +35,40 @@ KVPLANE_FUNCTION KeyShaping::KeyShaping(const CacheConfiguration& c,
     }
 }
 
-KVPLANE_FUNCTION MatrixD KeyShaping::weight(const CacheConfiguration& c, const Hadamard* rotation, Index head,
-                                            Index position) const {
-    Matrix turned(channels_, channels_);
-    const Eigen::half* from = triangles_.data() + head * triangle_size(channels_);
-    for (Index row = 0; row < channels_; ++row)
-        for (Index column = 0; column <= row; ++column, ++from)
-            turned(row, column) = turned(column, row) = static_cast<float>(*from);
+KVPLANE_FUNCTION void KeyShaping::weigh(const Frame& frame, const Hadamard* rotation, Index head,
+                                        Matrix& weight, Matrix& room) const {
+    const Index channels = channels_;
+    const Isa isa = current_isa();
+    weight.resize(channels, channels);
+    room.resize(channels, channels);
+    const Eigen::half* from = triangles_.data() + head * triangle_size(channels);
+    for (Index row = 0; row < channels; from += ++row)
+        widen_row(isa, from, row + 1, weight.data() + row * channels);
+    float *const to = weight.data(), *const turned = room.data();
+    run_on(isa, [=](auto) KVPLANE_BODY { simd::mirror_lower(to, channels, channels); });
     // Rows, then columns: R C R^T.
-    const RotaryEmbedding rope = rope_of_keys(c);
-    for (int side = 0; side < 2; ++side) {
-        rope.turn(turned, position);
-        if (rotation) rotation->rotate(turned);
-        turned.transposeInPlace();
+    for (float* const rows : {to, turned}) {
+        float* const columns = rows == to ? turned : to;
+        for (Index row = 0; row < channels; ++row) {
+            if (frame.rope) frame.rope->turn_row(rows + row * channels, channels, frame.turn);
+            if (rotation) rotation->rotate(rows + row * channels);
+        }
+        run_on(isa, [=](auto) KVPLANE_BODY {
+            simd::transpose_words(rows, channels, channels, channels, columns, channels);
+        });
     }
-    const Matrix symmetric = 0.5f * (turned + turned.transpose());
-    return symmetric.cast<double>();
+    // The one is now the other's transpose. Rounded alike, they make a symmetric matrix.
+    run_on(isa, [=](auto lanes) KVPLANE_BODY {
+        const Index all = channels * channels;
+        simd::Floats<lanes> a, b;
+        Index i = 0;
+        for (; i + lanes <= all; i += lanes) {
+            simd::load(a, to + i);
+            simd::load(b, turned + i);
+            simd::store(to + i, 0.5f * (a + b));
+        }
+        for (; i < all; ++i) to[i] = 0.5f * (to[i] + turned[i]);
+    });
 }
 
 }  // namespace kvplane::detail

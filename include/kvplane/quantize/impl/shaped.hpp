@@ -5,12 +5,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
-#include <numeric>
 
 #include "kvplane/error.hpp"
 #include "kvplane/quantize/grid.hpp"
 #include "kvplane/quantize/shaped_kernels.hpp"
+#include "kvplane/simd/transpose.hpp"
 
 namespace kvplane {
 
@@ -20,13 +21,11 @@ KVPLANE_FUNCTION ShapedQuantizer::ShapedQuantizer(const Shaping& shaping) : shap
     require(shaping.passes >= 0, ErrorCode::option, "passes: ", shaping.passes, ", expected 0 or more");
 }
 
-KVPLANE_FUNCTION void ShapedQuantizer::set_weight(const Eigen::Ref<const MatrixD>& weight) {
-    const Index channels = weight.rows();
-    require(weight.cols() == channels && channels >= 1 && channels <= detail::shaped::max_channels,
-            ErrorCode::shape, "weight: ", channels, " x ", weight.cols(),
-            ", expected a square matrix of 1 to ", detail::shaped::max_channels, " channels");
-    const double* const entries = weight.data();
-    const Index stride = weight.outerStride();
+template <class Scalar>
+void ShapedQuantizer::take_weight(const Scalar* entries, Index channels, Index columns, Index stride) {
+    require(columns == channels && channels >= 1 && channels <= detail::shaped::max_channels,
+            ErrorCode::shape, "weight: ", channels, " x ", columns, ", expected a square matrix of 1 to ",
+            detail::shaped::max_channels, " channels");
     const double largest = detail::run_on(isa_, [=](auto lanes) KVPLANE_BODY {
         double of_all = 0.0;
         for (Index i = 0; i < channels; ++i) {
@@ -39,14 +38,18 @@ KVPLANE_FUNCTION void ShapedQuantizer::set_weight(const Eigen::Ref<const MatrixD
     if (!std::isfinite(largest))
         for (Index i = 0; i < channels; ++i)
             for (Index j = 0; j < channels; ++j)
-                require(std::isfinite(weight(i, j)), ErrorCode::not_finite, "weight: the entry at ", i, ", ",
-                        j, " is ", weight(i, j), ", expected finite numbers");
+                require(std::isfinite(entries[i * stride + j]), ErrorCode::not_finite,
+                        "weight: the entry at ", i, ", ", j, " is ", entries[i * stride + j],
+                        ", expected finite numbers");
     // By a power of two, so that nothing is rounded but to float; by two of them, which doubles can hold.
     std::frexp(largest, &exponent_);
     const double first = std::ldexp(1.0, -exponent_ / 2),
                  second = std::ldexp(1.0, -exponent_ - -exponent_ / 2);
+    const auto diagonal = [&](Index i) {
+        return static_cast<double>(entries[i * stride + i]) * first * second;
+    };
     double mean = 0.0;
-    for (Index i = 0; i < channels; ++i) mean += weight(i, i) * first * second;
+    for (Index i = 0; i < channels; ++i) mean += diagonal(i);
     mean /= static_cast<double>(channels);
     const double ridge = shaping_.ridge * mean;
 
@@ -58,45 +61,49 @@ KVPLANE_FUNCTION void ShapedQuantizer::set_weight(const Eigen::Ref<const MatrixD
             detail::shaped::narrow_row<lanes>(entries + i * stride, channels, first, second,
                                               to + i * channels);
     });
-    for (Index i = 0; i < channels; ++i)
-        to[i * channels + i] = static_cast<float>(weight(i, i) * first * second + ridge);
+    for (Index i = 0; i < channels; ++i) to[i * channels + i] = static_cast<float>(diagonal(i) + ridge);
+}
+
+KVPLANE_FUNCTION void ShapedQuantizer::set_weight(const Eigen::Ref<const MatrixD>& weight) {
+    take_weight(weight.data(), weight.rows(), weight.cols(), weight.outerStride());
+}
+KVPLANE_FUNCTION void ShapedQuantizer::set_weight(const Eigen::Ref<const Matrix>& weight) {
+    take_weight(weight.data(), weight.rows(), weight.cols(), weight.outerStride());
 }
 
 /// Places by falling C_cc step_c^2, which for equal ones is by channel.
 KVPLANE_FUNCTION void ShapedQuantizer::order_places(const float* step) {
     const auto channels = at(channels_);
-    importance_.resize(channels);
     order_.resize(channels);
+    place_of_.resize(channels);
+    ranks_.resize(channels);
     for (std::size_t c = 0; c < channels; ++c) {
         const double diagonal = weight_[c * channels + c];
-        importance_[c] = static_cast<float>(diagonal * step[c] * step[c]);
+        // Zeros have one sign, so that floats are in the order of their bits, negative ones in the other.
+        const float importance = static_cast<float>(diagonal * step[c] * step[c]) + 0.0f;
+        std::uint32_t bits;
+        std::memcpy(&bits, &importance, sizeof bits);
+        const std::uint32_t falling = bits >> 31 ? bits : ~bits & 0x7FFFFFFFu;
+        ranks_[c] = std::uint64_t{falling} << 32 | c;
     }
-    std::iota(order_.begin(), order_.end(), Index{0});
-    std::sort(order_.begin(), order_.end(), [&](Index a, Index b) {
-        const float of_a = importance_[at(a)], of_b = importance_[at(b)];
-        return of_a != of_b ? of_a > of_b : a < b;
-    });
+    std::sort(ranks_.begin(), ranks_.end());
+    for (std::size_t j = 0; j < channels; ++j) {
+        order_[j] = static_cast<Index>(ranks_[j] & 0xFFFFFFFFu);
+        place_of_[at(order_[j])] = static_cast<Index>(j);
+    }
 }
 
-/// Factorizes C in the order of these steps, and makes the weights of both kinds of passes if they are
-/// wanted. Returns false where codes cannot be shaped; all weights are then 0.
-KVPLANE_FUNCTION bool ShapedQuantizer::prepare(const float* step, bool with_weights) {
+/// Makes room for C by places. What pads rows is zero, and nothing writes there.
+KVPLANE_FUNCTION void ShapedQuantizer::lay_out() {
     namespace shaped = detail::shaped;
-    order_places(step);
-    places_ = (channels_ + shaped::block - 1) / shaped::block * shaped::block;
+    const Index places = (channels_ + shaped::block - 1) / shaped::block * shaped::block;
+    if (laid_out_ == channels_) return;
+    places_ = places;
     stride_ = shaped::padded(channels_);
-    const auto size = at(places_ * stride_);
-    const auto row = at(stride_);
+    const auto size = at(places_ * stride_), row = at(stride_);
     by_place_.assign(size, 0.0f);
     step_.assign(row, 0.0f);
-    for (Index j = 0; j < channels_; ++j) {
-        const Index channel = order_[at(j)];
-        step_[at(j)] = step[channel];
-        const float* const from = weight_.data() + channel * channels_;
-        float* const to = by_place_.data() + j * stride_;
-        for (Index i = 0; i < channels_; ++i) to[i] = from[order_[at(i)]];
-    }
-    rest_.resize(size);
+    rest_.assign(size, 0.0);
     pivots_.assign(row, 0.0);
     left_.assign(shaped::panel * row, 0.0);
     right_.assign(shaped::panel * row, 0.0);
@@ -104,74 +111,102 @@ KVPLANE_FUNCTION bool ShapedQuantizer::prepare(const float* step, bool with_weig
     room_.assign(row, 0.0f);
     feedback_.assign(size, 0);
     descent_.assign(size, 0);
+    columns_.assign(size / 2, 0);
     feedback_shifts_.assign(at(2 * places_), 0);
     descent_shifts_.assign(at(2 * places_), 0);
+    laid_out_ = channels_;
+}
 
+/// Factorizes C in the order of these steps, and makes the weights of both kinds of passes if they are
+/// wanted. Returns false where codes cannot be shaped; all weights are then 0.
+KVPLANE_FUNCTION bool ShapedQuantizer::prepare(const float* step, bool with_weights) {
+    namespace shaped = detail::shaped;
+    order_places(step);
+    lay_out();
+    for (Index j = 0; j < channels_; ++j) {
+        const Index channel = order_[at(j)];
+        step_[at(j)] = step[channel];
+        const float* const from = weight_.data() + channel * channels_;
+        float* const to = by_place_.data() + j * stride_;
+        for (Index i = 0; i <= j; ++i) to[i] = from[order_[at(i)]];
+    }
     const shaped::Factorization factorization{by_place_.data(), rest_.data(),   pivots_.data(), left_.data(),
                                               right_.data(),    ratios_.data(), channels_,      stride_};
     const float* const steps = step_.data();
     float* const room = room_.data();
     const shaped::Feedback feedback{feedback_.data(), feedback_shifts_.data(), stride_},
         descent{descent_.data(), descent_shifts_.data(), stride_};
-    const bool done = detail::run_on(isa_, [&](auto lanes) KVPLANE_BODY {
-        return shaped::factorize<lanes>(factorization, [&](Index j) KVPLANE_BODY {
-            if (!with_weights || steps[j] == 0.0f) return;
-            feedback.set(j, shaped::round_row<lanes>(factorization.ratios, steps, 1.0f / steps[j], j, j, room,
-                                                     feedback.weights + j * feedback.stride));
-            const float* const ratios = factorization.weight + j * factorization.stride;
-            descent.set(j, shaped::round_row<lanes>(ratios, steps, 1.0f / (ratios[j] * steps[j]),
-                                                    factorization.places, j, room,
-                                                    descent.weights + j * descent.stride));
+    const Index channels = channels_, places = places_, stride = stride_;
+    const bool in_columns = shaping_.passes > 1;
+    std::int32_t* const columns = columns_.data();
+    return detail::run_on(isa_, [&, steps, room, feedback, descent](auto lanes) KVPLANE_BODY {
+        if (with_weights) detail::simd::mirror_lower(factorization.weight, stride, channels);
+        const bool done = shaped::factorize<lanes>(factorization, [&](Index j) KVPLANE_BODY {
+            if (!with_weights) return;
+            std::int16_t *const back = feedback.weights + j * stride, *const down =
+                                                                          descent.weights + j * stride;
+            if (steps[j] == 0.0f) {
+                std::memset(back, 0, 2 * static_cast<std::size_t>(stride));
+                std::memset(down, 0, 2 * static_cast<std::size_t>(stride));
+                feedback.set(j, {});
+                descent.set(j, {});
+                return;
+            }
+            feedback.set(
+                j, shaped::round_row<lanes>(factorization.ratios, steps, 1.0f / steps[j], j, room, back));
+            // Nothing reads the diagonal again, and no error adds to its own target.
+            float* const ratios = factorization.weight + j * stride;
+            const float scale = 1.0f / (ratios[j] * steps[j]);
+            ratios[j] = 0.0f;
+            descent.set(j, shaped::round_row<lanes>(ratios, steps, scale, channels, room, down));
         });
+        if (!with_weights) return done;
+        if (!done) {
+            const auto bytes = 2 * static_cast<std::size_t>(places * stride);
+            std::memset(feedback.weights, 0, bytes);
+            std::memset(descent.weights, 0, bytes);
+        } else if (in_columns) {
+            detail::simd::transpose_words(descent.weights, stride / 2, places, places / 2, columns, stride);
+        }
+        return done;
     });
-    if (!done) {
-        feedback_.assign(size, 0);
-        descent_.assign(size, 0);
-    }
-    return done;
 }
 
 /// Codes up to 128 tokens. Returns false if a value cannot be stored.
 KVPLANE_FUNCTION bool ShapedQuantizer::code_tile(const ShapedBlock& block, const Run& run,
                                                  ClipExcess& excess) {
     namespace shaped = detail::shaped;
-    constexpr Index rows = 32;  // whose values stay in the first cache
-    for (Index t = 0; t < run.count; t += rows)
-        for (Index j = 0; j < channels_; ++j) {
-            const Index end = std::min(rows, run.count - t);
-            const float* from = block.values + (run.first + t) * block.value_stride + order_[at(j)];
-            float* const to = values_.data() + j * shaped::tile + t;
-            for (Index i = 0; i < end; ++i) to[i] = from[i * block.value_stride];
-        }
-    const shaped::Tile tile{places_, block.bits, positions_.data(), errors_.data(), codes_.data()};
+    const shaped::Tile tile{places_,        block.bits,    positions_.data(),
+                            errors_.data(), codes_.data(), sums_.data()};
     const shaped::Feedback feedback{feedback_.data(), feedback_shifts_.data(), stride_},
-        descent{descent_.data(), descent_shifts_.data(), stride_};
+        descent{descent_.data(), descent_shifts_.data(), stride_, columns_.data()};
     const int passes = run.shaped ? shaping_.passes : 0;
-    const Index channels = channels_, tokens = run.count;
-    const float *const values = values_.data(), *const lower = lower_.data(),
+    const Index channels = channels_, tokens = run.count, value_stride = block.value_stride,
+                code_stride = block.code_stride;
+    const float *const from = block.values + run.first * value_stride, *const lower = lower_.data(),
                        *const inverse = inverse_.data();
+    float* const values = values_.data();
+    std::uint8_t* const codes = block.codes + run.first * code_stride;
+    const Index *const order = order_.data(), *const place_of = place_of_.data();
     const shaped::PositionRange range(block.bits);
-    const bool good = detail::run_on(isa_, [=](auto lanes) KVPLANE_BODY {
+    const shaped::TileGrids grids{values, order, lower, step_.data(), codes_.data()};
+    ClipExcess of_tile;
+    const bool good = detail::run_on(isa_, [=, &of_tile](auto lanes) KVPLANE_BODY {
+        detail::simd::transpose_words(from, value_stride, tokens, channels, values, shaped::tile);
         bool all = true;
-        for (Index j = 0; j < channels; ++j)
-            all &= shaped::find_positions<lanes>(values + j * shaped::tile, lower[j], inverse[j], range,
+        for (Index j = 0; j < channels; ++j) {
+            float* const of_place = values + order[j] * shaped::tile;
+            for (Index t = tokens; t < shaped::tile; ++t) of_place[t] = 0.0f;
+            all &= shaped::find_positions<lanes>(of_place, lower[j], inverse[j], range,
                                                  tile.positions + j * shaped::tile);
+        }
         if (!all) return false;
-        shaped::code_places<lanes, true>(tile, feedback, tokens);
-        for (int pass = 0; pass < passes; ++pass) shaped::code_places<lanes, false>(tile, descent, tokens);
+        shaped::code_tokens<lanes>(tile, feedback, descent, passes, tokens);
+        shaped::write_codes(tile.codes, place_of, tokens, channels, codes, code_stride);
+        of_tile = shaped::excess_of<lanes>(grids, channels, tokens);
         return true;
     });
     if (!good) return false;
-    for (Index t = 0; t < run.count; t += rows)
-        for (Index j = 0; j < channels_; ++j) {
-            const Index end = std::min(rows, run.count - t);
-            const std::uint8_t* const from = codes_.data() + j * shaped::tile + t;
-            std::uint8_t* const to = block.codes + (run.first + t) * block.code_stride + order_[at(j)];
-            for (Index i = 0; i < end; ++i) to[i * block.code_stride] = from[i];
-        }
-    const shaped::TileGrids grids{values, lower, step_.data(), codes_.data()};
-    const ClipExcess of_tile = detail::run_on(
-        isa_, [=](auto lanes) KVPLANE_BODY { return shaped::excess_of<lanes>(grids, channels, tokens); });
     excess.largest = std::max(excess.largest, of_tile.largest);
     excess.energy += of_tile.energy;
     return true;
@@ -202,9 +237,11 @@ KVPLANE_FUNCTION ClipExcess ShapedQuantizer::encode(const ShapedBlock& block) {
     Run run;
     run.shaped = prepare(block.step, true);
     const std::size_t size = at(places_ * shaped::tile);
-    values_.assign(size, 0.0f);
-    positions_.assign(size, 0);
+    values_.resize(size);
+    positions_.resize(size);
+    std::fill(positions_.begin() + channels_ * shaped::tile, positions_.end(), 0);
     errors_.resize(size / 2);
+    sums_.resize(at(places_ * shaped::strip_tokens));
     codes_.resize(size);
     lower_.resize(at(channels_));
     inverse_.resize(at(channels_));

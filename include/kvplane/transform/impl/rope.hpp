@@ -102,13 +102,17 @@ KVPLANE_FUNCTION void RotaryEmbedding::vectors_of(const std::vector<std::array<d
             vectors.insert(vectors.end(), static_cast<std::size_t>(copies),
                            static_cast<float>(angles[i][part]));
 }
-KVPLANE_FUNCTION void RotaryEmbedding::turn_row(float* row, Index channels,
-                                                const std::vector<std::array<double, 2>>& angles,
-                                                const std::vector<float>& vectors) const {
+KVPLANE_FUNCTION RotaryEmbedding::Turn RotaryEmbedding::turn_of(Index positions) const {
+    Turn turn;
+    angles_at(static_cast<double>(positions), turn.angles);
+    vectors_of(turn.angles, turn.vectors);
+    return turn;
+}
+KVPLANE_FUNCTION void RotaryEmbedding::turn_row(float* row, Index channels, const Turn& turn) const {
     const bool halves = layout_ == RopeLayout::halves;
     const Index apart = halves && turning_ > 0 ? pairs_[0].second : 0, copies = halves ? 1 : 2,
-                count = static_cast<Index>(vectors.size()) / 2;
-    const float *const cosine = vectors.data(), *const sine = cosine + count;
+                count = static_cast<Index>(turn.vectors.size()) / 2;
+    const float *const cosine = turn.vectors.data(), *const sine = cosine + count;
     const Index dim = head_dim_;
     const Index done = detail::run_on(current_isa(), [=](auto lanes) KVPLANE_BODY {
         const Index whole = count / lanes * lanes;
@@ -126,7 +130,7 @@ KVPLANE_FUNCTION void RotaryEmbedding::turn_row(float* row, Index channels,
     for (Index head = 0; head < channels; head += dim)
         for (auto i = static_cast<std::size_t>(done); i < pairs_.size(); ++i)
             if (pairs_[i].frequency != 0.0)
-                turn_pair(row[head + pairs_[i].first], row[head + pairs_[i].second], angles[i]);
+                turn_pair(row[head + pairs_[i].first], row[head + pairs_[i].second], turn.angles[i]);
 }
 
 KVPLANE_FUNCTION FramedKeys<KeyFrame::after_rope> RotaryEmbedding::after(
