@@ -10,10 +10,12 @@ compile() {
     aarch64-linux-gnu-g++ -std=c++20 -O1 -Wno-maybe-uninitialized -I include -I tests -I examples \
         -isystem /usr/include/eigen3 -I /usr/src/googletest/googletest/include -I /usr/src/googletest/googletest "$@"
 }
+# A program of the tests of a folder, whose headers are read and compiled once.
 run() {
     set -euo pipefail
-    local program=$folder/${1//\//_}_test
-    compile -include "$folder/headers.hpp" "tests/$1_test.cpp" "$folder/gtest.o" "$folder/main.o" -o "$program" \
+    local program=$folder/$1_tests
+    printf '#include "%s"\n' "${@:2}" | sed "s#\"\(.*\)\"#\"$1/\1_test.cpp\"#" >"$program.cpp"
+    compile -include "$folder/headers.hpp" "$program.cpp" "$folder/gtest.o" "$folder/main.o" -o "$program" \
         -static -pthread
     # Some tests start the program again, or compare with the kernel of the machine that emulates.
     qemu-aarch64 -cpu max "$program" --gtest_brief=1 \
@@ -30,6 +32,10 @@ compile -pthread -c $gtest/gtest_main.cc -o "$folder/main.o"
 wait $!
 
 # The longest first, so that no core waits for it at the end.
-printf '%s\n' attention/tile_attention quantize/shaped quantize/kernels storage/token_runs latent/products \
-    storage/tile_planes storage/half_bytes quantize/unbiased simd/vector simd/half attention/softmax \
-    attention/kernels/plane_dot simd/isa | xargs -P "$(nproc)" -I TEST bash -c 'run TEST'
+xargs -P "$(nproc)" -L 1 bash -c 'run "$@"' bash <<'TESTS'
+attention tile_attention softmax kernels/plane_dot
+quantize shaped kernels unbiased
+storage token_runs tile_planes half_bytes
+simd vector half isa
+latent products
+TESTS

@@ -3,11 +3,17 @@
 #   environment.sh          numpy alone
 #   environment.sh torch    also torch, transformers and what requirements.txt lists: 6 GB, for PyPI's torch brings
 #                           CUDA's libraries, without which it does not load
+#   environment.sh packages [torch]   what they need alone, without kvplane: nothing is compiled
 # KVPLANE_LIBRARY is a libkvplane_compiled.a of this checkout to link; otherwise that of the release preset is built.
 # KVPLANE_CUDA_LIBRARY, a libkvplane_cuda.a of it, adds caches on CUDA devices.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
+packages_alone=0
+if [ "${1-}" = packages ]; then
+    packages_alone=1
+    shift
+fi
 venv=build/python/venv
 python=$PWD/$venv/bin/python
 log=build/python/log.txt
@@ -29,6 +35,8 @@ if [ "${1-}" = torch ]; then
         "some minutes; the log: $log)" >&2
     quietly "$python" -m pip install --disable-pip-version-check -r examples/transformers/requirements.txt
 fi
+
+[ "$packages_alone" = 0 ] || exit 0
 
 library=${KVPLANE_LIBRARY-}
 if [ -z "$library" ]; then

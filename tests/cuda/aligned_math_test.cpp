@@ -343,7 +343,7 @@ TEST(AlignedMath, TolerancesAreKept) {
     // Tiles of some weight, of which some is left out too.
     for (const float peak : {9.0f, 15.0f})
         for (const double error : {0.02, 0.3, 1.0}) {
-            if (kvplane_test::sanitized && error != 0.3) continue;
+            if (kvplane_test::sanitized && (error != 0.3 || peak != 15.0f)) continue;
             expect_tolerance<Codes>("key_favored:8:8", 0.2, peak, error, 0.0, 0.97);
             expect_tolerance<General>("key_favored:4:4", 0.2, peak, error, 1.0, 1.0);
         }

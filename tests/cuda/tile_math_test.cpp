@@ -571,6 +571,7 @@ Matrix attend_as_warps(const KvCache& cache, const Matrix& queries, const Attent
 
 TEST(TileMath, WholeCachesAreAttended) {
     Random random(kvplane_test::seed());
+    int cases = 0;
     for (const char* name :
          {"fp16", "standard", "key_favored:4:4", "kivi:2:32", "key_favored:8:1", "smallest"})
         for (const auto& [query_tokens, parameters] : {std::pair<Index, AttentionParameters>{1, {}},
@@ -578,6 +579,8 @@ TEST(TileMath, WholeCachesAreAttended) {
                                                        {3, {.sliding_window = 200, .sinks = 4}},
                                                        {2, {.position = 150}},
                                                        {2, {.causal = false}}}) {
+            // All names and all parameters still come.
+            if (kvplane_test::sanitized && cases++ % 3 != 0) continue;
             TilePool pool;
             KvCache cache({.kv_heads = 2,
                            .query_heads = 6,
@@ -696,6 +699,7 @@ TEST(LatentMath, WholeCachesAreAttended) {
     Random random(kvplane_test::seed());
     for (const char* recipe : {"latent:3:3", "latent:2:4", "weighted:3:3"})
         for (const Index dim : {Index{64}, Index{128}}) {
+            if (kvplane_test::sanitized && dim != 64) continue;
             TilePool pool;
             KvCache cache(latent_configuration(recipe, dim, RopeLayout::halves), pool);
             cache.append(keys_of_few_directions(random, 900, 2 * dim, dim),
