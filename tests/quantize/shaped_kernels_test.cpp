@@ -18,7 +18,7 @@ using kvplane::Isa;
 using kvplane::detail::LineVector;
 using kvplane_test::for_each_isa;
 using kvplane_test::Random;
-using Codes = std::vector<std::uint8_t>;
+using CodeBytes = std::vector<std::uint8_t>;
 
 constexpr std::size_t at(Index place) {
     return static_cast<std::size_t>(place);
@@ -58,7 +58,7 @@ struct Weights {
 
 /// One pass over one token: the errors [place] and codes that it leaves.
 void plain_pass(const Weights& of, Index places, int bits, const std::int32_t* positions, bool before,
-                std::vector<std::int64_t>& errors, Codes& codes) {
+                std::vector<std::int64_t>& errors, CodeBytes& codes) {
     const int fine = shaped::position_bits(bits);
     for (Index j = 0; j < places; ++j) {
         std::int64_t sum = 0;
@@ -89,10 +89,10 @@ TEST(ShapedKernels, KeptSumsAreThoseThatAreAddedUpAnew) {
             const auto cells = static_cast<std::int32_t>(random() % (3u << bits)) - (1 << bits);
             position = (cells << fine) + static_cast<std::int32_t>(random() % (1u << fine) | 1u);
         }
-        std::vector<Codes> expected, but_one;
+        std::vector<CodeBytes> expected, but_one;
         for (Index t = 0; t < tokens; ++t) {
             std::vector<std::int64_t> errors(at(places));
-            Codes codes(at(places)), before;
+            CodeBytes codes(at(places)), before;
             plain_pass(back, places, bits, positions.data() + t, true, errors, codes);
             for (int pass = 0; pass < passes; ++pass) {
                 before = codes;
@@ -131,7 +131,7 @@ TEST(ShapedKernels, WritesCodesByChannel) {
             std::shuffle(place_of.begin(), place_of.end(), random);
             const Index stride = channels + 3;
             for_each_isa([&](Isa isa) {
-                Codes to(at(tokens * stride), 0xA5), expected = to;
+                CodeBytes to(at(tokens * stride), 0xA5), expected = to;
                 for (Index t = 0; t < tokens; ++t)
                     for (Index c = 0; c < channels; ++c)
                         expected[at(t * stride + c)] = codes[at(place_of[at(c)] * shaped::tile + t)];
