@@ -58,22 +58,27 @@ struct SharedPages {
     SharedPages& operator=(const SharedPages&) = delete;
     ~SharedPages() { (void)cudaEventDestroy(passed); }
 
-    /// Work that is started on the stream from now on comes after all work before.
+    /// Work that is started on the stream from now on comes after all work before, also that of calls which are
+    /// given no stream. Throws Error (option) for a stream that is captured: a graph's launches would append no
+    /// new tokens, and would go by plans that are made over again.
     void enter(cudaStream_t to) {
-        if (used && to != stream) {
-            require_cuda(cudaEventRecord(passed, stream), "marking the end of work on a stream");
-            require_cuda(cudaStreamWaitEvent(to, passed, 0), "waiting for another stream");
-        }
+        cudaStreamCaptureStatus captured = cudaStreamCaptureStatusNone;
+        require_cuda(cudaStreamIsCapturing(to, &captured), "looking at a stream");
+        require(
+            captured == cudaStreamCaptureStatusNone, ErrorCode::option,
+            "stream: one that is captured in a CUDA graph, which kvplane's caches do not serve; expected a "
+            "stream that works");
+        if (to == stream) return;
+        require_cuda(cudaEventRecord(passed, stream), "marking the end of work on a stream");
+        require_cuda(cudaStreamWaitEvent(to, passed, 0), "waiting for another stream");
         stream = to;
-        used = true;
     }
 
     const int device;
     std::mutex turns;
     kvplane::cuda::DeviceMemory memory;
     kvplane::TilePool pool{&memory};
-    cudaStream_t stream = nullptr;  ///< of the call before
-    bool used = false;
+    cudaStream_t stream = nullptr;  ///< of the last call that was given one; CUDA's default before
     cudaEvent_t passed{};
 };
 
@@ -323,6 +328,11 @@ class CudaCache final : public Cache {
         std::unique_ptr<AttendWorkspace> workspace;
         std::vector<float> sink_logits;
         PageReference sink_logits_there;
+
+        void forget_mirrors() {
+            mirrored.clear();
+            mirrored_pages = {};
+        }
     };
 
     explicit CudaCache(const CudaCache& other, const Lock&)
@@ -343,11 +353,7 @@ class CudaCache final : public Cache {
 
     std::mutex& turns() const override { return pages_->turns; }
     Standing standing(Index layer, Index sequence) const override {
-        if (of(layer).on_host) {
-            const KvCache& cache = host_->sequences(layer)[to_size(sequence)];
-            return {cache.tokens(), cache.provisional_tokens(), cache.packed_tokens(), cache.first_kept(),
-                    cache.state().hides()};
-        }
+        if (of(layer).on_host) return host_->standing(layer, sequence);
         const Sequence& one = of(layer).sequences[to_size(sequence)];
         const auto& state = one.cache.state();
         return {one.cache.tokens(), one.provisional, state.packed(), one.cache.first_kept(), state.hides()};
@@ -372,8 +378,7 @@ class CudaCache final : public Cache {
         DeviceLayer& made = of(layer);
         made.sequences.clear();
         made.views.clear();
-        made.mirrored.clear();
-        made.mirrored_pages = {};
+        made.forget_mirrors();
         made.on_host = made.mirrors || configuration(layer).fits_basis();
         if (made.on_host) return;
         for (Index b = 0; b < batch_; ++b)
@@ -399,6 +404,7 @@ class CudaCache final : public Cache {
         of(layer).sequences = uploaded(host_->sequences(layer));
         host_->sequences(layer) = std::move(empty);
         of(layer).on_host = false;
+        of(layer).forget_mirrors();
     }
     /// Of a sequence that has to fit its basis anew, the whole layer.
     void download_to_fit(Index layer) {
@@ -424,6 +430,7 @@ class CudaCache final : public Cache {
     Draft kept(const CacheConfiguration& configuration, const DeviceRows& keys,
                const DeviceRows& values) const;
     void copy_rows(const DeviceRows& from, std::byte* to, Index channels) const;
+    static void require_copied(const SequenceRows& rows, const char* name);
     static void forget_drafts_from(Sequence& sequence, Index count);
 
     // Calls
@@ -506,6 +513,7 @@ void CudaCache::load(const std::filesystem::path& path) {
     host_ = std::move(host);
     for (Index i = 0; i < layers(); ++i) {
         of(i).views.clear();
+        of(i).forget_mirrors();
         of(i).sequences = std::move(sequences[to_size(i)]);
         of(i).on_host = !uploads[to_size(i)];
     }
@@ -563,6 +571,11 @@ void CudaCache::append_to_device(Index layer, const SequenceRows& keys, const Se
                                  std::span<const Index> padding, const AppendOptions& options) {
     DeviceLayer& all = of(layer);
     const AppendCheck check = options.check ? AppendCheck::wait : AppendCheck::none;
+    const bool keeps_drafts = options.provisional && !all.truncates_exactly;
+    if (keeps_drafts) {
+        require_copied(keys, "keys");
+        require_copied(values, "values");
+    }
     for (Index b = 0; b < batch_; ++b) {
         const Standing now = standing(layer, b);
         const Index seen = window(layer) > 0 ? first_seen(layer, now) : 0;
@@ -578,7 +591,7 @@ void CudaCache::append_to_device(Index layer, const SequenceRows& keys, const Se
             if (options.check && batch_ > 1) forks.push_back(sequence.cache.fork(stream()));
             if (rows == 0) continue;
             const DeviceRows k = device_rows(keys, b, first), v = device_rows(values, b, first);
-            if (options.provisional && !all.truncates_exactly) {
+            if (keeps_drafts) {
                 if (!sequence.before && makes_tile(sequence.cache, rows))
                     sequence.before.emplace(sequence.cache.fork(stream()));
                 if (sequence.before) sequence.drafts.push_back(kept(configuration(layer), k, v));
@@ -621,8 +634,6 @@ CudaCache::Draft CudaCache::kept(const CacheConfiguration& configuration, const 
 /// To [token][head][channel].
 void CudaCache::copy_rows(const DeviceRows& from, std::byte* to, Index channels) const {
     const std::size_t size = size_of(from.type);
-    require(from.channel_stride == 1, ErrorCode::shape, "append: provisional tokens whose channels are ",
-            from.channel_stride, " apart on a device, expected neighbours");
     const auto copy = [&](const std::byte* source, Index pitch, std::byte* target, Index width) {
         const std::size_t to_pitch = to_size(from.heads * channels) * size;
         // A pitch is at least as large as a row; of one token there is none.
@@ -636,11 +647,19 @@ void CudaCache::copy_rows(const DeviceRows& from, std::byte* to, Index channels)
         copy(source, from.token_stride, to, from.heads * channels);
         return;
     }
-    require(from.tokens == 1 || from.token_stride >= channels, ErrorCode::shape,
-            "append: provisional tokens that overlap in memory, expected tokens apart");
     for (Index h = 0; h < from.heads; ++h)
         copy(source + to_size(h * from.head_stride) * size, from.token_stride,
              to + to_size(h * channels) * size, channels);
+}
+
+/// Throws Error (shape) for rows that copy_rows() does not copy.
+void CudaCache::require_copied(const SequenceRows& rows, const char* name) {
+    require(rows.channel_stride == 1 || rows.channels == 1, ErrorCode::shape, name,
+            ": provisional tokens whose channels are ", rows.channel_stride,
+            " apart on a device, expected neighbours");
+    require(rows.tokens <= 1 || rows.token_stride >= rows.channels, ErrorCode::shape, name,
+            ": provisional tokens that are ", rows.token_stride, " numbers apart on a device, expected ",
+            rows.channels, " or more: rows of memory of their own");
 }
 
 /// Forgets the drafts of tokens from `count` on, and the fork where there are none before.
