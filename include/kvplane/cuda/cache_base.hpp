@@ -45,6 +45,16 @@ enum class AppendCheck : std::uint8_t {
     none,
 };
 
+/// Why the CPU must append the tokens of a configuration: what its recipe does. nullptr where a device does it.
+inline const char* host_appends_because(const CacheConfiguration& c) noexcept {
+    const auto clips = [](const SideRecipe& side) { return !side.is_half() && side.rule.clip != Clip::none; };
+    if (c.recipe.shaped_keys) return "shapes keys";
+    if (c.widths_by_token()) return "gives tokens of values different widths";
+    if ((!c.recipe.latents && clips(c.recipe.keys)) || (!c.values_in_keys && clips(c.recipe.values)))
+        return "clips to the least squared error";
+    return nullptr;
+}
+
 namespace detail {
 
 /// Numbers in device memory, with a copy on the host. Copies share the memory until one of them changes.
@@ -817,22 +827,14 @@ class CacheBase {
     }
     void require_append(const DeviceRows& keys, const DeviceRows* values) const {
         const CacheConfiguration& c = configuration();
-        const char* const instead = "; download(), KvCache::append() and upload() do it";
         require((values == nullptr) == c.values_in_keys, ErrorCode::option,
                 values ? "append: values, but the configuration has them in keys; expected append(keys)"
                        : "append: keys alone, but the configuration does not have values in keys; expected "
                          "append(keys, values)");
-        require(!c.recipe.shaped_keys, ErrorCode::option, "append on the device: recipe '", c.recipe.name,
-                "' shapes keys, which is done on the host", instead);
-        require(!c.widths_by_token(), ErrorCode::option, "append on the device: recipe '", c.recipe.name,
-                "' gives tokens of values different widths, which is done on the host", instead);
-        for (const TileSide side : {TileSide::keys, TileSide::values}) {
-            const SideRecipe& recipe = side == TileSide::keys ? c.recipe.keys : c.recipe.values;
-            const bool used = side == TileSide::keys ? !c.recipe.latents : !c.values_in_keys;
-            require(!used || recipe.is_half() || recipe.rule.clip == Clip::none, ErrorCode::option,
-                    "append on the device: recipe '", c.recipe.name,
-                    "' clips to the least squared error, which is done on the host", instead);
-        }
+        const char* const because = host_appends_because(c);
+        require(!because, ErrorCode::option, "append on the device: recipe '", c.recipe.name, "' ",
+                because ? because : "",
+                ", which is done on the host; download(), KvCache::append() and upload() do it");
         require_rows(keys, "keys", c.key_head_dim);
         if (!values) return;
         require_rows(*values, "values", c.value_head_dim);
