@@ -23,7 +23,8 @@ bool in_runs(const Rows& rows, Index channels) {
     return (rows.heads == 1 || rows.head_stride == channels) &&
            (rows.tokens == 1 || rows.token_stride >= rows.heads * channels);
 }
-/// What CUDA takes as the bytes from token to token: at least those of a row, also where there is one row alone.
+/// What CUDA takes as the bytes from token to token: at least those of a row, also where there is one row
+/// alone.
 std::size_t pitch(Index tokens, Index token_stride, Index width, std::size_t size) {
     return to_size(tokens == 1 ? width : token_stride) * size;
 }

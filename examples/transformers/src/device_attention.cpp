@@ -12,8 +12,8 @@ using kvplane::cuda::require_cuda;
 
 namespace {
 
-/// The query tokens of a sequence that one plan takes (AttendWorkspace::plan). More of them go as several sequences,
-/// each of which ends with its queries; of these one launch takes so many.
+/// The query tokens of a sequence that one plan takes (AttendWorkspace::plan). More of them go as several
+/// sequences, each of which ends with its queries; of these one launch takes so many.
 constexpr Index most_query_tokens = 8, most_parts = 64;
 
 /// A sequence that ends after `tokens` tokens, for queries that stand before its end.

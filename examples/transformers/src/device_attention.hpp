@@ -18,8 +18,8 @@ struct Attended {
     std::shared_ptr<const kvplane::LatentKeys> latent;
 };
 
-/// What attention of one layer has in a device's memory: a workspace, whose plan is on its way while the next layer's
-/// is made, and what kernels look up of the layer.
+/// What attention of one layer has in a device's memory: a workspace, whose plan is on its way while the next
+/// layer's is made, and what kernels look up of the layer.
 class DeviceAttention {
   public:
     using Workspace = std::unique_ptr<kvplane::cuda::AttendWorkspace>;  ///< made when it is needed
@@ -32,8 +32,8 @@ class DeviceAttention {
     /// Those that are given as a list, in the device's memory; or the ones that are there.
     std::span<const float> sink_logits(const Attention& attention, kvplane::TilePool& pool,
                                        cudaStream_t stream);
-    /// The last tokens of each sequence; there are so many at least. Rows of padding become 0. long_calls: the
-    /// workspace of calls of many tokens, which layers share.
+    /// The last tokens of each sequence; there are so many at least. Rows of padding become 0. long_calls:
+    /// the workspace of calls of many tokens, which layers share.
     void attend(std::span<const Attended> sequences, const SequenceRows& queries, const SequenceRows& output,
                 std::span<const Index> padding, kvplane::AttentionParameters parameters,
                 Workspace& long_calls, cudaStream_t stream);

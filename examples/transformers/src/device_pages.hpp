@@ -1,5 +1,5 @@
-// examples/transformers/src/device_pages.hpp: the memory of a device that a cache and its forks share, and the order
-// of their work there.
+// examples/transformers/src/device_pages.hpp: the memory of a device that a cache and its forks share, and
+// the order of their work there.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -43,9 +43,9 @@ struct SharedPages {
     SharedPages& operator=(const SharedPages&) = delete;
     ~SharedPages() { (void)cudaEventDestroy(passed); }
 
-    /// Work that is started on the stream from now on comes after all work before, also that of calls which are
-    /// given no stream. Throws Error (option) for a stream that is captured: a graph's launches would append no
-    /// new tokens, and would go by plans that are made over again.
+    /// Work that is started on the stream from now on comes after all work before, also that of calls which
+    /// are given no stream. Throws Error (option) for a stream that is captured: a graph's launches would
+    /// append no new tokens, and would go by plans that are made over again.
     void enter(cudaStream_t to) {
         cudaStreamCaptureStatus captured = cudaStreamCaptureStatusNone;
         kvplane::cuda::require_cuda(cudaStreamIsCapturing(to, &captured), "looking at a stream");

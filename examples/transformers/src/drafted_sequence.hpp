@@ -1,5 +1,5 @@
-// examples/transformers/src/drafted_sequence.hpp: one sequence of a layer on a device, whose last tokens may be
-// provisional.
+// examples/transformers/src/drafted_sequence.hpp: one sequence of a layer on a device, whose last tokens may
+// be provisional.
 #pragma once
 
 #include <optional>
@@ -12,8 +12,8 @@ namespace kvplane_python {
 
 using kvplane::cuda::DeviceCache;
 
-/// Provisional tokens are appended like others. A tile that is made with some of them could not be taken back without
-/// a trace: so a fork from before the first such tile is kept, and the tokens behind it as they came.
+/// Provisional tokens are appended like others. A tile that is made with some of them could not be taken back
+/// without a trace: so a fork from before the first such tile is kept, and the tokens behind it as they came.
 class DraftedSequence {
   public:
     /// truncates_exactly: as kvplane::capabilities() says of the recipe; nothing is kept then.
@@ -24,11 +24,13 @@ class DraftedSequence {
     const DeviceCache& cache() const noexcept { return cache_; }
     Index provisional() const noexcept { return provisional_; }
 
-    /// Throws Error (shape) for provisional tokens that cannot be kept: whose channels are apart, or which overlap.
+    /// Throws Error (shape) for provisional tokens that cannot be kept: whose channels are apart, or which
+    /// overlap.
     void require_kept(const SequenceRows& rows, const char* name) const;
     void append(const DeviceRows& keys, const DeviceRows& values, bool provisional,
                 kvplane::cuda::AppendCheck check, cudaStream_t stream);
-    /// Back to so many tokens after an append of a batch has failed; to `before`, if there is a fork from before it.
+    /// Back to so many tokens after an append of a batch has failed; to `before`, if there is a fork from
+    /// before it.
     void take_back(Index tokens, bool provisional, DeviceCache* before, cudaStream_t stream);
     /// To fewer tokens than there are.
     void truncate(Index count, cudaStream_t stream);

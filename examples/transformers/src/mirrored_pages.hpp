@@ -1,4 +1,5 @@
-// examples/transformers/src/mirrored_pages.hpp: what a device reads of caches on the CPU: their pages, copied.
+// examples/transformers/src/mirrored_pages.hpp: what a device reads of caches on the CPU: their pages,
+// copied.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,9 +21,9 @@ using kvplane::PageReference;
 using kvplane::cuda::DeviceSequence;
 using kvplane::cuda::require_cuda;
 
-/// Copies of host pages on a device, by the address of the host's: each is copied once, however many caches share
-/// it. While a copy is there, so is the host's page, which whoever writes copies first: another page, at another
-/// address. So no copy is ever out of date.
+/// Copies of host pages on a device, by the address of the host's: each is copied once, however many caches
+/// share it. While a copy is there, so is the host's page, which whoever writes copies first: another page,
+/// at another address. So no copy is ever out of date.
 class MirroredPages {
   public:
     /// Between begin() and end() all pages are asked for; the copies of others go.

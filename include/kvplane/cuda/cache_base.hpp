@@ -45,7 +45,8 @@ enum class AppendCheck : std::uint8_t {
     none,
 };
 
-/// Why the CPU must append the tokens of a configuration: what its recipe does. nullptr where a device does it.
+/// Why the CPU must append the tokens of a configuration: what its recipe does. nullptr where a device does
+/// it.
 inline const char* host_appends_because(const CacheConfiguration& c) noexcept {
     const auto clips = [](const SideRecipe& side) { return !side.is_half() && side.rule.clip != Clip::none; };
     if (c.recipe.shaped_keys) return "shapes keys";
@@ -777,7 +778,8 @@ class CacheBase {
     }
 
   private:
-    /// Remembers of an append that fails after it has written the last old tile that the tile has traces of it.
+    /// Remembers of an append that fails after it has written the last old tile that the tile has traces of
+    /// it.
     struct Traces {
         CacheState& state;
         const DeviceAppend& work;
