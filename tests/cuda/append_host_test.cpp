@@ -243,4 +243,84 @@ TEST_F(OneCache, OutOfMemoryChangesNothing) {
     }
 }
 
+/// Nor does one of a fork, whose tables others see: they say what the state does.
+TEST_F(OneCache, OutOfMemoryLeavesTheTablesOfAFork) {
+    for (const char* const recipe : {"standard", "fp16"})
+        for (const Index count : {1, 400}) {
+            SCOPED_TRACE(std::string(recipe) + ", " + std::to_string(count) + " tokens");
+            FailingMemory memory;
+            TilePool pool(&memory);
+            CacheBase first(configuration(recipe, 2, 4, 32, 48), pool);
+            const Matrix keys = numbers(292 + count, 64), values = numbers(292 + count, 96);
+            const auto append = [&](CacheBase& cache, Index from, Index some) {
+                const StridedRows key_rows = rows(keys.middleRows(from, some)),
+                                  value_rows = rows(values.middleRows(from, some));
+                machine_.append(cache, key_rows, &value_rows, AppendCheck::wait);
+            };
+            const auto expect_tables = [&](const CacheBase& cache, Index tokens) {
+                ASSERT_EQ(cache.tokens(), tokens);
+                ASSERT_EQ(cache.tiles().size(), cache.state().tiles.size());
+                const auto table = machine_.table(cache);
+                for (std::size_t t = 0; t < table.size(); ++t) {
+                    ASSERT_EQ(table[t], cache.tiles()[t]) << "tile " << t;
+                    ASSERT_EQ(table[t].tokens, cache.state().tiles[t].tokens) << "tile " << t;
+                }
+                ASSERT_EQ(cache.recent_pages().size(), cache.state().recent.size());
+            };
+            append(first, 0, 292);
+            int failures = 0;
+            for (Index left = 0;; ++left) {
+                CacheBase fork = machine_.fork(first);
+                pool.trim();
+                memory.left = left;
+                const auto append_all = [&] { append(fork, 292, count); };
+                bool fails = false;
+                try {
+                    append_all();
+                } catch (const Error& error) {
+                    ASSERT_EQ(error.code(), ErrorCode::out_of_memory);
+                    fails = true;
+                    ++failures;
+                }
+                memory.left = std::numeric_limits<Index>::max();
+                ASSERT_NO_FATAL_FAILURE(expect_tables(fork, fails ? 292 : 292 + count));
+                ASSERT_NO_FATAL_FAILURE(expect_tables(first, 292));
+                if (!fails) break;
+                // It goes on as if nothing had been.
+                append_all();
+                ASSERT_NO_FATAL_FAILURE(expect_tables(fork, 292 + count));
+            }
+            EXPECT_GE(failures, 2);
+        }
+}
+
+/// Where memory ends in the middle of a tile that goes on, the tile's next tokens take the place of traces.
+TEST_F(OneCache, OutOfMemoryLeavesNoTraceInATileThatGoesOn) {
+    for (const char* const recipe : {"fp16", "block32:4", "kivi:4"}) {
+        SCOPED_TRACE(recipe);
+        const CacheConfiguration c = configuration(recipe, 2, 4, 32, 64);
+        const Matrix keys = numbers(500, 64), values = numbers(500, 128);
+        const auto some = [&](CacheBase& cache, Index from, Index count) {
+            const StridedRows key_rows = rows(keys.middleRows(from, count)),
+                              value_rows = rows(values.middleRows(from, count));
+            machine_.append(cache, key_rows, &value_rows, AppendCheck::wait);
+        };
+        FailingMemory memory;
+        TilePool pool(&memory);
+        CacheBase cache(c, pool);
+        some(cache, 0, 50);
+        for (const Index left : {0, 1, 2}) {
+            pool.trim();
+            memory.left = left;
+            EXPECT_NE(refusal(ErrorCode::out_of_memory, [&] { some(cache, 50, 450); }), "");
+        }
+        memory.left = std::numeric_limits<Index>::max();
+        some(cache, 50, 3);
+        KvCache expected(c, host_);
+        expected.append(keys.topRows(50), values.topRows(50));
+        expected.append(keys.middleRows(50, 3), values.middleRows(50, 3));
+        EXPECT_EQ(cache_difference(machine_.download(cache, host_), expected), "");
+    }
+}
+
 }  // namespace

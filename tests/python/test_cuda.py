@@ -429,6 +429,61 @@ def test_work_goes_to_the_stream_that_is_current():
 
 
 @needs_device
+def test_what_a_file_brings_is_there_for_other_streams(tmp_path):
+    random, of = numbers(), layer()
+    host, device = caches = twins("fp16")
+    append(caches, tokens_of(random, 1, of, 6000))
+    path, queries = tmp_path / "cache", tokens_of(random, 1, of, 1)[2]
+    host.save(path)
+    expected, stream = device.attend(queries.to(DEVICE)), torch.cuda.Stream()
+    for _ in range(5):
+        cache = kvplane.Cache([of], "fp16", device=DEVICE)
+        with torch.cuda.stream(stream):
+            there_queries = queries.to(DEVICE)
+            stream.synchronize()
+            cache.load(path)  # before any call that is given a stream
+            found = cache.attend(there_queries)
+            stream.synchronize()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@needs_device
+def test_a_stream_that_is_captured_is_refused():
+    random, of = numbers(), layer()
+    cache = kvplane.Cache([of], "standard", device=DEVICE)
+    keys, values, queries = there(tokens_of(random, 1, of, 40))
+    cache.append(keys, values)
+    out = cache.attend(queries[:, :, -1:])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with refused(pytest, "option", "captured in a CUDA graph"):
+            cache.append(keys, values)
+        with refused(pytest, "option", "captured in a CUDA graph"):
+            cache.attend(queries[:, :, -1:], out=out)
+    assert cache.tokens() == [40]
+    cache.append(keys, values)
+    assert cache.tokens() == [80]
+
+
+@needs_device
+def test_drafts_of_other_strides_are_refused_before_anything_changes():
+    random, of = numbers(), layer()
+    cache = kvplane.Cache([of], "standard", device=DEVICE)
+    keys, values, _ = there(tokens_of(random, 1, of, 30))
+    apart = keys.transpose(2, 3).contiguous().transpose(2, 3)
+    for wrong, words in ((apart, ["channels are 30 apart", "neighbours"]),
+                         (keys[:, :, :1].expand(-1, -1, 30, -1), ["0 numbers apart", "64 or more"])):
+        with refused(pytest, "shape", "keys: provisional tokens", *words):
+            cache.append(wrong, values, provisional=True)
+        with refused(pytest, "shape", "values: provisional tokens", *words):
+            cache.append(keys, wrong, provisional=True)
+    assert cache.tokens() == [0]
+    cache.append(apart, values)
+    assert cache.tokens() == [30]
+
+
+@needs_device
 def test_read_policies():
     random, of = numbers(), layer()
     cache = kvplane.Cache([of], "key_favored:8:8", device=DEVICE)

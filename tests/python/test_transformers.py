@@ -511,6 +511,24 @@ def test_keys_values_and_queries_of_other_shapes_and_types_are_refused():
     assert cache._cache.tokens(0) == [3, 3]
 
 
+def test_a_prompt_that_is_refused_in_its_drafts_can_be_taken_back():
+    model = on(model_of("llama"), kt.ATTENTION)
+    module, cache = model.model.layers[0].self_attn, kt.Cache(model)
+    cache.activate_past_recording()
+    keys, queries = torch.zeros(1, 2, 300, 32), torch.zeros(1, 4, 300, 32)
+    wrong = keys.clone()
+    wrong[:, :, -1] = float("nan")
+    with refused(pytest, "not finite", "keys", "nan"):
+        kt._attention(module, queries, *cache.update(wrong, keys, 0), None)
+    # What came before the last tokens, which may be drafts, is there.
+    assert cache._cache.tokens(0) == [cache.get_seq_length()] == [300 - kt.MOST_DRAFTS]
+    with refused(pytest, "option", "layer 0 holds 172 tokens, layer 1 0", "truncate(0)"):
+        cache.update(keys, keys, 0)
+    cache.truncate(0)
+    kt._attention(module, queries, *cache.update(keys, keys, 0), None)
+    assert cache._cache.tokens(0) == [cache.get_seq_length()] == [300]
+
+
 def test_a_cache_of_another_model_is_refused():
     ids = prompt(2, 9)
 

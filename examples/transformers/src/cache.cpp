@@ -67,11 +67,13 @@ Cache::Cache(Contents contents, Index batch) : contents_(std::move(contents)), b
 // What it says of itself -----------------------------------------------------------------------------------
 
 void Cache::require_layer(Index layer) const {
-    require(layer >= 0 && layer < layers(), ErrorCode::index, "layer ", layer, " of ", layers());
+    require(layer >= 0 && layer < layers(), ErrorCode::index, "layer ", layer, " of ", layers(),
+            ", expected 0 to ", layers() - 1);
 }
 void Cache::require_sequence(Index layer, Index sequence) const {
     require_layer(layer);
-    require(sequence >= 0 && sequence < batch_, ErrorCode::index, "sequence ", sequence, " of ", batch_);
+    require(sequence >= 0 && sequence < batch_, ErrorCode::index, "sequence ", sequence, " of ", batch_,
+            ", expected 0 to ", batch_ - 1);
 }
 const Layer& Cache::layer(Index layer) const {
     require_layer(layer);
@@ -141,10 +143,10 @@ void Cache::require_rows(const SequenceRows& rows, const char* name, Index layer
 }
 void Cache::require_padding(std::span<const Index> padding, Index tokens) const {
     require(padding.empty() || static_cast<Index>(padding.size()) == batch_, ErrorCode::shape,
-            "padding: ", padding.size(), " numbers for ", batch_, " sequences");
+            "padding: ", padding.size(), " numbers for ", batch_, " sequences, expected one for each");
     for (std::size_t b = 0; b < padding.size(); ++b)
         require(padding[b] >= 0 && padding[b] <= tokens, ErrorCode::index, "padding: ", padding[b],
-                " of the ", tokens, " rows of sequence ", b);
+                " of the ", tokens, " rows of sequence ", b, ", expected 0 to ", tokens);
 }
 void Cache::require_append(Index layer, const SequenceRows& keys, const SequenceRows& values,
                            const SequenceRows* queries, std::span<const Index> padding) const {
@@ -210,7 +212,7 @@ void Cache::truncate(std::span<const Index> counts) {
             require_truncation(i, b, count(b));
         }
         require(count(b) >= 0 && count(b) <= longest, ErrorCode::index, "truncate: sequence ", b, ": to ",
-                count(b), " of ", longest, " tokens");
+                count(b), " of ", longest, " tokens, expected 0 to ", longest);
     }
     for (Index i = 0; i < layers(); ++i)
         for (Index b = 0; b < batch_; ++b)
@@ -224,7 +226,7 @@ void Cache::crop(Index count) {
         for (Index b = 0; b < batch_; ++b) {
             const Index tokens = standing(i, b).tokens;
             require(count <= tokens, ErrorCode::index, "crop: ", count, " of ", tokens,
-                    " tokens of sequence ", b, ", layer ", i);
+                    " tokens of sequence ", b, ", layer ", i, ", expected 0 to ", tokens);
             require_truncation(i, b, tokens - count);
         }
     if (count == 0) return;
@@ -244,7 +246,8 @@ void Cache::reorder(std::span<const Index> indices) {
     const Lock lock(turns());
     require(!indices.empty(), ErrorCode::shape, "reorder: no sequences, expected at least 1");
     for (const Index index : indices)
-        require(index >= 0 && index < batch_, ErrorCode::index, "reorder: sequence ", index, " of ", batch_);
+        require(index >= 0 && index < batch_, ErrorCode::index, "reorder: sequence ", index, " of ", batch_,
+                ", expected 0 to ", batch_ - 1);
     reorder_all(indices);
     batch_ = static_cast<Index>(indices.size());
 }

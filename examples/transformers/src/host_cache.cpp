@@ -58,11 +58,7 @@ HostCache::HostCache(Contents contents, Index batch, Index threads)
       pool_(std::make_shared<kvplane::TilePool>()),
       executor_(team(threads)),
       workspace_(std::make_unique<kvplane::AttentionWorkspace>(executor_.get())) {
-    for (const CacheConfiguration& c : contents_.configurations) {
-        Sequences& sequences = caches_.emplace_back();
-        sequences.emplace_back(c, *pool_);
-        while (static_cast<Index>(sequences.size()) < batch) sequences.push_back(sequences[0].fork());
-    }
+    for (Index i = 0; i < layers(); ++i) caches_.push_back(empty_sequences(i));
 }
 HostCache::HostCache(const HostCache& other, const Lock&)
     : Cache(other.contents_, other.batch_),

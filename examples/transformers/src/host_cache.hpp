@@ -43,12 +43,12 @@ class HostCache final : public Cache {
     /// What uses_queries() says of a layer whose tokens are here.
     bool looks_at_queries(Index layer) const override;
     bool learns_from_queries(Index layer) const override;
+    Standing standing(Index layer, Index sequence) const override;
 
   private:
     explicit HostCache(const HostCache& other, const Lock&);
 
     std::mutex& turns() const override { return mutex_; }
-    Standing standing(Index layer, Index sequence) const override;
     void truncate_one(Index layer, Index sequence, Index count) override;
     void accept_one(Index layer, Index sequence, Index count) override;
     void reorder_all(std::span<const Index> indices) override;

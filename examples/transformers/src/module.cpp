@@ -149,7 +149,7 @@ class SinkLogits {
         require(array.dimensions() == 1 && array.stride(0) == 1, ErrorCode::shape, "sink_logits: shape ",
                 array.shape_text(), ", expected (query heads,), numbers side by side");
         require(array.type() == ScalarType::float32, ErrorCode::option,
-                "sink_logits: of 16 bits, expected float32");
+                "sink_logits: elements of 16 bits on a device, expected float32");
         there_ = {static_cast<const float*>(array.data()), static_cast<std::size_t>(array.shape(0))};
     }
     const std::vector<float>& numbers() const noexcept { return numbers_; }
@@ -373,7 +373,7 @@ void bind_caches(nb::module_& m) {
             "torch tensors there, and recipes that learn in the first tokens do so on the CPU.\n\nRaises "
             "Error (option, shape; mismatch for a policy of another model).")
         .def_prop_ro("layers", &Cache::layers, "Number of layers.")
-        .def_prop_ro("batch", &Cache::batch, "Number of sequences.")
+        .def_prop_ro("batch", &Cache::batch, nb::call_guard<nb::gil_scoped_release>(), "Number of sequences.")
         .def_prop_ro("threads", &Cache::threads)
         .def_prop_ro(
             "device",
@@ -384,15 +384,18 @@ void bind_caches(nb::module_& m) {
             "'cpu', or the CUDA device.")
         .def_prop_ro("recipes", &Cache::recipes, "The recipe of each layer, by name.")
         .def("layer", &Cache::layer, "layer"_a = 0, nb::rv_policy::copy)
-        .def("tokens", &Cache::tokens, "layer"_a = 0, "Tokens of each sequence in a layer.")
+        .def("tokens", &Cache::tokens, "layer"_a = 0, nb::call_guard<nb::gil_scoped_release>(),
+             "Tokens of each sequence in a layer.")
         .def("provisional_tokens", &Cache::provisional_tokens, "layer"_a = 0,
+             nb::call_guard<nb::gil_scoped_release>(),
              "Of these, the last ones that were appended as provisional and are not accepted yet.")
-        .def("packed_tokens", &Cache::packed_tokens, "layer"_a = 0, "Of these, the ones in packed tiles.")
-        .def("first_kept", &Cache::first_kept, "layer"_a = 0,
+        .def("packed_tokens", &Cache::packed_tokens, "layer"_a = 0, nb::call_guard<nb::gil_scoped_release>(),
+             "Of these, the ones in packed tiles.")
+        .def("first_kept", &Cache::first_kept, "layer"_a = 0, nb::call_guard<nb::gil_scoped_release>(),
              "The first token after the sinks that attention still sees, of each sequence.")
-        .def("needs_queries", &Cache::needs_queries, "layer"_a = 0,
+        .def("needs_queries", &Cache::needs_queries, "layer"_a = 0, nb::call_guard<nb::gil_scoped_release>(),
              "Whether append() must be given queries now, from which some recipes learn at first.")
-        .def("uses_queries", &Cache::uses_queries, "layer"_a = 0,
+        .def("uses_queries", &Cache::uses_queries, "layer"_a = 0, nb::call_guard<nb::gil_scoped_release>(),
              "Whether append() makes use of queries, which it then need not be given for good.")
         .def(
             "append", &append, "keys"_a, "values"_a, "queries"_a = nb::none(), nb::kw_only(), "layer"_a = 0,
@@ -406,7 +409,8 @@ void bind_caches(nb::module_& m) {
             "the device has found that all numbers can be stored; without it numbers that cannot (NaN, "
             "infinity, beyond 32000, of fp16 beyond 65504) spoil the tokens that share a grid with them. "
             "stream: the number of the CUDA stream that the work goes to, None: torch's current one; "
-            "tensors that belong to another stay until it is done. Tokens taken back leave no trace but in "
+            "tensors that belong to another stay until it is done, and the stream itself until a call names "
+            "another. Tokens taken back leave no trace but in "
             "bounds of errors.\n\nRaises Error (shape, option, not finite, beyond fp16) and then has changed "
             "nothing.")
         .def("attend", &attend, "queries"_a, nb::kw_only(), "layer"_a = 0, "out"_a = nb::none(),
@@ -453,11 +457,11 @@ void bind_caches(nb::module_& m) {
         .def("fork", &Cache::fork, nb::call_guard<nb::gil_scoped_release>(),
              "A cache of the same content, which shares all pages.")
         .def_prop_ro(
-            "bytes", &Cache::bytes,
+            "bytes", &Cache::bytes, nb::call_guard<nb::gil_scoped_release>(),
             "Memory of keys and values of all layers and sequences, with everything that is stored beside "
             "them. What sequences share is counted once.")
         .def_prop_ro(
-            "bits_per_element", &Cache::bits_per_element,
+            "bits_per_element", &Cache::bits_per_element, nb::call_guard<nb::gil_scoped_release>(),
             "8 * bytes / numbers stored; a layer with a sliding window counts as its window's tokens.")
         .def(
             "stored_keys",

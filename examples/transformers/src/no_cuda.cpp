@@ -9,8 +9,8 @@ bool cuda_is_built() noexcept {
 int cuda_device_count() noexcept {
     return 0;
 }
-std::unique_ptr<Cache> make_cuda_cache(Contents, Index, Index, int) {
-    kvplane::fail(ErrorCode::option, "device: a build of kvplane without CUDA, expected the CPU");
+std::unique_ptr<Cache> make_cuda_cache(Contents, Index, Index, int device) {
+    kvplane::fail(ErrorCode::option, "device: ", place_name(device), ", ", without_cuda);
 }
 
 }  // namespace kvplane_python

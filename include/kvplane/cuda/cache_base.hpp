@@ -45,22 +45,38 @@ enum class AppendCheck : std::uint8_t {
     none,
 };
 
+/// Why the CPU must append the tokens of a configuration: what its recipe does. nullptr where a device does
+/// it.
+inline const char* host_appends_because(const CacheConfiguration& c) noexcept {
+    const auto clips = [](const SideRecipe& side) { return !side.is_half() && side.rule.clip != Clip::none; };
+    if (c.recipe.shaped_keys) return "shapes keys";
+    if (c.widths_by_token()) return "gives tokens of values different widths";
+    if ((!c.recipe.latents && clips(c.recipe.keys)) || (!c.values_in_keys && clips(c.recipe.values)))
+        return "clips to the least squared error";
+    return nullptr;
+}
+
 namespace detail {
 
 /// Numbers in device memory, with a copy on the host. Copies share the memory until one of them changes.
 template <class T>
 class DeviceTable {
   public:
-    /// Makes the entries from `first` on those of `next`.
-    void change(Index first, const std::vector<T>& next, TilePool& pool, Queue& queue) {
+    /// What change() to so many entries needs: memory, where there is none that fits or others see it. Throws
+    /// Error (out_of_memory).
+    PageReference room_for(std::size_t count, TilePool& pool) {
+        host_.reserve(count);
+        const auto bytes = [](std::size_t entries) { return static_cast<Index>(entries * sizeof(T)); };
+        if (count == 0 || (owned() && page_.bytes() >= bytes(count))) return {};
+        return pool.unfilled(bytes(std::max<std::size_t>(64, std::bit_ceil(count))));
+    }
+    /// Makes the entries from `first` on those of `next`. room: of room_for(), for all entries or more.
+    void change(Index first, const std::vector<T>& next, PageReference room, Queue& queue) {
         const auto count = first + static_cast<Index>(next.size());
         host_.resize(static_cast<std::size_t>(first));
         host_.insert(host_.end(), next.begin(), next.end());
-        if (count == 0) return;
-        if (!owned() || page_.bytes() < count * static_cast<Index>(sizeof(T))) {
-            const Index room =
-                std::max<Index>(64, static_cast<Index>(std::bit_ceil(static_cast<std::size_t>(count))));
-            page_ = pool.unfilled(room * static_cast<Index>(sizeof(T)));
+        if (room) {
+            page_ = std::move(room);
             first = 0;
         }
         if (first < count)
@@ -602,8 +618,8 @@ class CacheBase {
             made.state_ = copies.copied(
                 made.state_, device,
                 [&](std::byte* to, const std::byte* from, std::size_t n) { queue.to_device(to, from, n); });
-            made.show_tiles(0, queue);
-            made.show_outside(queue);
+            made.show_tiles(0, made.tiles_.room_for(made.state_.tiles.size(), device), queue);
+            made.show_outside(made.outside_.room_for(made.state_.recent.size(), device), queue);
         }
         return all;
     }
@@ -624,7 +640,7 @@ class CacheBase {
 
     /// Waits for nothing: what kernels have found of tokens that were appended without a check is copied, for
     /// each to take over by itself.
-    CacheBase fork(Queue& queue) {
+    CacheBase fork(Queue& queue) const {
         CacheBase other(shape_, *pool_, state_);
         if (unread_) {
             other.record_ = pool_->unfilled(record_.bytes());
@@ -677,11 +693,13 @@ class CacheBase {
         if (state_.cut() && !configuration().recipe.every_token) collect(queue);
         const kvplane::detail::StandardFloatingPoint standard;
         Index changed_from = -1;  // of the table of tiles
+        PageReference tiles_room, outside_room;
         {
             TilesAside aside(state_);
             const Index last = aside.count() - 1;
             DeviceAppend work(*shape_, state_, *pool_, *tables_, queue,
                               {keys, values, reinterpret_cast<Findings*>((waits ? own : record_).data())});
+            Traces traces{state_, work};
             const DeviceTile before =
                 last >= 0 ? tiles_.host()[static_cast<std::size_t>(last)] : DeviceTile{};
             work.run(tiles_.entry(last));
@@ -690,8 +708,7 @@ class CacheBase {
                 queue.to_host(&found, own.data(), sizeof found);
                 queue.wait();
                 if (found.bad[0] != 0 || found.bad[1] != 0) {
-                    state_.stale = state_.stale || work.wrote_old_tile();
-                    if (work.changed_entry()) tiles_.change(last, {before}, *pool_, queue);
+                    if (work.changed_entry()) tiles_.change(last, {before}, {}, queue);
                     refuse(keys, values, found, queue);
                 }
                 include(found, work.next().settled_extremes);
@@ -699,16 +716,22 @@ class CacheBase {
                 unread_ = true;
             }
             CacheState& next = work.next();
+            // All memory is taken before anything changes.
             aside.make_room(next.tiles.size());
-            if (work.changed_entry())
-                tiles_.changed(last, DeviceAppend::device_tile(next.tiles.back()));
-            else if (next.tiles.size() != state_.tiles.size() ||
-                     (last >= 0 && DeviceAppend::device_tile(next.tiles.back()) != before))
-                changed_from = std::max<Index>(0, last);
+            outside_room = outside_.room_for(next.recent.size(), *pool_);
+            if (!work.changed_entry() &&
+                (next.tiles.size() != state_.tiles.size() ||
+                 (last >= 0 && DeviceAppend::device_tile(next.tiles.back()) != before))) {
+                changed_from = std::max<Index>(0, last);  // as many as are set aside
+                tiles_room =
+                    tiles_.room_for(static_cast<std::size_t>(changed_from) + next.tiles.size(), *pool_);
+            }
+            if (work.changed_entry()) tiles_.changed(last, DeviceAppend::device_tile(next.tiles.back()));
+            traces.stay = false;
             state_ = std::move(next);
         }
-        if (changed_from >= 0) show_tiles(changed_from, queue);
-        show_outside(queue);
+        if (changed_from >= 0) show_tiles(changed_from, std::move(tiles_room), queue);
+        show_outside(std::move(outside_room), queue);
     }
 
     void truncate(Index count, Queue& queue) {
@@ -718,6 +741,8 @@ class CacheBase {
                 "truncate: to ", count, " tokens, expected at least ", state_.dropped,
                 ", before which they were dropped, or at most the ", state_.kept_sinks, " sinks");
         if (count == tokens()) return;
+        PageReference tiles_room = tiles_.room_for(state_.tiles.size(), *pool_),
+                      outside_room = outside_.room_for(state_.recent.size(), *pool_);
         if (count == 0) {
             state_ = shape_->empty_state();
             record_ = {};
@@ -725,8 +750,9 @@ class CacheBase {
         } else {
             state_.truncate(count);
         }
-        show_tiles(std::max<Index>(0, static_cast<Index>(state_.tiles.size()) - 1), queue);
-        show_outside(queue);
+        show_tiles(std::max<Index>(0, static_cast<Index>(state_.tiles.size()) - 1), std::move(tiles_room),
+                   queue);
+        show_outside(std::move(outside_room), queue);
     }
     void drop_before(Index token, Index sinks, Queue& queue) {
         require(token >= 0 && token <= tokens(), ErrorCode::index, "drop_before: token ", token, " of ",
@@ -735,8 +761,9 @@ class CacheBase {
                 "drop_before: ", sinks, " sinks to keep, expected 0 to ",
                 state_.hides() ? state_.kept_sinks : tokens(), "; later ones were dropped");
         const std::size_t before = state_.tiles.size();
+        PageReference room = tiles_.room_for(before, *pool_);
         state_.drop_before(token, sinks, shape_->recipe().every_token);
-        if (state_.tiles.size() != before) show_tiles(0, queue);
+        if (state_.tiles.size() != before) show_tiles(0, std::move(room), queue);
     }
 
     /// Takes over what kernels have found of tokens that were appended without a check.
@@ -751,6 +778,18 @@ class CacheBase {
     }
 
   private:
+    /// Remembers of an append that fails after it has written the last old tile that the tile has traces of
+    /// it.
+    struct Traces {
+        CacheState& state;
+        const DeviceAppend& work;
+        bool stay = true;
+
+        ~Traces() {
+            if (stay && work.wrote_old_tile()) state.stale = true;
+        }
+    };
+
     CacheBase(std::shared_ptr<const CacheShape> shape, TilePool& pool, CacheState state)
         : shape_(std::move(shape)), pool_(&pool), state_(std::move(state)) {}
 
@@ -790,22 +829,14 @@ class CacheBase {
     }
     void require_append(const DeviceRows& keys, const DeviceRows* values) const {
         const CacheConfiguration& c = configuration();
-        const char* const instead = "; download(), KvCache::append() and upload() do it";
         require((values == nullptr) == c.values_in_keys, ErrorCode::option,
                 values ? "append: values, but the configuration has them in keys; expected append(keys)"
                        : "append: keys alone, but the configuration does not have values in keys; expected "
                          "append(keys, values)");
-        require(!c.recipe.shaped_keys, ErrorCode::option, "append on the device: recipe '", c.recipe.name,
-                "' shapes keys, which is done on the host", instead);
-        require(!c.widths_by_token(), ErrorCode::option, "append on the device: recipe '", c.recipe.name,
-                "' gives tokens of values different widths, which is done on the host", instead);
-        for (const TileSide side : {TileSide::keys, TileSide::values}) {
-            const SideRecipe& recipe = side == TileSide::keys ? c.recipe.keys : c.recipe.values;
-            const bool used = side == TileSide::keys ? !c.recipe.latents : !c.values_in_keys;
-            require(!used || recipe.is_half() || recipe.rule.clip == Clip::none, ErrorCode::option,
-                    "append on the device: recipe '", c.recipe.name,
-                    "' clips to the least squared error, which is done on the host", instead);
-        }
+        const char* const because = host_appends_because(c);
+        require(!because, ErrorCode::option, "append on the device: recipe '", c.recipe.name, "' ",
+                because ? because : "",
+                ", which is done on the host; download(), KvCache::append() and upload() do it");
         require_rows(keys, "keys", c.key_head_dim);
         if (!values) return;
         require_rows(*values, "values", c.value_head_dim);
@@ -829,16 +860,16 @@ class CacheBase {
     }
 
     /// Makes the table of tiles from tile `first` on that of the state.
-    void show_tiles(Index first, Queue& queue) {
+    void show_tiles(Index first, PageReference room, Queue& queue) {
         std::vector<DeviceTile> entries;
         for (std::size_t t = static_cast<std::size_t>(first); t < state_.tiles.size(); ++t)
             entries.push_back(DeviceAppend::device_tile(state_.tiles[t]));
-        tiles_.change(first, entries, *pool_, queue);
+        tiles_.change(first, entries, std::move(room), queue);
     }
-    void show_outside(Queue& queue) {
+    void show_outside(PageReference room, Queue& queue) {
         std::vector<const std::byte*> pages;
         for (const PageReference& page : state_.recent) pages.push_back(page.data());
-        if (pages != outside_.host()) outside_.change(0, pages, *pool_, queue);
+        if (pages != outside_.host()) outside_.change(0, pages, std::move(room), queue);
     }
 
     std::shared_ptr<const CacheShape> shape_;

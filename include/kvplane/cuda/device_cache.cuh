@@ -151,7 +151,7 @@ class DeviceCache {
 
     /// A cache of the same content. It shares all pages; the first append to a page that is not full copies
     /// that page. It does not wait.
-    DeviceCache fork(cudaStream_t stream) {
+    DeviceCache fork(cudaStream_t stream) const {
         detail::StreamQueue queue(stream);
         return DeviceCache(cache_.fork(queue));
     }

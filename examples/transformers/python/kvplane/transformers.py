@@ -271,9 +271,10 @@ class CacheLayer(CacheLayerMixin):
                 part = [None if x is None else x[:, :, begin:end] for x in part]
             cache.append(*part, layer=index, provisional=provisional, check=check, stream=stream,
                          padding=[min(max(0, r - begin), end - begin) for r in rows] if any(rows) else None)
+            # After each part: where the next one is refused, truncate() must know of this one.
+            self.seen += end - begin
+            self.padding = [min(new, self.seen) for new in leading]
         self.pending = None
-        self.seen += tokens
-        self.padding = [min(new, self.seen) for new in leading]
         if self.seen == tokens > 1 and self._owner.exact_prompt and not softcap and sink_logits is None:
             return _exact_attention(query, keys, values, rows, scale, self._layer.sliding_window)
         out = query.new_empty(batch, tokens, query.shape[1], values.shape[-1])
