@@ -87,8 +87,8 @@ class Pair {
     bool has_device() const { return device_.has_value(); }
     cuda::DeviceCache& device() { return *device_; }
     const cuda::AttendLayer& attend_layer() const { return attend_layer_; }
-    /// Why tokens are appended on the CPU and taken to the device; empty if it appends them itself.
-    const std::string& appends_on_host_because() const { return appends_on_host_because_; }
+    /// Why tokens are appended on the CPU and taken to the device; nullptr if it appends them itself.
+    const char* host_appends_because() const { return cuda::host_appends_because(host_.configuration()); }
 
     /// All tokens before `end`.
     void append_before(Index end) {
@@ -99,18 +99,12 @@ class Pair {
             append_on_host(at, count);
             at += count;
         }
-        if (device_ && appends_on_host_because_.empty()) return append_on_device(first, end - first);
+        if (device_ && !host_appends_because()) return append_on_device(first, end - first);
         const bool fits_basis = host_.configuration().fits_basis();
         if (fits_basis && !host_.state().latent) return;
         device_.emplace(cuda::DeviceCache::upload(host_, device_pool_, stream_));
         attend_layer_ =
             cuda::attend_layer(device_->shape(), {}, fits_basis ? device_->state().latent : nullptr);
-        try {
-            append_on_device(end, 0);  // none, to hear whether there can be some
-        } catch (const Error& error) {
-            if (error.code() != ErrorCode::option) throw;
-            appends_on_host_because_ = error.what();
-        }
     }
     /// The query of a token, of as many tokens. Files have those of the last tokens; before these any will do,
     /// to be learned from or to be answered.
@@ -135,7 +129,6 @@ class Pair {
     std::optional<cuda::DeviceCache> device_;
     cuda::AttendLayer attend_layer_;
     cudaStream_t stream_;
-    std::string appends_on_host_because_;
 };
 
 double seconds_since(Clock::time_point start) {
@@ -150,7 +143,7 @@ double error_of(const Matrix& rows, const Matrix& queries, const Layer& layer, c
     return std::sqrt((rows.cast<double>() - exact).squaredNorm() / exact.squaredNorm());
 }
 
-/// Returns why tokens are appended on the CPU, if they are.
+/// Returns a note about where tokens are appended, if it is not the device.
 std::string decode(const Layer& layer, const std::string& recipe) {
     constexpr Index measured = 64, repeated = 20;
     const cudaStream_t stream = nullptr;
@@ -169,7 +162,7 @@ std::string decode(const Layer& layer, const std::string& recipe) {
         const Index end = std::min(goal, tokens), first = std::max(at, end - measured);
         caches.append_before(first);
         // Not where tokens come from the CPU, nor before a recipe has learned what it stores by.
-        const bool steps = caches.has_device() && caches.appends_on_host_because().empty() && first > at;
+        const bool steps = caches.has_device() && !caches.host_appends_because() && first > at;
         if (!steps) caches.append_before(end);
         if (!caches.has_device()) continue;
         const auto plan = [&] {
@@ -211,7 +204,10 @@ std::string decode(const Layer& layer, const std::string& recipe) {
                     error_of(on_host, query, layer, caches.host()));
         std::fflush(stdout);
     }
-    return caches.appends_on_host_because();
+    const char* const because = caches.host_appends_because();
+    return because
+               ? recipe + " " + because + ", which is done on the CPU; the device attends to what is stored"
+               : "";
 }
 
 }  // namespace
