@@ -11,6 +11,7 @@
 #include <map>
 #include <string>
 
+#include "byte_hash.hpp"
 #include "cache/cache_support.hpp"
 #include "kvplane/io/cache_file.hpp"
 #include "test_inputs.hpp"
@@ -20,12 +21,10 @@ namespace {
 using namespace kvplane;
 using namespace kvplane_test;
 
-/// FNV-1a, byte by byte.
 std::uint64_t hash_of(const void* data, std::size_t size) {
-    std::uint64_t hash = 0xCBF29CE484222325u;
-    for (std::size_t i = 0; i < size; ++i)
-        hash = (hash ^ static_cast<const unsigned char*>(data)[i]) * 0x100000001B3u;
-    return hash;
+    ByteHash hash;
+    hash.add(data, size);
+    return hash.value();
 }
 
 /// Numbers that every compiler and library makes alike: sums of four hashed uniforms, some channels large.

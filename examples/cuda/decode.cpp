@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -17,6 +16,7 @@
 #include "kvplane/cache/kv_cache.hpp"
 #include "kvplane/cuda/device_attention.cuh"
 #include "kvplane/cuda/device_cache.cuh"
+#include "kvplane/metrics.hpp"
 #include "kvplane/recipe_names.hpp"
 #include "kvplane/recipes.hpp"
 #include "options.hpp"
@@ -140,7 +140,7 @@ double error_of(const Matrix& rows, const Matrix& queries, const Layer& layer, c
     const MatrixD exact =
         reference_attention(cache.stored_keys(0, cache.tokens()), cache.stored_values(0, cache.tokens()),
                             queries, layer.query_heads, layer.kv_heads, {});
-    return std::sqrt((rows.cast<double>() - exact).squaredNorm() / exact.squaredNorm());
+    return relative_error(exact, rows);
 }
 
 /// Returns a note about where tokens are appended, if it is not the device.

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "byte_hash.hpp"
 #include "kvplane/cuda/tile_math.cuh"
 #include "kvplane/cuda/tile_views.hpp"
 
@@ -80,24 +81,15 @@ struct SumsOf : kvplane::cuda::TileMath<W, bits, SumsInput::channels, bits, Sums
     }
 };
 
-/// FNV-1a over numbers of all lanes, in the order of sums.
-class SumsHash {
-  public:
-    /// at(i, lane): sum i of a lane.
-    template <class At>
-    void add(int count, const At& at) {
-        for (int i = 0; i < count; ++i)
-            for (int lane = 0; lane < 32; ++lane) {
-                const auto number = static_cast<std::uint32_t>(at(i, lane));
-                for (int byte = 0; byte < 4; ++byte)
-                    value_ = (value_ ^ (number >> (8 * byte) & 0xFFu)) * 0x100000001B3u;
-            }
-    }
-    std::uint64_t value() const { return value_; }
-
-  private:
-    std::uint64_t value_ = 0xCBF29CE484222325u;
-};
+/// Adds numbers of all lanes, in the order of sums. at(i, lane): sum i of a lane.
+template <class At>
+void add_sums(ByteHash& hash, int count, const At& at) {
+    for (int i = 0; i < count; ++i)
+        for (int lane = 0; lane < 32; ++lane) {
+            const std::int32_t number = at(i, lane);
+            hash.add(&number, sizeof number);
+        }
+}
 
 /// body.operator()<bits>() at every width of codes.
 template <class Body>

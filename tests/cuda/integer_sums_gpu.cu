@@ -23,7 +23,7 @@ __global__ void sums_kernel(const std::byte* input, kvplane::cuda::SegmentView k
 
 /// Of one width, from a device.
 template <int bits>
-bool add(SumsHash& hash) {
+bool add(ByteHash& hash) {
     constexpr int count = SumsOf<kvplane::cuda::DeviceWarp, bits>::count;
     const SumsInput input(bits);
     std::vector<std::int32_t> sums(32 * count);
@@ -40,7 +40,7 @@ bool add(SumsHash& hash) {
     }
     cudaFree(bytes);
     cudaFree(results);
-    hash.add(count, [&](int i, int lane) { return sums[static_cast<std::size_t>(32 * i + lane)]; });
+    add_sums(hash, count, [&](int i, int lane) { return sums[static_cast<std::size_t>(32 * i + lane)]; });
     return works;
 }
 
@@ -52,7 +52,7 @@ int main() {
         std::printf("NO DEVICE: integer sums on a device are NOT TESTED\n");
         return 0;
     }
-    SumsHash hash;
+    ByteHash hash;
     bool works = true;
     at_every_width_of_codes([&]<int bits>() { works = add<bits>(hash) && works; });
     if (!works) {

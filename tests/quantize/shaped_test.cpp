@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "byte_hash.hpp"
 #include "kvplane/quantize/grid.hpp"
 #include "test_inputs.hpp"
 #include "test_support.hpp"
@@ -310,7 +311,8 @@ TEST(Shaped, CodesAreTheSameOnEveryInstructionSet) {
 
 /// Inputs made of integers alone, so that every compiler and machine makes the same.
 TEST(Shaped, CodesAreTheSameWithEveryCompiler) {
-    std::uint64_t state = 1, hash = 0xCBF29CE484222325u;
+    std::uint64_t state = 1;
+    kvplane_test::ByteHash hash;
     const auto draw = [&] {
         state = state * 6364136223846793005u + 1442695040888963407u;
         return static_cast<double>(static_cast<std::int64_t>(state) >> 40);
@@ -328,10 +330,9 @@ TEST(Shaped, CodesAreTheSameWithEveryCompiler) {
             Matrix keys(64, channels);
             for (Index i = 0; i < keys.size(); ++i) keys.data()[i] = static_cast<float>(draw()) * 0x1p-20f;
             const Shaped shaped = encode(Head(keys, bits), weight);
-            for (Index i = 0; i < shaped.codes.size(); ++i)
-                hash = (hash ^ shaped.codes.data()[i]) * 0x100000001B3u;
+            hash.add(shaped.codes.data(), static_cast<std::size_t>(shaped.codes.size()));
         }
-    EXPECT_EQ(hash, 13820748604595517780u);
+    EXPECT_EQ(hash.value(), 13820748604595517780u);
 }
 
 TEST(Shaped, MemoryOfEarlierHeadsDoesNotMatter) {

@@ -148,18 +148,27 @@ void Cache::require_padding(std::span<const Index> padding, Index tokens) const 
         require(padding[b] >= 0 && padding[b] <= tokens, ErrorCode::index, "padding: ", padding[b],
                 " of the ", tokens, " rows of sequence ", b, ", expected 0 to ", tokens);
 }
+namespace {
+
+/// As many tokens as `others`.
+void require_tokens(const SequenceRows& rows, const char* name, const SequenceRows& others,
+                    const char* name_of_others) {
+    require(rows.tokens == others.tokens, ErrorCode::shape, name, ": ", rows.tokens, " tokens, expected ",
+            others.tokens, " as ", name_of_others, " have");
+}
+
+}  // namespace
+
 void Cache::require_append(Index layer, const SequenceRows& keys, const SequenceRows& values,
                            const SequenceRows* queries, std::span<const Index> padding) const {
     require_layer(layer);
     const CacheConfiguration& c = configuration(layer);
     require_rows(keys, "keys", layer, c.kv_heads, c.key_head_dim);
     require_rows(values, "values", layer, c.kv_heads, c.value_head_dim);
-    require(values.tokens == keys.tokens, ErrorCode::shape, "values: ", values.tokens, " tokens, expected ",
-            keys.tokens, " as keys have");
+    require_tokens(values, "values", keys, "keys");
     if (queries) {
         require_rows(*queries, "queries", layer, c.query_heads, c.key_head_dim);
-        require(queries->tokens == keys.tokens, ErrorCode::shape, "queries: ", queries->tokens,
-                " tokens, expected ", keys.tokens, " as keys have");
+        require_tokens(*queries, "queries", keys, "keys");
     }
     require_padding(padding, keys.tokens);
     require(queries || !learns_from_queries(layer), ErrorCode::option, "append: recipe '",
@@ -172,8 +181,7 @@ void Cache::require_attend(Index layer, const SequenceRows& queries, const Seque
     const CacheConfiguration& c = configuration(layer);
     require_rows(queries, "queries", layer, c.query_heads, c.key_head_dim);
     require_rows(output, "out", layer, c.query_heads, c.value_head_dim);
-    require(output.tokens == queries.tokens, ErrorCode::shape, "out: ", output.tokens, " tokens, expected ",
-            queries.tokens, " as queries have");
+    require_tokens(output, "out", queries, "queries");
     require_padding(padding, queries.tokens);
 }
 kvplane::AttentionParameters Cache::parameters(Index layer, const Attention& attention) const {

@@ -136,8 +136,7 @@ struct AlignedMath : TileMath<W, key_bits, key_channels, value_bits, value_chann
             }
             sum = sum + W::select(there, part, Float(0.0f));
         }
-        sum = sum + W::shuffle_xor(sum, 1);
-        return sum + W::shuffle_xor(sum, 2);
+        return over_quarters<W>(sum);
     }
 
     /// A warp that is to see `tiles` tiles. largest, sum: of tokens outside tiles that all warps have seen,

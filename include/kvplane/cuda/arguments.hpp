@@ -104,7 +104,6 @@ enum TileKind : std::int32_t {
     tiles_of_codes,    ///< codes of fp16 rows, by extremes
     tiles_staged,      ///< codes of rows that are rotated or rounded to 8 bits on the way
     tiles_of_latents,  ///< codes of latents
-    tile_kinds
 };
 
 /// What one block encodes of every tile: some channels and tokens.
